@@ -1,0 +1,1 @@
+"""Adapters, one method a file: which parameters are trained, and what is exported."""

@@ -1,0 +1,29 @@
+"""Full fine-tuning: every weight is trained. The reference that the adapters are held against."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finrepro.schema import Choice, settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings
+class Config:
+    """No settings."""
+
+
+def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
+    """None, or why the combination cannot run: rounded weights have no gradient."""
+    return None if quantizer.kind == "none" else f"full fine-tuning cannot train weights stored as {quantizer.name}"
+
+
+def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
+    """The same model with every parameter trainable."""
+    return model.requires_grad_(True)
+
+
+def export(model: "nn.Module", folder: Path) -> None:
+    """The whole model as safetensors with its configuration, readable by `from_pretrained`."""
+    model.save_pretrained(folder)  # type: ignore[operator]

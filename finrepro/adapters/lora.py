@@ -1,0 +1,67 @@
+"""LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x with A (r, in) and B (out, r) trained, W frozen.
+
+Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero: the adapted model equals its base at first.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finrepro.schema import Choice, settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings
+class Config:
+    """PEFT's names. `all-linear` is every linear layer of the blocks, never the embeddings or the output head."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+
+
+def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
+    """None: LoRA goes with every quantizer and every ZeRO stage, since it only calls the base layer."""
+    return None
+
+
+def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
+    """The model with A and B added beside each target and everything else frozen.
+
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (PEFT's and loralib's initialisation) under a private generator state.
+    Raises `ValueError` when no layer matches.
+    """
+    import peft
+    import torch
+
+    from finrepro.layers.linear import is_conv1d, linear_layers
+
+    layers = linear_layers(model)
+    wanted = None if config.target_modules == "all-linear" else set(config.target_modules)
+    names = [name for name in layers if wanted is None or name.rsplit(".", 1)[-1] in wanted]
+    if not names:
+        raise ValueError(f"no linear layer of the model is named one of {sorted(wanted or ())}")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
+        target_modules=names,
+        fan_in_fan_out=any(is_conv1d(layers[name]) for name in names),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+
+
+def export(model: "nn.Module", folder: Path) -> None:
+    """A plain PEFT folder. Its JSON is sorted: PEFT writes sets, whose order changes from process to process."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    values["target_modules"] = sorted(values["target_modules"])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

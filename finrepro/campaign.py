@@ -1,0 +1,238 @@
+"""A table from command to numbers: plan the cells, run what is missing, record each, render the table."""
+
+import queue
+import shlex
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from finrepro import plan as planning
+from finrepro import provenance, store
+from finrepro.cells import Cell, Selection, expand
+from finrepro.errors import CellFailed, EnvironmentFault
+from finrepro.render import Table, to_json, to_latex, to_markdown
+from finrepro.run import Place, seal_unfinished
+from finrepro.schema import kind_module
+from finrepro.show import Display
+from finrepro.spec import Scale, table
+from finrepro.worker import Event, Worker
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a campaign is run; what it consists of is the `Selection`."""
+
+    scale: str = "auto"
+    jobs: int = 1
+    keep: bool = False
+    plan_only: bool = False
+
+
+def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale, str]:
+    """The scale, and why."""
+    if wanted == "auto":
+        return planning.auto_scale(expand(Selection(selection.table, seeds=selection.seeds), "paper"), place)
+    return ("paper" if wanted == "paper" else "smoke"), "asked for"
+
+
+def reproduce(selection: Selection, place: Place, options: Options) -> int:
+    """Run a table's missing cells and print it; the exit code (see finrepro.errors)."""
+    display = Display()
+    scale, why = choose_scale(selection, options.scale, place)
+    display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
+    cells = expand(selection, scale)
+    steps = planning.plan(cells, place, options.keep)
+    display.plan(steps, place, options.jobs)
+    if options.plan_only:
+        return 0
+    with place.store.lock():
+        campaign = _Campaign(selection, scale, place, options, steps, display)
+        try:
+            campaign.run()
+        finally:
+            rendered = render(selection, scale, cells, place)
+            campaign.finish()
+    display.table(rendered, place.store.results / "tables" / scale)
+    return campaign.exit_code(cells)
+
+
+def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
+    """Cells joined with their results, as the report modules take them; refused combinations are left out."""
+    joined = []
+    for cell in cells:
+        if cell.refusal:
+            continue
+        state, result = place.store.state(cell.spec), place.store.result(cell.spec.run_id) or {}
+        reason = result.get("reason") or {store.STALE: "made by other source or packages"}.get(state, "")
+        joined.append(
+            {
+                "label": cell.label, "run_id": cell.spec.run_id, "model": cell.spec.model.name,
+                "quantizer": cell.spec.quantizer.name, "adapter": cell.spec.adapter.name,
+                "train_on": cell.spec.train_on.task.name, "seed": cell.spec.seed, "state": state, "reason": reason,
+                "scores": result.get("scores", []), "costs": result.get("costs", {}),
+            }  # fmt: skip
+        )
+    return joined
+
+
+def render(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
+    """Build the table from the store and write it as Markdown, LaTeX and JSON."""
+    name = table(selection.table).report
+    built: Table = kind_module("report", name).build(rows(cells, place), scale)
+    folder = place.store.results / "tables" / scale
+    with store.disk_errors(place.store.root):
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in (("md", to_markdown(built)), ("tex", to_latex(built)), ("json", to_json(built))):
+            path = folder / f"{name}.{suffix}"
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    return built
+
+
+class _Campaign:
+    """One call of `reproduce`: jobs run cells in threads that only pass on events; this thread shows and records them."""
+
+    def __init__(
+        self, selection: Selection, scale: Scale, place: Place, options: Options, steps: list[planning.Step], display: Display
+    ) -> None:
+        self.selection, self.scale, self.place, self.display = selection, scale, place, display
+        self.steps, self.jobs = steps, max(1, options.jobs)
+        self.events: queue.Queue[tuple[planning.Step, Event]] = queue.Queue()
+        self.view: Any = None
+        self.parent = ""
+        started = time.time()
+        self.record: dict[str, Any] = {
+            "id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started)) + f"-{provenance.source_digest()[:6]}",
+            "table": f"table{selection.table.removeprefix('table')}", "scale": scale, "status": "running",
+            "command": shlex.join(sys.argv[1:]), "started": started, "ended": started, "cells": [],
+            "environment": provenance.environment(),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Record skipped cells, then run bases, then the cells on them."""
+        for step in self.steps:
+            if step.action == "skip":
+                self._skip(step)
+            elif step.action == "keep":
+                self._note(step, "kept", step.state)
+        waiting = [step for step in self.steps if step.action == "run"]
+        if not waiting:
+            return
+        self._save()
+        workers = [
+            Worker(self.place, self.selection, self.scale, self.place.store.results / "logs" / f"worker{number}.log")
+            for number in range(min(self.jobs, len(waiting)))
+        ]
+        for worker in workers:
+            worker.log.write_text("")
+            worker.start()  # by this thread: a worker dies with the thread that started it
+        try:
+            self._rounds(workers, waiting)
+        except KeyboardInterrupt:
+            self.display.say("Stopping: the running cell saves its state. Run the same command again to go on.")
+            for worker in workers:
+                worker.interrupt()
+            self.record["status"] = "interrupted"
+            raise
+        finally:
+            for worker in workers:
+                worker.close()
+
+    def _rounds(self, workers: list[Worker], waiting: list[planning.Step]) -> None:
+        """First the bases, then the rest; a cell whose base failed fails with it."""
+        for is_base in (True, False):
+            todo: queue.Queue[planning.Step] = queue.Queue()
+            count = 0
+            for step in waiting:
+                if step.is_base == is_base:
+                    todo.put(step)
+                    count += 1
+            threads = [threading.Thread(target=self._work, args=(worker, todo), daemon=True) for worker in workers]
+            for thread in threads:
+                thread.start()
+            while count:
+                step, event = self.events.get()
+                if event["event"] in ("step", "phase"):
+                    self.display.progress(step, event)
+                else:
+                    self._finished(step, event)
+                    count -= 1
+
+    def _work(self, worker: Worker, todo: "queue.Queue[planning.Step]") -> None:
+        """A job: run waiting cells until none is left."""
+        while True:
+            try:
+                step = todo.get_nowait()
+            except queue.Empty:
+                return
+            if step.base is not None and self.place.store.state(step.base) not in (store.DONE, store.STALE):
+                self.events.put((step, {"event": "died", "reason": f"its base {step.base.label} failed"}))
+                continue
+            self.events.put((step, {"event": "phase", "phase": "start"}))
+            self.events.put((step, worker.run(step.spec, lambda event, step=step: self.events.put((step, event)))))
+
+    def _finished(self, step: planning.Step, event: Event) -> None:
+        """Record the end of a cell, whatever it was. A fault of the environment ends the campaign."""
+        if event["event"] == "fault" and event["exit_code"] == EnvironmentFault.exit_code:
+            raise EnvironmentFault(event["reason"])
+        if event["event"] == "interrupted":
+            raise KeyboardInterrupt
+        status, reason = event.get("status", store.FAILED), event.get("reason") or ""
+        if event["event"] in ("died", "fault"):
+            seal_unfinished(step.spec, self.place.store, store.FAILED, reason, time.time())
+        self.display.finished(step, status, reason, self.place.store.result(step.spec.run_id))
+        self._note(step, "ran", status)
+        self._project(step)
+
+    def _skip(self, step: planning.Step) -> None:
+        """Record a skipped cell, unless the same is on record."""
+        before = self.place.store.result(step.spec.run_id)
+        if before is None or before["status"] != store.SKIPPED or before["reason"] != step.reason:
+            seal_unfinished(step.spec, self.place.store, store.SKIPPED, step.reason, time.time())
+            self._note(step, "skipped", store.SKIPPED)
+            self._project(step)
+        else:
+            self._note(step, "kept", store.SKIPPED)
+
+    def _note(self, step: planning.Step, outcome: str, status: str) -> None:
+        self.record["cells"].append(
+            {"label": step.spec.label, "run_id": step.spec.run_id, "outcome": outcome, "status": status}
+        )
+
+    def _save(self) -> None:
+        with store.disk_errors(self.place.store.root):
+            store.write_json(self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record)
+
+    def _project(self, step: planning.Step) -> None:
+        """Show a finished cell in MLflow."""
+        self._save()
+        if self.view is None:
+            from finrepro.record import View
+
+            self.view = View(self.place.store)
+            self.parent = self.view.campaign(self.record)
+        self.view.cell(step.spec.run_id, self.record, self.parent)
+
+    def finish(self) -> None:
+        """Close the campaign, if it did anything."""
+        if all(cell["outcome"] == "kept" for cell in self.record["cells"]) and self.record["status"] == "running":
+            return
+        failed = any(cell["status"] in (store.FAILED, store.DIVERGED) for cell in self.record["cells"])
+        if self.record["status"] == "running":
+            self.record["status"] = "with failed cells" if failed else "finished"
+        self.record["ended"] = time.time()
+        self._save()
+        if self.view is not None:
+            self.view.campaign(self.record)
+
+    def exit_code(self, cells: list[Cell]) -> int:
+        """0; 4 if a cell failed; 3 if the only cell asked for was skipped."""
+        states = [self.place.store.state(cell.spec) for cell in cells if not cell.refusal]
+        if any(state in (store.FAILED, store.DIVERGED) for state in states):
+            return CellFailed.exit_code
+        return EnvironmentFault.exit_code if states == [store.SKIPPED] else 0
+
+

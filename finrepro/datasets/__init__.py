@@ -1,0 +1,1 @@
+"""Dataset formats, one a file: each turns the bytes of its files into splits of examples."""

@@ -1,0 +1,45 @@
+"""What can go wrong in a way the user can mend: one line each, and a documented exit code."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_CODES = {
+    0: "done (skipped cells are in the table with their reason)",
+    1: "Invoke rejected the command line",
+    2: "usage: an unknown name, a malformed configuration file",
+    3: "environment: missing weights or data, an unwritable store, a full disk",
+    4: "a cell failed; its reason is in its result and in the table",
+    130: "interrupted; finished cells are kept, the running one resumes",
+}
+
+
+class FinreproError(Exception):
+    """An error with a one-line message for the user; `exit_code` is the process's exit status."""
+
+    exit_code = 4
+
+
+class UsageError(FinreproError):
+    """The request or a configuration file is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(FinreproError):
+    """The request is right, but this machine, store or data folder cannot serve it."""
+
+    exit_code = 3
+
+
+class CellFailed(FinreproError):
+    """A cell ran and did not finish: diverged, out of memory, or a defect."""
+
+    exit_code = 4
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> UsageError:
+    """A `UsageError` that names the wrong value, the nearest match and everything allowed."""
+    known = sorted(allowed)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return UsageError(f"unknown {what} '{name}'.{hint} Allowed: {', '.join(known)}.")

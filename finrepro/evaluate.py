@@ -1,0 +1,114 @@
+"""Score a model on a task: per-example answers, metrics with intervals, and the best constant answer beside them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finrepro.examples import Example
+from finrepro.scoring import Progress, choice_log_likelihoods, text_log_likelihoods
+from finrepro.spec import Evaluation, TaskSpec
+from finrepro.statistics import intervals, paired_differences
+from finrepro.tokens import encode
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+Row = dict[str, Any]  # one example's answer, as a line of predictions.jsonl
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A task's scores (`{task, metric, value, low, high, n, constant, ...}`) and per-example rows."""
+
+    scores: list[dict[str, Any]]
+    rows: list[Row]
+
+
+def evaluate(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerFast",
+    task: TaskSpec,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    max_seq_len: int,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Answer every example and score the answers. The model is left in evaluation mode."""
+    model.eval()
+    rows = answer(model, tokenizer, task, examples, settings, max_seq_len, progress)
+    return Evaluated(score_rows(task, examples, rows, settings), rows)
+
+
+def answer(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerFast",
+    task: TaskSpec,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    max_seq_len: int,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """One row an example, in the order of the examples.
+
+    With choices: the choice with the largest summed log-probability (no length norm; the first of equals) is the prediction. Without:
+    the text's own log-probability.
+    """
+    module, config = task.task.module("tasks"), task.task.config
+    prompts = [module.prompt(example, config) for example in examples]
+    options = [module.choices(example, config) for example in examples]
+    common = [{"task": task.task.name, "id": example.id} for example in examples]
+    if options[0] is None:
+        pairs = [(prompt, module.target(example, config)) for prompt, example in zip(prompts, examples, strict=True)]
+        texts = encode(tokenizer, pairs, max_seq_len, end=False)
+        values = text_log_likelihoods(model, texts, settings.max_tokens, progress)
+        return [
+            {**row, "logprob": value, "tokens": text.num_supervised}
+            for row, value, text in zip(common, values, texts, strict=True)
+        ]
+    pairs = [(prompt, choice) for prompt, choices in zip(prompts, options, strict=True) for choice in choices]
+    encoded = iter(encode(tokenizer, pairs, max_seq_len, end=False))
+    items = [[next(encoded) for _ in choices] for choices in options]
+    answered = choice_log_likelihoods(model, items, settings.max_tokens, progress)
+    rows = []
+    for row, example, choices, values in zip(common, examples, options, answered, strict=True):
+        prediction = module.parse(choices[int(np.argmax(values))], example, config)
+        logprobs = dict(zip((choice.strip() for choice in choices), values, strict=True))
+        rows.append({**row, "gold": example.label, "prediction": prediction, "logprobs": logprobs})
+    return rows
+
+
+def score_rows(
+    task: TaskSpec, examples: Sequence[Example], rows: Sequence[Row], settings: Evaluation
+) -> list[dict[str, Any]]:
+    """Metrics of given answers, from the rows alone: an auditor recomputes them without a model."""
+    module, config = task.task.module("tasks"), task.task.config
+
+    def score(sums: np.ndarray) -> dict[str, np.ndarray]:
+        return module.score(sums, config)
+
+    options = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": settings.seed}
+    clusters = [module.cluster(example) for example in examples]
+    tally = module.tally(rows, config)
+    constants = {
+        reply: module.tally([{**row, "prediction": reply} for row in rows], config)
+        for reply in module.constant_answers(config)
+    }
+    scores = []
+    for metric, interval in intervals(tally, clusters, score, **options).items():
+        entry: dict[str, Any] = {
+            "task": task.task.name, "metric": metric, "value": interval.value, "low": interval.low,
+            "high": interval.high, "n": len(rows), "constant": None, "constant_answer": None,
+        }  # fmt: skip
+        if constants:
+            sign = -1 if metric == "unparsable_rate" else 1
+            best = max(constants, key=lambda reply: sign * float(score(constants[reply].sum(0))[metric]))
+            gain = paired_differences(tally, constants[best], clusters, score, **options)[metric]
+            entry |= {
+                "constant": float(score(constants[best].sum(0))[metric]), "constant_answer": best,
+                "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
+            }  # fmt: skip
+        scores.append(entry)
+    return scores

@@ -1,0 +1,1 @@
+"""Neural network layers, one idea a file. They know tensors, not cells."""

@@ -1,0 +1,78 @@
+"""Causal attention confined to segments of a row, so that packed examples do not see one another.
+
+Registered with Transformers under `NAME`. Without `segment_lengths` it is plain scaled-dot-product attention. With them, on CUDA, it is one
+variable-length flash-attention call (`torch.nn.attention.varlen`); elsewhere, one call a segment: exact, and linear in the number of
+segments, where a block-diagonal mask would be quadratic in the row's length. Passing the segments explicitly avoids Transformers'
+guess from position ids, which a key-value cache or an attention mask silently switches off.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "finrepro_isolated"
+
+
+def isolated_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads seq head_dim"],
+    key: Float[Tensor, "batch kv_heads past_seq head_dim"],
+    value: Float[Tensor, "batch kv_heads past_seq head_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segment_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch seq heads head_dim"], None]:
+    """Transformers' attention interface. Raises `ValueError` for segments in a batch of more than one row."""
+    if segment_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if query.shape[0] != 1:
+        raise ValueError("segments are laid end to end in one row; the batch has several")
+    if query.is_cuda:
+        return _variable_length(query, key, value, segment_lengths, scaling), None
+    parts = [
+        scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in zip(
+            query.split(segment_lengths, 2), key.split(segment_lengths, 2), value.split(segment_lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None
+) -> Tensor:
+    """One flash-attention call over all segments; (1, heads, seq, head_dim) in, (1, seq, heads, head_dim) out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    longest = max(lengths)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]
+
+
+def register() -> None:
+    """Make the implementation known to Transformers; models are then loaded with `attn_implementation=NAME`."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, isolated_attention)

@@ -1,0 +1,53 @@
+"""A causal language model that sends only the supervised positions through its output head.
+
+With a vocabulary of 128,256 the head is the largest activation of fine-tuning: for a prompt of 60 tokens and an answer of two, 97 % of
+its rows would be computed only to be ignored.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from finrepro.batches import Batch
+
+
+def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The transformer below the output head, and the head, also of a model that PEFT has wrapped."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
+
+
+def hidden_states(model: nn.Module, batch: Batch, **kwargs: Any) -> Float[Tensor, "tokens d_model"]:
+    """Last hidden states of every position, flattened."""
+    backbone, _ = backbone_and_head(model)
+    segments = {"segment_lengths": batch.segment_lengths} if batch.segment_lengths is not None else {}
+    output = backbone(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **segments, **kwargs
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def log_likelihood(
+    head: nn.Module, hidden: Float[Tensor, "positions d_model"], targets: Int[Tensor, " positions"]
+) -> Float[Tensor, " positions"]:
+    """Natural log-probability of each target, in float32."""
+    logits = head(hidden).float()
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class SupervisedLM(nn.Module):
+    """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the batch's supervised tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Float[Tensor, ""]:
+        """Sum, not mean: the caller divides by the supervised tokens of the global batch, which may span many forwards."""
+        hidden = hidden_states(self.model, batch)
+        _, head = backbone_and_head(self.model)
+        if len(batch.positions) == 0:  # keep the graph whole for collective backward passes
+            return (head(hidden[:1]) * 0).sum().float()
+        return -torch.sum(log_likelihood(head, hidden[batch.positions], batch.targets))

@@ -1,0 +1,1 @@
+"""Optimizers, one a file: a `Config` and `build(param_groups, config)`."""

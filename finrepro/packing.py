@@ -1,0 +1,91 @@
+"""Which examples make an optimizer step, and how a step is laid out in micro-batches. Numbers only: no tensors, no tokens.
+
+The order decides what is learned and depends on the seed alone; the layout decides only how fast, and every layout of the same step
+gives the same loss and gradients (tested). So neither the device, nor the number of ranks, nor the layout changes the experiment.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+
+Rows = list[int]  # indices of examples
+
+
+def steps_of_epoch(lengths: Sequence[int], global_batch_size: int, sort_window: int, seed: int, epoch: int) -> list[Rows]:
+    """The optimizer steps of one epoch, each a list of example indices; every example occurs exactly once.
+
+    Examples are shuffled, sorted by length inside windows of `sort_window` steps and cut; then the steps are shuffled. Neighbours in
+    length share a step, so that padding is rare, while the composition still changes from epoch to epoch. The last step may be shorter.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(lengths))
+    size = np.asarray(lengths)
+    window = global_batch_size * sort_window
+    steps: list[Rows] = []
+    for start in range(0, len(order), window):
+        block = order[start : start + window]
+        if sort_window > 1:
+            block = block[np.argsort(size[block], kind="stable")]
+        steps += [block[i : i + global_batch_size].tolist() for i in range(0, len(block), global_batch_size)]
+    return [steps[i] for i in generator.permutation(len(steps))] if sort_window > 1 else steps
+
+
+def num_steps(num_examples: int, global_batch_size: int, sort_window: int) -> int:
+    """Optimizer steps in an epoch, without building them."""
+    window = global_batch_size * sort_window
+    full, rest = divmod(num_examples, window)
+    return full * sort_window + -(-rest // global_batch_size)
+
+
+def rank_rows(rows: Rows, lengths: Sequence[int], rank: int, world_size: int) -> Rows:
+    """This rank's part of a step: dealt out in order of length, so that ranks get equal work."""
+    dealt = sorted(rows, key=lambda row: (-lengths[row], row))
+    return dealt[rank::world_size]
+
+
+def padded(rows: Rows, lengths: Sequence[int], max_tokens: int) -> list[Rows]:
+    """Cut rows into micro-batches, sorted by length, whose size with padding stays within `max_tokens`.
+
+    A single row longer than `max_tokens` makes a micro-batch of its own: no example is dropped.
+    """
+    batches: list[Rows] = []
+    current: Rows = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if current and lengths[current[0]] * (len(current) + 1) > max_tokens:
+            batches.append(current)
+            current = []
+        current.append(row)
+    return [*batches, current] if current else batches
+
+
+def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
+    """Best-fit decreasing: each row, longest first, goes into the fullest bin that still has room for it.
+
+    O(n log n). A row longer than `capacity` gets a bin of its own: no example is dropped or cut.
+    """
+    open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
+    content: list[Rows] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        length = lengths[row]
+        position = bisect_left(open_bins, (length, -1))
+        if position < len(open_bins):
+            room, index = open_bins.pop(position)
+            content[index].append(row)
+        else:
+            room, index = max(capacity, length), len(content)
+            content.append([row])
+        if room > length:
+            insort(open_bins, (room - length, index))
+    return content
+
+
+LAYOUTS = {"padded": padded, "bins": bins}
+
+
+def useful_share(batches: Sequence[Rows], lengths: Sequence[int], layout: str) -> float:
+    """Share of real tokens among all that go through the model; bins hold no padding, their rest is not computed."""
+    real = sum(lengths[row] for batch in batches for row in batch)
+    if layout == "bins":
+        return 1.0
+    return real / sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)

@@ -1,0 +1,154 @@
+"""What will happen to each cell before anything runs: kept, run, skipped or refused, why, and about how long it takes."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from finrepro import data, store, weights
+from finrepro.cells import Cell
+from finrepro.run import Place
+from finrepro.spec import Model, RunSpec, Scale
+
+Action = Literal["run", "keep", "skip", "refuse"]
+GIB = 2**30
+ADAM_BYTES = 16  # a trained parameter in fp32: weight, gradient, two moments
+TOKENS_PER_EXAMPLE = 45  # of the sentiment sets, with a short prompt; only for the estimate of time
+FLOPS_PER_THREAD = 4e10  # sustained by small fp32 matrices on one core of the machine in docs/log.md
+FLOPS_PER_GPU = 1.5e14
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run and what is to be done about it. `reason` says why it is skipped, refused or run again."""
+
+    spec: RunSpec
+    action: Action
+    state: str
+    reason: str = ""
+    is_base: bool = False
+    base: RunSpec | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine can hold: memory of its host and of its smallest GPU (0 without one)."""
+
+    memory_bytes: int
+    gpu_bytes: int
+    gpu_name: str = ""
+
+
+@cache
+def machine() -> Machine:
+    """Look at the host and at its GPUs, without loading a GPU library."""
+    import psutil
+
+    host = psutil.virtual_memory().total
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        lines = [line.split(",", 1) for line in answer.stdout.strip().splitlines()] if answer.returncode == 0 else []
+        if lines:
+            smallest = min(lines, key=lambda line: float(line[0]))
+            return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip())
+    return Machine(host, 0)
+
+
+def block_linear_parameters(model: Model) -> int:
+    """Weights of the linear layers in the blocks: what a quantizer stores in fewer bits."""
+    shape = model.architecture
+    if model.family == "gpt2":
+        return int(12 * shape["n_layer"] * shape["n_embd"] ** 2)
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    head = width // shape["num_attention_heads"]
+    keys = 2 * width * head * shape["num_key_value_heads"]
+    return int(shape["num_hidden_layers"] * (2 * width**2 + keys + 3 * width * inner))
+
+
+def needed_bytes(spec: RunSpec) -> int:
+    """Memory to train the cell, by the formulas of QLoRA: base as stored, 16 bytes a trained parameter, and activations of a
+    checkpointed forward pass. An estimate for refusing what cannot fit, not a prediction of the peak."""
+    shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
+    layers = block_linear_parameters(spec.model)
+    bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, dtype_bits)
+    base = layers * bits / 8 + (spec.model.parameters - layers) * dtype_bits / 8
+    trained = spec.model.parameters if spec.adapter.kind == "full" else adapter_parameters(spec)
+    width = shape.get("hidden_size", shape.get("n_embd"))
+    depth = shape.get("num_hidden_layers", shape.get("n_layer"))
+    kept = 1 if spec.train.activation_checkpointing else 16
+    activations = spec.train.max_tokens * width * (depth * kept + 20) * dtype_bits / 8
+    return int(base + ADAM_BYTES * trained + activations)
+
+
+def adapter_parameters(spec: RunSpec) -> int:
+    """Trained parameters of a low-rank adapter on every linear layer of the blocks: r (in + out) a layer."""
+    shape = spec.model.architecture
+    if spec.model.family == "gpt2":
+        unit = shape["n_layer"] * 16 * shape["n_embd"]
+    else:
+        width, inner = shape["hidden_size"], shape["intermediate_size"]
+        kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+        unit = shape["num_hidden_layers"] * (4 * width + 2 * (width + kv) + 3 * (width + inner))
+    return int(unit * getattr(spec.adapter.config, "r", 0))
+
+
+def estimated_seconds(spec: RunSpec, place: Place) -> float:
+    """About how long the cell takes: as long as it took last time in this store, else from its FLOPs."""
+    before = place.store.result(spec.run_id)
+    if before and before["status"] == store.DONE:
+        return float(before["ended"] - before["started"])
+    tokens = spec.train.max_steps * spec.train.global_batch_size * TOKENS_PER_EXAMPLE
+    speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * spec.threads
+    return 3 + 6 * spec.model.parameters * tokens / speed
+
+
+def cannot_run(spec: RunSpec, place: Place) -> str | None:
+    """Why this machine cannot run the cell, in one line; None if it can."""
+    for each in (spec.train_on, *spec.tasks):
+        reason = data.missing_reason(each.dataset, place.data_dir)
+        if reason:
+            return reason
+    if spec.model.scale == "smoke":
+        return None
+    here = machine()
+    available, where = (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
+    needed = needed_bytes(spec) / spec.world_size
+    if needed > available:
+        return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
+    return weights.missing_reason(spec.model, place.models_dir)
+
+
+def plan(cells: list[Cell], place: Place, keep: bool) -> list[Step]:
+    """The steps in the order in which they run: bases before the cells that need them. `keep` keeps stale results."""
+    steps = [_step(cell.spec, place, keep, cell.refusal, cell.base) for cell in cells]
+    needed = {step.base.run_id: step.base for step in steps if step.action == "run" and step.base is not None}
+    bases = [_step(base, place, keep, None, None, is_base=True) for base in needed.values()]
+    return bases + steps
+
+
+def _step(
+    spec: RunSpec, place: Place, keep: bool, refusal: str | None, base: RunSpec | None, is_base: bool = False
+) -> Step:
+    if refusal:
+        return Step(spec, "refuse", "refused", refusal, is_base, base)
+    state = place.store.state(spec)
+    if state == store.DONE or (state == store.STALE and keep):
+        return Step(spec, "keep", state, "made by other source or packages" if state == store.STALE else "", is_base, base)
+    reason = cannot_run(spec, place)
+    if reason:
+        return Step(spec, "skip", store.SKIPPED, reason, is_base, base)
+    again = {store.STALE: "its source or packages have changed", store.MISSING: ""}
+    return Step(spec, "run", state, again.get(state, f"it {state} before"), is_base, base)
+
+
+def auto_scale(paper: list[Cell], place: Place) -> tuple[Scale, str]:
+    """`paper` where a GPU is there and at least one of the cells can run on it, else `smoke`; and why."""
+    here = machine()
+    if not here.gpu_bytes:
+        return "smoke", "no CUDA device on this machine"
+    reasons = [cannot_run(cell.spec, place) for cell in paper if not cell.refusal]
+    if None in reasons:
+        return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
+    return "smoke", f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}"

@@ -1,0 +1,100 @@
+"""Block-wise 4-bit storage by bitsandbytes: NormalFloat4 and FP4 (Dettmers et al., 2023, arXiv 2305.14314, section 3).
+
+Each block of `block_size` weights is divided by its largest magnitude and rounded to 16 levels; with `double_quant` the block scales
+are themselves rounded to 8 bits in groups of 256. Bits per weight: 4 + 32 / block_size, or 4 + 8 / block_size + 32 / (256 block_size).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from finrepro.schema import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@settings
+class Config:
+    """bitsandbytes' settings, each of them explicit."""
+
+    quant_type: Literal["nf4", "fp4"]
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+    double_quant: bool
+    quant_storage: Literal["uint8", "bfloat16"]
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized weight: packed codes and bitsandbytes' state (scales, shape, code book)."""
+
+    codes: "Tensor"
+    state: Any
+    config: Config
+
+
+def encode(weight: "Tensor", config: Config) -> Stored:
+    """Quantize a weight of shape (out, in), on its device."""
+    import torch
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(
+        weight.contiguous(),
+        blocksize=config.block_size,
+        compress_statistics=config.double_quant,
+        quant_type=config.quant_type,
+        quant_storage=getattr(torch, config.quant_storage),
+    )
+    return Stored(codes, state, config)
+
+
+def decode(stored: Stored) -> "Tensor":
+    """The weight (out, in) that the codes stand for, in the dtype it had."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(stored.codes, stored.state)
+
+
+def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
+    """A frozen bitsandbytes layer around the stored weight; PEFT recognises it."""
+    import bitsandbytes
+    import torch
+    from torch import nn
+
+    out_features, in_features = stored.state.shape
+    config = stored.config
+    layer = bitsandbytes.nn.Linear4bit(
+        in_features,
+        out_features,
+        bias=bias is not None,
+        compute_dtype=getattr(torch, config.compute_dtype),
+        compress_statistics=config.double_quant,
+        quant_type=config.quant_type,
+        quant_storage=getattr(torch, config.quant_storage),
+        device="meta",
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        stored.codes,
+        requires_grad=False,
+        quant_state=stored.state,
+        blocksize=config.block_size,
+        compress_statistics=config.double_quant,
+        quant_type=config.quant_type,
+        quant_storage=getattr(torch, config.quant_storage),
+        module=layer,
+        bnb_quantized=True,
+    )
+    layer.quant_state = stored.state
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    # On CPUs with AVX512-BF16 an evaluation pass would repack the weight in place: other bits, and lossy when saved.
+    layer.support_avx512bf16_for_cpu = False
+    layer.compute_type_is_set = True
+    return layer
+
+
+def weight_bits(config: Config, dtype_bits: int) -> float:
+    """Bits per weight of a linear layer in the blocks, scales included."""
+    if config.double_quant:
+        return 4 + 8 / config.block_size + 32 / (256 * config.block_size)
+    return 4 + 32 / config.block_size

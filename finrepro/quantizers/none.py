@@ -1,0 +1,31 @@
+"""No quantization: weights keep the model's own dtype."""
+
+from typing import TYPE_CHECKING
+
+from finrepro.schema import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@settings
+class Config:
+    """No settings."""
+
+
+def encode(weight: "Tensor", config: Config) -> "Tensor":
+    """The weight itself, (out, in)."""
+    return weight
+
+
+def decode(stored: "Tensor") -> "Tensor":
+    """The weight itself."""
+    return stored
+
+
+linear = None  # layers are left as they are
+
+
+def weight_bits(config: Config, dtype_bits: int) -> float:
+    """Bits per weight of a linear layer in the blocks."""
+    return float(dtype_bits)

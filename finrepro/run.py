@@ -1,0 +1,247 @@
+"""The walk of one cell, from its spec to its sealed result. `python -m finrepro.run` runs one cell and is idempotent."""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finrepro import data, provenance, runtime, store, weights
+from finrepro.cells import Selection, find
+from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
+from finrepro.spec import RunSpec
+from finrepro.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell works: its store, and where data and weights may be found."""
+
+    store: Store
+    data_dir: Path | None = None
+    models_dir: Path | None = None
+
+
+def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+    """Walk one cell and seal its result; the content of result.json.
+
+    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason. Raises `EnvironmentFault` (nothing is written) and
+    `Interrupted` (a checkpoint is).
+    """
+    from finrepro.train import Diverged
+
+    started = time.time()
+    try:
+        return walk(spec, place, report, stop_requested, started)
+    except EnvironmentFault:
+        raise
+    except Diverged as error:
+        status, reason = store.DIVERGED, str(error)
+    except (CellFailed, MemoryError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return seal_unfinished(spec, place.store, status, reason, started, traceback.format_exc())
+
+
+def walk(
+    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool], started: float
+) -> dict[str, Any]:
+    """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
+    device = runtime.setup(spec.seed, spec.threads)
+
+    from finrepro.evaluate import evaluate
+    from finrepro.model import build
+    from finrepro.monitor import Monitor
+    from finrepro.tokens import encode
+    from finrepro.train import Control, train
+
+    report({"event": "phase", "phase": "data"})
+    dataset = data.load(spec.train_on.dataset, place.data_dir)
+    folder, tokenizer = base(spec, place, dataset)
+    task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
+    pairs = [(task.prompt(example, config), task.target(example, config)) for example in dataset.splits["train"]]
+    encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
+
+    report({"event": "phase", "phase": "model"})
+    built = build(spec, tokenizer, folder, device)
+
+    report({"event": "phase", "phase": "train"})
+    checkpoints = place.store.checkpoints(spec.run_id)
+    with Monitor() as monitor:
+        trained = train(built.model, encoded, spec, device, Control(report, stop_requested, checkpoints))
+
+        report({"event": "phase", "phase": "evaluate"})
+        began = time.monotonic()
+        scores, rows, num_scored = [], [], 0
+        for each in spec.tasks:
+            loaded = dataset if each.dataset == spec.train_on.dataset else data.load(each.dataset, place.data_dir)
+            examples = loaded.splits[spec.evaluation.split]
+            evaluated = evaluate(built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len)
+            scores += evaluated.scores if has_quality(spec) else []
+            rows += evaluated.rows
+            num_scored += len(examples)
+        evaluation_seconds = time.monotonic() - began
+
+    report({"event": "phase", "phase": "record"})
+    if not runtime.ranks().is_main:
+        return {}
+    with place.store.new_run(spec.run_id) as target:
+        (target / "weights").mkdir()
+        spec.adapter.module("adapters").export(built.model, target / "weights")
+        if spec.base_run is None and spec.model.pretrain is not None:
+            tokenizer.save_pretrained(target / "weights")
+        store.write_lines(target / "loss.jsonl", trained.losses)
+        store.write_lines(target / "predictions.jsonl", rows)
+        store.write_lines(target / "system.jsonl", monitor.samples)
+        files = sorted((target / "weights").glob("*.safetensors"))
+        result = header(spec, store.DONE, None, started) | {
+            "scores": scores,
+            "costs": {
+                "total_params": built.base_parameters,
+                "trainable_params": built.trainable_parameters,
+                "base_bytes": built.base_bytes,
+                "trained_file_bytes": sum(path.stat().st_size for path in files),
+                "peak_memory_bytes": runtime.peak_memory_bytes(device),
+                "train_seconds": trained.seconds,
+                "train_tokens": trained.tokens,
+                "supervised_tokens": trained.supervised_tokens,
+                "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
+                "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
+                "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
+                "evaluation_seconds": evaluation_seconds,
+                "evaluated_examples": num_scored,
+            },
+            "data": {
+                "fingerprints": dataset.fingerprints,
+                "overlap": dataset.overlap,
+                "origin": dataset.origin,
+                "files": {role: file.sha256 for role, file in spec.train_on.dataset.config.files.items()},
+            },
+        }
+        store.write_json(target / "result.json", result)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return result
+
+
+def has_quality(spec: RunSpec) -> bool:
+    """Whether scores mean anything: weights that were never trained show no quality, but a pretraining run makes its own."""
+    return spec.weights == "pretrained" or spec.model.pretrain is not None and spec.base_run is None
+
+
+def base(spec: RunSpec, place: Place, dataset: data.Dataset) -> tuple[Path | None, "PreTrainedTokenizerFast"]:
+    """The base's folder (None: random weights) and its tokenizer.
+
+    Raises `EnvironmentFault` when the run that makes the base, or the checkpoint, is not there.
+    """
+    from finrepro.model import load_tokenizer
+    from finrepro.tokens import train_tokenizer
+
+    if spec.base_run is not None:
+        folder = place.store.run_folder(spec.base_run) / "weights"
+        if place.store.result(spec.base_run) is None:
+            raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
+        return folder, load_tokenizer(folder)
+    if spec.model.pretrain is not None:
+        texts = [example.text for example in dataset.splits["train"]]
+        extra = spec.train_on.task.config.tokenizer_extra if spec.train_on.task.kind == "language_modeling" else ()
+        vocabulary = int(spec.model.architecture["vocab_size"])
+        return None, train_tokenizer([*texts, *extra * len(texts)], spec.model.family, vocabulary)
+    found = weights.locate(spec.model, place.models_dir) or weights.fetch(spec.model)
+    return (found if spec.weights == "pretrained" else None), load_tokenizer(found)
+
+
+def header(spec: RunSpec, status: str, reason: str | None, started: float) -> dict[str, Any]:
+    """What every result.json has, finished or not."""
+    return {
+        "format": store.FORMAT,
+        "run_id": spec.run_id,
+        "label": spec.label,
+        "status": status,
+        "reason": reason,
+        "cell": {
+            "model": spec.model.name,
+            "quantizer": spec.quantizer.name,
+            "adapter": spec.adapter.name,
+            "train_on": spec.train_on.task.name,
+            "seed": spec.seed,
+            "scale": spec.model.scale,
+            "weights": spec.weights,
+        },
+        "spec": spec.canonical(),
+        "started": started,
+        "ended": time.time(),
+        "scores": [],
+        "costs": {},
+        "data": {},
+        "environment": provenance.environment(),
+    }
+
+
+def seal_unfinished(
+    spec: RunSpec, place: Store, status: str, reason: str, started: float, detail: str | None = None
+) -> dict[str, Any]:
+    """Record that a cell failed, diverged or was skipped, and why."""
+    result = header(spec, status, reason, started)
+    with place.new_run(spec.run_id) as target:
+        store.write_json(target / "result.json", result)
+        if detail:
+            (target / "error.txt").write_text(detail, encoding="utf-8")
+    return result
+
+
+def request(spec: RunSpec, selection: Selection, scale: str) -> dict[str, Any]:
+    """A cell as a message to a process that runs it: how to find it again, and the id it must then have."""
+    return {"selection": asdict(selection), "scale": scale, "label": spec.label, "run_id": spec.run_id}
+
+
+def resolve(message: dict[str, Any]) -> RunSpec:
+    """The spec that a `request` means. Raises `CellFailed` when the configuration has changed in between."""
+    values = message["selection"]
+    selection = Selection(**{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None})
+    spec = find(selection, message["scale"], message["label"])
+    if spec.run_id != message["run_id"]:
+        raise CellFailed(f"{message['label']}: the configuration changed while the campaign was running.")
+    return spec
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cell of a request (JSON) as a process of its own: what launchers start, one a rank. Exit codes as everywhere."""
+    from finrepro.train import Interrupted
+
+    parser = argparse.ArgumentParser(prog="python -m finrepro.run", description=main.__doc__)
+    parser.add_argument("--request", required=True, help="JSON with selection, scale, label and run_id")
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--models-dir", type=Path)
+    options = parser.parse_args(arguments)
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    try:
+        spec = resolve(json.loads(options.request))
+        place = Place(store.open_store(options.store), options.data_dir, options.models_dir)
+        if place.store.state(spec) == store.DONE:
+            return 0
+        emit = (lambda event: print(json.dumps(event), flush=True)) if runtime.ranks().is_main else (lambda event: None)
+        result = run_cell(spec, place, emit, lambda: bool(stop))
+        return 0 if result.get("status", store.DONE) == store.DONE else CellFailed.exit_code
+    except FinreproError as error:
+        print(f"finrepro: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as error:
+        print(f"finrepro: {error}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    runtime.quiet_environment()
+    sys.exit(main())

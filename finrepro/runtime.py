@@ -1,0 +1,120 @@
+"""The process a cell runs in: ranks, devices, threads, seeds and determinism, set before anything is computed."""
+
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OFFLINE = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a cell, from the launcher's environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the results."""
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun and DeepSpeed's launcher set them; alone without."""
+    return Ranks(*(int(os.environ.get(name, default)) for name, default in _RANK_DEFAULTS))
+
+
+_RANK_DEFAULTS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def quiet_environment() -> None:
+    """No telemetry, no tokenizer threads behind our back, reproducible cuBLAS; to be called before torch is imported."""
+    os.environ.update(OFFLINE)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.environ.get("WORLD_SIZE", "1") == "1" else "")
+    if not os.environ["GLOO_SOCKET_IFNAME"]:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def setup(seed: int, threads: int) -> "torch.device":
+    """Seed every global generator, fix the threads, ask for deterministic kernels; the device of this rank.
+
+    Our own code draws from private generators; the global ones are seeded for what libraries draw.
+    """
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (for libraries)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Libraries' notices about their own internals; a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed|transformers")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks().local_rank)
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return device
+    reset_peak_memory()
+    return torch.device("cpu")
+
+
+def start_process_group(device: "torch.device") -> None:
+    """Join the cell's process group: nccl on GPUs, gloo on CPUs; alone, over an in-process store without a port.
+
+    DeepSpeed is told to leave its shared-memory operator alone: it would be compiled at first use, which a machine without a compiler
+    cannot do, and gloo does the same work.
+    """
+    import torch.distributed as dist
+
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, default in _RANK_DEFAULTS:
+        os.environ.setdefault(name, default)
+    here = ranks()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if here.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+
+
+def reset_peak_memory() -> None:
+    """Forget the process's peak resident size, so that a cell's peak is its own in a process that runs many."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass  # not permitted here: the peak is then the process's, which is larger, never smaller
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
+    """Largest memory since `setup`: allocated on the GPU, or the process's resident size on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

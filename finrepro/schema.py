@@ -1,0 +1,120 @@
+"""Typed, frozen settings: YAML in, checked values out, and every error in one line.
+
+`@settings` makes a frozen, keyword-only dataclass whose fields pydantic checks strictly. Values are read as JSON so that
+YAML's lists become tuples, while `1e-4` (a string in YAML 1.1) is refused where a number is wanted.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+import yaml
+
+from finrepro.errors import UsageError, unknown
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Turn a class into a frozen, keyword-only dataclass with strict types and no unknown keys."""
+    decorate = pydantic.dataclasses.dataclass(
+        frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
+    )
+    return decorate(cls)  # type: ignore[return-value]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping. Raises `UsageError` with file and line when it is malformed."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a mapping of names to settings.")
+    return value
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Check `values` against the settings class `cls`.
+
+    Raises `UsageError` that starts with `where` and names the wrong key or type, and the keys that are known.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{where}: {unknown('setting', str(key), known)}")
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "settings"
+        given = first.get("input")
+        raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}.") from None
+
+
+@cache
+def kinds(package: str) -> tuple[str, ...]:
+    """Names of the modules in `finrepro.<package>`: the values that `kind` may take there."""
+    parent = importlib.import_module(f"finrepro.{package}")
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(parent.__path__)))
+
+
+def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
+    """The module that implements `kind`. Raises `UsageError` naming the known kinds."""
+    if kind not in kinds(package):
+        prefix = f"{where}: " if where else ""
+        raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
+    return importlib.import_module(f"finrepro.{package}.{kind}")
+
+
+@settings
+class Choice:
+    """A resolved catalogue entry: which file implements it, under which name it is listed, and its settings."""
+
+    name: str
+    kind: str
+    config: Any
+
+    def module(self, package: str) -> ModuleType:
+        """The implementing module, e.g. `choice.module("adapters")`."""
+        return kind_module(package, self.kind)
+
+
+def choose(package: str, name: str, entry: dict[str, Any], where: str) -> Choice:
+    """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed `Config`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        raise UsageError(f"{where}: needs 'kind', one of {', '.join(kinds(package))}.")
+    module = kind_module(package, entry["kind"], where)
+    config = build(module.Config, {key: value for key, value in entry.items() if key != "kind"}, where)
+    return Choice(name=name, kind=entry["kind"], config=config)
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON-able values, with `kind` beside the settings and catalogue names left out.
+
+    A name is for people: renaming an entry must not make its results unfindable. `dataclasses.asdict` alone would drop
+    the class, so that two kinds with equal settings would be taken for the same thing.
+    """
+    if isinstance(value, Choice):
+        return {"kind": value.kind, **plain(value.config)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,113 @@
+"""What a person sees: the plan, progress bars, finished cells, the table, the list of cells."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from finrepro import plan as planning
+from finrepro.render import Table, to_rich
+from finrepro.run import Place
+from finrepro.worker import Event
+
+STYLES = {"done": "green", "stale": "yellow", "failed": "red", "diverged": "red", "skipped": "yellow", "refused": "dim"}
+
+
+def duration(seconds: float) -> str:
+    """A time to the precision that an estimate has."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Display:
+    """The terminal; without one (a log file, CI) the same facts, a line each, and no bars."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bars: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.done = self.total = 0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def plan(self, steps: list[planning.Step], place: Place, jobs: int) -> None:
+        """How many cells run, are kept, skipped and refused, with each reason once, and about how long it takes."""
+        counts = Counter(step.action for step in steps)
+        bases = sum(step.is_base for step in steps if step.action == "run")
+        seconds = sum(planning.estimated_seconds(s.spec, place) for s in steps if s.action == "run") / max(1, jobs)
+        self.total = counts["run"]
+        parts = [f"{counts['run']} to run" + (f" ({bases} of them pretraining)" if bases else "")]
+        parts += [f"{counts[action]} {name}" for action, name in _NAMES.items() if counts[action]]
+        self.say(f"Plan: {', '.join(parts)}." + (f" About {duration(seconds)}." if counts["run"] else ""))
+        reasons: dict[str, list[planning.Step]] = {}
+        for step in steps:
+            if step.reason:
+                reasons.setdefault(f"{_DOING[step.action]}: {step.reason}", []).append(step)
+        for reason, named in reasons.items():
+            self.say(f"  {named[0].spec.label}{f' and {len(named) - 1} more' if len(named) > 1 else ''} - {reason}")
+
+    def progress(self, step: planning.Step, event: Event) -> None:
+        """Move the cell's bar."""
+        if not self.console.is_terminal:
+            return
+        if self.bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
+            self.bars = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self.bars.start()
+        label = step.spec.label
+        if label not in self.tasks:
+            self.tasks[label] = self.bars.add_task(label, total=step.spec.train.max_steps, facts="")
+        if event["event"] == "phase":
+            self.bars.update(self.tasks[label], facts=event["phase"])
+        else:
+            facts = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
+            self.bars.update(self.tasks[label], completed=event["step"], facts=facts)
+
+    def finished(self, step: planning.Step, status: str, reason: str, result: dict[str, Any] | None) -> None:
+        """One line for a finished cell: its main score and its time, or its reason."""
+        self.done += 1
+        label = step.spec.label
+        if self.bars is not None and label in self.tasks:
+            self.bars.remove_task(self.tasks.pop(label))
+        text = reason
+        if result and status == "done":
+            score = result["scores"][0] if result["scores"] else None
+            shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality: random weights"
+            text = f"{shown}, {result['ended'] - result['started']:.0f} s"
+        style = STYLES.get(status, "")
+        self.console.print(f"[{self.done}/{self.total}] ", end="", markup=False)
+        self.console.print(f"[{style}]{status}[/{style}] " if style else f"{status} ", end="")
+        self.console.print(f"{label}: {text}", markup=False)
+
+    def table(self, table: Table, folder: Path) -> None:
+        """The finished table and where to find it."""
+        if self.bars is not None:
+            self.bars.stop()
+        wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
+        wide.print(to_rich(table))
+        self.say(f"Table: {folder} (md, tex, json). Evidence: {folder.parent.parent / 'runs'}. MLflow: ./run ui")
+
+
+_NAMES = {"keep": "already done", "skip": "skipped", "refuse": "refused"}
+_DOING = {"run": "runs again", "keep": "kept", "skip": "skipped", "refuse": "refused"}
+
+
+def list_cells(steps: list[planning.Step]) -> None:
+    """Every cell with its label, run id, state, and reason."""
+    console = Console(highlight=False)
+    table = RichTable(box=None, pad_edge=False)
+    for column in ("cell", "run id", "state", "reason"):
+        table.add_column(column, no_wrap=column != "reason", overflow="fold")
+    for step in steps:
+        state = f"[{STYLES[step.state]}]{step.state}[/]" if step.state in STYLES else step.state
+        table.add_row(step.spec.label, step.spec.run_id, state, step.reason)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        Console(highlight=False, width=400).print(table)

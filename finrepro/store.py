@@ -1,0 +1,199 @@
+"""The store: one folder a run, whole or absent, with a manifest of sha256 that `sha256sum -c` checks.
+
+A run is written to a hidden folder beside its final place and renamed there when every byte is on disk. What is found half-written
+after a crash is swept away by the next command that locks the store. MLflow's view of it is made by finrepro.record.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finrepro import provenance
+from finrepro.errors import EnvironmentFault
+from finrepro.spec import PROJECT, RunSpec
+
+FORMAT = 1
+DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
+STALE, MISSING = "stale", "not run"
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFault(f"no space left on the disk of {place}; finished cells are kept.") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise EnvironmentFault(
+                f"{place} is not writable ({error.strerror}); choose another with --store DIR."
+            ) from None
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary file: the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; an absent file has none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file's sha256, in the format of `sha256sum`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.sha256")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / "manifest.sha256").write_text("".join(lines), encoding="utf-8")
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of files that are missing or differ from the manifest, of files that it does not list, and of a missing manifest."""
+    manifest = folder / "manifest.sha256"
+    if not manifest.is_file():
+        return ["manifest.sha256"]
+    listed = {}
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.sha256"}
+    wrong = {
+        name
+        for name, digest in listed.items()
+        if name not in present or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest
+    }
+    return sorted(wrong | (present - set(listed)))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder with `results/` (the evidence) and `mlruns/` (MLflow's view of it)."""
+
+    root: Path
+
+    @property
+    def results(self) -> Path:
+        """runs/, campaigns/, tables/, checkpoints/ and logs/."""
+        return self.root / "results"
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's result lies once it is whole."""
+        return self.results / "runs" / run_id
+
+    def checkpoints(self, run_id: str) -> Path:
+        """Where an unfinished run keeps its checkpoint."""
+        return self.results / "checkpoints" / run_id
+
+    def result(self, run_id: str) -> dict[str, Any] | None:
+        """A run's result.json, None if there is none that can be read."""
+        try:
+            return dict(json.loads((self.run_folder(run_id) / "result.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+
+    def state(self, spec: RunSpec) -> str:
+        """`done`, `stale` (made by other source or other locked packages), `failed`, `diverged`, `skipped` or `not run`."""
+        result = self.result(spec.run_id)
+        if result is None:
+            return MISSING
+        if result["status"] != DONE:
+            return str(result["status"])
+        made_by = result["environment"]
+        here = (provenance.source_digest(), provenance.lock_digest())
+        return DONE if (made_by["source_digest"], made_by["lock_digest"]) == here else STALE
+
+    @contextlib.contextmanager
+    def new_run(self, run_id: str) -> Iterator[Path]:
+        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older result."""
+        final = self.run_folder(run_id)
+        partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
+        with disk_errors(self.root):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            try:
+                yield partial
+                write_manifest(partial)
+                for path in [*partial.rglob("*"), partial]:
+                    _sync(path)
+                old = final.with_name(f".{run_id}.{os.getpid()}.old")
+                if final.exists():
+                    final.rename(old)
+                partial.rename(final)
+                _sync(final.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store alone; released by the system when the process dies. Sweeps what a crash left half-written."""
+        with disk_errors(self.root), open(self.results / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise EnvironmentFault(
+                    f"another command (process {file.read().strip() or 'unknown'}) is working in {self.root}; "
+                    "wait for it or choose another --store."
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for leftover in (self.results / "runs").glob(".*.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def default_root() -> Path:
+    """`FINREPRO_STORE`, or the project's root."""
+    return Path(os.environ.get("FINREPRO_STORE") or PROJECT)
+
+
+def open_store(root: Path | None) -> Store:
+    """The store at `root`, made if it is not there. Raises `EnvironmentFault` if it cannot be written or is of a newer version."""
+    store = Store((root or default_root()).expanduser().absolute())
+    with disk_errors(store.root):
+        try:
+            for name in ("runs", "campaigns", "tables", "checkpoints", "logs"):
+                (store.results / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise EnvironmentFault(f"{store.root} is not a folder; choose another with --store DIR.") from None
+        mark = store.results / "store.json"
+        if not mark.exists():
+            write_json(mark, {"format": FORMAT})
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EnvironmentFault(f"{mark} is damaged: it should say {{\"format\": {FORMAT}}}.") from None
+    if found != FORMAT:
+        raise EnvironmentFault(
+            f"{store.root} was written by a newer finrepro (format {found}, this one reads {FORMAT}); "
+            "use that version, or another --store."
+        )
+    return store

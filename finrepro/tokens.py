@@ -1,0 +1,105 @@
+"""Text to token ids: prompt and answer tokenized as one string, and the tokenizer that the miniatures are given."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finrepro.errors import CellFailed, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORE = -100  # the target of a position that is not supervised; PyTorch's and Transformers' convention
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of prompt and answer together; the answer begins at `answer_start`, which is at least 1."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens of the answer: the positions whose successor is learned or scored."""
+        return len(self.ids) - self.answer_start
+
+    def targets(self) -> list[int]:
+        """For each position the id to predict there, `IGNORE` over the prompt and at the last position."""
+        return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerFast", pairs: Sequence[tuple[str, str]], max_seq_len: int, *, end: bool
+) -> list[Encoded]:
+    """Tokenize (prompt, answer) pairs jointly; `end` adds the end-of-text token to the answer.
+
+    A sequence over `max_seq_len` tokens loses the beginning of its prompt (after the beginning-of-text token), never its answer.
+    Raises `UsageError` if a prompt's tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is too long.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
+    joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = []
+    for (prompt, answer), head, ids in zip(pairs, prompts, joint, strict=True):
+        if ids[: len(head)] != head:
+            raise UsageError(
+                f"the tokens of the prompt ending in {prompt[-20:]!r} are not a prefix of those with the answer {answer!r}: "
+                "a template must end without a space, and an answer begin with one."
+            )
+        if not head:  # nothing before the answer: it is predicted from the beginning-of-text token
+            head, ids = [start], [start, *ids]
+        if end:
+            ids = [*ids, tokenizer.eos_token_id]
+        excess = len(ids) - max_seq_len
+        if excess > 0:
+            keep = 1 if head[0] == start else 0
+            if len(head) - keep - excess < 1 - keep:
+                raise CellFailed(f"an answer of {len(ids) - len(head)} tokens does not fit max_seq_len {max_seq_len}.")
+            ids = ids[:keep] + ids[keep + excess :]
+            head = head[:keep] + head[keep + excess :]
+        encoded.append(Encoded(tuple(ids), len(head)))
+    return encoded
+
+
+SPECIAL = {
+    "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+}
+
+
+def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, of the same kind as the family's own.
+
+    Deterministic: the same texts in the same order give the same file. Llama's adds the beginning-of-text token, GPT-2's does not.
+    Raises `CellFailed` if the texts are too few for the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special: dict[str, Any] = SPECIAL[family]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=sorted(set(special.values())),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise CellFailed(f"the texts give {tokenizer.get_vocab_size()} tokens, the model has {vocab_size}.")
+    if family == "llama":
+        begin = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 of the tokenizer's own file in `folder`."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

@@ -1,0 +1,212 @@
+"""The one training loop, on DeepSpeed. It knows no adapter, quantizer or task by name."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from finrepro import packing, runtime
+from finrepro.batches import COLLATE, Batch, empty
+from finrepro.errors import CellFailed
+from finrepro.layers.supervised import SupervisedLM
+from finrepro.spec import RunSpec, Train, deepspeed_config
+from finrepro.tokens import Encoded
+
+
+class Diverged(CellFailed):
+    """The loss or the gradient is not a finite number."""
+
+
+class Interrupted(Exception):
+    """Asked to stop; a checkpoint has been written."""
+
+
+@dataclass
+class Trained:
+    """What training leaves behind beside the weights: the loss of every step, and its costs."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0  # real tokens that went through the model, prompt and answer
+    supervised_tokens: int = 0
+    computed_tokens: int = 0  # with padding
+
+
+@dataclass(frozen=True)
+class Control:
+    """How the loop talks to its surroundings: progress out, a wish to stop in, and where checkpoints go."""
+
+    report: Callable[[dict[str, Any]], None]
+    stop_requested: Callable[[], bool]
+    checkpoints: Path
+    checkpoint_seconds: float = 60.0
+
+
+def learning_rate(step: int, settings: Train) -> float:
+    """Linear warm-up from 0 over `warmup_steps`, then constant, linear to 0, or a half cosine to 0 at `max_steps`."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
+    return settings.lr * ((1 - progress) if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def steps_from(first: int, lengths: Sequence[int], settings: Train, seed: int) -> Iterator[tuple[int, packing.Rows]]:
+    """(step, example indices) from step `first` to the last: any step can be reached without replaying those before it."""
+    per_epoch = packing.num_steps(len(lengths), settings.global_batch_size, settings.sort_window)
+    epoch, steps = -1, []
+    for step in range(first, settings.max_steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            steps = packing.steps_of_epoch(lengths, settings.global_batch_size, settings.sort_window, seed, epoch)
+        yield step, steps[step % per_epoch]
+
+
+def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torch.device, control: Control) -> Trained:
+    """Train `model` in place on `data` for `spec.train.max_steps` optimizer steps, resuming from a checkpoint if there is one.
+
+    The loss is the sum over supervised tokens divided by their number in the global batch, whatever the layout and the number of ranks.
+    Raises `Diverged` on a non-finite loss or gradient, `Interrupted` after saving when a stop was requested.
+    """
+    settings, here = spec.train, runtime.ranks()
+    lengths = [len(example.ids) for example in data]
+    engine = start_engine(model, settings, device)
+    trained = Trained()
+    first = resume(engine, control.checkpoints, trained, device)
+    last_save, began = time.monotonic(), time.monotonic() - trained.seconds
+    for step, rows in steps_from(first, lengths, settings, spec.seed):
+        rate = learning_rate(step, settings)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        supervised = sum(data[row].num_supervised for row in rows)
+        loss = optimizer_step(engine, micro_batches(rows, data, lengths, settings, here), supervised, device)
+        trained.seconds = time.monotonic() - began
+        trained.tokens += sum(lengths[row] for row in rows)
+        trained.supervised_tokens += supervised
+        trained.computed_tokens += computed_tokens(rows, lengths, settings, here.world_size)
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
+        trained.losses.append({"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": trained.seconds})
+        control.report({"event": "step", "step": step + 1, "steps": settings.max_steps, "loss": loss,
+                        "tokens_per_second": trained.tokens / trained.seconds})  # fmt: skip
+        stop = agree(control.stop_requested(), device)
+        if stop or agree(time.monotonic() - last_save > control.checkpoint_seconds, device):
+            save_checkpoint(engine, control.checkpoints, trained)
+            last_save = time.monotonic()
+            if stop:
+                raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
+    engine.destroy()
+    return trained
+
+
+def micro_batches(
+    rows: packing.Rows, data: Sequence[Encoded], lengths: Sequence[int], settings: Train, here: runtime.Ranks
+) -> list[Batch]:
+    """This rank's micro-batches of a step; ranks with fewer than the busiest one get empty ones to keep step with it."""
+    lay_out = packing.LAYOUTS[settings.layout]
+    parts = [
+        lay_out(packing.rank_rows(rows, lengths, rank, here.world_size), lengths, settings.max_tokens)
+        for rank in range(here.world_size)
+    ]
+    batches = [COLLATE[settings.layout]([data[row] for row in micro]) for micro in parts[here.rank]]
+    return batches + [empty()] * (max(map(len, parts)) - len(batches))
+
+
+def computed_tokens(rows: packing.Rows, lengths: Sequence[int], settings: Train, world_size: int) -> int:
+    """Tokens of a step that go through the model, padding included, over all ranks."""
+    micro = [
+        batch
+        for rank in range(world_size)
+        for batch in packing.LAYOUTS[settings.layout](
+            packing.rank_rows(rows, lengths, rank, world_size), lengths, settings.max_tokens
+        )
+    ]
+    if settings.layout == "bins":
+        return sum(lengths[row] for batch in micro for row in batch)
+    return sum(max(lengths[row] for row in batch) * len(batch) for batch in micro)
+
+
+def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Any:
+    """The model under DeepSpeed at the ZeRO stage asked for, with the optimizer of the settings."""
+    runtime.start_process_group(device)
+    import deepspeed
+
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = settings.optimizer.module("optimizers").build(named, settings.lr, settings.optimizer.config)
+    config = deepspeed_config(settings.zero_stage) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand: steps differ in their number of micro-batches
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if any(parameter.dtype == torch.bfloat16 for _, parameter in named):
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(
+        model=SupervisedLM(model), optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def optimizer_step(engine: Any, batches: Sequence[Batch], supervised: int, device: torch.device) -> float:
+    """Forward and backward over the micro-batches, one update; the loss of the whole global batch.
+
+    DeepSpeed averages gradients over ranks, so each rank's share is scaled by their number to make the average a sum.
+    """
+    world_size = dist.get_world_size()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        loss = engine(batch.to(device)) * (world_size / supervised)
+        engine.backward(loss, scale_wrt_gas=False)
+        total += loss.detach() / world_size
+    engine.step()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return float(total)
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so: ranks must stop and save together."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def save_checkpoint(engine: Any, folder: Path, trained: Trained) -> None:
+    """Weights, optimizer and generators after the last finished step; the older checkpoint goes when the new one is whole."""
+    tag = f"step{len(trained.losses)}"
+    state = {"trained": vars(trained), "torch_rng": torch.get_rng_state()}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
+    if runtime.ranks().is_main:
+        pointer = folder / "latest.partial"
+        pointer.write_text(tag)
+        pointer.replace(folder / "latest")
+        for old in folder.glob("step*"):
+            if old.name != tag:
+                shutil.rmtree(old, ignore_errors=True)
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def resume(engine: Any, folder: Path, trained: Trained, device: torch.device) -> int:
+    """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint."""
+    pointer = folder / "latest"
+    if not pointer.is_file():
+        return 0
+    _, state = engine.load_checkpoint(str(folder), tag=pointer.read_text(), load_module_strict=False)
+    vars(trained).update(state["trained"])
+    torch.set_rng_state(state["torch_rng"].cpu())
+    return len(trained.losses)

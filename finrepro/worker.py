@@ -1,0 +1,147 @@
+"""A process that runs cells one after another with its imports done once, and the driver's handle on it.
+
+One crash costs one cell: the driver starts a new process and goes on. When the driver dies, the worker dies with it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime, store
+from finrepro.cells import Selection
+from finrepro.run import Place, request
+from finrepro.spec import PROJECT, RunSpec
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+Event = dict[str, Any]
+
+
+def serve() -> int:
+    """Read requests from standard input until it ends; write events, a line of JSON each, to what was standard output."""
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the driver decides
+    runtime.quiet_environment()
+
+    from finrepro.errors import FinreproError
+    from finrepro.run import resolve, run_cell
+    from finrepro.train import Interrupted
+
+    def emit(event: Event) -> None:
+        channel.write(json.dumps(event) + "\n")
+
+    for line in sys.stdin:
+        message = json.loads(line)
+        place = Place(store.Store(Path(message["store"])), *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir")))
+        try:
+            result = run_cell(resolve(message["request"]), place, emit, lambda: bool(stop))
+            emit({"event": "result", "status": result["status"], "reason": result["reason"]})
+        except Interrupted as error:
+            emit({"event": "interrupted", "reason": str(error)})
+            return 130
+        except FinreproError as error:
+            emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})
+        if stop:
+            return 130
+    return 0
+
+
+class Worker:
+    """The driver's side: starts the process when needed, sends it a cell, passes on its events."""
+
+    def __init__(self, place: Place, selection: Selection, scale: str, log: Path) -> None:
+        self.place, self.selection, self.scale, self.log = place, selection, scale, log
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start the process if it is not running."""
+        if self.process is None or self.process.poll() is not None:
+            with self.log.open("a") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "finrepro.worker"], cwd=PROJECT, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=log, text=True,
+                )  # fmt: skip
+
+    def run(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
+        """Run a cell; its last event: `result`, `interrupted`, `fault`, or `died` with the signal or the last line of the log."""
+        if spec.world_size > 1:
+            return self._launch(spec, on_event)
+        self.start()
+        process = self.process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        message = {
+            "request": request(spec, self.selection, self.scale), "store": str(self.place.store.root),
+            "data_dir": self.place.data_dir and str(self.place.data_dir),
+            "models_dir": self.place.models_dir and str(self.place.models_dir),
+        }  # fmt: skip
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return self._died(process)
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] in ("result", "interrupted", "fault"):
+                return dict(event)
+            on_event(event)
+        return self._died(process)
+
+    def command(self, spec: RunSpec) -> list[str]:
+        """The launcher's command line for a cell on several ranks."""
+        place = self.place
+        folders = [("--store", place.store.root), ("--data-dir", place.data_dir), ("--models-dir", place.models_dir)]
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}",
+            "-m", "finrepro.run", "--request", json.dumps(request(spec, self.selection, self.scale)),
+            *(part for flag, folder in folders if folder for part in (flag, str(folder))),
+        ]  # fmt: skip
+
+    def _launch(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
+        """Run a cell on several ranks, each a process of its own, and read its result from the store."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command(spec), cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                on_event(json.loads(line))
+        code = self.process.wait()
+        result = self.place.store.result(spec.run_id)
+        if result is not None and self.place.store.state(spec) != store.STALE:
+            return {"event": "result", "status": result["status"], "reason": result["reason"]}
+        return {"event": "interrupted", "reason": "stopped"} if code in (130, -15) else self._died(self.process)
+
+    def _died(self, process: "subprocess.Popen[str]") -> Event:
+        code = process.wait()
+        cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        last = f": {lines[-1][:200]}" if lines and code >= 0 else ""
+        return {"event": "died", "reason": f"its process ended with {cause}{hint}{last}"}
+
+    def interrupt(self) -> None:
+        """Ask the process to save and stop."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def close(self) -> None:
+        """Let the process end; it has nothing left to do."""
+        if self.process is not None:
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+            self.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

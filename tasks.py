@@ -1,0 +1,238 @@
+"""The commands. Each is a thin shell around a function of finrepro; `invoke --list` shows them, `invoke --help NAME` explains one."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.tasks import task
+
+PROJECT = Path(__file__).resolve().parent
+sys.path.insert(0, str(PROJECT))
+
+SELECT_HELP = {
+    "table": "number of the table: 3",
+    "scale": "auto (default), smoke or paper",
+    "quick": "a handful of cells, under two minutes",
+    "full": "the complete matrix over three seeds",
+    "only": "cells whose label matches this pattern, as 'gpt2*-nf4-*'",
+    "seeds": "seeds instead of the table's, as 0,1,2",
+    "weights": "pretrained (default) or random: memory, speed and size without a download, no quality",
+    "devices": "devices (ranks) per cell; default 1",
+    "store": "where results/ and mlruns/ go; default FINREPRO_STORE or the project's root",
+    "data-dir": "folder with datasets that are not embedded; default FINREPRO_DATA_DIR",
+    "models-dir": "folder with checkpoints of the real models",
+}
+
+
+def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
+    """A task whose errors are one line and whose result is the exit code."""
+
+    def decorate(function: Callable[..., int | None]) -> Any:
+        @wraps(function)
+        def run(context: Context, *arguments: Any, **keywords: Any) -> None:
+            from finrepro.errors import FinreproError
+
+            try:
+                code = function(context, *arguments, **keywords)
+            except FinreproError as error:
+                print(f"finrepro: {' '.join(str(error).split())}", file=sys.stderr)
+                code = error.exit_code
+            except KeyboardInterrupt:
+                print("finrepro: interrupted; run the same command again to go on.", file=sys.stderr)
+                code = 130
+            sys.stdout.flush()
+            sys.exit(code or 0)
+
+        return task(auto_shortflags=False, **options)(run)
+
+    return decorate
+
+
+def _folder(given: str | None, variable: str | None = None) -> Path | None:
+    """A folder argument, relative to where the user is, or the environment variable's."""
+    value = given or (os.environ.get(variable) if variable else None)
+    return Path(os.environ.get("FINREPRO_CWD", os.getcwd()), value).expanduser() if value else None
+
+
+def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> Any:
+    """The store and the folders, checked."""
+    from finrepro.errors import EnvironmentFault
+    from finrepro.run import Place
+    from finrepro.store import open_store
+
+    data, models = _folder(data_dir, "FINREPRO_DATA_DIR"), _folder(models_dir)
+    for flag, folder in (("--data-dir", data), ("--models-dir", models)):
+        if folder is not None and not folder.is_dir():
+            raise EnvironmentFault(f"{flag} {folder} is not a folder.")
+    return Place(open_store(_folder(store, "FINREPRO_STORE")), data, models)
+
+
+def _selection(table: str, quick: bool, full: bool, only: str | None, seeds: str | None, weights: str, devices: str) -> Any:
+    """The selection, checked."""
+    from finrepro import cells, spec
+    from finrepro.errors import UsageError
+
+    if not table:
+        raise UsageError(f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in spec.tables())}.")
+    if not devices.isdigit() or int(devices) < 1:
+        raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
+    return cells.Selection(
+        table=table.removeprefix("table"),
+        quick=quick,
+        full=full,
+        only=only,
+        seeds=cells.parse_seeds(seeds),
+        weights=cells.parse_choice("weights", weights, cells.WEIGHTS),
+        world_size=int(devices),
+    )
+
+
+@command(
+    help=SELECT_HELP
+    | {
+        "jobs": "cells at a time; never changes a result",
+        "keep": "keep results made by other source or packages",
+        "plan": "print the cells and stop",
+    }
+)
+def reproduce(
+    context: Context, table: str = "", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
+    seeds: str | None = None, jobs: str = "1", devices: str = "1", store: str | None = None, data_dir: str | None = None,
+    models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
+) -> int:  # fmt: skip
+    """Run a table's missing cells, record them, and print the table."""
+    from finrepro import cells
+    from finrepro.campaign import Options
+    from finrepro.campaign import reproduce as run
+    from finrepro.errors import UsageError
+
+    if not jobs.isdigit() or int(jobs) < 1:
+        raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
+    selection = _selection(table, quick, full, only, seeds, weights, devices)
+    options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep, plan)
+    if plan:
+        return _list(selection, options.scale, _place(store, data_dir, models_dir), keep)
+    return run(selection, _place(store, data_dir, models_dir), options)
+
+
+def _list(selection: Any, scale: str, place: Any, keep: bool = False) -> int:
+    """Print the cells of a selection with their states."""
+    from finrepro import campaign, cells
+    from finrepro import plan as planning
+    from finrepro.show import Display, list_cells
+
+    chosen, why = campaign.choose_scale(selection, scale, place)
+    display = Display()
+    display.say(f"Table {selection.table} at {chosen} scale ({why}).")
+    steps = planning.plan(cells.expand(selection, chosen), place, keep)
+    list_cells(steps)
+    display.plan(steps, place, 1)
+    return 0
+
+
+@command(help=SELECT_HELP)
+def cells(
+    context: Context, table: str = "3", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
+    seeds: str | None = None, devices: str = "1", store: str | None = None, data_dir: str | None = None,
+    models_dir: str | None = None, weights: str = "pretrained",
+) -> int:  # fmt: skip
+    """List every cell of a table: label, run id, state, and why it cannot run."""
+    from finrepro import cells as selecting
+
+    selecting.parse_choice("scale", scale, selecting.SCALES)
+    selection = _selection(table, quick, full, only, seeds, weights, devices)
+    return _list(selection, scale, _place(store, data_dir, models_dir))
+
+
+@command(help={"fetch": "download this dataset from the hub, checked against its sha256", "data-dir": SELECT_HELP["data-dir"]})
+def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
+    """List the datasets: licence, source, and whether each is here; or fetch one."""
+    from finrepro import data as datasets
+    from finrepro import spec
+
+    if fetch:
+        for path in datasets.fetch(spec.dataset(fetch)):
+            print(path)
+        return
+    folder = _folder(data_dir, "FINREPRO_DATA_DIR")
+    for name in spec.catalogue("datasets"):
+        dataset = spec.dataset(name)
+        found = datasets.locate(dataset, folder)
+        where = ", ".join(sorted({origin for origin, _ in found.values()})) if found else "not here"
+        print(f"{name}: {dataset.config.title}\n  licence: {dataset.config.licence}\n  here: {where}")
+        if found is None:
+            print(f"  to get it: {datasets.missing_reason(dataset, folder)}")
+
+
+@command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})
+def record(context: Context, rebuild: bool = False, store: str | None = None) -> int:
+    """Check every result against its manifest; with --rebuild, make MLflow's database again from results/."""
+    from finrepro import record as recording
+    from finrepro.store import damaged_files
+
+    place = _place(store, None, None)
+    damaged = 0
+    folders = sorted(path for path in (place.store.results / "runs").iterdir() if not path.name.startswith("."))
+    for folder in folders:
+        wrong = damaged_files(folder)
+        damaged += bool(wrong)
+        if wrong:
+            print(f"damaged: {folder.name}: {', '.join(wrong)}")
+    print(f"{len(folders)} results, {damaged} damaged")
+    if rebuild:
+        with place.store.lock():
+            print(f"{recording.rebuild(place.store)} cells in {recording.database(place.store)}")
+    return 4 if damaged else 0
+
+
+@command(help={"store": SELECT_HELP["store"], "port": "port on this machine", "host": "address to listen on; in a container 0.0.0.0"})
+def ui(context: Context, store: str | None = None, port: str = "5000", host: str = "127.0.0.1") -> int:
+    """Show the results in MLflow's web interface, on this machine only; prints the address."""
+    from finrepro.record import serve
+
+    return serve(_place(store, None, None).store, host, port)
+
+
+@command(help={"slow": "also the tests marked slow", "only": "tests whose name matches, as pytest -k"})
+def test(context: Context, slow: bool = False, only: str = "") -> int:
+    """Run the tests: on a CPU, without a network, in a few minutes."""
+    import subprocess
+
+    marks = [] if slow else ["-m", "not slow and not container and not gpu"]
+    if slow:
+        marks = ["-m", "slow and not container and not gpu"]
+    return subprocess.call([sys.executable, "-m", "pytest", *marks, *(["-k", only] if only else [])], cwd=PROJECT)
+
+
+@command()
+def check(context: Context) -> int:
+    """Format, lint, types and layering: what must be clean before a commit."""
+    import subprocess
+
+    tools = (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], ["lint-imports"])
+    codes = [subprocess.call([str(Path(sys.executable).parent / tool[0]), *tool[1:]], cwd=PROJECT) for tool in tools]
+    return 4 if any(codes) else 0
+
+
+@command(help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"})
+def bench(context: Context, only: str = "", store: str | None = None) -> int:
+    """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
+    import subprocess
+
+    from finrepro.errors import unknown
+
+    files = {path.stem: path for path in sorted((PROJECT / "benchmarks").glob("[a-z]*.py"))}
+    if only and only not in files:
+        raise unknown("benchmark", only, files)
+    folder = _folder(store) or PROJECT / "benchmarks" / "results"
+    chosen = [files[only]] if only else list(files.values())
+    codes = [subprocess.call([sys.executable, str(path), str(folder)], cwd=PROJECT) for path in chosen]
+    return 4 if any(codes) else 0
+
+
+namespace = Collection(reproduce, cells, data, record, ui, test, check, bench)
