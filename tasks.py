@@ -56,7 +56,7 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
 def _folder(given: str | None, variable: str | None = None) -> Path | None:
     """A folder argument, relative to where the user is, or the environment variable's."""
     value = given or (os.environ.get(variable) if variable else None)
-    return Path(os.environ.get("FINREPRO_CWD", os.getcwd()), value).expanduser() if value else None
+    return Path(value).expanduser() if value else None
 
 
 def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> Any:
@@ -72,13 +72,17 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
     return Place(open_store(_folder(store, "FINREPRO_STORE")), data, models)
 
 
-def _selection(table: str, quick: bool, full: bool, only: str | None, seeds: str | None, weights: str, devices: str) -> Any:
+def _selection(
+    table: str, quick: bool, full: bool, only: str | None, seeds: str | None, weights: str, devices: str
+) -> Any:
     """The selection, checked."""
-    from finrepro import cells, spec
+    from finrepro import catalogue, cells
     from finrepro.errors import UsageError
 
     if not table:
-        raise UsageError(f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in spec.tables())}.")
+        raise UsageError(
+            f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in catalogue.tables())}."
+        )
     if not devices.isdigit() or int(devices) < 1:
         raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
     return cells.Selection(
@@ -149,19 +153,24 @@ def cells(
     return _list(selection, scale, _place(store, data_dir, models_dir))
 
 
-@command(help={"fetch": "download this dataset from the hub, checked against its sha256", "data-dir": SELECT_HELP["data-dir"]})
+@command(
+    help={
+        "fetch": "download this dataset from the hub, checked against its sha256",
+        "data-dir": SELECT_HELP["data-dir"],
+    }
+)
 def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
     """List the datasets: licence, source, and whether each is here; or fetch one."""
+    from finrepro import catalogue
     from finrepro import data as datasets
-    from finrepro import spec
 
     if fetch:
-        for path in datasets.fetch(spec.dataset(fetch)):
+        for path in datasets.fetch(catalogue.dataset(fetch)):
             print(path)
         return
     folder = _folder(data_dir, "FINREPRO_DATA_DIR")
-    for name in spec.catalogue("datasets"):
-        dataset = spec.dataset(name)
+    for name in catalogue.catalogue("datasets"):
+        dataset = catalogue.dataset(name)
         found = datasets.locate(dataset, folder)
         where = ", ".join(sorted({origin for origin, _ in found.values()})) if found else "not here"
         print(f"{name}: {dataset.config.title}\n  licence: {dataset.config.licence}\n  here: {where}")
@@ -190,10 +199,16 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     return 4 if damaged else 0
 
 
-@command(help={"store": SELECT_HELP["store"], "port": "port on this machine", "host": "address to listen on; in a container 0.0.0.0"})
+@command(
+    help={
+        "store": SELECT_HELP["store"],
+        "port": "port on this machine",
+        "host": "address to listen on; in a container 0.0.0.0",
+    }
+)
 def ui(context: Context, store: str | None = None, port: str = "5000", host: str = "127.0.0.1") -> int:
     """Show the results in MLflow's web interface, on this machine only; prints the address."""
-    from finrepro.record import serve
+    from finrepro.ui import serve
 
     return serve(_place(store, None, None).store, host, port)
 
@@ -219,7 +234,9 @@ def check(context: Context) -> int:
     return 4 if any(codes) else 0
 
 
-@command(help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"})
+@command(
+    help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"}
+)
 def bench(context: Context, only: str = "", store: str | None = None) -> int:
     """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
     import subprocess

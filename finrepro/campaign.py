@@ -6,17 +6,20 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finrepro import plan as planning
 from finrepro import provenance, store
+from finrepro.catalogue import table
 from finrepro.cells import Cell, Selection, expand
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.render import Table, to_json, to_latex, to_markdown
-from finrepro.run import Place, seal_unfinished
+from finrepro.result import seal_unfinished
+from finrepro.run import Place
 from finrepro.schema import kind_module
 from finrepro.show import Display
-from finrepro.spec import Scale, table
+from finrepro.spec import Scale
 from finrepro.worker import Event, Worker
 
 
@@ -68,11 +71,19 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
         reason = result.get("reason") or {store.STALE: "made by other source or packages"}.get(state, "")
         joined.append(
             {
-                "label": cell.label, "run_id": cell.spec.run_id, "model": cell.spec.model.name,
-                "quantizer": cell.spec.quantizer.name, "adapter": cell.spec.adapter.name,
-                "train_on": cell.spec.train_on.task.name, "seed": cell.spec.seed, "state": state, "reason": reason,
-                "scores": result.get("scores", []), "costs": result.get("costs", {}),
-            }  # fmt: skip
+                "label": cell.label,
+                "run_id": cell.spec.run_id,
+                "model": cell.spec.model.name,
+                "quantizer": cell.spec.quantizer.name,
+                "adapter": cell.spec.adapter.name,
+                "train_on": cell.spec.train_on.task.name,
+                "seed": cell.spec.seed,
+                "state": state,
+                "reason": reason,
+                "short": cell.spec.train.short,
+                "scores": result.get("scores", []),
+                "costs": result.get("costs", {}),
+            }
         )
     return joined
 
@@ -86,9 +97,7 @@ def render(selection: Selection, scale: Scale, cells: list[Cell], place: Place) 
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in (("md", to_markdown(built)), ("tex", to_latex(built)), ("json", to_json(built))):
             path = folder / f"{name}.{suffix}"
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            store.write_text(path, text)
     return built
 
 
@@ -96,7 +105,13 @@ class _Campaign:
     """One call of `reproduce`: jobs run cells in threads that only pass on events; this thread shows and records them."""
 
     def __init__(
-        self, selection: Selection, scale: Scale, place: Place, options: Options, steps: list[planning.Step], display: Display
+        self,
+        selection: Selection,
+        scale: Scale,
+        place: Place,
+        options: Options,
+        steps: list[planning.Step],
+        display: Display,
     ) -> None:
         self.selection, self.scale, self.place, self.display = selection, scale, place, display
         self.steps, self.jobs = steps, max(1, options.jobs)
@@ -172,7 +187,11 @@ class _Campaign:
                 self.events.put((step, {"event": "died", "reason": f"its base {step.base.label} failed"}))
                 continue
             self.events.put((step, {"event": "phase", "phase": "start"}))
-            self.events.put((step, worker.run(step.spec, lambda event, step=step: self.events.put((step, event)))))
+            self.events.put((step, worker.run(step.spec, partial(self._pass_on, step))))
+
+    def _pass_on(self, step: planning.Step, event: Event) -> None:
+        """Hand an event of a running cell to the thread that shows it."""
+        self.events.put((step, event))
 
     def _finished(self, step: planning.Step, event: Event) -> None:
         """Record the end of a cell, whatever it was. A fault of the environment ends the campaign."""
@@ -234,5 +253,3 @@ class _Campaign:
         if any(state in (store.FAILED, store.DIVERGED) for state in states):
             return CellFailed.exit_code
         return EnvironmentFault.exit_code if states == [store.SKIPPED] else 0
-
-

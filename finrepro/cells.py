@@ -6,9 +6,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from finrepro.catalogue import adapter, model, pretraining, quantizer, table, task, train_settings
 from finrepro.errors import UsageError, unknown
-from finrepro.spec import Grid, RunSpec, Scale, Weights, adapter, model, pretraining, quantizer, table, task
-from finrepro.spec import train_settings as checked_train
+from finrepro.spec import Grid, RunSpec, Scale, Weights
 
 SCALES = ("auto", "smoke", "paper")
 WEIGHTS = ("pretrained", "random")
@@ -50,12 +50,17 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
         _cell(grid, selection, dict(zip(("model", "quantizer", "adapter", "train_on"), values, strict=True)), seed)
         for *values, seed in itertools.product(axes.model, axes.quantizer, axes.adapter, axes.train_on, seeds)
     ]
-    chosen = [cell for cell in found if not selection.quick or cell.label in grid.quick]
+    chosen = [cell for cell in found if not selection.quick or _matches(cell, grid.quick.cells)]
     if selection.only is not None:
-        chosen = [cell for cell in chosen if fnmatch.fnmatchcase(cell.label, selection.only)]
+        chosen = [cell for cell in chosen if _matches(cell, (selection.only,))]
     if not chosen:
         raise _no_match(selection, [cell.label for cell in found])
     return chosen
+
+
+def _matches(cell: Cell, patterns: tuple[str, ...]) -> bool:
+    """Whether the cell's label matches one of the patterns, with * and ?."""
+    return any(fnmatch.fnmatchcase(cell.label, pattern) for pattern in patterns)
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:
@@ -81,6 +86,8 @@ def _cell(grid: Grid, selection: Selection, names: dict[str, str], seed: int) ->
                 raise UsageError(f"tables.{selection.table}.overrides.where: {unknown('axis', axis, names)}")
         if all(names[axis] == value for axis, value in override.where.items()):
             train |= override.train
+    if selection.quick:
+        train |= grid.quick.train
     spec = RunSpec(
         model=base_model,
         weights=selection.weights,
@@ -90,7 +97,7 @@ def _cell(grid: Grid, selection: Selection, names: dict[str, str], seed: int) ->
         adapter=adapter(names["adapter"]),
         train_on=trained_on,
         tasks=(trained_on,),
-        train=checked_train(train, f"tables.table{selection.table.removeprefix('table')}.train"),
+        train=train_settings(train, f"tables.table{selection.table.removeprefix('table')}.train"),
         evaluation=grid.evaluation,
         seed=seed,
         threads=grid.threads,

@@ -89,7 +89,11 @@ def score_rows(
     def score(sums: np.ndarray) -> dict[str, np.ndarray]:
         return module.score(sums, config)
 
-    options = {"resamples": settings.resamples, "confidence": settings.confidence, "seed": settings.seed}
+    options: dict[str, Any] = {
+        "resamples": settings.resamples,
+        "confidence": settings.confidence,
+        "seed": settings.seed,
+    }
     clusters = [module.cluster(example) for example in examples]
     tally = module.tally(rows, config)
     constants = {

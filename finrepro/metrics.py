@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def pair_index(
-    gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]
-) -> Int[np.ndarray, " rows"]:
+def pair_index(gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]) -> Int[np.ndarray, " rows"]:
     """Position of each row's (gold, prediction) pair in the flattened confusion array.
 
     A prediction outside `labels`, or None, falls in the last column. Raises `KeyError` for a gold label that is not one of `labels`.

@@ -35,7 +35,7 @@ def build(spec: RunSpec, tokenizer: "PreTrainedTokenizerFast", base_folder: Path
     Without `base_folder` the base gets random weights from the cell's seed.
     Training mode is part of the contract: bitsandbytes' layers compute differently in evaluation mode on some CPUs.
     """
-    model = load(spec, base_folder)
+    model: Any = load(spec, base_folder)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     quantize(model, spec.quantizer)
     model = model.to(device)
@@ -56,7 +56,7 @@ def configuration(model: Model) -> Any:
     return AutoConfig.for_model(model.family, **model.architecture)
 
 
-def load(spec: RunSpec, folder: Path | None) -> nn.Module:
+def load(spec: RunSpec, folder: Path | None) -> Any:
     """The base model in its dtype: from `folder`, or randomly initialised under a private generator state."""
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def load(spec: RunSpec, folder: Path | None) -> nn.Module:
     if folder is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model = AutoModelForCausalLM.from_config(configuration(spec.model), **kwargs)
+            model: Any = AutoModelForCausalLM.from_config(configuration(spec.model), **kwargs)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,9 @@ import numpy as np
 Rows = list[int]  # indices of examples
 
 
-def steps_of_epoch(lengths: Sequence[int], global_batch_size: int, sort_window: int, seed: int, epoch: int) -> list[Rows]:
+def steps_of_epoch(
+    lengths: Sequence[int], global_batch_size: int, sort_window: int, seed: int, epoch: int
+) -> list[Rows]:
     """The optimizer steps of one epoch, each a list of example indices; every example occurs exactly once.
 
     Examples are shuffled, sorted by length inside windows of `sort_window` steps and cut; then the steps are shuffled. Neighbours in

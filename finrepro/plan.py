@@ -75,8 +75,8 @@ def needed_bytes(spec: RunSpec) -> int:
     bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, dtype_bits)
     base = layers * bits / 8 + (spec.model.parameters - layers) * dtype_bits / 8
     trained = spec.model.parameters if spec.adapter.kind == "full" else adapter_parameters(spec)
-    width = shape.get("hidden_size", shape.get("n_embd"))
-    depth = shape.get("num_hidden_layers", shape.get("n_layer"))
+    width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
+    depth = shape["n_layer" if spec.model.family == "gpt2" else "num_hidden_layers"]
     kept = 1 if spec.train.activation_checkpointing else 16
     activations = spec.train.max_tokens * width * (depth * kept + 20) * dtype_bits / 8
     return int(base + ADAM_BYTES * trained + activations)
@@ -113,7 +113,9 @@ def cannot_run(spec: RunSpec, place: Place) -> str | None:
     if spec.model.scale == "smoke":
         return None
     here = machine()
-    available, where = (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
+    available, where = (
+        (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
+    )
     needed = needed_bytes(spec) / spec.world_size
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
@@ -135,7 +137,9 @@ def _step(
         return Step(spec, "refuse", "refused", refusal, is_base, base)
     state = place.store.state(spec)
     if state == store.DONE or (state == store.STALE and keep):
-        return Step(spec, "keep", state, "made by other source or packages" if state == store.STALE else "", is_base, base)
+        return Step(
+            spec, "keep", state, "made by other source or packages" if state == store.STALE else "", is_base, base
+        )
     reason = cannot_run(spec, place)
     if reason:
         return Step(spec, "skip", store.SKIPPED, reason, is_base, base)

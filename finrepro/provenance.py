@@ -10,15 +10,38 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finrepro.spec import PROJECT
+from finrepro import PROJECT
 
-PACKAGES = (
-    "accelerate bitsandbytes datasets deepspeed huggingface-hub invoke mlflow numpy peft safetensors scikit-learn scipy "
-    "tokenizers torch transformers"
-).split()
+PACKAGES = [
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "huggingface-hub",
+    "invoke",
+    "mlflow",
+    "numpy",
+    "peft",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "transformers",
+]
 
 # Source that cannot change what a cell computes: presentation, planning and bookkeeping around it.
-OUTSIDE_A_CELL = ("campaign.py", "cells.py", "errors.py", "plan.py", "record.py", "render.py", "report/", "show.py", "worker.py")
+OUTSIDE_A_CELL = (
+    "campaign.py",
+    "cells.py",
+    "errors.py",
+    "plan.py",
+    "record.py",
+    "render.py",
+    "report/",
+    "show.py",
+    "worker.py",
+)
 
 
 @cache
@@ -113,5 +136,3 @@ def environment() -> dict[str, Any]:
         "packages": {name: _package_version(name) for name in PACKAGES},
         "hardware": hardware(),
     }
-
-

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from finrepro import runtime
-from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.store import DONE, SKIPPED, Store, disk_errors, read_lines
 
 ARTIFACTS = ("result.json", "predictions.jsonl", "manifest.sha256", "error.txt")
@@ -72,7 +71,12 @@ class View:
             experiment,
             start_time=_milliseconds(campaign["started"]),
             run_name=f"{campaign['table']} {campaign['scale']} {campaign['id']}",
-            tags={"campaign": campaign["id"], "role": "campaign", "table": campaign["table"], "scale": campaign["scale"]},
+            tags={
+                "campaign": campaign["id"],
+                "role": "campaign",
+                "table": campaign["table"],
+                "scale": campaign["scale"],
+            },
         )
         run_id = str(parent.info.run_id)
         tags = {"status": campaign["status"], "command": campaign["command"], **_git_tags(campaign["environment"])}
@@ -108,7 +112,9 @@ class View:
         }  # fmt: skip
         run = self.client.create_run(experiment, _milliseconds(result["started"]), tags, result["label"])
         self._fill(run.info.run_id, result, folder)
-        self.client.set_terminated(run.info.run_id, STATUS.get(result["status"], "FAILED"), _milliseconds(result["ended"]))
+        self.client.set_terminated(
+            run.info.run_id, STATUS.get(result["status"], "FAILED"), _milliseconds(result["ended"])
+        )
         # Last, so that a projection cut short is not taken for a whole one and is made again.
         self.client.set_tag(run.info.run_id, "status", result["status"])
         self.client.set_tag(run.info.run_id, "result_digest", digest)
@@ -135,7 +141,12 @@ def _milliseconds(seconds: float) -> int:
 def _git_tags(environment: dict[str, Any]) -> dict[str, str]:
     commit = environment["git_commit"] or "unknown"
     dirty = str(environment["git_dirty"]).lower()
-    return {"git_commit": commit, "git_dirty": dirty, "mlflow.source.git.commit": commit, "mlflow.source.name": "finrepro"}
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": "finrepro",
+    }
 
 
 def _parameters(result: dict[str, Any]) -> dict[str, Any]:
@@ -187,14 +198,20 @@ def _datasets(result: dict[str, Any]) -> list[Any]:
 
 def _note(result: dict[str, Any], folder: Path) -> str:
     """What a reviewer reads first in a run."""
-    smoke = "**SMOKE: a miniature; never to be set against published values.**\n\n" if result["cell"]["scale"] == "smoke" else ""
+    smoke = (
+        "**SMOKE: a miniature; never to be set against published values.**\n\n"
+        if result["cell"]["scale"] == "smoke"
+        else ""
+    )
     head = f"{smoke}`{result['label']}` - {result['status']}" + (f": {result['reason']}" if result["reason"] else "")
     rows = [
         f"| {s['task']} | {s['metric']} | {s['value']:.4f} [{s['low']:.4f}, {s['high']:.4f}] | "
         f"{'' if s['constant'] is None else format(s['constant'], '.4f')} |"
         for s in result["scores"]
     ]
-    table = ["", "| task | metric | value [95 % interval] | best constant |", "|---|---|---|---|", *rows] if rows else []
+    table = (
+        ["", "| task | metric | value [95 % interval] | best constant |", "|---|---|---|---|", *rows] if rows else []
+    )
     return "\n".join([head, *table, "", f"Evidence: results/runs/{folder.name}/ (`sha256sum -c manifest.sha256`)"])
 
 
@@ -209,7 +226,7 @@ def rebuild(store: Store) -> int:
     folder = database(store).parent
     shutil.rmtree(folder, ignore_errors=True)
     view = View(store)
-    owner = {}
+    owner: dict[str, str] = {}
     for campaign in campaigns(store):
         owner |= {cell["run_id"]: campaign["id"] for cell in campaign["cells"] if cell["outcome"] != "kept"}
     for campaign in campaigns(store):
@@ -218,24 +235,3 @@ def rebuild(store: Store) -> int:
             if owner.get(cell["run_id"]) == campaign["id"]:
                 view.cell(cell["run_id"], campaign, parent)
     return len(owner)
-
-
-def serve(store: Store, host: str, port: str) -> int:
-    """Show the view in MLflow's server until interrupted. Raises `UsageError` or `EnvironmentFault` for a port that cannot be used."""
-    import socket
-    import subprocess
-    import sys
-
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--port '{port}': expected a number from 1 to 65535.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise EnvironmentFault(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port.") from None
-    if not database(store).is_file():
-        rebuild(store)
-    print(f"MLflow: http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}  (stop with Ctrl-C)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(store), "--host", host, "--port", port]
-    return subprocess.call([*command, "--workers", "1"], env=os.environ | runtime.OFFLINE | {"GIT_PYTHON_REFRESH": "quiet"})

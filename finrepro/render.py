@@ -86,7 +86,9 @@ def to_rich(table: Table) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=table.caption, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    shown = RichTable(
+        title=table.caption, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+    )
     for column in table.columns:
         shown.add_column(column)
     previous = None

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finrepro import data, provenance, runtime, store, weights
+from finrepro import data, runtime, store, weights
 from finrepro.cells import Selection, find
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
+from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
 from finrepro.store import Store
 
@@ -48,7 +49,16 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
-    except (CellFailed, MemoryError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+    except (
+        CellFailed,
+        MemoryError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ImportError,
+    ) as error:
         status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return seal_unfinished(spec, place.store, status, reason, started, traceback.format_exc())
 
@@ -135,7 +145,7 @@ def walk(
 
 def has_quality(spec: RunSpec) -> bool:
     """Whether scores mean anything: weights that were never trained show no quality, but a pretraining run makes its own."""
-    return spec.weights == "pretrained" or spec.model.pretrain is not None and spec.base_run is None
+    return spec.weights == "pretrained" or (spec.model.pretrain is not None and spec.base_run is None)
 
 
 def base(spec: RunSpec, place: Place, dataset: data.Dataset) -> tuple[Path | None, "PreTrainedTokenizerFast"]:
@@ -158,45 +168,6 @@ def base(spec: RunSpec, place: Place, dataset: data.Dataset) -> tuple[Path | Non
         return None, train_tokenizer([*texts, *extra * len(texts)], spec.model.family, vocabulary)
     found = weights.locate(spec.model, place.models_dir) or weights.fetch(spec.model)
     return (found if spec.weights == "pretrained" else None), load_tokenizer(found)
-
-
-def header(spec: RunSpec, status: str, reason: str | None, started: float) -> dict[str, Any]:
-    """What every result.json has, finished or not."""
-    return {
-        "format": store.FORMAT,
-        "run_id": spec.run_id,
-        "label": spec.label,
-        "status": status,
-        "reason": reason,
-        "cell": {
-            "model": spec.model.name,
-            "quantizer": spec.quantizer.name,
-            "adapter": spec.adapter.name,
-            "train_on": spec.train_on.task.name,
-            "seed": spec.seed,
-            "scale": spec.model.scale,
-            "weights": spec.weights,
-        },
-        "spec": spec.canonical(),
-        "started": started,
-        "ended": time.time(),
-        "scores": [],
-        "costs": {},
-        "data": {},
-        "environment": provenance.environment(),
-    }
-
-
-def seal_unfinished(
-    spec: RunSpec, place: Store, status: str, reason: str, started: float, detail: str | None = None
-) -> dict[str, Any]:
-    """Record that a cell failed, diverged or was skipped, and why."""
-    result = header(spec, status, reason, started)
-    with place.new_run(spec.run_id) as target:
-        store.write_json(target / "result.json", result)
-        if detail:
-            (target / "error.txt").write_text(detail, encoding="utf-8")
-    return result
 
 
 def request(spec: RunSpec, selection: Selection, scale: str) -> dict[str, Any]:
@@ -225,13 +196,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models-dir", type=Path)
     options = parser.parse_args(arguments)
     stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     try:
         spec = resolve(json.loads(options.request))
         place = Place(store.open_store(options.store), options.data_dir, options.models_dir)
         if place.store.state(spec) == store.DONE:
             return 0
-        emit = (lambda event: print(json.dumps(event), flush=True)) if runtime.ranks().is_main else (lambda event: None)
+
+        def emit(event: dict[str, Any]) -> None:
+            if runtime.ranks().is_main:
+                print(json.dumps(event), flush=True)
+
         result = run_cell(spec, place, emit, lambda: bool(stop))
         return 0 if result.get("status", store.DONE) == store.DONE else CellFailed.exit_code
     except FinreproError as error:

@@ -1,9 +1,11 @@
 """The process a cell runs in: ranks, devices, threads, seeds and determinism, set before anything is computed."""
 
+import contextlib
 import os
 import random
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,9 +43,9 @@ def quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.environ.get("WORLD_SIZE", "1") == "1" else "")
-    if not os.environ["GLOO_SOCKET_IFNAME"]:
-        del os.environ["GLOO_SOCKET_IFNAME"]
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size:  # one machine: gloo stays on the loopback device
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def setup(seed: int, threads: int) -> "torch.device":
@@ -91,7 +93,7 @@ def start_process_group(device: "torch.device") -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         if here.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(backend)
     if not deepspeed.comm.is_initialized():
@@ -100,11 +102,8 @@ def start_process_group(device: "torch.device") -> None:
 
 def reset_peak_memory() -> None:
     """Forget the process's peak resident size, so that a cell's peak is its own in a process that runs many."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass  # not permitted here: the peak is then the process's, which is larger, never smaller
+    with contextlib.suppress(OSError):  # not permitted here: the peak is then the process's, larger, never smaller
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
@@ -113,8 +112,5 @@ def peak_memory_bytes(device: "torch.device") -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

@@ -1,10 +1,10 @@
 """Log-likelihoods in as few and as small forward passes as possible: shared beginnings once, only the needed logits.
 
-A prompt is computed once for all its answers: the answers' tokens follow it as branches that see the prompt and themselves. What all prompts
-of a set begin with (the instruction) is computed once for the whole set and kept as a key-value cache. Rows are sorted by length.
+A prompt is computed once for all its answers: the answers' tokens follow it as branches that see the prompt and themselves. What
+all prompts of a set begin with (the instruction) is computed once for the whole set and kept as a key-value cache. Rows are sorted
+by length.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,8 +87,10 @@ def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What every prompt begins with, leaving at least one token of each; empty when it is not worth a cache."""
     if len(prompts) < 2:
         return ()
-    common = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
-    return tuple(common) if len(common) >= SHORTEST_PREFIX else ()
+    first, last = min(prompts), max(prompts)  # what the extremes of the order share, all share
+    longest = min(len(prompt) for prompt in prompts) - 1
+    length = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return first[:length] if length >= SHORTEST_PREFIX else ()
 
 
 def _prefill(backbone: nn.Module, prefix: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:

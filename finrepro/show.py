@@ -38,7 +38,7 @@ class Display:
 
     def plan(self, steps: list[planning.Step], place: Place, jobs: int) -> None:
         """How many cells run, are kept, skipped and refused, with each reason once, and about how long it takes."""
-        counts = Counter(step.action for step in steps)
+        counts = Counter[str](step.action for step in steps)
         bases = sum(step.is_base for step in steps if step.action == "run")
         seconds = sum(planning.estimated_seconds(s.spec, place) for s in steps if s.action == "run") / max(1, jobs)
         self.total = counts["run"]

@@ -1,28 +1,36 @@
-"""What a cell is: the catalogues in configs/, resolved into a frozen `RunSpec` whose hash is the run's identity.
+"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and the typed settings it is made of.
 
-This is the only reader of configs/. It imports no torch: cells are listed and planned in well under a second.
+Everything here is data. The values come from configs/, which finrepro.catalogue reads.
 """
 
 import dataclasses
 import hashlib
 import json
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from finrepro.data import Hub
-from finrepro.errors import UsageError, unknown
-from finrepro.schema import Choice, build, choose, plain, read_yaml, settings
-
-PROJECT = Path(__file__).resolve().parent.parent
-CONFIGS = PROJECT / "configs"
+from finrepro.schema import Choice, plain, settings
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random"]
 
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
-    "name title licence embedded hub hub_path path source parameters gated miniature_of pretrain scale".split()
+    [
+        "name",
+        "title",
+        "licence",
+        "embedded",
+        "hub",
+        "hub_path",
+        "path",
+        "source",
+        "parameters",
+        "gated",
+        "miniature_of",
+        "pretrain",
+        "scale",
+    ]
 )
 
 
@@ -43,6 +51,7 @@ class Train:
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # an entry with `kind`; a `Choice` once resolved
+    short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
 
 
 @settings
@@ -105,15 +114,23 @@ class Override:
 
 
 @settings
+class Quick:
+    """What --quick runs: the cells whose labels match one of the patterns, with these training settings."""
+
+    cells: tuple[str, ...]
+    train: dict[str, Any]
+
+
+@settings
 class Grid:
-    """A table at one scale. `full` replaces axes under --full; `quick` lists cell labels for --quick."""
+    """A table at one scale. `full` replaces axes under --full."""
 
     axes: Axes
     template: str
     threads: int
     train: dict[str, Any]
     evaluation: Evaluation
-    quick: tuple[str, ...]
+    quick: Quick
     full: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
 
@@ -176,120 +193,3 @@ def without(value: Any, keys: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {key: without(item, keys) for key, item in value.items() if key not in keys}
     return [without(item, keys) for item in value] if isinstance(value, list) else value
-
-
-@cache
-def catalogue(name: str) -> dict[str, Any]:
-    """Raw entries of configs/<name>.yaml."""
-    return read_yaml(CONFIGS / f"{name}.yaml")
-
-
-def entry(name: str, key: str, what: str) -> dict[str, Any]:
-    """One raw entry; raises `UsageError` naming the known ones."""
-    entries = catalogue(name)
-    if key not in entries:
-        raise unknown(what, key, entries)
-    if not isinstance(entries[key], dict):
-        raise UsageError(f"{name}.{key}: expected a mapping of settings.")
-    return entries[key]
-
-
-@cache
-def model(name: str) -> Model:
-    """A resolved entry of models.yaml."""
-    return build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
-
-
-@cache
-def adapter(name: str) -> Choice:
-    """A resolved entry of adapters.yaml."""
-    return choose("adapters", name, entry("adapters", name, "adapter"), f"adapters.{name}")
-
-
-@cache
-def quantizer(name: str, dtype: str) -> Choice:
-    """A resolved entry of quantizers.yaml; `compute_dtype: model` becomes the dtype that the model runs in."""
-    values = dict(entry("quantizers", name, "quantizer"))
-    if values.get("compute_dtype") == "model":
-        values["compute_dtype"] = dtype
-    return choose("quantizers", name, values, f"quantizers.{name}")
-
-
-@cache
-def dataset(name: str) -> Choice:
-    """A resolved entry of datasets.yaml."""
-    return choose("datasets", name, entry("datasets", name, "dataset"), f"datasets.{name}")
-
-
-@cache
-def task(name: str, template: str = "") -> TaskSpec:
-    """A resolved entry of tasks.yaml with its dataset; a task with templates keeps the chosen one only."""
-    values = dict(entry("tasks", name, "task"))
-    templates = values.get("templates")
-    if templates:
-        if template not in templates:
-            raise UsageError(f"tasks.{name}: {unknown('template', template, templates)}")
-        values |= {"templates": {template: templates[template]}, "template": template}
-    resolved = choose("tasks", name, values, f"tasks.{name}")
-    return TaskSpec(task=resolved, dataset=dataset(resolved.config.dataset))
-
-
-def train_settings(values: dict[str, Any], where: str) -> Train:
-    """Checked training settings with the optimizer resolved."""
-    train = build(Train, values, where)
-    resolved = choose("optimizers", "optimizer", train.optimizer, f"{where}.optimizer")
-    return build_with(train, optimizer=resolved)
-
-
-def build_with(train: Train, **changes: Any) -> Train:
-    """A copy of `train` with fields replaced, its checks run again by the constructor."""
-    values = {name: getattr(train, name) for name in Train.__dataclass_fields__}  # type: ignore[attr-defined]
-    return Train(**(values | changes))
-
-
-@cache
-def tables() -> tuple[str, ...]:
-    """The tables that exist, as `table3`."""
-    return tuple(sorted(path.stem for path in (CONFIGS / "tables").glob("table*.yaml")))
-
-
-@cache
-def table(name: str) -> TableFile:
-    """A checked table file. `name` is `table3` or `3`."""
-    full_name = name if name.startswith("table") else f"table{name}"
-    if full_name not in tables():
-        numbers = [known.removeprefix("table") for known in tables()]
-        raise unknown("table", name, numbers)
-    return build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
-
-
-def pretraining(base: Model, seed: int = 0) -> RunSpec:
-    """The run that makes a miniature's weights, from its own initialisation."""
-    recipe = base.pretrain
-    if recipe is None:
-        raise UsageError(f"models.{base.name}: has no 'pretrain'.")
-    text = task(recipe.task)
-    return RunSpec(
-        model=base,
-        weights="random",
-        base_revision=None,
-        base_run=None,
-        quantizer=quantizer("none", base.dtype),
-        adapter=adapter("full"),
-        train_on=text,
-        tasks=(text,),
-        train=train_settings(recipe.train, f"models.{base.name}.pretrain.train"),
-        evaluation=recipe.evaluation,
-        seed=seed,
-        threads=recipe.threads,
-        world_size=1,
-    )
-
-
-def deepspeed_config(zero_stage: int) -> dict[str, Any]:
-    """The ZeRO settings of configs/deepspeed for a stage."""
-    path = CONFIGS / "deepspeed" / f"zero{zero_stage}.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}.") from None

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import provenance
+from finrepro import PROJECT, provenance
 from finrepro.errors import EnvironmentFault
-from finrepro.spec import PROJECT, RunSpec
+from finrepro.spec import RunSpec
 
 FORMAT = 1
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
@@ -40,11 +40,16 @@ def disk_errors(place: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary file: the old content or the new, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file: the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -60,7 +65,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_manifest(folder: Path) -> None:
     """List every file's sha256, in the format of `sha256sum`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.sha256")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in files
+    ]
     (folder / "manifest.sha256").write_text("".join(lines), encoding="utf-8")
 
 
@@ -144,7 +151,7 @@ class Store:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store alone; released by the system when the process dies. Sweeps what a crash left half-written."""
-        with disk_errors(self.root), open(self.results / ".lock", "a+") as file:
+        with disk_errors(self.root), (self.results / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -190,7 +197,7 @@ def open_store(root: Path | None) -> Store:
     try:
         found = json.loads(mark.read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise EnvironmentFault(f"{mark} is damaged: it should say {{\"format\": {FORMAT}}}.") from None
+        raise EnvironmentFault(f'{mark} is damaged: it should say {{"format": {FORMAT}}}.') from None
     if found != FORMAT:
         raise EnvironmentFault(
             f"{store.root} was written by a newer finrepro (format {found}, this one reads {FORMAT}); "

@@ -14,9 +14,10 @@ from torch import nn
 
 from finrepro import packing, runtime
 from finrepro.batches import COLLATE, Batch, empty
+from finrepro.catalogue import deepspeed_config
 from finrepro.errors import CellFailed
 from finrepro.layers.supervised import SupervisedLM
-from finrepro.spec import RunSpec, Train, deepspeed_config
+from finrepro.spec import RunSpec, Train
 from finrepro.tokens import Encoded
 
 
@@ -104,8 +105,22 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             last_save = time.monotonic()
             if stop:
                 raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
-    engine.destroy()
+    release(engine, model)
     return trained
+
+
+def release(engine: Any, model: nn.Module) -> None:
+    """End the engine and leave `model` whole and usable on every rank: at stage 3 its parameters lie in parts."""
+    import deepspeed
+
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    whole = []
+    for parameter in partitioned:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole.append(parameter.data.clone())
+    engine.destroy()
+    for parameter, data in zip(partitioned, whole, strict=True):
+        parameter.data = data
 
 
 def micro_batches(

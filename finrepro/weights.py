@@ -71,5 +71,7 @@ def fetch(model: Model) -> Path:
     except Exception as error:  # as above; the message is the hub's, which never contains the token
         raise EnvironmentFault(f"could not fetch {model.hub.id}: {str(error).splitlines()[0]}") from None
     if model.hub.revision and Path(folder).name != model.hub.revision:
-        raise EnvironmentFault(f"{model.hub.id}: the hub gave commit {Path(folder).name}, pinned is {model.hub.revision}.")
+        raise EnvironmentFault(
+            f"{model.hub.id}: the hub gave commit {Path(folder).name}, pinned is {model.hub.revision}."
+        )
     return Path(folder)

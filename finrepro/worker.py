@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime, store
+from finrepro import PROJECT, runtime, store
 from finrepro.cells import Selection
 from finrepro.run import Place, request
-from finrepro.spec import PROJECT, RunSpec
+from finrepro.spec import RunSpec
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Event = dict[str, Any]
@@ -28,7 +28,7 @@ def serve() -> int:
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the driver decides
     runtime.quiet_environment()
 
@@ -41,7 +41,9 @@ def serve() -> int:
 
     for line in sys.stdin:
         message = json.loads(line)
-        place = Place(store.Store(Path(message["store"])), *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir")))
+        place = Place(
+            store.Store(Path(message["store"])), *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir"))
+        )
         try:
             result = run_cell(resolve(message["request"]), place, emit, lambda: bool(stop))
             emit({"event": "result", "status": result["status"], "reason": result["reason"]})

@@ -55,7 +55,7 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+        return peft.get_peft_model(model, settings)
 
 
 def export(model: "nn.Module", folder: Path) -> None:

@@ -6,16 +6,18 @@ its rows would be computed only to be ignored.
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from finrepro.batches import Batch
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The transformer below the output head, and the head, also of a model that PEFT has wrapped."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     return getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
 
 
@@ -23,9 +25,7 @@ def hidden_states(model: nn.Module, batch: Batch, **kwargs: Any) -> Float[Tensor
     """Last hidden states of every position, flattened."""
     backbone, _ = backbone_and_head(model)
     segments = {"segment_lengths": batch.segment_lengths} if batch.segment_lengths is not None else {}
-    output = backbone(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **segments, **kwargs
-    )
+    output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **segments, **kwargs)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -33,8 +33,7 @@ def log_likelihood(
     head: nn.Module, hidden: Float[Tensor, "positions d_model"], targets: Int[Tensor, " positions"]
 ) -> Float[Tensor, " positions"]:
     """Natural log-probability of each target, in float32."""
-    logits = head(hidden).float()
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return -cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
 class SupervisedLM(nn.Module):
@@ -50,4 +49,4 @@ class SupervisedLM(nn.Module):
         _, head = backbone_and_head(self.model)
         if len(batch.positions) == 0:  # keep the graph whole for collective backward passes
             return (head(hidden[:1]) * 0).sum().float()
-        return -torch.sum(log_likelihood(head, hidden[batch.positions], batch.targets))
+        return -log_likelihood(head, hidden[batch.positions], batch.targets).sum()

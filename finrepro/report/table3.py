@@ -25,7 +25,9 @@ def build(rows: Sequence[Row], scale: str) -> Table:
         for _, of_line in _grouped(of_task, "model", "quantizer", "adapter"):
             lines.append(_line(task, of_line))
     smoke = scale == "smoke"
-    caption = "Table 3. Financial tasks" + (" - SMOKE: miniatures, never to be set against published values" if smoke else "")
+    caption = "Table 3. Financial tasks" + (
+        " - SMOKE: miniatures, never to be set against published values" if smoke else ""
+    )
     return Table(label=f"table3_{scale}", caption=caption, columns=COLUMNS, lines=tuple(lines), notes=_notes(rows))
 
 
@@ -61,14 +63,18 @@ def _line(task: str, rows: Sequence[Row]) -> Line:
     names = (task, first["model"], first["quantizer"], first["adapter"])
     scored = [row for row in rows if _score(row, "accuracy")]
     evidence = {
-        "cells": [{key: row[key] for key in ("label", "run_id", "seed", "state", "reason", "scores", "costs")} for row in rows]
+        "cells": [
+            {key: row[key] for key in ("label", "run_id", "seed", "state", "reason", "scores", "costs")} for row in rows
+        ]
     }
     if not scored:
         return Line((*names, f"- ({first['state']})", "", "", "", "", "", ""), section=task, evidence=evidence)
     values = {metric: [_score(row, metric) for row in scored] for metric in METRICS}
     accuracy = [score for score in values["accuracy"] if score]
-    mark = "" if all(row["state"] == "done" for row in rows) else " *"
-    gain = f"{mean(s['gain']for s in accuracy):+.3f} [{mean(s['gain_low']for s in accuracy):+.3f}, {mean(s['gain_high']for s in accuracy):+.3f}]"
+    mark = (" *" if any(row["state"] != "done" for row in rows) else "") + (" (short)" if first["short"] else "")
+    gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(
+        *(mean(s[key] for s in accuracy) for key in ("gain", "gain_low", "gain_high"))
+    )
     texts = [f"{mean(score['value'] for score in scores if score):.3f}" for scores in values.values()]
     texts[0] += f" [{mean(s['low'] for s in accuracy):.3f}, {mean(s['high'] for s in accuracy):.3f}]{mark}"
     seeds = str(len(scored)) if len(scored) == 1 else f"{len(scored)} (sd {stdev(s['value'] for s in accuracy):.3f})"
@@ -77,9 +83,13 @@ def _line(task: str, rows: Sequence[Row]) -> Line:
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     """How to read the intervals, and every cell that has no score or is stale, with its reason."""
-    notes = ["Intervals: bootstrap over test examples, equal texts resampled together; over several seeds, their mean bounds."]
+    notes = [
+        "Intervals: bootstrap over test examples, equal texts resampled together; over several seeds, their mean bounds."
+    ]
     if any(len({row["seed"] for row in group}) == 1 for _, group in _grouped(rows, "model", "quantizer", "adapter")):
         notes.append("A single seed says nothing about the spread between runs.")
+    if any(row["short"] for row in rows):
+        notes.append("(short): trained for too few steps to show quality; the cell proves that its path works.")
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["state"] != "done":

@@ -33,7 +33,7 @@ def target(example: Example, config: Config) -> str:
 
 def choices(example: Example, config: Config) -> None:
     """None: the text itself is scored, nothing is chosen."""
-    return None
+    return
 
 
 def parse(output: str, example: Example, config: Config) -> str:
