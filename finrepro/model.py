@@ -78,7 +78,7 @@ def load(spec: RunSpec, folder: Path | None) -> Any:
     return model
 
 
-def quantize(model: nn.Module, quantizer: Choice) -> None:
+def quantize(model: Any, quantizer: Choice) -> None:
     """Replace every linear layer of the blocks by its quantized form, one at a time, in place."""
     module = quantizer.module("quantizers")
     if module.linear is None:

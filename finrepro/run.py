@@ -162,10 +162,9 @@ def base(spec: RunSpec, place: Place, dataset: data.Dataset) -> tuple[Path | Non
             raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
         return folder, load_tokenizer(folder)
     if spec.model.pretrain is not None:
-        texts = [example.text for example in dataset.splits["train"]]
-        extra = spec.train_on.task.config.tokenizer_extra if spec.train_on.task.kind == "language_modeling" else ()
-        vocabulary = int(spec.model.architecture["vocab_size"])
-        return None, train_tokenizer([*texts, *extra * len(texts)], spec.model.family, vocabulary)
+        task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
+        texts = [task.target(example, config) for example in dataset.splits["train"]]
+        return None, train_tokenizer(texts, spec.model.family, int(spec.model.architecture["vocab_size"]))
     found = weights.locate(spec.model, place.models_dir) or weights.fetch(spec.model)
     return (found if spec.weights == "pretrained" else None), load_tokenizer(found)
 

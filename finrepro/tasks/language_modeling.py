@@ -1,5 +1,6 @@
 """Predict the next token of plain text. Scored by perplexity per token on text that was not trained on."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ MAIN_METRIC = "perplexity"
 
 @settings
 class Config:
-    """`tokenizer_extra` holds strings that a tokenizer trained on this task must also know, as templates and labels."""
+    """`endings`: one of them follows each text, chosen by the example's id and so without regard to its label.
+
+    They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
+    """
 
     version: int
     dataset: str
-    tokenizer_extra: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ("",)
 
 
 def prompt(example: Example, config: Config) -> str:
@@ -27,8 +31,9 @@ def prompt(example: Example, config: Config) -> str:
 
 
 def target(example: Example, config: Config) -> str:
-    """The whole text."""
-    return example.text
+    """The whole text and its ending."""
+    number = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4])
+    return example.text + config.endings[number % len(config.endings)]
 
 
 def choices(example: Example, config: Config) -> None:
