@@ -103,7 +103,7 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
     text = task(recipe.task)
     return RunSpec(
         model=base,
-        weights="random",
+        weights="scratch",
         base_revision=None,
         base_run=None,
         quantizer=quantizer("none", base.dtype),

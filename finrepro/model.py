@@ -57,23 +57,43 @@ def configuration(model: Model) -> Any:
 
 
 def load(spec: RunSpec, folder: Path | None) -> Any:
-    """The base model in its dtype: from `folder`, or randomly initialised under a private generator state."""
+    """The base model in its dtype: from `folder`, or randomly initialised under a private generator state.
+
+    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for dropout; it gives the weights alone.
+    Raises `EnvironmentFault` when they cannot be read, or are not those of this architecture: no weight is ever made up.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     isolated_attention.register()
     dtype = getattr(torch, spec.model.dtype)
+    config = configuration(spec.model)
     kwargs = {"dtype": dtype, "attn_implementation": isolated_attention.NAME}
     if folder is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model: Any = AutoModelForCausalLM.from_config(configuration(spec.model), **kwargs)
+            model: Any = AutoModelForCausalLM.from_config(config, **kwargs)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **kwargs
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **kwargs,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EnvironmentFault(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from None
+        for what in ("missing_keys", "unexpected_keys"):
+            if found[what]:
+                raise EnvironmentFault(
+                    f"{folder}: not the weights of {spec.model.name}: {len(found[what])} {what.replace('_', ' ')}, "
+                    f"among them {min(found[what])}."
+                )
+    # What an exported file calls its base: a name, never a path on this machine.
+    model.name_or_path = model.config._name_or_path = spec.model.hub.id if spec.model.hub else spec.model.name
     model.config.use_cache = False
     return model
 

@@ -119,7 +119,7 @@ def cannot_run(spec: RunSpec, place: Place) -> str | None:
     needed = needed_bytes(spec) / spec.world_size
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return weights.missing_reason(spec.model, place.models_dir)
+    return weights.missing_reason(spec.model, place.models_dir) if spec.weights == "pretrained" else None
 
 
 def plan(cells: list[Cell], place: Place, keep: bool) -> list[Step]:

@@ -9,10 +9,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finrepro import data, runtime, store, weights
+from finrepro import catalogue, data, runtime, store, weights
 from finrepro.cells import Selection, find
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
 from finrepro.result import header, seal_unfinished
@@ -21,6 +22,8 @@ from finrepro.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -40,25 +43,16 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
     A defect or a divergence is sealed too, as `failed` or `diverged` with its reason. Raises `EnvironmentFault` (nothing is written) and
     `Interrupted` (a checkpoint is).
     """
-    from finrepro.train import Diverged
+    from finrepro.train import Diverged, Interrupted
 
     started = time.time()
     try:
         return walk(spec, place, report, stop_requested, started)
-    except EnvironmentFault:
+    except (EnvironmentFault, Interrupted):
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
-    except (
-        CellFailed,
-        MemoryError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        ImportError,
-    ) as error:
+    except Exception as error:  # whatever it is, it costs one cell: its traceback goes into the result
         status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return seal_unfinished(spec, place.store, status, reason, started, traceback.format_exc())
 
@@ -77,7 +71,7 @@ def walk(
 
     report({"event": "phase", "phase": "data"})
     dataset = data.load(spec.train_on.dataset, place.data_dir)
-    folder, tokenizer = base(spec, place, dataset)
+    folder, tokenizer, tokenizer_origin = base(spec, place)
     task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
     pairs = [(task.prompt(example, config), task.target(example, config)) for example in dataset.splits["train"]]
     encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
@@ -96,8 +90,11 @@ def walk(
         for each in spec.tasks:
             loaded = dataset if each.dataset == spec.train_on.dataset else data.load(each.dataset, place.data_dir)
             examples = loaded.splits[spec.evaluation.split]
-            evaluated = evaluate(built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len)
-            scores += evaluated.scores if has_quality(spec) else []
+            place.store.log_scoring(spec, each.task.name)
+            evaluated = evaluate(
+                built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len, partial(scored, report)
+            )
+            scores += evaluated.scores if spec.weights != "random" else []
             rows += evaluated.rows
             num_scored += len(examples)
         evaluation_seconds = time.monotonic() - began
@@ -108,7 +105,7 @@ def walk(
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
         spec.adapter.module("adapters").export(built.model, target / "weights")
-        if spec.base_run is None and spec.model.pretrain is not None:
+        if spec.weights == "scratch":
             tokenizer.save_pretrained(target / "weights")
         store.write_lines(target / "loss.jsonl", trained.losses)
         store.write_lines(target / "predictions.jsonl", rows)
@@ -135,6 +132,8 @@ def walk(
                 "fingerprints": dataset.fingerprints,
                 "overlap": dataset.overlap,
                 "origin": dataset.origin,
+                "tokenizer": tokenizer_origin,
+                "times_scored": place.store.times_scored(spec),
                 "files": {role: file.sha256 for role, file in spec.train_on.dataset.config.files.items()},
             },
         }
@@ -143,30 +142,40 @@ def walk(
     return result
 
 
-def has_quality(spec: RunSpec) -> bool:
-    """Whether scores mean anything: weights that were never trained show no quality, but a pretraining run makes its own."""
-    return spec.weights == "pretrained" or (spec.model.pretrain is not None and spec.base_run is None)
+def scored(report: Report, done: int, total: int) -> None:
+    """Report how far an evaluation is."""
+    report({"event": "phase", "phase": f"evaluate {done}/{total}"})
 
 
-def base(spec: RunSpec, place: Place, dataset: data.Dataset) -> tuple[Path | None, "PreTrainedTokenizerFast"]:
-    """The base's folder (None: random weights) and its tokenizer.
+def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizerFast", str]:
+    """The base's folder (None: random weights), its tokenizer, and where that comes from.
 
     Raises `EnvironmentFault` when the run that makes the base, or the checkpoint, is not there.
     """
     from finrepro.model import load_tokenizer
-    from finrepro.tokens import train_tokenizer
 
     if spec.base_run is not None:
         folder = place.store.run_folder(spec.base_run) / "weights"
         if place.store.result(spec.base_run) is None:
             raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
-        return folder, load_tokenizer(folder)
-    if spec.model.pretrain is not None:
-        task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
-        texts = [task.target(example, config) for example in dataset.splits["train"]]
-        return None, train_tokenizer(texts, spec.model.family, int(spec.model.architecture["vocab_size"]))
-    found = weights.locate(spec.model, place.models_dir) or weights.fetch(spec.model)
-    return (found if spec.weights == "pretrained" else None), load_tokenizer(found)
+        return folder, load_tokenizer(folder), f"run {spec.base_run}"
+    found = weights.locate(spec.model, place.models_dir)
+    if found is None and spec.weights == "pretrained":
+        found = weights.fetch(spec.model)
+    if found is not None:
+        return (found if spec.weights == "pretrained" else None), load_tokenizer(found), "checkpoint"
+    return None, embedded_tokenizer(spec, place), "trained on the embedded text"
+
+
+def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
+    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
+    from finrepro.tokens import train_tokenizer
+
+    text = catalogue.task(spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT)
+    task, config = text.task.module("tasks"), text.task.config
+    texts = [task.target(example, config) for example in data.load(text.dataset, place.data_dir).splits["train"]]
+    vocabulary = int(spec.model.architecture["vocab_size"])
+    return train_tokenizer(texts, spec.model.family, min(vocabulary, STAND_IN_VOCABULARY))
 
 
 def request(spec: RunSpec, selection: Selection, scale: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from finrepro.data import Hub
 from finrepro.schema import Choice, plain, settings
 
 Scale = Literal["smoke", "paper"]
-Weights = Literal["pretrained", "random"]
+Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
 
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(

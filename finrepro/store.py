@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,16 @@ class Store:
         made_by = result["environment"]
         here = (provenance.source_digest(), provenance.lock_digest())
         return DONE if (made_by["source_digest"], made_by["lock_digest"]) == here else STALE
+
+    def log_scoring(self, spec: RunSpec, task: str) -> None:
+        """Note that a split is scored, before it is: an attempt that failed or was thrown away still counts."""
+        row = {"run_id": spec.run_id, "label": spec.label, "task": task, "split": spec.evaluation.split}
+        with disk_errors(self.root), (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "time": time.time()}) + "\n")
+
+    def times_scored(self, spec: RunSpec) -> int:
+        """How often this configuration's split has been scored in this store: tuning on a test set would show here."""
+        return sum(row["run_id"] == spec.run_id for row in read_lines(self.results / "scorings.jsonl"))
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:

@@ -37,16 +37,18 @@ def encode(
     """Tokenize (prompt, answer) pairs jointly; `end` adds the end-of-text token to the answer.
 
     A sequence over `max_seq_len` tokens loses the beginning of its prompt (after the beginning-of-text token), never its answer.
-    Raises `UsageError` if a prompt's tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is too long.
+    Raises `UsageError` if a prompt ends in a space or its tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is
+    too long.
     """
     prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
     joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = []
     for (prompt, answer), head, ids in zip(pairs, prompts, joint, strict=True):
-        if ids[: len(head)] != head:
+        if prompt.endswith(" ") or ids[: len(head)] != head:
+            fault = "has a space too many" if prompt.endswith(" ") else "has tokens that are not a prefix of the joint ones"
             raise UsageError(
-                f"the tokens of the prompt ending in {prompt[-20:]!r} are not a prefix of those with the answer {answer!r}: "
+                f"the prompt ending in {prompt[-20:]!r} {fault} with the answer {answer!r}: "
                 "a template must end without a space, and an answer begin with one."
             )
         if not head:  # nothing before the answer: it is predicted from the beginning-of-text token

@@ -59,8 +59,12 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """A plain PEFT folder. Its JSON is sorted: PEFT writes sets, whose order changes from process to process."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    """A plain PEFT folder. Its JSON is sorted: PEFT writes sets, whose order changes from process to process.
+
+    The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model card is a form that nobody filled in.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     values["target_modules"] = sorted(values["target_modules"])

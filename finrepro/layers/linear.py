@@ -1,6 +1,6 @@
 """The linear layers of a transformer's blocks, whichever class holds them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,7 +13,7 @@ def is_conv1d(layer: "nn.Module") -> bool:
     return isinstance(layer, Conv1D)
 
 
-def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
+def linear_layers(model: "nn.Module") -> dict[str, Any]:
     """Name -> layer for every linear layer inside the blocks; the output head and the embeddings are not among them.
 
     "All linear layers" in the sense of QLoRA: four a block in GPT-2, seven in Llama.
