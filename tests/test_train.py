@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -175,7 +176,7 @@ def test_learning_rate_warms_up_and_ends_where_its_schedule_says(schedule: Any) 
     rates = [learning_rate(step, settings) for step in range(21)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[20] == pytest.approx(1.0 if schedule == "constant" else 0.0)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 def test_any_step_can_be_reached_without_replaying_those_before_it(data: list[Encoded]) -> None:
@@ -190,7 +191,8 @@ def test_any_step_can_be_reached_without_replaying_those_before_it(data: list[En
 def launch(ranks: int, *command: str) -> None:
     """Start ranks with torch's launcher and wait."""
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-    done = subprocess.run(call, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=600)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,0 +1,102 @@
+"""Scoring labels by log-likelihood against the usual loop: batch 1, up to ten generated tokens with a KV cache, stop at end of text.
+
+Same model (a miniature fine-tuned here for a few hundred steps), same prompts, same process, in turn. The loop is the fast form of what
+FinGPT's and FinLoRA's evaluators do. Both answers are kept: the labels must equal one-by-one scoring, the agreement with what was
+generated and parsed is printed.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+import torch  # noqa: E402
+from _measure import interleaved, ratios, write  # noqa: E402
+
+from finrepro import catalogue, data  # noqa: E402
+from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.evaluate import answer  # noqa: E402
+from finrepro.model import build  # noqa: E402
+from finrepro.run import Place, embedded_tokenizer  # noqa: E402
+from finrepro.store import open_store  # noqa: E402
+from finrepro.tokens import encode  # noqa: E402
+from finrepro.train import Control, train  # noqa: E402
+
+EXAMPLES, REPEATS, TRAIN_STEPS = 400, 5, 200
+
+
+def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """Ten tokens at most for each prompt, one prompt at a time."""
+    outputs = []
+    model.config.use_cache = True
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=10, do_sample=False,
+                use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        outputs.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    model.config.use_cache = False
+    return outputs
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """One miniature: seconds of both, the ratio, and how the labels compare."""
+    spec = expand(Selection("3", only=f"{name}-none-full-tfns-*", weights="random"), "smoke")[0].spec
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=TRAIN_STEPS))
+    device = runtime.setup(0, spec.threads)
+    tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
+    built = build(spec, tokenizer, None, device)
+    task = spec.train_on
+    module, config = task.task.module("tasks"), task.task.config
+    splits = data.load(task.dataset, None).splits
+    pairs = [(module.prompt(e, config), module.target(e, config)) for e in splits["train"]]
+    encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
+    train(built.model, encoded, spec, device, Control(lambda _: None, lambda: False, folder / "checkpoint"))
+    model = built.model.eval()
+
+    examples = splits["development"][:EXAMPLES]
+    prompts = [module.prompt(example, config) for example in examples]
+    kept: dict[str, Any] = {}
+
+    def score(examples_: Any = examples) -> list[dict[str, Any]]:
+        return answer(model, tokenizer, task, examples_, spec.evaluation, spec.train.max_seq_len)
+
+    seconds = interleaved(
+        {
+            "generate_batch_1": lambda: kept.update(text=generated(model, tokenizer, prompts)),
+            "log_likelihood": lambda: kept.update(rows=score()),
+        },
+        REPEATS,
+    )
+    labels = [row["prediction"] for row in kept["rows"]]
+    alone = [score((example,))[0]["prediction"] for example in examples]
+    parsed = [module.parse(text, example, config) for text, example in zip(kept["text"], examples, strict=True)]
+    return {
+        "model": name,
+        "examples": len(examples),
+        "seconds": seconds,
+        "times_faster": ratios(seconds["generate_batch_1"], seconds["log_likelihood"]),
+        "labels_equal_one_by_one": sum(a == b for a, b in zip(labels, alone, strict=True)) / len(labels),
+        "agreement_with_generated": sum(a == b for a, b in zip(labels, parsed, strict=True)) / len(labels),
+        "generated_unparsable": sum(label is None for label in parsed) / len(parsed),
+        "distinct_labels": sorted(set(labels)),
+    }
+
+
+def main() -> None:
+    """Measure every smoke model of Table 3."""
+    models = catalogue.table("3").smoke.axes.model
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(name, Path(folder)) for name in models]
+    shown = ("times_faster", "labels_equal_one_by_one", "agreement_with_generated", "generated_unparsable")
+    write("evaluation", {"results": results, "summary": {r["model"]: {key: r[key] for key in shown} for r in results}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How many of the tokens that go through the model are real, and examples a second, for four ways to lay out a batch.
+
+Side by side on a Llama miniature, forward and backward over the same examples: fixed padding to `max_seq_len`, dynamic padding of shuffled
+batches of 8, length-sorted token-budget batches, and best-fit-decreasing bins with isolated attention. TFNS, and FPB where
+FINREPRO_DATA_DIR has it.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+import numpy as np  # noqa: E402
+from _measure import interleaved, ratios, write  # noqa: E402
+
+from finrepro import data, packing  # noqa: E402
+from finrepro.batches import COLLATE, Batch, side_by_side  # noqa: E402
+from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.layers.supervised import SupervisedLM  # noqa: E402
+from finrepro.model import build  # noqa: E402
+from finrepro.run import Place, embedded_tokenizer  # noqa: E402
+from finrepro.store import open_store  # noqa: E402
+from finrepro.tokens import Encoded, encode  # noqa: E402
+
+MAX_SEQ_LEN, BUDGET, EXAMPLES, REPEATS = 256, 4096, 768, 3
+CELL = "llama3_1_8b_mini-none-full-{}-*"
+
+
+def fixed(examples: Sequence[Encoded]) -> Batch:
+    """Every row padded to `MAX_SEQ_LEN`, by a row of that length that is cut off again: no supervised token is added."""
+    filler = Encoded((0,) * MAX_SEQ_LEN, MAX_SEQ_LEN)
+    batch = side_by_side([*examples, filler])
+    keep = len(examples)
+    return Batch(batch.input_ids[:keep], batch.position_ids, batch.positions, batch.targets)
+
+
+def layouts(rows: list[int], lengths: list[int]) -> dict[str, tuple[list[list[int]], Any]]:
+    """Name -> (micro-batches, collate)."""
+    eights = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    return {
+        "fixed_padding": (eights, fixed),
+        "dynamic_padding_8": (eights, side_by_side),
+        "length_sorted": (packing.padded(rows, lengths, BUDGET), COLLATE["padded"]),
+        "bins": (packing.bins(rows, lengths, BUDGET), COLLATE["bins"]),
+    }
+
+
+def computed(batches: list[list[int]], lengths: list[int], name: str) -> int:
+    """Tokens that go through the model."""
+    if name == "fixed_padding":
+        return MAX_SEQ_LEN * sum(map(len, batches))
+    if name == "bins":
+        return sum(lengths[row] for batch in batches for row in batch)
+    return sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+
+
+def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
+    """One dataset."""
+    spec = expand(Selection("3", only=CELL.format(task), weights="random"), "smoke")[0].spec
+    device = runtime.setup(0, spec.threads)
+    tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
+    module, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
+    train = data.load(spec.train_on.dataset, data_dir).splits["train"]
+    pairs = [(module.prompt(e, config), module.target(e, config)) for e in train]
+    encoded = encode(tokenizer, pairs, MAX_SEQ_LEN, end=True)
+    lengths = [len(example.ids) for example in encoded]
+    order = np.random.default_rng(0).permutation(len(encoded)).tolist()
+    whole = layouts(order, lengths)
+    share = {name: sum(lengths) / computed(batches, lengths, name) for name, (batches, _) in whole.items()}
+    share["bins_of_fixed_size"] = sum(lengths) / (BUDGET * len(whole["bins"][0]))
+    lm = SupervisedLM(build(spec, tokenizer, None, device).model)
+    losses: dict[str, float] = {}
+
+    def one(name: str, batches: list[list[int]], collate: Any) -> None:
+        lm.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = lm(collate([encoded[row] for row in batch]))
+            loss.backward()
+            total += float(loss.detach())
+        losses[name] = total
+
+    few = layouts(order[:EXAMPLES], lengths)
+    seconds = interleaved(
+        {name: (lambda name=name, part=part: one(name, *part)) for name, part in few.items()}, REPEATS
+    )
+    return {
+        "task": task,
+        "examples": len(encoded),
+        "mean_tokens": float(np.mean(lengths)),
+        "useful_token_share": share,
+        "timed_examples": EXAMPLES,
+        "seconds": seconds,
+        "examples_per_second": {name: EXAMPLES / float(np.median(times)) for name, times in seconds.items()},
+        "times_faster_than_fixed": {name: ratios(seconds["fixed_padding"], seconds[name]) for name in seconds},
+        "summed_loss": losses,
+    }
+
+
+def main() -> None:
+    """TFNS, and FPB where it is."""
+    given = os.environ.get("FINREPRO_DATA_DIR")
+    tasks = ["tfns", "fpb"] if given else ["tfns"]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(task, Path(given) if given else None, Path(folder)) for task in tasks]
+    shown = ("useful_token_share", "examples_per_second", "summed_loss")
+    write(
+        "useful_tokens", {"results": results, "summary": {r["task"]: {key: r[key] for key in shown} for r in results}}
+    )
+
+
+if __name__ == "__main__":
+    main()
