@@ -2,6 +2,7 @@
 
 import queue
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from finrepro import provenance, store
 from finrepro.catalogue import table
 from finrepro.cells import Cell, Selection, expand
 from finrepro.errors import CellFailed, EnvironmentFault
+from finrepro.record import View, is_shown
 from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.result import seal_unfinished
 from finrepro.run import Place
@@ -50,6 +52,8 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     display.plan(steps, place, options.jobs)
     if options.plan_only:
         return 0
+    # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with place.store.lock():
         campaign = _Campaign(selection, scale, place, options, steps, display)
         try:
@@ -132,7 +136,10 @@ class _Campaign:
             if step.action == "skip":
                 self._skip(step)
             elif step.action == "keep":
-                self._note(step, "kept", step.state)
+                shown = is_shown(self.place.store, step.spec.run_id)
+                self._note(step, "kept" if shown else "found", step.state)
+                if not shown:  # finished by a campaign that was cut off before it could record it
+                    self._project(step)
         waiting = [step for step in self.steps if step.action == "run"]
         if not waiting:
             return
@@ -229,8 +236,6 @@ class _Campaign:
         """Show a finished cell in MLflow."""
         self._save()
         if self.view is None:
-            from finrepro.record import View
-
             self.view = View(self.place.store)
             self.parent = self.view.campaign(self.record)
         self.view.cell(step.spec.run_id, self.record, self.parent)

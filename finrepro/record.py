@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finrepro import runtime
-from finrepro.store import DONE, SKIPPED, Store, disk_errors, read_lines
+from finrepro.store import DONE, SKIPPED, Store, disk_errors, read_lines, write_json
 
 ARTIFACTS = ("result.json", "predictions.jsonl", "manifest.sha256", "error.txt")
 BATCH = 1000  # MLflow's limit of metrics a call
@@ -29,15 +29,39 @@ def tracking_uri(store: Store) -> str:
     return f"sqlite:///{database(store)}"
 
 
+def _digest(store: Store, run_id: str) -> str:
+    """What identifies a result: sha256 of its result.json, shortened to what a tag holds."""
+    return hashlib.sha256((store.run_folder(run_id) / "result.json").read_bytes()).hexdigest()[:32]
+
+
+def _shown(store: Store) -> dict[str, str]:
+    """Run id -> digest of the result that the view shows; under `store`, where the store lay."""
+    try:
+        return dict(json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_shown(store: Store, run_id: str) -> bool:
+    """Whether the view shows the run's current result; answered without loading MLflow."""
+    return database(store).is_file() and _shown(store).get(run_id) == _digest(store, run_id)
+
+
+def is_current(store: Store) -> bool:
+    """Whether there is a view, made where the store lies now: MLflow keeps absolute paths."""
+    return database(store).is_file() and _shown(store).get("store") == str(store.root)
+
+
 class View:
     """MLflow's database of a store, opened by the one process that holds the store's lock; created if it is not there."""
 
     def __init__(self, store: Store) -> None:
-        os.environ.update(runtime.OFFLINE)
-        os.environ["GIT_PYTHON_REFRESH"] = "quiet"
-        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(store)
+        os.environ |= runtime.OFFLINE | {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_TRACKING_URI": tracking_uri(store)}
+        os.environ["MLFLOW_LOGGING_LEVEL"] = "CRITICAL"  # no notices, no traceback of an error that it raises as well
         from mlflow.tracking import MlflowClient
 
+        if database(store).is_file() and not is_current(store):
+            rebuild(store)
         self.store = store
         with disk_errors(store.root):
             database(store).parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +122,10 @@ class View:
         result = self.store.result(run_id)
         if result is None:
             return
-        digest = hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()[:32]
+        digest = _digest(self.store, run_id)
         experiment = self.experiment(campaign["table"])
         if self.find(experiment, run_id=run_id, result_digest=digest, status=result["status"]):
+            self._note_shown(run_id, digest)
             return
         older = self.find(experiment, run_id=run_id)
         if older is not None:
@@ -118,6 +143,11 @@ class View:
         # Last, so that a projection cut short is not taken for a whole one and is made again.
         self.client.set_tag(run.info.run_id, "status", result["status"])
         self.client.set_tag(run.info.run_id, "result_digest", digest)
+        self._note_shown(run_id, digest)
+
+    def _note_shown(self, run_id: str, digest: str) -> None:
+        shown = _shown(self.store) | {"store": str(self.store.root), run_id: digest}
+        write_json(database(self.store).parent / "shown.json", shown)
 
     def _fill(self, mlflow_id: str, result: dict[str, Any], folder: Path) -> None:
         """Parameters, metrics, datasets and artifacts of a run."""
@@ -215,21 +245,13 @@ def _note(result: dict[str, Any], folder: Path) -> str:
     return "\n".join([head, *table, "", f"Evidence: results/runs/{folder.name}/ (`sha256sum -c manifest.sha256`)"])
 
 
-def campaigns(store: Store) -> list[dict[str, Any]]:
-    """Every campaign of the store, oldest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in (store.results / "campaigns").glob("*.json")]
-    return sorted(found, key=lambda campaign: float(campaign["started"]))
-
-
 def rebuild(store: Store) -> int:
     """Throw the view away and make it again from results/; the number of cells in it."""
-    folder = database(store).parent
-    shutil.rmtree(folder, ignore_errors=True)
+    campaigns = store.campaigns()
+    shutil.rmtree(database(store).parent, ignore_errors=True)
     view = View(store)
-    owner: dict[str, str] = {}
-    for campaign in campaigns(store):
-        owner |= {cell["run_id"]: campaign["id"] for cell in campaign["cells"] if cell["outcome"] != "kept"}
-    for campaign in campaigns(store):
+    owner = {cell["run_id"]: each["id"] for each in campaigns for cell in each["cells"] if cell["outcome"] != "kept"}
+    for campaign in campaigns:
         parent = view.campaign(campaign)
         for cell in campaign["cells"]:
             if owner.get(cell["run_id"]) == campaign["id"]:
