@@ -12,16 +12,14 @@ from typing import Any
 
 from finrepro import plan as planning
 from finrepro import provenance, store
-from finrepro.catalogue import table
 from finrepro.cells import Cell, Selection, expand
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.record import View, is_shown
-from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.result import seal_unfinished
 from finrepro.run import Place
-from finrepro.schema import kind_module
 from finrepro.show import Display
 from finrepro.spec import Scale
+from finrepro.tabulate import tabulate
 from finrepro.worker import Event, Worker
 
 
@@ -59,50 +57,10 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
         try:
             campaign.run()
         finally:
-            rendered = render(selection, scale, cells, place)
+            rendered = tabulate(selection, scale, cells, place)
             campaign.finish()
     display.table(rendered, place.store.results / "tables" / scale)
     return campaign.exit_code(cells)
-
-
-def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
-    """Cells joined with their results, as the report modules take them; refused combinations are left out."""
-    joined = []
-    for cell in cells:
-        if cell.refusal:
-            continue
-        state, result = place.store.state(cell.spec), place.store.result(cell.spec.run_id) or {}
-        reason = result.get("reason") or {store.STALE: "made by other source or packages"}.get(state, "")
-        joined.append(
-            {
-                "label": cell.label,
-                "run_id": cell.spec.run_id,
-                "model": cell.spec.model.name,
-                "quantizer": cell.spec.quantizer.name,
-                "adapter": cell.spec.adapter.name,
-                "train_on": cell.spec.train_on.task.name,
-                "seed": cell.spec.seed,
-                "state": state,
-                "reason": reason,
-                "short": cell.spec.train.short,
-                "scores": result.get("scores", []),
-                "costs": result.get("costs", {}),
-            }
-        )
-    return joined
-
-
-def render(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
-    """Build the table from the store and write it as Markdown, LaTeX and JSON."""
-    name = table(selection.table).report
-    built: Table = kind_module("report", name).build(rows(cells, place), scale)
-    folder = place.store.results / "tables" / scale
-    with store.disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in (("md", to_markdown(built)), ("tex", to_latex(built)), ("json", to_json(built))):
-            path = folder / f"{name}.{suffix}"
-            store.write_text(path, text)
-    return built
 
 
 class _Campaign:
@@ -152,7 +110,7 @@ class _Campaign:
             worker.log.write_text("")
             worker.start()  # by this thread: a worker dies with the thread that started it
         try:
-            self._rounds(workers, waiting)
+            self._jobs(workers, waiting)
         except KeyboardInterrupt:
             self.display.say("Stopping: the running cell saves its state. Run the same command again to go on.")
             for worker in workers:
@@ -163,38 +121,41 @@ class _Campaign:
             for worker in workers:
                 worker.close()
 
-    def _rounds(self, workers: list[Worker], waiting: list[planning.Step]) -> None:
-        """First the bases, then the rest; a cell whose base failed fails with it."""
-        for is_base in (True, False):
-            todo: queue.Queue[planning.Step] = queue.Queue()
-            count = 0
-            for step in waiting:
-                if step.is_base == is_base:
-                    todo.put(step)
-                    count += 1
-            threads = [threading.Thread(target=self._work, args=(worker, todo), daemon=True) for worker in workers]
-            for thread in threads:
-                thread.start()
-            while count:
-                step, event = self.events.get()
-                if event["event"] in ("step", "phase"):
-                    self.display.progress(step, event)
-                else:
-                    self._finished(step, event)
-                    count -= 1
+    def _jobs(self, workers: list[Worker], waiting: list[planning.Step]) -> None:
+        """Let every worker take cells from one queue, bases first, while this thread shows and records what they report."""
+        todo: queue.Queue[planning.Step] = queue.Queue()
+        for step in waiting:
+            todo.put(step)
+        ready = {step.spec.run_id: threading.Event() for step in waiting if step.is_base}
+        for worker in workers:
+            threading.Thread(target=self._work, args=(worker, todo, ready), daemon=True).start()
+        left = len(waiting)
+        while left:
+            step, event = self.events.get()
+            if event["event"] in ("step", "phase"):
+                self.display.progress(step, event)
+            else:
+                self._finished(step, event)
+                left -= 1
 
-    def _work(self, worker: Worker, todo: "queue.Queue[planning.Step]") -> None:
-        """A job: run waiting cells until none is left."""
+    def _work(self, worker: Worker, todo: "queue.Queue[planning.Step]", ready: dict[str, threading.Event]) -> None:
+        """A job: run waiting cells until none is left. A cell waits for its base, and fails with it."""
         while True:
             try:
                 step = todo.get_nowait()
             except queue.Empty:
                 return
-            if step.base is not None and self.place.store.state(step.base) not in (store.DONE, store.STALE):
-                self.events.put((step, {"event": "died", "reason": f"its base {step.base.label} failed"}))
-                continue
-            self.events.put((step, {"event": "phase", "phase": "start"}))
-            self.events.put((step, worker.run(step.spec, partial(self._pass_on, step))))
+            if step.base is not None:
+                if step.base.run_id in ready:
+                    ready[step.base.run_id].wait()
+                if self.place.store.state(step.base) not in (store.DONE, store.STALE):
+                    self._pass_on(step, {"event": "died", "reason": f"its base {step.base.label} failed"})
+                    continue
+            self._pass_on(step, {"event": "phase", "phase": "start"})
+            event = worker.run(step.spec, partial(self._pass_on, step))
+            if step.is_base:
+                ready[step.spec.run_id].set()
+            self._pass_on(step, event)
 
     def _pass_on(self, step: planning.Step, event: Event) -> None:
         """Hand an event of a running cell to the thread that shows it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from finrepro import PROJECT
 from finrepro.errors import UsageError, unknown
-from finrepro.schema import Choice, build, choose, read_yaml
+from finrepro.schema import Choice, build, choose, kind_module, read_yaml
 from finrepro.spec import Model, RunSpec, TableFile, TaskSpec, Train
 
 CONFIGS = PROJECT / "configs"
@@ -65,6 +65,8 @@ def task(name: str, template: str = "") -> TaskSpec:
     values = dict(entry("tasks", name, "task"))
     templates = values.get("templates")
     if templates:
+        if not isinstance(templates, dict):
+            raise UsageError(f"tasks.{name}.templates: expected a mapping of names to wordings.")
         if template not in templates:
             raise UsageError(f"tasks.{name}: {unknown('template', template, templates)}")
         values |= {"templates": {template: templates[template]}, "template": template}
@@ -92,7 +94,9 @@ def table(name: str) -> TableFile:
     if full_name not in tables():
         numbers = [known.removeprefix("table") for known in tables()]
         raise unknown("table", name, numbers)
-    return build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
+    found = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
+    kind_module("report", found.report, f"tables.{full_name}.report")
+    return found
 
 
 def pretraining(base: Model, seed: int = 0) -> RunSpec:

@@ -6,12 +6,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from finrepro.catalogue import adapter, model, pretraining, quantizer, table, task, train_settings
+from finrepro.catalogue import adapter, entry, model, pretraining, quantizer, table, task, train_settings
 from finrepro.errors import UsageError, unknown
 from finrepro.spec import Grid, RunSpec, Scale, Weights
 
 SCALES = ("auto", "smoke", "paper")
 WEIGHTS = ("pretrained", "random")
+AXES = {"model": "models", "quantizer": "quantizers", "adapter": "adapters", "train_on": "tasks"}  # axis -> catalogue
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
     axes = grid.axes
     seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or axes.seed
     found = [
-        _cell(grid, selection, dict(zip(("model", "quantizer", "adapter", "train_on"), values, strict=True)), seed)
+        _cell(grid, selection, dict(zip(AXES, values, strict=True)), seed)
         for *values, seed in itertools.product(axes.model, axes.quantizer, axes.adapter, axes.train_on, seeds)
     ]
     chosen = [cell for cell in found if not selection.quick or _matches(cell, grid.quick.cells)]
@@ -84,6 +85,7 @@ def _cell(grid: Grid, selection: Selection, names: dict[str, str], seed: int) ->
         for axis in override.where:
             if axis not in names:
                 raise UsageError(f"tables.{selection.table}.overrides.where: {unknown('axis', axis, names)}")
+            entry(AXES[axis], override.where[axis], axis)
         if all(names[axis] == value for axis, value in override.where.items()):
             train |= override.train
     if selection.quick:
@@ -125,8 +127,8 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2.") from None
-    if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds '{text}': each seed is a different number from 0.")
+    if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise UsageError(f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}.")
     return seeds
 
 

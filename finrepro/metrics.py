@@ -30,7 +30,7 @@ def _per_class(table: Float[np.ndarray, "*batch labels outcomes"]) -> tuple[np.n
 def accuracy(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
     """Share of rows whose prediction is the gold label."""
     hits, _, gold = _per_class(table)
-    return hits.sum(-1) / gold.sum(-1)
+    return np.asarray(hits.sum(-1) / gold.sum(-1))
 
 
 def _f1(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch labels"]:
@@ -42,12 +42,12 @@ def _f1(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray,
 def f1_weighted(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
     """F1 of each class, averaged with the number of its gold rows as weight."""
     gold = table.sum(-1)
-    return (_f1(table) * gold).sum(-1) / gold.sum(-1)
+    return np.asarray((_f1(table) * gold).sum(-1) / gold.sum(-1))
 
 
 def f1_macro(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
     """F1 of each label, averaged alike. A label that no gold row has counts as 0, as in scikit-learn with `labels=`."""
-    return _f1(table).mean(-1)
+    return np.asarray(_f1(table).mean(-1))
 
 
 def mcc(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
@@ -55,14 +55,14 @@ def mcc(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray,
     hits, _, gold = _per_class(table)
     columns = table.sum(-2)
     total = gold.sum(-1)
-    covariance = hits.sum(-1) * total - (columns[..., :-1] * gold).sum(-1)
+    covariance = np.asarray(hits.sum(-1) * total - (columns[..., :-1] * gold).sum(-1))
     spread = (total**2 - (columns**2).sum(-1)) * (total**2 - (gold**2).sum(-1))
     return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
 
 
 def unparsable_rate(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
     """Share of rows whose answer names no label."""
-    return table[..., -1].sum(-1) / table.sum((-2, -1))
+    return np.asarray(table[..., -1].sum(-1) / table.sum((-2, -1)))
 
 
 def classification_scores(table: Float[np.ndarray, "*batch labels outcomes"]) -> dict[str, np.ndarray]:

@@ -64,7 +64,9 @@ def load(spec: RunSpec, folder: Path | None) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     isolated_attention.register()
     dtype = getattr(torch, spec.model.dtype)
     config = configuration(spec.model)

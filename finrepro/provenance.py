@@ -33,6 +33,7 @@ PACKAGES = [
 # Source that cannot change what a cell computes: presentation, planning and bookkeeping around it.
 OUTSIDE_A_CELL = (
     "campaign.py",
+    "catalogue.py",
     "cells.py",
     "errors.py",
     "plan.py",
@@ -40,6 +41,8 @@ OUTSIDE_A_CELL = (
     "render.py",
     "report/",
     "show.py",
+    "tabulate.py",
+    "ui.py",
     "worker.py",
 )
 

@@ -30,17 +30,32 @@ def settings(cls: type[T]) -> type[T]:
     return decorate(cls)  # type: ignore[return-value]
 
 
+class _Loader(yaml.CSafeLoader):
+    """YAML in which a mapping's keys are text, each once; plain YAML lets the last of several equal keys win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (at, _), key in zip(node.value, keys, strict=True):
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text: quote it", problem_mark=at.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands here twice", problem_mark=at.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML mapping. Raises `UsageError` with file and line when it is malformed."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        problem = getattr(error, "problem", None) or "unreadable characters"
         raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's, for scalars as 2024-13-45
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a mapping of names to settings.")
     return value
@@ -62,7 +77,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         field = ".".join(str(part) for part in first["loc"]) or "settings"
         given = first.get("input")
         raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}.") from None
 
 
@@ -94,7 +109,7 @@ class Choice:
         return kind_module(package, self.kind)
 
 
-def choose(package: str, name: str, entry: dict[str, Any], where: str) -> Choice:
+def choose(package: str, name: str, entry: Any, where: str) -> Choice:
     """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed `Config`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         raise UsageError(f"{where}: needs 'kind', one of {', '.join(kinds(package))}.")

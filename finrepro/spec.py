@@ -78,6 +78,15 @@ class Pretrain:
     evaluation: Evaluation
 
 
+# What of an architecture has to be written out: the sizes that the planner counts with.
+SIZES = {
+    "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
+    "llama": (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    ),
+}  # fmt: skip
+
+
 @settings
 class Model:
     """A base model. `architecture` holds arguments of the transformers configuration of `family`."""
@@ -92,6 +101,13 @@ class Model:
     gated: bool = False
     miniature_of: str | None = None
     pretrain: Pretrain | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` when a size is missing or is not a whole number from 1."""
+        sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
+        wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
+        if wrong:
+            raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
 
 
 @settings
@@ -131,7 +147,7 @@ class Grid:
     train: dict[str, Any]
     evaluation: Evaluation
     quick: Quick
-    full: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
 
 

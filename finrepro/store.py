@@ -24,6 +24,19 @@ from finrepro.spec import RunSpec
 FORMAT = 1
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
 STALE, MISSING = "stale", "not run"
+RESULT_KEYS = {
+    "run_id",
+    "label",
+    "status",
+    "reason",
+    "spec",
+    "started",
+    "ended",
+    "scores",
+    "costs",
+    "data",
+    "environment",
+}
 
 
 @contextlib.contextmanager
@@ -31,12 +44,14 @@ def disk_errors(place: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # MLflow passes on SQLite's message in an exception of its own.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "database or disk is full" in str(error):
             raise EnvironmentFault(f"no space left on the disk of {place}; finished cells are kept.") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise EnvironmentFault(
-                f"{place} is not writable ({error.strerror}); choose another with --store DIR."
+                f"{place} is not writable ({os.strerror(number or 0)}); choose another with --store DIR."
             ) from None
         raise
 
@@ -60,7 +75,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; an absent file has none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    # Not splitlines(): it would also break at U+2028 and its like, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def write_manifest(folder: Path) -> None:
@@ -78,7 +95,7 @@ def damaged_files(folder: Path) -> list[str]:
     if not manifest.is_file():
         return ["manifest.sha256"]
     listed = {}
-    for line in manifest.read_text(encoding="utf-8").splitlines():
+    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         listed[name] = digest
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.sha256"}
@@ -110,11 +127,12 @@ class Store:
         return self.results / "checkpoints" / run_id
 
     def result(self, run_id: str) -> dict[str, Any] | None:
-        """A run's result.json, None if there is none that can be read."""
+        """A run's result.json, None if there is none that can be read and has the keys of one."""
         try:
-            return dict(json.loads((self.run_folder(run_id) / "result.json").read_text(encoding="utf-8")))
+            found = json.loads((self.run_folder(run_id) / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return found if isinstance(found, dict) and found.keys() >= RESULT_KEYS else None
 
     def state(self, spec: RunSpec) -> str:
         """`done`, `stale` (made by other source or other locked packages), `failed`, `diverged`, `skipped` or `not run`."""
@@ -136,6 +154,16 @@ class Store:
     def times_scored(self, spec: RunSpec) -> int:
         """How often this configuration's split has been scored in this store: tuning on a test set would show here."""
         return sum(row["run_id"] == spec.run_id for row in read_lines(self.results / "scorings.jsonl"))
+
+    def campaigns(self) -> list[dict[str, Any]]:
+        """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that cannot be read."""
+        found = []
+        for path in (self.results / "campaigns").glob("*.json"):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                raise EnvironmentFault(f"{path} is damaged; move it away and run the command again.") from None
+        return sorted(found, key=lambda campaign: float(campaign["started"]))
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:
@@ -202,6 +230,12 @@ def open_store(root: Path | None) -> Store:
                 (store.results / name).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise EnvironmentFault(f"{store.root} is not a folder; choose another with --store DIR.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
+                raise
+            raise EnvironmentFault(
+                f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
+            ) from None
         mark = store.results / "store.json"
         if not mark.exists():
             write_json(mark, {"format": FORMAT})

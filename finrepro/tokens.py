@@ -46,7 +46,9 @@ def encode(
     encoded = []
     for (prompt, answer), head, ids in zip(pairs, prompts, joint, strict=True):
         if prompt.endswith(" ") or ids[: len(head)] != head:
-            fault = "has a space too many" if prompt.endswith(" ") else "has tokens that are not a prefix of the joint ones"
+            fault = (
+                "has a space too many" if prompt.endswith(" ") else "has tokens that are not a prefix of the joint ones"
+            )
             raise UsageError(
                 f"the prompt ending in {prompt[-20:]!r} {fault} with the answer {answer!r}: "
                 "a template must end without a space, and an answer begin with one."

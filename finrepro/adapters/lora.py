@@ -32,7 +32,7 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with A and B added beside each target and everything else frozen.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (PEFT's and loralib's initialisation) under a private generator state.
-    Raises `ValueError` when no layer matches.
+    Raises `ValueError` when a target names no layer.
     """
     import peft
     import torch
@@ -42,8 +42,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     layers = linear_layers(model)
     wanted = None if config.target_modules == "all-linear" else set(config.target_modules)
     names = [name for name in layers if wanted is None or name.rsplit(".", 1)[-1] in wanted]
-    if not names:
-        raise ValueError(f"no linear layer of the model is named one of {sorted(wanted or ())}")
+    absent = (wanted or set()) - {name.rsplit(".", 1)[-1] for name in names}
+    if absent or not names:
+        raise ValueError(f"no linear layer of the model is named {', '.join(sorted(absent)) or 'anything'}")
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,

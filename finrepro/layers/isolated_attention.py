@@ -36,7 +36,7 @@ def isolated_attention(
         )
     if query.shape[0] != 1:
         raise ValueError("segments are laid end to end in one row; the batch has several")
-    if query.is_cuda:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):  # what flash attention computes in
         return _variable_length(query, key, value, segment_lengths, scaling), None
     parts = [
         scaled_dot_product_attention(

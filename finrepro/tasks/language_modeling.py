@@ -63,4 +63,4 @@ def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "
 
 def score(sums: Float[np.ndarray, "*batch 2"], config: Config) -> dict[str, Float[np.ndarray, "*batch"]]:
     """Perplexity per token from summed tallies."""
-    return {"perplexity": np.exp(-sums[..., 0] / sums[..., 1])}
+    return {"perplexity": np.asarray(np.exp(-sums[..., 0] / sums[..., 1]))}

@@ -1,0 +1,177 @@
+"""On a CUDA device. The law: the fast paths that only a GPU has compute what the CPU's plain paths compute, up to the rounding of
+bfloat16, and the labels are the same."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from fixtures_model import (
+    CPU,
+    MINIATURES,
+    all_logits,
+    answer_log_likelihood,
+    assert_close,
+    broken,
+    images,
+    process,  # noqa: F401
+    random_examples,
+    spec_of,
+    stir,
+    tokenizer,
+)
+from torch import Tensor, nn
+
+from finrepro.batches import COLLATE, Batch
+from finrepro.layers.isolated_attention import isolated_attention
+from finrepro.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
+from finrepro.model import build
+from finrepro.quantizers import bnb_4bit
+from finrepro.scoring import choice_log_likelihoods
+from finrepro.tokens import Encoded
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
+]
+
+CUDA = torch.device("cuda", 0)
+ROUGH = 2e-2  # bfloat16 has eight bits of mantissa, and errors add up over layers
+HEADS = ((4, 4), (4, 2), (8, 1))
+everywhere = pytest.mark.parametrize("name", MINIATURES)
+
+
+class Attention(nn.Module):
+    """What Transformers hands to an attention function: the layer, for its flags."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.is_causal = True
+        self.num_key_value_groups = groups
+
+
+def attention_is_the_cpus(heads: tuple[int, int], lengths: tuple[int, ...], scaling: float | None, seen: Any) -> None:
+    """Output and gradients of one variable-length call in bfloat16 are those of one call a segment on the CPU in float32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, h, sum(lengths), 64) for h in (heads[0], heads[1], heads[1])]
+    tensors = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    weight = torch.randn(1, sum(lengths), heads[0], 64, generator=generator).bfloat16()
+    results = []
+    for device, dtype, segments in ((CUDA, torch.bfloat16, seen), (CPU, torch.float32, lengths)):
+        leaves = [tensor.clone().to(device, dtype).requires_grad_() for tensor in tensors]
+        module = Attention(heads[0] // heads[1]).to(device)
+        out, _ = isolated_attention(module, *leaves, None, scaling=scaling, segment_lengths=segments)
+        (out * weight.to(device, dtype)).sum().backward()
+        results.append([each.detach().cpu().float() for each in (out, *(leaf.grad for leaf in leaves))])
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        assert_close(found, expected, ROUGH, floor=float(results[1][0].norm()))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", [(5,), (1, 1, 1), (7, 1, 200, 3), (64, 64)])
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_variable_length_attention_equals_the_cpus_path_by_segments(
+    heads: tuple[int, int], lengths: tuple[int, ...], scaling: float | None
+) -> None:
+    attention_is_the_cpus(heads, lengths, scaling, lengths)
+    if len(lengths) > 1:
+        broken(attention_is_the_cpus, heads, lengths, scaling, (sum(lengths),))
+
+
+def pair(name: str, adapter: str = "full", quantizer: str = "none") -> tuple[nn.Module, nn.Module]:
+    """The same adapted model in bfloat16 on the GPU and in float32 on the CPU."""
+    half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
+    there, here = spec_of(half, adapter, quantizer), spec_of(name, adapter, quantizer)
+    gpu = build(there, tokenizer(there.model.family), None, CUDA).model
+    cpu = build(here, tokenizer(here.model.family), None, CPU).model
+    with torch.no_grad():  # the same numbers: those that bfloat16 can hold
+        if quantizer == "none":
+            cpu.load_state_dict({key: value.cpu().float() for key, value in gpu.state_dict().items()})
+    return stir(gpu), stir(cpu)
+
+
+def losses_agree(models: tuple[nn.Module, nn.Module], batches: tuple[Batch, Batch]) -> None:
+    """Every supervised token's log-likelihood is the other's, and so is their sum."""
+    each, total = [], []
+    with torch.no_grad():
+        for model, batch in zip(models, batches, strict=True):
+            here = batch.to(next(model.parameters()).device)
+            _, head = backbone_and_head(model)
+            each.append(log_likelihood(head, hidden_states(model, here)[here.positions], here.targets).cpu())
+            total.append(SupervisedLM(model)(here).cpu())
+    assert_close(each[0], each[1], ROUGH)
+    assert_close(total[0], total[1], ROUGH)
+
+
+@everywhere
+@pytest.mark.parametrize("adapter", ["full", "lora_r8"])
+@pytest.mark.parametrize("layout", tuple(COLLATE))
+def test_the_loss_of_a_batch_on_the_gpu_is_that_on_the_cpu(name: str, adapter: str, layout: str) -> None:
+    examples = random_examples(0)
+    models = pair(name, adapter)
+    losses_agree(models, (COLLATE[layout](examples), COLLATE[layout](examples)))
+    others = [dataclasses.replace(example, ids=example.ids[::-1]) for example in examples]
+    broken(losses_agree, models, (COLLATE[layout](others), COLLATE[layout](examples)))
+
+
+@everywhere
+def test_packed_and_padded_batches_have_the_same_hidden_states_on_the_gpu(name: str) -> None:
+    examples = random_examples(1)
+    model, _ = pair(name)
+    states: list[Tensor] = []
+    with torch.no_grad():
+        for layout in ("padded", "bins"):
+            batch = COLLATE[layout](examples).to(CUDA)
+            states.append(hidden_states(model, batch)[batch.positions].float())
+        assert_close(states[1], states[0], ROUGH)
+        with pytest.raises(AssertionError):
+            leaking = dataclasses.replace(batch, segment_lengths=None)
+            assert_close(hidden_states(model, leaking)[batch.positions].float(), states[0], ROUGH)
+
+
+def items() -> list[list[Encoded]]:
+    prompts = [(*range(30, 45), row, *example.ids) for row, example in enumerate(random_examples(2, count=12))]
+    return [[Encoded((*p, *answer), len(p)) for answer in ((5, 9), (6, 8), (7, 4))] for p in prompts]
+
+
+@everywhere
+@pytest.mark.parametrize(("adapter", "quantizer"), [("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4")])
+def test_scoring_on_the_gpu_gives_the_cpus_labels(name: str, adapter: str, quantizer: str) -> None:
+    """In float32 on both sides: the labels are equal, not only close."""
+    spec = spec_of(name, adapter, quantizer)
+    gpu, cpu = (stir(build(spec, tokenizer(spec.model.family), None, device).model).eval() for device in (CUDA, CPU))
+    with torch.no_grad():
+        plain = torch.stack([torch.stack([answer_log_likelihood(cpu, choice) for choice in each]) for each in items()])
+    for max_tokens in (64, 10**6):
+        found = torch.tensor(choice_log_likelihoods(gpu, items(), max_tokens))
+        assert_close(found, plain, 1e-3)
+        assert torch.equal(found.argmax(-1), plain.argmax(-1))
+    assert len(set(plain.argmax(-1).tolist())) > 1
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(quant_type: str) -> None:
+    config = dataclasses.replace(spec_of(MINIATURES[0], "lora_r8", "nf4").quantizer.config, quant_type=quant_type)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(256, 512, generator=generator), torch.randn(7, 512, generator=generator)
+    here, there = bnb_4bit.encode(weight, config), bnb_4bit.encode(weight.to(CUDA), config)
+    assert (here.codes == there.codes.cpu()).float().mean() > 0.999  # ties at mid-points may fall either way
+    assert_close(bnb_4bit.decode(there).cpu(), bnb_4bit.decode(here), 1e-2)
+    layer = bnb_4bit.linear(there, None)
+    assert_close(layer(inputs.to(CUDA)).cpu(), inputs @ bnb_4bit.decode(there).cpu().T, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_close(layer(inputs.to(CUDA)).cpu(), inputs @ weight.T, 1e-3)
+
+
+@everywhere
+def test_a_quantized_model_on_the_gpu_is_the_same_in_both_modes_and_unchanged_by_a_pass(name: str) -> None:
+    half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
+    spec = spec_of(half, "lora_r8", "nf4")
+    model = stir(build(spec, tokenizer(half.family), None, CUDA).model)
+    before = images((key, value.cpu()) for key, value in model.state_dict().items())
+    ids = random_examples(3)[0].ids * 3
+    with torch.no_grad():
+        training, evaluation = all_logits(model.train(), ids), all_logits(model.eval(), ids)
+    assert_close(evaluation, training, ROUGH)
+    assert images((key, value.cpu()) for key, value in model.state_dict().items()) == before
