@@ -67,7 +67,11 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
 
     data, models = _folder(data_dir, "FINREPRO_DATA_DIR"), _folder(models_dir)
     for flag, folder in (("--data-dir", data), ("--models-dir", models)):
-        if folder is not None and not folder.is_dir():
+        try:
+            usable = folder is None or folder.is_dir()
+        except OSError:  # a name that no file system takes
+            usable = False
+        if not usable:
             raise EnvironmentFault(f"{flag} {folder} is not a folder.")
     return Place(open_store(_folder(store, "FINREPRO_STORE")), data, models)
 
@@ -83,7 +87,7 @@ def _selection(
         raise UsageError(
             f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in catalogue.tables())}."
         )
-    if not devices.isdigit() or int(devices) < 1:
+    if not devices.isdecimal() or int(devices) < 1:
         raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
     return cells.Selection(
         table=table.removeprefix("table"),
@@ -115,7 +119,7 @@ def reproduce(
     from finrepro.campaign import reproduce as run
     from finrepro.errors import UsageError
 
-    if not jobs.isdigit() or int(jobs) < 1:
+    if not jobs.isdecimal() or int(jobs) < 1:
         raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
     selection = _selection(table, quick, full, only, seeds, weights, devices)
     options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep, plan)

@@ -117,6 +117,11 @@ class _Campaign:
                 worker.interrupt()
             self.record["status"] = "interrupted"
             raise
+        except EnvironmentFault:
+            for worker in workers:
+                worker.interrupt()
+            self.record["status"] = "interrupted"
+            raise
         finally:
             for worker in workers:
                 worker.close()

@@ -37,11 +37,9 @@ _RANK_DEFAULTS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def quiet_environment() -> None:
-    """No telemetry, no tokenizer threads behind our back, reproducible cuBLAS; to be called before torch is imported."""
+    """No telemetry, quiet libraries, reproducible cuBLAS, one machine's ranks on loopback; call it before torch is imported."""
     os.environ.update(OFFLINE)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait should sleep: spinning, they slow every other process down, and on a busy machine themselves.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

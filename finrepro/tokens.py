@@ -40,11 +40,14 @@ def encode(
     Raises `UsageError` if a prompt ends in a space or its tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is
     too long.
     """
-    prompts = tokenizer([prompt for prompt, _ in pairs], return_attention_mask=False)["input_ids"]
+    # The choices of an example share their prompt: it is tokenized once.
+    unique = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    prompt_ids = dict(zip(unique, tokenizer(unique, return_attention_mask=False)["input_ids"], strict=True))
     joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = []
-    for (prompt, answer), head, ids in zip(pairs, prompts, joint, strict=True):
+    for (prompt, answer), ids in zip(pairs, joint, strict=True):
+        head = prompt_ids[prompt]
         if prompt.endswith(" ") or ids[: len(head)] != head:
             fault = (
                 "has a space too many" if prompt.endswith(" ") else "has tokens that are not a prefix of the joint ones"

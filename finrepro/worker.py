@@ -63,6 +63,7 @@ class Worker:
     def __init__(self, place: Place, selection: Selection, scale: str, log: Path) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
         self.process: subprocess.Popen[str] | None = None
+        self.closed = False
 
     def start(self) -> None:
         """Start the process if it is not running."""
@@ -75,6 +76,8 @@ class Worker:
 
     def run(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
         """Run a cell; its last event: `result`, `interrupted`, `fault`, or `died` with the signal or the last line of the log."""
+        if self.closed:  # a fault of another cell has ended the campaign
+            return {"event": "interrupted", "reason": "stopped"}
         if spec.world_size > 1:
             return self._launch(spec, on_event)
         self.start()
@@ -88,7 +91,7 @@ class Worker:
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it died, or was closed just now
             return self._died(process)
         for line in process.stdout:
             event = json.loads(line)
@@ -139,6 +142,7 @@ class Worker:
 
     def close(self) -> None:
         """Let the process end; it has nothing left to do."""
+        self.closed = True
         if self.process is not None:
             if self.process.stdin is not None:
                 self.process.stdin.close()

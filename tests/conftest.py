@@ -1,48 +1,17 @@
-"""What several test files need: the project, a clean environment, the commands as a user starts them, data that is not embedded."""
+"""Fixtures of several test files: an empty store, data that is not embedded, configurations to change, the commands."""
 
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fixtures_process import forget, python
 
 from finrepro import PROJECT, catalogue
-from finrepro.errors import FinreproError
 from finrepro.run import Place
 from finrepro.store import open_store
-
-CACHED = (
-    catalogue.catalogue,
-    catalogue.model,
-    catalogue.adapter,
-    catalogue.quantizer,
-    catalogue.dataset,
-    catalogue.task,
-    catalogue.tables,
-    catalogue.table,
-)
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without the user's own settings: no store, data or token is found by accident, no hub is asked."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("FINREPRO_", "HF_", "INVOKE_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"} | extra
-
-
-def python(*arguments: str, cwd: Path = PROJECT, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter on the project, as a process of its own."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=120)
-
-
-def one_line(error: FinreproError) -> str:
-    """The message of an error, which has to be one readable line."""
-    text = str(error)
-    assert text.strip() and "\n" not in text and "Traceback" not in text, text
-    return text
 
 
 @pytest.fixture
@@ -70,12 +39,6 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     monkeypatch.undo()
     forget()
-
-
-def forget() -> None:
-    """Make the catalogue read its files again."""
-    for function in CACHED:
-        function.cache_clear()
 
 
 @pytest.fixture(scope="module")

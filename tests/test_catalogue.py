@@ -1,0 +1,160 @@
+"""Law: every entry of configs/ resolves, says where it comes from, and describes the real thing that it names."""
+
+import json
+import re
+
+import pytest
+from fixtures_process import one_line
+
+from finrepro import PROJECT, catalogue
+from finrepro.data import Hub
+from finrepro.errors import UsageError
+from finrepro.plan import adapter_parameters, block_linear_parameters
+from finrepro.schema import kind_module, kinds
+from finrepro.spec import Model
+
+ENTRIES = {name: tuple(catalogue.catalogue(name)) for name in ("models", "adapters", "quantizers", "datasets", "tasks")}
+MODELS, ADAPTERS, QUANTIZERS, DATASETS, TASKS = ENTRIES.values()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_no_catalogue_is_empty(name: str):
+    assert ENTRIES[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_resolves_and_says_what_it_is(name: str):
+    model = catalogue.model(name)
+    assert model.name == name
+    if model.scale == "paper":
+        assert model.hub is not None and model.pretrain is None
+    else:
+        assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
+        original = catalogue.model(model.miniature_of)
+        assert name == f"{original.name}_mini" and model.family == original.family
+        assert model.parameters < original.parameters / 100
+        assert catalogue.pretraining(model).train_on.task.name in TASKS
+
+
+def test_every_real_model_has_a_miniature():
+    real = {name for name in MODELS if catalogue.model(name).scale == "paper"}
+    assert {catalogue.model(name).miniature_of for name in MODELS} - {None} == real
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_adapter_resolves(name: str):
+    assert catalogue.adapter(name).kind in kinds("adapters")
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtype: str):
+    choice = catalogue.quantizer(name, dtype)
+    settings = vars(choice.config)
+    assert "model" not in settings.values(), "the compute dtype has to be written out"
+    if "compute_dtype" in settings:
+        assert settings["compute_dtype"] == dtype
+    written = set(catalogue.catalogue("quantizers")[name]) - {"kind"}
+    assert {key for key in settings if not key.startswith("_")} == written, "a library's default decides"
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_resolves_with_a_licence_and_whole_digests(name: str):
+    config = catalogue.dataset(name).config
+    assert config.licence.strip() and config.title.strip()
+    for file in config.files.values():
+        assert re.fullmatch(r"[0-9a-f]{64}", file.sha256) and file.rows > 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_resolves_with_each_of_its_templates(name: str):
+    for template in catalogue.catalogue("tasks")[name].get("templates", {"": ""}):
+        resolved = catalogue.task(name, template)
+        assert resolved.dataset.name in DATASETS
+        assert resolved.task.module("tasks") is kind_module("tasks", resolved.task.kind)
+        if template:
+            assert list(resolved.task.config.templates) == [template], "other wordings would enter the hash"
+
+
+def hubs() -> list[Hub]:
+    models = [catalogue.model(name).hub for name in MODELS]
+    return [hub for hub in [*models, *(catalogue.dataset(name).config.hub for name in DATASETS)] if hub is not None]
+
+
+@pytest.mark.parametrize("hub", hubs(), ids=lambda hub: hub.id)
+def test_a_revision_is_a_whole_commit_or_null_and_says_how_it_is_known(hub: Hub):
+    assert hub.revision is None or re.fullmatch(r"[0-9a-f]{40}", hub.revision)
+    assert hub.source.strip()
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", hub.id)
+
+
+def closed_form(model: Model) -> int:
+    """Parameters of the family, from its published architecture, counted apart from the planner."""
+    a = model.architecture
+    if model.family == "gpt2":
+        width, depth = a["n_embd"], a["n_layer"]
+        block = (3 * width + width + 4 * width + width) + 2 * (2 * width)  # biases and layer norms
+        return block_linear_parameters(model) + depth * block + (a["vocab_size"] + a["n_positions"]) * width + 2 * width
+    width, depth = a["hidden_size"], a["num_hidden_layers"]
+    embeddings = a["vocab_size"] * width * (1 if a["tie_word_embeddings"] else 2)
+    return block_linear_parameters(model) + embeddings + (2 * depth + 1) * width
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_number_of_parameters_follows_from_the_architecture(name: str):
+    model = catalogue.model(name)
+    assert closed_form(model) == model.parameters
+
+
+def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_parameters():
+    from finrepro.cells import Selection, expand
+
+    (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
+    assert adapter_parameters(cell.spec) == 20_971_520  # half of PEFT's 41,943,040 at r = 16
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "near"),
+    [
+        (catalogue.model, "gpt2_128m", "gpt2_127m"),
+        (catalogue.adapter, "lora", "lora_r8"),
+        (catalogue.dataset, "tfn", "tfns"),
+        (catalogue.task, "fbp", "fpb"),
+        (lambda name: catalogue.quantizer(name, "float32"), "nf3", "nf4"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, near: str):
+    with pytest.raises(UsageError) as refused:
+        read(name)
+    message = one_line(refused.value)
+    assert f"'{name}'" in message and f"Did you mean '{near}'?" in message and "Allowed: " in message
+
+
+def test_an_unknown_table_and_template_are_refused():
+    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 3\."):
+        catalogue.table("99")
+    with pytest.raises(UsageError, match=r"unknown template 'shrt'.*'short'"):
+        catalogue.task("tfns", "shrt")
+
+
+def test_every_table_file_is_a_table_with_a_report_and_says_what_it_costs():
+    for name in catalogue.tables():
+        table = catalogue.table(name)
+        assert hasattr(kind_module("report", table.report), "build")
+        head = (PROJECT / "configs" / "tables" / f"{name}.yaml").read_text().split("\n\n")[0]
+        assert all(f"# {word}:" in head for word in ("command", "cost", "expect"))
+        assert f"--table {name.removeprefix('table')}" in head
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_has_its_settings(stage: int):
+    settings = catalogue.deepspeed_config(stage)
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["zero_optimization"]["stage"] == stage
+
+
+def test_a_broken_zero_file_is_one_line(configs):
+    (configs / "deepspeed" / "zero1.json").write_text('{"zero_optimization": ')
+    with pytest.raises(UsageError) as refused:
+        catalogue.deepspeed_config(1)
+    assert "zero1.json" in one_line(refused.value)

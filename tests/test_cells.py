@@ -1,0 +1,361 @@
+"""Law: a cell's identity is its settings and nothing else; a table's cells are the same on every machine and in every process."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from fixtures_process import forget, one_line, python
+
+from finrepro import catalogue
+from finrepro.cells import Cell, Selection, expand, find, parse_choice, parse_seeds
+from finrepro.errors import UsageError
+from finrepro.schema import kinds
+from finrepro.spec import Evaluation, RunSpec, Scale, Train
+
+SMOKE = [
+    "gpt2_127m_mini-none-full-tfns-s0",
+    "gpt2_127m_mini-none-full-fpb-s0",
+    "gpt2_127m_mini-none-lora_r8-tfns-s0",
+    "gpt2_127m_mini-none-lora_r8-fpb-s0",
+    "gpt2_127m_mini-nf4-full-tfns-s0 refused",
+    "gpt2_127m_mini-nf4-full-fpb-s0 refused",
+    "gpt2_127m_mini-nf4-lora_r8-tfns-s0",
+    "gpt2_127m_mini-nf4-lora_r8-fpb-s0",
+    "llama3_1_8b_mini-none-full-tfns-s0",
+    "llama3_1_8b_mini-none-full-fpb-s0",
+    "llama3_1_8b_mini-none-lora_r8-tfns-s0",
+    "llama3_1_8b_mini-none-lora_r8-fpb-s0",
+    "llama3_1_8b_mini-nf4-full-tfns-s0 refused",
+    "llama3_1_8b_mini-nf4-full-fpb-s0 refused",
+    "llama3_1_8b_mini-nf4-lora_r8-tfns-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-fpb-s0",
+]
+PAPER = [
+    line.replace("_mini", "").replace("-s0", f"-s{seed}") for line in SMOKE for seed in (0, 1, 2)
+]  # the same matrix on the real models, each cell over three seeds
+QUICK = {
+    "smoke": [
+        "gpt2_127m_mini-none-full-tfns-s0",
+        "gpt2_127m_mini-nf4-lora_r8-tfns-s0",
+        "llama3_1_8b_mini-none-lora_r8-tfns-s0",
+        "llama3_1_8b_mini-nf4-lora_r8-tfns-s0",
+    ],
+    "paper": ["gpt2_127m-nf4-lora_r8-tfns-s0"],
+}
+# What is said about a thing and does not decide a number. The sha256 of a file pins its bytes, a commit pins a checkpoint.
+SAID_ONLY = re.compile(
+    r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|source|path|hub_path|report|scale)$"
+    r"|^datasets\..*\.hub\."
+    r"|^models\..*\.hub\.id$"
+)
+SCALES: tuple[Scale, Scale] = ("smoke", "paper")
+
+
+def shown(cell: Cell) -> str:
+    return cell.label + (" refused" if cell.refusal else "")
+
+
+def test_the_cells_of_table_3_are_the_listed_ones():
+    assert [shown(cell) for cell in expand(Selection("3"), "smoke")] == SMOKE
+    assert [shown(cell) for cell in expand(Selection("3"), "paper")] == PAPER
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_quick_cells_are_the_listed_ones_and_marked_short(scale: Scale):
+    cells = expand(Selection("3", quick=True), scale)
+    assert [cell.label for cell in cells] == QUICK[scale]
+    assert all(cell.spec.train.short and cell.refusal is None for cell in cells)
+
+
+def test_the_quick_smoke_cells_cover_every_architecture_quantizer_and_adapter():
+    quick, whole = (expand(Selection("3", quick=flag), "smoke") for flag in (True, False))
+    for axis in ("model", "quantizer", "adapter"):
+        names = [{getattr(cell.spec, axis).name for cell in cells} for cells in (quick, whole)]
+        assert names[0] == names[1]
+
+
+def test_full_runs_three_seeds_and_given_seeds_replace_them():
+    assert {cell.spec.seed for cell in expand(Selection("3", full=True), "smoke")} == {0, 1, 2}
+    assert {cell.spec.seed for cell in expand(Selection("3", full=True, seeds=(7,)), "smoke")} == {7}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_refused_cell_carries_its_reason_in_one_line(scale: Scale):
+    refused = [cell for cell in expand(Selection("3"), scale) if cell.refusal is not None]
+    assert refused
+    for cell in refused:
+        assert cell.refusal and "\n" not in cell.refusal and cell.spec.quantizer.name in cell.refusal
+
+
+def test_a_miniature_names_its_pretraining_run_as_base_and_random_weights_have_none():
+    for cell in expand(Selection("3"), "smoke"):
+        assert cell.base is not None and cell.spec.base_run == cell.base.run_id
+        assert cell.base.base_run is None
+    assert all(cell.base is None for cell in expand(Selection("3", weights="random"), "smoke"))
+
+
+def test_run_ids_are_twelve_hex_digits_and_all_different():
+    specs = [cell.spec for scale in SCALES for cell in expand(Selection("3", full=True), scale)]
+    specs += [cell.base for cell in expand(Selection("3"), "smoke") if cell.base]
+    ids = {spec.run_id for spec in specs}
+    assert all(re.fullmatch("[0-9a-f]{12}", run_id) for run_id in ids)
+    assert len(ids) == len({(spec.label, spec.run_id) for spec in specs})
+
+
+def test_weights_seed_and_devices_are_part_of_the_identity():
+    (one,) = expand(Selection("3", only=SMOKE[0]), "smoke")
+    others = [
+        *expand(Selection("3", only=SMOKE[0], weights="random"), "smoke"),
+        *expand(Selection("3", only=SMOKE[0], world_size=2), "smoke"),
+        *expand(Selection("3", only="gpt2*-none-full-tfns-s1", seeds=(1,)), "smoke"),
+    ]
+    assert len({cell.spec.run_id for cell in [one, *others]}) == 4
+
+
+SCRIPT = """
+from finrepro.cells import Selection, expand
+for scale in ("smoke", "paper"):
+    for cell in expand(Selection("3", full=True), scale):
+        print(cell.label, cell.spec.run_id, cell.base.run_id if cell.base else None)
+"""
+
+
+def test_run_ids_are_the_same_in_every_process_and_for_every_hash_seed(tmp_path: Path):
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda seed: python("-c", SCRIPT, PYTHONHASHSEED=seed), ["0", "1", "2", "random"]))
+    assert [run.stderr for run in runs] == [""] * 4
+    here = "".join(
+        f"{cell.label} {cell.spec.run_id} {cell.base.run_id if cell.base else None}\n"
+        for scale in SCALES
+        for cell in expand(Selection("3", full=True), scale)
+    )
+    assert {run.stdout for run in runs} == {here}
+
+
+def identities() -> dict[str, str]:
+    """Label -> run id over every selection of the table, bases included, in which every setting takes part."""
+    found = {}
+    for scale in SCALES:
+        for name, selection in {"": Selection("3", seeds=(0,)), "quick ": Selection("3", quick=True)}.items():
+            for cell in expand(selection, scale):
+                found[name + cell.label] = cell.spec.run_id
+                if cell.base is not None:
+                    found[cell.base.label] = cell.base.run_id
+    return found
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    """(path, value) of everything in nested mappings and lists that holds no more."""
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, item in inside for leaf in leaves(item, (*path, key))]
+    return [(path, value)]
+
+
+def others(value: Any) -> list[Any]:
+    """Other values of the same type, to be tried until one is allowed."""
+    if value is None:
+        return ["0" * 40]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value - 1]
+    if isinstance(value, float):
+        return [value * 1.5 + 0.01]
+    known = "random fp4 uint16 bfloat16 float32 cosine linear bins padded test development llama"
+    return [value + "x", "x" + value, *known.split()]
+
+
+def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves to change: of a table, its training settings only, since its axes decide which cells there are."""
+    kept = ("train", "evaluation", "threads", "template")
+    inside = leaves(content)
+    if not name.startswith("tables"):
+        return inside
+    return [
+        (p, v) for p, v in inside if len(p) > 1 and (p[1] in kept or (p[1] in ("overrides", "quick") and "train" in p))
+    ]
+
+
+def variants(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, copy of `value` with that one setting changed) for every setting inside."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            for where, new in variants(getattr(value, field.name), f"{path}.{field.name}"):
+                with contextlib.suppress(pydantic.ValidationError):  # this value is not allowed there
+                    yield where, dataclasses.replace(value, **{field.name: new})  # type: ignore[type-var]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from ((where, value | {key: new}) for where, new in variants(item, f"{path}.{key}"))
+    elif isinstance(value, tuple | list):
+        for row, item in enumerate(value):
+            yield from (
+                (where, type(value)([*value[:row], new, *value[row + 1 :]]))
+                for where, new in variants(item, f"{path}.{row}")
+            )
+    else:
+        yield from ((path, new) for new in others(value) if new != value)
+
+
+SAID_FIELDS = {
+    "name", "title", "licence", "embedded", "gated", "parameters", "miniature_of", "source", "path", "hub_path", "scale", "hub", "pretrain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", ["llama3_1_8b_mini-nf4-lora_r8-tfns-s0", "gpt2_127m_mini-none-full-fpb-s0"])
+def test_every_setting_of_a_spec_changes_its_run_id_and_what_is_only_said_does_not(label: str):
+    (cell,) = expand(Selection("3", only=label), "smoke")
+    seen = set()
+    for path, changed in variants(cell.spec):
+        if path not in seen:
+            seen.add(path)
+            said = bool(SAID_FIELDS & set(path.split(".")))
+            assert (changed.run_id == cell.spec.run_id) == said, path
+    whole = {f".train.{field.name}" for field in dataclasses.fields(Train)} - {".train.optimizer"}
+    whole |= {f".evaluation.{field.name}" for field in dataclasses.fields(Evaluation)}
+    whole |= {".seed", ".threads", ".world_size", ".weights", ".base_run", ".train.optimizer.config.weight_decay"}
+    assert whole <= seen, whole - seen
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapters",
+        "quantizers",
+        *(pytest.param(n, marks=SLOW) for n in ("tasks", "datasets", "models", "tables/table3")),
+    ],
+)
+def test_every_setting_of_the_files_changes_some_run_id_and_what_is_only_said_changes_none(configs: Path, name: str):
+    before = identities()
+    file = configs / f"{name}.yaml"
+    original = yaml.safe_load(file.read_text())
+    tried = dict.fromkeys(("decides", "said only"), 0)
+    for path, value in places(name, original):
+        dotted = f"{name}." + ".".join(map(str, path))
+        for new in (new for new in others(value) if new != value):
+            content = yaml.safe_load(yaml.safe_dump(original))
+            spot = content
+            for key in path[:-1]:
+                spot = spot[key]
+            spot[path[-1]] = new
+            file.write_text(yaml.safe_dump(content))
+            forget()
+            try:
+                after = identities()
+            except UsageError:
+                continue  # this value is not allowed there
+            kind = "said only" if SAID_ONLY.search(dotted) else "decides"
+            changed = sum(after[label] != before[label] for label in before if label in after)
+            assert (changed > 0) == (kind == "decides"), f"{dotted}: {value!r} -> {new!r} changed {changed} run ids"
+            tried[kind] += 1
+            break
+    assert tried["decides"] >= (8 if name.startswith(("tables", "models", "datasets")) else 3), tried
+
+
+def test_renaming_entries_keeps_every_result(configs: Path):
+    before = sorted(identities().values())
+    for name in ("adapters", "quantizers", "models", "tasks", "datasets"):
+        file = configs / f"{name}.yaml"
+        text = file.read_text()
+        for old, new in RENAMED.items():
+            text = re.sub(rf"^{old}(?=:)", new, text, flags=re.MULTILINE)
+        file.write_text(text)
+    table = configs / "tables" / "table3.yaml"
+    text = table.read_text()
+    for old, new in RENAMED.items():
+        text = re.sub(rf"(?<![\w./]){old}(?=[,\]}}-])", new, text)
+    table.write_text(text)
+    forget()
+    labels = [cell.label for cell in expand(Selection("3"), "smoke")]
+    assert labels[2] == "small_mini-none-low_rank-tfns-s0"
+    assert sorted(identities().values()) == before
+
+
+RENAMED = {"lora_r8": "low_rank", "gpt2_127m_mini": "small_mini", "nf4": "four_bit"}
+
+
+def spec() -> RunSpec:
+    return expand(Selection("3"), "smoke")[0].spec
+
+
+def test_two_kinds_with_equal_settings_are_two_cells():
+    one = spec()
+    two = dataclasses.replace(one, adapter=dataclasses.replace(one.adapter, kind="other"))
+    assert one.adapter.config == two.adapter.config
+    assert one.run_id != two.run_id
+    # The planted mutant: asdict of the settings alone takes them for the same thing.
+    assert dataclasses.asdict(one.adapter.config) == dataclasses.asdict(two.adapter.config)
+
+
+def test_the_kind_is_in_the_hash_for_every_choice_of_a_spec():
+    canonical = spec().canonical()
+    assert canonical["adapter"]["kind"] in kinds("adapters")
+    assert canonical["quantizer"]["kind"] in kinds("quantizers")
+    assert canonical["train"]["optimizer"]["kind"] in kinds("optimizers")
+    assert canonical["train_on"]["task"]["kind"] in kinds("tasks")
+    assert canonical["train_on"]["dataset"]["kind"] in kinds("datasets")
+
+
+def test_jobs_and_places_are_no_part_of_a_spec():
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(value) | {key for item in value.values() for key in keys(item)}
+        return {key for item in value for key in keys(item)} if isinstance(value, list) else set()
+
+    assert not keys(spec().canonical()) & {"jobs", "store", "data_dir", "models_dir", "name", "title", "hub"}
+
+
+@pytest.mark.parametrize("only", ["nothing", "", "GPT2*", "gpt2_127m_mini-none-full-tfns"])
+def test_a_pattern_that_matches_nothing_is_refused_with_the_way_to_the_labels(only: str):
+    with pytest.raises(UsageError) as refused:
+        expand(Selection("3", only=only), "smoke")
+    assert "invoke cells" in one_line(refused.value)
+
+
+def test_a_pattern_near_a_label_names_it():
+    with pytest.raises(UsageError, match="Nearest: gpt2_127m_mini-none-full-tfns-s0"):
+        expand(Selection("3", only="gpt2_127m_mini-none-ful-tfns-s0"), "smoke")
+
+
+def test_a_cell_and_its_base_are_found_by_label():
+    cell = expand(Selection("3"), "smoke")[0]
+    assert find(Selection("3"), "smoke", cell.label) == cell.spec
+    assert cell.base is not None
+    assert find(Selection("3"), "smoke", cell.base.label) == cell.base
+    with pytest.raises(UsageError, match="unknown cell"):
+        find(Selection("3"), "smoke", "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "1,1", "-1", "0.5", "1;2", "0x1", "4294967296", "9" * 5000])
+def test_seeds_that_are_no_different_small_whole_numbers_are_refused(text: str):
+    with pytest.raises(UsageError) as refused:
+        parse_seeds(text)
+    assert "--seeds" in one_line(refused.value)
+
+
+def test_seeds_are_read():
+    assert parse_seeds("0,1,2") == (0, 1, 2)
+    assert parse_seeds("7") == (7,)
+    assert parse_seeds(None) is None
+
+
+def test_a_choice_is_one_of_the_allowed():
+    assert parse_choice("scale", "smoke", ("auto", "smoke")) == "smoke"
+    with pytest.raises(UsageError, match="Did you mean 'smoke'"):
+        parse_choice("scale", "smok", ("auto", "smoke"))
+
+
+def test_the_paper_cells_carry_the_pinned_revision_of_their_weights():
+    for cell in expand(Selection("3"), "paper"):
+        hub = catalogue.model(cell.spec.model.name).hub
+        assert hub is not None and cell.spec.base_revision == hub.revision

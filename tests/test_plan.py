@@ -1,0 +1,180 @@
+"""Law: what will happen to a cell is known before anything runs, follows from the machine and the store, and carries its reason."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finrepro import data, plan, provenance, store
+from finrepro.cells import Selection, expand
+from finrepro.errors import FinreproError
+from finrepro.result import header, seal_unfinished
+from finrepro.run import Place, request, resolve
+from finrepro.spec import RunSpec
+
+QUICK = expand(Selection("3", quick=True), "smoke")
+PAPER = expand(Selection("3"), "paper")
+
+
+def seal_done(place: Place, spec: RunSpec, seconds: float = 1.0, **environment: str) -> None:
+    with place.store.new_run(spec.run_id) as target:
+        result = header(spec, store.DONE, None, time.time() - seconds)
+        result["environment"] = provenance.environment() | environment
+        store.write_json(target / "result.json", result)
+
+
+def actions(place: Place, keep: bool = False) -> dict[str, str]:
+    return {step.spec.label: step.action for step in plan.plan(QUICK, place, keep)}
+
+
+def paper(label: str) -> RunSpec:
+    return next(cell.spec for cell in PAPER if cell.label == label)
+
+
+def test_an_empty_store_runs_each_base_once_and_before_the_cells_on_it(place: Place):
+    steps = plan.plan(QUICK, place, False)
+    assert {step.action for step in steps} == {"run"} and len(steps) == 2 + 4
+    assert [step.is_base for step in steps] == [True, True, False, False, False, False]
+    for position, step in enumerate(steps):
+        if step.base is not None:
+            assert step.base.run_id in [earlier.spec.run_id for earlier in steps[:position]]
+
+
+def test_finished_cells_are_kept_and_their_base_is_not_made_again(place: Place):
+    for cell in QUICK:
+        seal_done(place, cell.spec)
+    assert set(actions(place).values()) == {"keep"} and len(actions(place)) == 4
+
+
+def test_a_missing_cell_brings_its_base_back_alone(place: Place):
+    for cell in QUICK[1:]:
+        seal_done(place, cell.spec)
+    steps = plan.plan(QUICK, place, False)
+    assert [step.spec.label for step in steps if step.action == "run"] == [QUICK[0].base.label, QUICK[0].label]  # type: ignore[union-attr]
+
+
+def test_a_stale_cell_runs_again_with_its_reason_unless_it_is_to_be_kept(place: Place):
+    seal_done(place, QUICK[0].spec, source_digest="0" * 64)
+    step = next(step for step in plan.plan(QUICK, place, False) if step.spec == QUICK[0].spec)
+    assert (step.action, step.state) == ("run", "stale") and "changed" in step.reason
+    kept = next(step for step in plan.plan(QUICK, place, True) if step.spec == QUICK[0].spec)
+    assert (kept.action, kept.state) == ("keep", "stale") and kept.reason
+
+
+@pytest.mark.parametrize("status", [store.FAILED, store.DIVERGED, store.SKIPPED])
+def test_what_did_not_finish_runs_again_and_says_so(place: Place, status: str):
+    seal_unfinished(QUICK[0].spec, place.store, status, "reason", time.time())
+    step = next(step for step in plan.plan(QUICK, place, False) if step.spec == QUICK[0].spec)
+    assert step.action == "run" and status in step.reason
+
+
+def test_a_refused_cell_is_named_and_neither_runs_nor_brings_a_base(place: Place):
+    cells = expand(Selection("3", only="*-nf4-full-tfns-*"), "smoke")
+    steps = plan.plan(cells, place, False)
+    assert [step.action for step in steps] == ["refuse", "refuse"] and all(step.reason for step in steps)
+
+
+def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    cells = expand(Selection("3", only="*-none-full-fpb-*"), "smoke")
+    steps = plan.plan(cells, place, False)
+    assert {step.action for step in steps} == {"skip"} and all("--data-dir" in step.reason for step in steps)
+    here = tmp_path / "data" / "fpb"
+    here.mkdir(parents=True)
+    (here / "Sentences_50Agree.txt").write_text("found without being opened")
+    found = dataclasses.replace(place, data_dir=tmp_path / "data")
+    assert {step.action for step in plan.plan(cells, found, False)} == {"run"}
+    assert data.missing_reason(cells[0].spec.train_on.dataset, found.data_dir) is None
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`gpu(mebibytes, ...)`: nvidia-smi on the PATH answers with these cards; without any there is none."""
+
+    def install(*cards: int) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        if cards:
+            answer = "\n".join(f"{card}, NVIDIA H100 80GB HBM3" for card in cards)
+            (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+            (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if cards else str(folder))
+        plan.machine.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    plan.machine.cache_clear()
+
+
+def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Callable[..., None]
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    gpu()
+    assert plan.auto_scale(PAPER, place) == ("smoke", "no CUDA device on this machine")
+    gpu(81559)
+    scale, why = plan.auto_scale(PAPER, place)
+    assert scale == "smoke" and "H100" in why and "weights of openai-community/gpt2 not found" in why
+    checkpoint = tmp_path / "models" / "gpt2_127m"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    scale, why = plan.auto_scale(PAPER, dataclasses.replace(place, models_dir=tmp_path / "models"))
+    assert scale == "paper" and "H100" in why
+
+
+def test_a_broken_nvidia_smi_is_no_gpu(gpu: Callable[..., None], tmp_path: Path):
+    gpu(81559)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert plan.machine().gpu_bytes == 0
+
+
+def test_the_smallest_card_decides_what_fits(place: Place, gpu: Callable[..., None]):
+    gpu(81559, 8000)
+    assert plan.machine().gpu_bytes == 8000 * 2**20
+    reason = plan.cannot_run(paper("llama3_1_8b-none-lora_r8-tfns-s0"), place)
+    assert reason is not None and reason.startswith("needs ") and "has 7.8" in reason
+    gpu(81559, 81559)
+    reason = plan.cannot_run(paper("llama3_1_8b-none-lora_r8-tfns-s0"), place)
+    assert reason is not None and "HF_TOKEN" in reason, "it fits: what is missing is the weights"
+
+
+def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None]):
+    gpu(81559)
+    (cell,) = expand(Selection("3", only="gpt2_127m-none-full-tfns-s0", weights="random"), "paper")
+    assert plan.cannot_run(cell.spec, place) is None
+
+
+def test_memory_falls_with_the_bits_and_with_what_is_trained():
+    full, lora, qlora = (
+        plan.needed_bytes(paper(f"llama3_1_8b-{name}-tfns-s0")) / plan.GIB
+        for name in ("none-full", "none-lora_r8", "nf4-lora_r8")
+    )
+    assert full > lora > qlora
+    weights = 8_030_261_248 * 2 / plan.GIB  # bfloat16
+    assert weights < lora < weights + 10
+    assert 4 < qlora < 12  # QLoRA fits an 8-billion model on a small card
+    assert full > 8_030_261_248 * 16 / plan.GIB  # Adam alone
+
+
+def test_the_estimate_of_time_is_what_the_cell_took_before(place: Place):
+    spec = QUICK[0].spec
+    guess = plan.estimated_seconds(spec, place)
+    longer = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=10 * spec.train.max_steps))
+    assert 0 < guess < plan.estimated_seconds(longer, place)
+    seal_done(place, spec, seconds=123.0)
+    assert plan.estimated_seconds(spec, place) == pytest.approx(123, abs=1)
+
+
+def test_a_request_to_a_worker_is_json_and_finds_the_same_cell():
+    for seeds in (None, (3,)):
+        selection = Selection("3", seeds=seeds)
+        cell = expand(selection, "smoke")[0]
+        message = json.loads(json.dumps(request(cell.spec, selection, "smoke")))
+        assert resolve(message) == cell.spec
+        with pytest.raises(FinreproError, match="configuration changed"):
+            resolve(message | {"run_id": "0" * 12})

@@ -1,0 +1,246 @@
+"""Law: a task's scorer is a function of the answers - 1.0 for the right ones, the printed constant for one label, nothing for no answer."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fixtures_process import python
+
+from finrepro import catalogue, data
+from finrepro.errors import UsageError
+from finrepro.examples import Example, Splits
+from finrepro.spec import TaskSpec
+
+RAW = catalogue.catalogue("tasks")
+CLASSIFICATION = tuple(name for name in RAW if RAW[name]["kind"] == "classification")
+PROMPTS = [(name, template) for name in CLASSIFICATION for template in RAW[name]["templates"]]
+# Constant-answer baselines of the published test sets, counted from the files: accuracy, weighted F1, macro F1.
+CONSTANTS = {"tfns": ("neutral", 2388, 0.656, 0.519, 0.264), "fpb": ("neutral", 1212, 0.602, 0.452, 0.250)}
+QUALITY = ("accuracy", "f1_weighted", "f1_macro", "mcc")
+
+
+def resolved(name: str) -> TaskSpec:
+    return catalogue.task(name, next(iter(RAW[name]["templates"])))
+
+
+@cache
+def splits(name: str, folder: Path | None) -> Splits:
+    return data.load(resolved(name).dataset, folder).splits
+
+
+def all_splits(name: str, request: pytest.FixtureRequest) -> Splits:
+    embedded = resolved(name).dataset.config.embedded
+    return splits(name, None if embedded else request.getfixturevalue("data_dir"))
+
+
+def held_out(name: str, request: pytest.FixtureRequest) -> tuple[Example, ...]:
+    """The test set."""
+    return all_splits(name, request)["test"]
+
+
+def scored(name: str, examples: tuple[Example, ...], outputs: list[str]) -> dict[str, float]:
+    """The scores of raw outputs: parsed, tallied, summed."""
+    spec = resolved(name)
+    task, config = spec.task.module("tasks"), spec.task.config
+    rows = [
+        {"gold": example.label, "prediction": task.parse(output, example, config)}
+        for example, output in zip(examples, outputs, strict=True)
+    ]
+    return {key: float(value) for key, value in task.score(task.tally(rows, config).sum(0), config).items()}
+
+
+def test_there_are_classification_tasks_and_each_has_a_known_constant():
+    assert CLASSIFICATION and set(CLASSIFICATION) == set(CONSTANTS)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_the_right_answers_score_one(name: str, request: pytest.FixtureRequest):
+    spec, examples = resolved(name), held_out(name, request)
+    task, config = spec.task.module("tasks"), spec.task.config
+    scores = scored(name, examples, [task.target(example, config) for example in examples])
+    assert {metric: scores[metric] for metric in QUALITY} == pytest.approx(dict.fromkeys(QUALITY, 1.0))
+    assert scores["unparsable_rate"] == 0
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_one_right_answer_made_wrong_scores_less(name: str, request: pytest.FixtureRequest):
+    """The planted mutant of the law above."""
+    spec, examples = resolved(name), held_out(name, request)
+    task, config = spec.task.module("tasks"), spec.task.config
+    outputs = [task.target(example, config) for example in examples]
+    outputs[-1] = next(label for label in config.labels if label != examples[-1].label)
+    scores = scored(name, examples, outputs)
+    assert all(scores[metric] < 1 for metric in QUALITY)
+    assert scores["accuracy"] == pytest.approx(1 - 1 / len(examples))
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_the_best_constant_answer_scores_what_is_printed_beside_every_result(name: str, request: pytest.FixtureRequest):
+    spec, examples = resolved(name), held_out(name, request)
+    answers = spec.task.module("tasks").constant_answers(spec.task.config)
+    best_label, rows, *expected = CONSTANTS[name]
+    scores = {answer: scored(name, examples, [answer] * len(examples)) for answer in answers}
+    best = max(scores, key=lambda answer: scores[answer]["accuracy"])
+    assert (best, len(examples)) == (best_label, rows)
+    assert [scores[best][metric] for metric in ("accuracy", "f1_weighted", "f1_macro")] == pytest.approx(
+        expected, abs=6e-4
+    )
+    assert scores[best]["mcc"] == 0
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+@pytest.mark.parametrize("output", ["", " ", "\n", "the sentiment is hard to tell"])
+def test_silence_and_rambling_score_nothing_and_are_counted(name: str, output: str, request: pytest.FixtureRequest):
+    examples = held_out(name, request)
+    scores = scored(name, examples, [output] * len(examples))
+    assert scores == {**dict.fromkeys(QUALITY, 0.0), "unparsable_rate": 1.0}
+
+
+@pytest.mark.parametrize(("name", "template"), PROMPTS)
+def test_a_repeated_prompt_scores_nothing(name: str, template: str, request: pytest.FixtureRequest):
+    examples = held_out(name, request)
+    spec = catalogue.task(name, template)
+    task, config = spec.task.module("tasks"), spec.task.config
+    prompts = [task.prompt(example, config) for example in examples]
+    echoes = [prompts, [prompt + " " for prompt in prompts], [prompt + prompt for prompt in prompts]]
+    for outputs in echoes:
+        assert scored(name, examples, outputs)["unparsable_rate"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "template"), PROMPTS)
+def test_a_template_ends_without_a_space_and_the_answer_brings_it(name: str, template: str):
+    spec = catalogue.task(name, template)
+    task, config = spec.task.module("tasks"), spec.task.config
+    example = Example(id="x", text="Sales rose {not/a/field} \\n 3 %", label=config.labels[0])
+    prompt = task.prompt(example, config)
+    assert prompt == prompt.rstrip() and example.text in prompt and "{text}" not in prompt
+    assert task.target(example, config) == " " + example.label
+    assert task.choices(example, config) == tuple(" " + label for label in config.labels)
+    assert task.target(example, config) in task.choices(example, config)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_every_label_of_the_data_is_a_label_of_the_task(name: str, request: pytest.FixtureRequest):
+    config = resolved(name).task.config
+    for rows in all_splits(name, request).values():
+        assert {example.label for example in rows} == set(config.labels)
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        ("positive", "positive"),
+        (" Positive.", "positive"),
+        ("NEUTRAL", "neutral"),
+        ("\n\nnegative", "negative"),
+        ("'negative'", "negative"),
+        ("**positive**", "positive"),
+        ("neutral!\nInstruction: What is the sentiment of this tweet?", "neutral"),
+        ("positive\nnegative", "positive"),  # the first line counts
+        ("", None),
+        ("   \n \n", None),
+        ("positively", None),
+        ("not positive", None),
+        ("non-positive", None),
+        ("neither positive nor negative", None),
+        ("positive negative", None),
+        ("positive positive", None),
+        ("negative/neutral/positive", None),
+        ("{negative/neutral/positive}", None),
+        ("The sentiment is positive.", None),
+        ("Sentiment: positive", None),
+        ("positive sentiment", None),
+        ("pos", None),
+        ("posi tive", None),
+        ("1", None),
+        ("\x00", None),
+        ("😀", None),
+        ("a" * 100_000, None),
+    ],
+)
+def test_an_output_names_one_label_on_its_first_line_or_none(output: str, answer: str | None):
+    spec = resolved("tfns")
+    example = Example(id="x", text="positive", label="neutral")
+    assert spec.task.module("tasks").parse(output, example, spec.task.config) == answer
+
+
+def test_a_gold_label_that_the_task_does_not_know_is_an_error_and_not_a_wrong_answer():
+    spec = resolved("tfns")
+    with pytest.raises(KeyError):
+        spec.task.module("tasks").tally([{"gold": "bullish", "prediction": "positive"}], spec.task.config)
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from finrepro import catalogue, data
+folder = os.environ.get("DATA")
+raw, found = catalogue.catalogue("tasks"), {}
+for name in (name for name in raw if raw[name]["kind"] == "classification"):
+    for template in raw[name]["templates"]:
+        spec = catalogue.task(name, template)
+        if data.locate(spec.dataset, Path(folder) if folder else None) is None:
+            continue
+        task, config = spec.task.module("tasks"), spec.task.config
+        examples = data.load(spec.dataset, Path(folder) if folder else None).splits["test"]
+        probes = {
+            "oracle": [task.target(e, config) for e in examples],
+            "empty": ["" for _ in examples],
+            "echo": [task.prompt(e, config) for e in examples],
+            **{f"always {label}": [label for _ in examples] for label in task.constant_answers(config)},
+        }
+        for probe, outputs in probes.items():
+            rows = [{"gold": e.label, "prediction": task.parse(o, e, config)} for e, o in zip(examples, outputs)]
+            scores = task.score(task.tally(rows, config).sum(0), config)
+            found[f"{name} {template} {probe}"] = {key: float(value) for key, value in scores.items()}
+print(json.dumps(found, sort_keys=True))
+"""
+
+
+def test_the_scores_are_the_same_for_every_hash_seed():
+    folder = {"DATA": os.environ["FINREPRO_DATA_DIR"]} if os.environ.get("FINREPRO_DATA_DIR") else {}
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda seed: python("-c", SCRIPT, PYTHONHASHSEED=seed, **folder), ["0", "1", "2", "3"]))
+    assert [run.stderr for run in runs] == [""] * 4
+    assert len({run.stdout for run in runs}) == 1, "the scorer is not a function of the answers"
+    scores: dict[str, dict[str, float]] = json.loads(runs[0].stdout)
+    assert any(key.startswith("tfns ") for key in scores)
+    for key, values in scores.items():
+        if key.endswith("oracle"):
+            assert values["accuracy"] == values["f1_macro"] == values["f1_weighted"] == 1.0
+        if key.endswith(("empty", "echo")):
+            assert values["unparsable_rate"] == 1.0
+
+
+def test_a_table_names_a_template_or_is_told_which_there_are():
+    with pytest.raises(UsageError, match=r"unknown template ''.*fingpt, short"):
+        catalogue.task("tfns")
+
+
+@pytest.mark.parametrize("name", [name for name in RAW if RAW[name]["kind"] == "language_modeling"])
+def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
+    spec = catalogue.task(name)
+    task, config = spec.task.module("tasks"), spec.task.config
+    rows: list[dict[str, Any]] = [{"logprob": -3 * np.log(8), "tokens": 3}, {"logprob": -9 * np.log(2), "tokens": 9}]
+    scores = task.score(task.tally(rows, config).sum(0), config)
+    assert scores["perplexity"] == pytest.approx(2 ** ((3 * 3 + 9) / 12))
+    uniform = task.tally([{"logprob": -np.log(100), "tokens": 1}] * 5, config).sum(0)
+    assert task.score(uniform, config)["perplexity"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_equal_texts_are_one_cluster(name: str):
+    template = next(iter(RAW[name].get("templates", {"": ""})))
+    task = catalogue.task(name, template).task.module("tasks")
+    one, two = Example(id="1", text="a", label="x"), Example(id="2", text="a", label="y")
+    assert task.cluster(one) == task.cluster(two) != task.cluster(Example(id="3", text="b", label="x"))
+
+
+def test_the_embedded_tasks_need_no_folder():
+    assert Path(data.EMBEDDED).is_dir()
+    assert data.missing_reason(resolved("tfns").dataset, None) is None
