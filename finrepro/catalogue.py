@@ -108,7 +108,7 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
     return RunSpec(
         model=base,
         weights="scratch",
-        base_revision=None,
+        base_checkpoint=None,
         base_run=None,
         quantizer=quantizer("none", base.dtype),
         adapter=adapter("full"),

@@ -93,7 +93,7 @@ def _cell(grid: Grid, selection: Selection, names: dict[str, str], seed: int) ->
     spec = RunSpec(
         model=base_model,
         weights=selection.weights,
-        base_revision=base_model.hub.revision if base_model.hub else None,
+        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := base_model.hub) else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
         adapter=adapter(names["adapter"]),

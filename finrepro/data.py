@@ -10,7 +10,7 @@ import numpy as np
 
 from finrepro.errors import EnvironmentFault
 from finrepro.examples import Example, Splits, fingerprint, overlap
-from finrepro.schema import Choice, settings
+from finrepro.schema import Choice, Count, Share, settings
 
 EMBEDDED = Path(str(package_files("finrepro"))) / "embedded"
 
@@ -38,8 +38,8 @@ class File:
 class Development:
     """The development split: this fraction of the training rows, drawn with a private generator."""
 
-    fraction: float
-    seed: int
+    fraction: Share
+    seed: Count
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,9 @@ def _parameters(result: dict[str, Any]) -> dict[str, Any]:
     parameters |= {f"optimizer.{key}": value for key, value in spec["train"]["optimizer"].items()}
     for part in ("adapter", "quantizer"):
         parameters |= {f"{part}.{key}": value for key, value in spec[part].items()}
-    parameters |= {key: spec[key] for key in ("base_run", "base_revision", "seed", "threads", "world_size", "weights")}
+    parameters |= {
+        key: spec[key] for key in ("base_run", "base_checkpoint", "seed", "threads", "world_size", "weights")
+    }
     return parameters | {"dtype": spec["model"]["dtype"], "family": spec["model"]["family"]}
 
 

@@ -11,7 +11,7 @@ import pkgutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
@@ -19,6 +19,11 @@ import yaml
 from finrepro.errors import UsageError, unknown
 
 T = TypeVar("T")
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
+Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

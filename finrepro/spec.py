@@ -9,7 +9,7 @@ import json
 from typing import Any, Literal
 
 from finrepro.data import Hub
-from finrepro.schema import Choice, plain, settings
+from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -38,16 +38,16 @@ DESCRIPTIVE = frozenset(
 class Train:
     """How a cell is trained. Steps are optimizer steps; `max_tokens` counts a micro-batch's tokens with padding, a device."""
 
-    max_steps: int
-    warmup_steps: int
+    max_steps: Positive
+    warmup_steps: Count
     schedule: Literal["constant", "linear", "cosine"]
-    lr: float
-    global_batch_size: int  # examples per optimizer step, over all devices
-    max_tokens: int
+    lr: PositiveFloat
+    global_batch_size: Positive  # examples per optimizer step, over all devices
+    max_tokens: Positive
     layout: Literal["padded", "bins"]
-    max_seq_len: int  # tokens; longer prompts lose their beginning, never the answer
-    sort_window: int  # global batches that are sorted by length together; 1 leaves the random order
-    max_grad_norm: float
+    max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
+    sort_window: Positive  # global batches that are sorted by length together; 1 leaves the random order
+    max_grad_norm: PositiveFloat
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # an entry with `kind`; a `Choice` once resolved
@@ -62,10 +62,10 @@ class Evaluation:
     """
 
     split: Literal["test", "development"]
-    max_tokens: int
-    resamples: int
-    confidence: float
-    seed: int
+    max_tokens: Positive
+    resamples: Positive
+    confidence: Share
+    seed: Count
 
 
 @settings
@@ -73,7 +73,7 @@ class Pretrain:
     """The run that makes a miniature's weights: a language-modelling task and how it is trained."""
 
     task: str
-    threads: int
+    threads: Positive
     train: dict[str, Any]
     evaluation: Evaluation
 
@@ -143,7 +143,7 @@ class Grid:
 
     axes: Axes
     template: str
-    threads: int
+    threads: Positive
     train: dict[str, Any]
     evaluation: Evaluation
     quick: Quick
@@ -175,7 +175,7 @@ class RunSpec:
 
     model: Model
     weights: Weights
-    base_revision: str | None
+    base_checkpoint: str | None
     base_run: str | None
     quantizer: Choice
     adapter: Choice

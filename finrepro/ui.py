@@ -24,7 +24,8 @@ def serve(store: Store, host: str, port: str) -> int:
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port."
             ) from None
     if not is_current(store):
-        rebuild(store)
+        with store.lock():
+            rebuild(store)
     print(f"MLflow: http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}  (stop with Ctrl-C)", flush=True)
     command = [
         sys.executable,

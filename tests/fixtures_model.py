@@ -69,7 +69,7 @@ def spec_of(
     return RunSpec(
         model=base,
         weights="random",
-        base_revision=None,
+        base_checkpoint=None,
         base_run=None,
         quantizer=catalogue.quantizer(quantizer, base.dtype) if isinstance(quantizer, str) else quantizer,
         adapter=catalogue.adapter(adapter) if isinstance(adapter, str) else adapter,

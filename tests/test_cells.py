@@ -49,11 +49,10 @@ QUICK = {
     ],
     "paper": ["gpt2_127m-nf4-lora_r8-tfns-s0"],
 }
-# What is said about a thing and does not decide a number. The sha256 of a file pins its bytes, a commit pins a checkpoint.
+# What is said about a thing and does not decide a number. The sha256 of a file pins its bytes.
 SAID_ONLY = re.compile(
     r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|source|path|hub_path|report|scale)$"
     r"|^datasets\..*\.hub\."
-    r"|^models\..*\.hub\.id$"
 )
 SCALES: tuple[Scale, Scale] = ("smoke", "paper")
 
@@ -168,7 +167,7 @@ def others(value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, value - 1]
     if isinstance(value, float):
-        return [value * 1.5 + 0.01]
+        return [value * 1.5 + 0.01, value * 0.5]
     known = "random fp4 uint16 bfloat16 float32 cosine linear bins padded test development llama"
     return [value + "x", "x" + value, *known.split()]
 
@@ -358,4 +357,4 @@ def test_a_choice_is_one_of_the_allowed():
 def test_the_paper_cells_carry_the_pinned_revision_of_their_weights():
     for cell in expand(Selection("3"), "paper"):
         hub = catalogue.model(cell.spec.model.name).hub
-        assert hub is not None and cell.spec.base_revision == hub.revision
+        assert hub is not None and cell.spec.base_checkpoint == f"{hub.id}@{hub.revision}"

@@ -5,9 +5,11 @@ Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero:
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finrepro.schema import Choice, settings
+from pydantic import Field
+
+from finrepro.schema import Choice, Positive, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 class Config:
     """PEFT's names. `all-linear` is every linear layer of the blocks, never the embeddings or the output head."""
 
-    r: int
-    lora_alpha: int
-    lora_dropout: float
+    r: Positive
+    lora_alpha: Positive
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | tuple[str, ...]
 
 
