@@ -94,7 +94,7 @@ def to_rich(table: Table) -> "RichTable":
         title=table.caption, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
     )
     for column in table.columns:
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     previous = None
     for line in table.lines:
         if previous is not None and line.section != previous:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from finrepro import plan as planning
 from finrepro.render import Table, to_rich
@@ -80,10 +81,9 @@ class Display:
             score = result["scores"][0] if result["scores"] else None
             shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality: random weights"
             text = f"{shown}, {result['ended'] - result['started']:.0f} s"
-        style = STYLES.get(status, "")
-        self.console.print(f"[{self.done}/{self.total}] ", end="", markup=False)
-        self.console.print(f"[{style}]{status}[/{style}] " if style else f"{status} ", end="")
-        self.console.print(f"{label}: {text}", markup=False)
+        # One call: beside running bars, a line printed in parts would lose all but the last.
+        line = (f"[{self.done}/{self.total}] ", (status, STYLES.get(status, "")), f" {label}: {text}")
+        self.console.print(Text.assemble(*line))
 
     def table(self, table: Table, folder: Path) -> None:
         """The finished table and where to find it."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from finrepro.render import Line, Table
 
-METRICS = {"accuracy": "Accuracy [95 % interval]", "f1_weighted": "F1 weighted", "f1_macro": "F1 macro", "mcc": "MCC"}
-COLUMNS = ("Trained and tested on", "Model", "Quantizer", "Adapter", *METRICS.values(), "Over constant", "n", "Seeds")
+METRICS = {"accuracy": "Accuracy [95 %]", "f1_weighted": "F1 weighted", "f1_macro": "F1 macro", "mcc": "MCC"}
+COLUMNS = ("Task", "Model", "Quantizer", "Adapter", *METRICS.values(), "Over constant", "n", "Seeds")
 
 Row = dict[str, Any]  # a cell: axis names, state, reason, run_id, scores
 
@@ -53,8 +53,8 @@ def _constant(task: str, rows: Sequence[Row]) -> Line | None:
     accuracy = scores["accuracy"]
     assert accuracy is not None
     texts = [f"{score['constant']:.3f}" if score else "" for score in scores.values()]
-    name = f"always '{accuracy['constant_answer']}'"
-    return Line((task, "best constant answer", "", name, *texts, "", str(accuracy["n"]), ""), section=task)
+    name = f"always {accuracy['constant_answer']}"
+    return Line((task, name, "", "", *texts, "", str(accuracy["n"]), ""), section=task)
 
 
 def _line(task: str, rows: Sequence[Row]) -> Line:
@@ -84,7 +84,8 @@ def _line(task: str, rows: Sequence[Row]) -> Line:
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     """How to read the intervals, and every cell that has no score or is stale, with its reason."""
     notes = [
-        "Intervals: bootstrap over test examples, equal texts resampled together; over several seeds, their mean bounds."
+        "Task: trained on its training split, scored on its test split. The first line is the best constant answer.",
+        "Intervals: bootstrap over test examples, equal texts resampled together; over several seeds, their mean bounds.",
     ]
     if any(len({row["seed"] for row in group}) == 1 for _, group in _grouped(rows, "model", "quantizer", "adapter")):
         notes.append("A single seed says nothing about the spread between runs.")
