@@ -122,7 +122,7 @@ def reproduce(
     if not jobs.isdecimal() or int(jobs) < 1:
         raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
     selection = _selection(table, quick, full, only, seeds, weights, devices)
-    options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep, plan)
+    options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep)
     if plan:
         return _list(selection, options.scale, _place(store, data_dir, models_dir), keep)
     return run(selection, _place(store, data_dir, models_dir), options)

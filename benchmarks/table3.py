@@ -45,7 +45,9 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     thread.start()
     output, _ = process.communicate()
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak_memory_bytes": peak[0], "exit_code": process.returncode, "output": output}
+    if process.returncode:
+        print(output)
+    return {"seconds": seconds, "peak_memory_bytes": peak[0], "exit_code": process.returncode}
 
 
 def main() -> None:

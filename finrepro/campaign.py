@@ -30,13 +30,13 @@ class Options:
     scale: str = "auto"
     jobs: int = 1
     keep: bool = False
-    plan_only: bool = False
 
 
 def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale, str]:
     """The scale, and why."""
     if wanted == "auto":
-        return planning.auto_scale(expand(Selection(selection.table, seeds=selection.seeds), "paper"), place)
+        whole = Selection(selection.table, seeds=selection.seeds)
+        return planning.auto_scale(lambda: expand(whole, "paper"), place)
     return ("paper" if wanted == "paper" else "smoke"), "asked for"
 
 
@@ -48,8 +48,6 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     cells = expand(selection, scale)
     steps = planning.plan(cells, place, options.keep)
     display.plan(steps, place, options.jobs)
-    if options.plan_only:
-        return 0
     # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with place.store.lock():

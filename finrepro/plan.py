@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -147,12 +148,12 @@ def _step(
     return Step(spec, "run", state, again.get(state, f"it {state} before"), is_base, base)
 
 
-def auto_scale(paper: list[Cell], place: Place) -> tuple[Scale, str]:
-    """`paper` where a GPU is there and at least one of the cells can run on it, else `smoke`; and why."""
+def auto_scale(paper: Callable[[], list[Cell]], place: Place) -> tuple[Scale, str]:
+    """`paper` where a GPU is there and at least one of the table's cells can run on it, else `smoke`; and why."""
     here = machine()
     if not here.gpu_bytes:
         return "smoke", "no CUDA device on this machine"
-    reasons = [cannot_run(cell.spec, place) for cell in paper if not cell.refusal]
+    reasons = [cannot_run(cell.spec, place) for cell in paper() if not cell.refusal]
     if None in reasons:
         return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
     return "smoke", f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}"

@@ -116,14 +116,14 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
 ):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     gpu()
-    assert plan.auto_scale(PAPER, place) == ("smoke", "no CUDA device on this machine")
+    assert plan.auto_scale(lambda: PAPER, place) == ("smoke", "no CUDA device on this machine")
     gpu(81559)
-    scale, why = plan.auto_scale(PAPER, place)
+    scale, why = plan.auto_scale(lambda: PAPER, place)
     assert scale == "smoke" and "H100" in why and "weights of openai-community/gpt2 not found" in why
     checkpoint = tmp_path / "models" / "gpt2_127m"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
-    scale, why = plan.auto_scale(PAPER, dataclasses.replace(place, models_dir=tmp_path / "models"))
+    scale, why = plan.auto_scale(lambda: PAPER, dataclasses.replace(place, models_dir=tmp_path / "models"))
     assert scale == "paper" and "H100" in why
 
 
