@@ -56,7 +56,7 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
 def _folder(given: str | None, variable: str | None = None) -> Path | None:
     """A folder argument, relative to where the user is, or the environment variable's."""
     value = given or (os.environ.get(variable) if variable else None)
-    return Path(value).expanduser() if value else None
+    return Path(value).expanduser().absolute() if value else None
 
 
 def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> Any:
@@ -67,11 +67,7 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
 
     data, models = _folder(data_dir, "FINREPRO_DATA_DIR"), _folder(models_dir)
     for flag, folder in (("--data-dir", data), ("--models-dir", models)):
-        try:
-            usable = folder is None or folder.is_dir()
-        except OSError:  # a name that no file system takes
-            usable = False
-        if not usable:
+        if folder is not None and not os.path.isdir(folder):  # noqa: PTH112  (False also for a name that no file system takes)
             raise EnvironmentFault(f"{flag} {folder} is not a folder.")
     return Place(open_store(_folder(store, "FINREPRO_STORE")), data, models)
 
@@ -186,7 +182,7 @@ def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None
 def record(context: Context, rebuild: bool = False, store: str | None = None) -> int:
     """Check every result against its manifest; with --rebuild, make MLflow's database again from results/."""
     from finrepro import record as recording
-    from finrepro.store import damaged_files
+    from finrepro.manifest import damaged_files
 
     place = _place(store, None, None)
     damaged = 0
@@ -217,15 +213,18 @@ def ui(context: Context, store: str | None = None, port: str = "5000", host: str
     return serve(_place(store, None, None).store, host, port)
 
 
-@command(help={"slow": "also the tests marked slow", "only": "tests whose name matches, as pytest -k"})
+@command(
+    help={
+        "slow": "the tests marked slow, instead of the default ones",
+        "only": "tests whose name matches, as pytest -k",
+    }
+)
 def test(context: Context, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
     import subprocess
 
-    marks = [] if slow else ["-m", "not slow and not container and not gpu"]
-    if slow:
-        marks = ["-m", "slow and not container and not gpu"]
-    return subprocess.call([sys.executable, "-m", "pytest", *marks, *(["-k", only] if only else [])], cwd=PROJECT)
+    marks = f"{'' if slow else 'not '}slow and not container and not gpu"
+    return subprocess.call([sys.executable, "-m", "pytest", "-m", marks, *(["-k", only] if only else [])], cwd=PROJECT)
 
 
 @command()

@@ -20,12 +20,13 @@ from _measure import interleaved, ratios, write  # noqa: E402
 
 from finrepro import catalogue, data  # noqa: E402
 from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.checkpoint import Control  # noqa: E402
 from finrepro.evaluate import answer  # noqa: E402
 from finrepro.model import build  # noqa: E402
 from finrepro.run import Place, embedded_tokenizer  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import encode  # noqa: E402
-from finrepro.train import Control, train  # noqa: E402
+from finrepro.train import train  # noqa: E402
 
 EXAMPLES, REPEATS, TRAIN_STEPS = 400, 5, 200
 
@@ -52,7 +53,7 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=TRAIN_STEPS))
     device = runtime.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
-    built = build(spec, tokenizer, None, device)
+    built = build(spec, None, device)
     task = spec.train_on
     module, config = task.task.module("tasks"), task.task.config
     splits = data.load(task.dataset, None).splits

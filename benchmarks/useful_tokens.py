@@ -54,9 +54,7 @@ def computed(batches: list[list[int]], lengths: list[int], name: str) -> int:
     """Tokens that go through the model."""
     if name == "fixed_padding":
         return MAX_SEQ_LEN * sum(map(len, batches))
-    if name == "bins":
-        return sum(lengths[row] for batch in batches for row in batch)
-    return sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    return packing.computed_tokens(batches, lengths, "bins" if name == "bins" else "padded")
 
 
 def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
     whole = layouts(order, lengths)
     share = {name: sum(lengths) / computed(batches, lengths, name) for name, (batches, _) in whole.items()}
     share["bins_of_fixed_size"] = sum(lengths) / (BUDGET * len(whole["bins"][0]))
-    lm = SupervisedLM(build(spec, tokenizer, None, device).model)
+    lm = SupervisedLM(build(spec, None, device).model)
     losses: dict[str, float] = {}
 
     def one(name: str, batches: list[list[int]], collate: Any) -> None:

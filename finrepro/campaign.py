@@ -1,5 +1,6 @@
 """A table from command to numbers: plan the cells, run what is missing, record each, render the table."""
 
+import dataclasses
 import queue
 import shlex
 import signal
@@ -13,13 +14,13 @@ from typing import Any
 from finrepro import plan as planning
 from finrepro import provenance, store
 from finrepro.cells import Cell, Selection, expand
-from finrepro.errors import CellFailed, EnvironmentFault
+from finrepro.errors import CellFailed, EnvironmentFault, UsageError
 from finrepro.record import View, is_shown
 from finrepro.result import seal_unfinished
 from finrepro.run import Place
 from finrepro.show import Display
 from finrepro.spec import Scale
-from finrepro.tabulate import tabulate
+from finrepro.tabulate import file_stem, tabulate
 from finrepro.worker import Event, Worker
 
 
@@ -35,7 +36,7 @@ class Options:
 def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale, str]:
     """The scale, and why."""
     if wanted == "auto":
-        whole = Selection(selection.table, seeds=selection.seeds)
+        whole = dataclasses.replace(selection, quick=False, full=False, only=None)
         return planning.auto_scale(lambda: expand(whole, "paper"), place)
     return ("paper" if wanted == "paper" else "smoke"), "asked for"
 
@@ -46,7 +47,9 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     scale, why = choose_scale(selection, options.scale, place)
     display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
     cells = expand(selection, scale)
-    steps = planning.plan(cells, place, options.keep)
+    if all(cell.refusal for cell in cells):
+        raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
+    steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
     display.plan(steps, place, options.jobs)
     # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -55,6 +58,7 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
         try:
             campaign.run()
         finally:
+            display.close()
             rendered = tabulate(selection, scale, cells, place)
             campaign.finish()
     display.table(rendered, place.store.results / "tables" / scale)
@@ -82,7 +86,7 @@ class _Campaign:
         self.record: dict[str, Any] = {
             "id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started)) + f"-{provenance.source_digest()[:6]}",
             "table": f"table{selection.table.removeprefix('table')}", "scale": scale, "status": "running",
-            "command": shlex.join(sys.argv[1:]), "started": started, "ended": started, "cells": [],
+            "command": shlex.join(sys.argv[1:]), "started": started, "ended": started, "cells": [], "rendered": file_stem(selection),
             "environment": provenance.environment(),
         }  # fmt: skip
 
@@ -106,16 +110,13 @@ class _Campaign:
         ]
         for worker in workers:
             worker.log.write_text("")
-            worker.start()  # by this thread: a worker dies with the thread that started it
+            if any(step.spec.world_size == 1 for step in waiting):
+                worker.start()  # by this thread: a worker dies with the thread that started it
         try:
             self._jobs(workers, waiting)
-        except KeyboardInterrupt:
-            self.display.say("Stopping: the running cell saves its state. Run the same command again to go on.")
-            for worker in workers:
-                worker.interrupt()
-            self.record["status"] = "interrupted"
-            raise
-        except EnvironmentFault:
+        except (KeyboardInterrupt, EnvironmentFault) as error:
+            if isinstance(error, KeyboardInterrupt):
+                self.display.say("Stopping: the running cell saves its state. Run the same command again to go on.")
             for worker in workers:
                 worker.interrupt()
             self.record["status"] = "interrupted"
@@ -155,7 +156,10 @@ class _Campaign:
                     self._pass_on(step, {"event": "died", "reason": f"its base {step.base.label} failed"})
                     continue
             self._pass_on(step, {"event": "phase", "phase": "start"})
-            event = worker.run(step.spec, partial(self._pass_on, step))
+            try:
+                event = worker.run(step.spec, partial(self._pass_on, step))
+            except Exception as error:  # of this thread, which must not leave the others waiting for it
+                event = {"event": "died", "reason": f"it could not be started: {error}"}
             if step.is_base:
                 ready[step.spec.run_id].set()
             self._pass_on(step, event)

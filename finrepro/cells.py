@@ -68,6 +68,8 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
     """Why nothing is selected, with the nearest label."""
     near = difflib.get_close_matches(selection.only or "", labels, n=1, cutoff=0.3)
     hint = f" Nearest: {near[0]}." if near else ""
+    if selection.only is None:
+        return UsageError(f"no cell of table {selection.table} is left with --quick and these seeds.")
     return UsageError(
         f"no cell of table {selection.table} matches --only '{selection.only}'"
         f"{' with --quick' if selection.quick else ''}.{hint} The pattern is a label with * and ?; "

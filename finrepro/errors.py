@@ -3,15 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-EXIT_CODES = {
-    0: "done (skipped cells are in the table with their reason)",
-    1: "Invoke rejected the command line",
-    2: "usage: an unknown name, a malformed configuration file",
-    3: "environment: missing weights or data, an unwritable store, a full disk",
-    4: "a cell failed; its reason is in its result and in the table",
-    130: "interrupted; finished cells are kept, the running one resumes",
-}
-
 
 class FinreproError(Exception):
     """An error with a one-line message for the user; `exit_code` is the process's exit status."""

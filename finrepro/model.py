@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Built:
-    """A model ready to be trained, its tokenizer, and what it is made of."""
+    """A model ready to be trained, and what it is made of."""
 
     model: nn.Module
-    tokenizer: "PreTrainedTokenizerFast"
     base_parameters: int
     trainable_parameters: int
     base_bytes: int  # as stored, after quantization
 
 
-def build(spec: RunSpec, tokenizer: "PreTrainedTokenizerFast", base_folder: Path | None, device: torch.device) -> Built:
+def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Built:
     """The adapted model of a cell on `device`, in training mode, with exactly its adapter's parameters trainable.
 
     Without `base_folder` the base gets random weights from the cell's seed.
@@ -46,7 +45,7 @@ def build(spec: RunSpec, tokenizer: "PreTrainedTokenizerFast", base_folder: Path
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Built(model, tokenizer, base_parameters, trainable, base_bytes)
+    return Built(model, base_parameters, trainable, base_bytes)
 
 
 def configuration(model: Model) -> Any:

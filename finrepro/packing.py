@@ -85,9 +85,8 @@ def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
 LAYOUTS = {"padded": padded, "bins": bins}
 
 
-def useful_share(batches: Sequence[Rows], lengths: Sequence[int], layout: str) -> float:
-    """Share of real tokens among all that go through the model; bins hold no padding, their rest is not computed."""
-    real = sum(lengths[row] for batch in batches for row in batch)
+def computed_tokens(batches: Sequence[Rows], lengths: Sequence[int], layout: str) -> int:
+    """Tokens that go through the model for these micro-batches: with padding, or in bins only the real ones."""
     if layout == "bins":
-        return 1.0
-    return real / sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+        return sum(lengths[row] for batch in batches for row in batch)
+    return sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)

@@ -1,5 +1,6 @@
 """What will happen to each cell before anything runs: kept, run, skipped or refused, why, and about how long it takes."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Machine:
     memory_bytes: int
     gpu_bytes: int
     gpu_name: str = ""
+    gpus: int = 0
 
 
 @cache
@@ -47,13 +49,14 @@ def machine() -> Machine:
     import psutil
 
     host = psutil.virtual_memory().total
-    if shutil.which("nvidia-smi"):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if shutil.which("nvidia-smi") and not hidden:
         query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
         answer = subprocess.run(query, capture_output=True, text=True, check=False)
         lines = [line.split(",", 1) for line in answer.stdout.strip().splitlines()] if answer.returncode == 0 else []
         if lines:
             smallest = min(lines, key=lambda line: float(line[0]))
-            return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip())
+            return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip(), len(lines))
     return Machine(host, 0)
 
 
@@ -75,24 +78,12 @@ def needed_bytes(spec: RunSpec) -> int:
     layers = block_linear_parameters(spec.model)
     bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, dtype_bits)
     base = layers * bits / 8 + (spec.model.parameters - layers) * dtype_bits / 8
-    trained = spec.model.parameters if spec.adapter.kind == "full" else adapter_parameters(spec)
+    trained = spec.adapter.module("adapters").trainable_parameters(spec.model, spec.adapter.config)
     width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
     depth = shape["n_layer" if spec.model.family == "gpt2" else "num_hidden_layers"]
     kept = 1 if spec.train.activation_checkpointing else 16
     activations = spec.train.max_tokens * width * (depth * kept + 20) * dtype_bits / 8
     return int(base + ADAM_BYTES * trained + activations)
-
-
-def adapter_parameters(spec: RunSpec) -> int:
-    """Trained parameters of a low-rank adapter on every linear layer of the blocks: r (in + out) a layer."""
-    shape = spec.model.architecture
-    if spec.model.family == "gpt2":
-        unit = shape["n_layer"] * 16 * shape["n_embd"]
-    else:
-        width, inner = shape["hidden_size"], shape["intermediate_size"]
-        kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
-        unit = shape["num_hidden_layers"] * (4 * width + 2 * (width + kv) + 3 * (width + inner))
-    return int(unit * getattr(spec.adapter.config, "r", 0))
 
 
 def estimated_seconds(spec: RunSpec, place: Place) -> float:
@@ -105,8 +96,11 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
     return 3 + 6 * spec.model.parameters * tokens / speed
 
 
-def cannot_run(spec: RunSpec, place: Place) -> str | None:
-    """Why this machine cannot run the cell, in one line; None if it can."""
+def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None:
+    """Why this machine cannot run the cell, in one line; None if it can. With `ask_hub`, weights may still be fetched."""
+    devices = machine().gpus or len(os.sched_getaffinity(0))
+    if spec.world_size > devices:
+        return f"needs {spec.world_size} devices, this machine has {devices}"
     for each in (spec.train_on, *spec.tasks):
         reason = data.missing_reason(each.dataset, place.data_dir)
         if reason:
@@ -117,22 +111,32 @@ def cannot_run(spec: RunSpec, place: Place) -> str | None:
     available, where = (
         (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
     )
-    needed = needed_bytes(spec) / spec.world_size
+    needed = needed_bytes(spec) / (spec.world_size if spec.train.zero_stage == 3 else 1)  # else each holds all of it
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return weights.missing_reason(spec.model, place.models_dir) if spec.weights == "pretrained" else None
+    reason = weights.missing_reason(spec.model, place.models_dir) if spec.weights == "pretrained" else None
+    if reason and ask_hub:
+        unreachable = weights.unreachable_reason(spec.model)
+        return f"{reason}; {unreachable}" if unreachable else None
+    return reason
 
 
-def plan(cells: list[Cell], place: Place, keep: bool) -> list[Step]:
+def plan(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:
     """The steps in the order in which they run: bases before the cells that need them. `keep` keeps stale results."""
-    steps = [_step(cell.spec, place, keep, cell.refusal, cell.base) for cell in cells]
+    steps = [_step(cell.spec, place, keep, ask_hub, cell.refusal, cell.base) for cell in cells]
     needed = {step.base.run_id: step.base for step in steps if step.action == "run" and step.base is not None}
-    bases = [_step(base, place, keep, None, None, is_base=True) for base in needed.values()]
+    bases = [_step(base, place, keep, ask_hub, None, None, is_base=True) for base in needed.values()]
     return bases + steps
 
 
 def _step(
-    spec: RunSpec, place: Place, keep: bool, refusal: str | None, base: RunSpec | None, is_base: bool = False
+    spec: RunSpec,
+    place: Place,
+    keep: bool,
+    ask_hub: bool,
+    refusal: str | None,
+    base: RunSpec | None,
+    is_base: bool = False,
 ) -> Step:
     if refusal:
         return Step(spec, "refuse", "refused", refusal, is_base, base)
@@ -141,7 +145,11 @@ def _step(
         return Step(
             spec, "keep", state, "made by other source or packages" if state == store.STALE else "", is_base, base
         )
-    reason = cannot_run(spec, place)
+    reason = cannot_run(spec, place, ask_hub)
+    if reason and state == store.STALE:  # evidence that cannot be made again here is not thrown away
+        return Step(
+            spec, "keep", state, f"made by other source or packages, and cannot be made again: {reason}", is_base, base
+        )
     if reason:
         return Step(spec, "skip", store.SKIPPED, reason, is_base, base)
     again = {store.STALE: "its source or packages have changed", store.MISSING: ""}
@@ -153,7 +161,7 @@ def auto_scale(paper: Callable[[], list[Cell]], place: Place) -> tuple[Scale, st
     here = machine()
     if not here.gpu_bytes:
         return "smoke", "no CUDA device on this machine"
-    reasons = [cannot_run(cell.spec, place) for cell in paper() if not cell.refusal]
+    reasons = [cannot_run(cell.spec, place, ask_hub=True) for cell in paper() if not cell.refusal]
     if None in reasons:
         return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
     return "smoke", f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}"

@@ -56,6 +56,8 @@ def source_digest() -> str:
         name = path.relative_to(root).as_posix()
         if not name.startswith(OUTSIDE_A_CELL):
             digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for path in sorted((PROJECT / "configs" / "deepspeed").glob("*.json")):  # read while training, in no spec
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -82,7 +84,7 @@ def commit() -> tuple[str | None, bool | None]:
     baked = PROJECT / "REVISION"
     if baked.is_file():
         name = baked.read_text().strip()
-        return (name or None, False)
+        return (None, None) if name in ("", "unknown") else (name, False)
     if _git("rev-parse", "--show-toplevel") != str(PROJECT):
         return None, None
     status = _git("status", "--porcelain", "--untracked-files=no")

@@ -107,7 +107,7 @@ class View:
         for key, value in tags.items():
             self.client.set_tag(run_id, key, value)
         folder = self.store.results / "tables" / campaign["scale"]
-        for path in sorted(folder.glob(f"{campaign['table']}.*")) if campaign["status"] != "running" else []:
+        for path in sorted(folder.glob(f"{campaign['rendered']}.*")) if campaign["status"] != "running" else []:
             self.client.log_artifact(run_id, str(path), "table")
             if path.suffix == ".md":
                 self.client.set_tag(run_id, "mlflow.note.content", path.read_text(encoding="utf-8")[:7900])
@@ -230,10 +230,8 @@ def _datasets(result: dict[str, Any]) -> list[Any]:
 
 def _note(result: dict[str, Any], folder: Path) -> str:
     """What a reviewer reads first in a run."""
-    smoke = (
-        "**SMOKE: a miniature; never to be set against published values.**\n\n"
-        if result["cell"]["scale"] == "smoke"
-        else ""
+    smoke = "**SMOKE: a miniature; never to be set against published values.**\n\n" * (
+        result["cell"]["scale"] == "smoke"
     )
     head = f"{smoke}`{result['label']}` - {result['status']}" + (f": {result['reason']}" if result["reason"] else "")
     rows = [

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finrepro import catalogue, data, runtime, store, weights
+from finrepro import catalogue, data, provenance, runtime, store, weights
 from finrepro.cells import Selection, find
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
+from finrepro.manifest import file_digest
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
 from finrepro.store import Store
@@ -54,6 +55,8 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
         status, reason = store.DIVERGED, str(error)
     except Exception as error:  # whatever it is, it costs one cell: its traceback goes into the result
         status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not runtime.ranks().is_main:
+        return {"status": status, "reason": reason}
     return seal_unfinished(spec, place.store, status, reason, started, traceback.format_exc())
 
 
@@ -63,26 +66,29 @@ def walk(
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = runtime.setup(spec.seed, spec.threads)
 
+    from finrepro.checkpoint import Control
     from finrepro.evaluate import evaluate
     from finrepro.model import build
     from finrepro.monitor import Monitor
-    from finrepro.tokens import encode
-    from finrepro.train import Control, train
+    from finrepro.tokens import encode, tokenizer_digest
+    from finrepro.train import train
 
     report({"event": "phase", "phase": "data"})
     dataset = data.load(spec.train_on.dataset, place.data_dir)
-    folder, tokenizer, tokenizer_origin = base(spec, place)
+    folder, tokenizer, origin = base(spec, place)
+    made_from = base_facts(spec, place, folder)
     task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
     pairs = [(task.prompt(example, config), task.target(example, config)) for example in dataset.splits["train"]]
     encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
 
     report({"event": "phase", "phase": "model"})
-    built = build(spec, tokenizer, folder, device)
+    built = build(spec, folder, device)
 
     report({"event": "phase", "phase": "train"})
     checkpoints = place.store.checkpoints(spec.run_id)
     with Monitor() as monitor:
-        trained = train(built.model, encoded, spec, device, Control(report, stop_requested, checkpoints))
+        made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from])
+        trained = train(built.model, encoded, spec, device, Control(report, stop_requested, checkpoints, made_by))
 
         report({"event": "phase", "phase": "evaluate"})
         began = time.monotonic()
@@ -90,7 +96,8 @@ def walk(
         for each in spec.tasks:
             loaded = dataset if each.dataset == spec.train_on.dataset else data.load(each.dataset, place.data_dir)
             examples = loaded.splits[spec.evaluation.split]
-            place.store.log_scoring(spec, each.task.name)
+            if runtime.ranks().is_main:
+                place.store.log_scoring(spec, each.task.name)
             evaluated = evaluate(
                 built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len, partial(scored, report)
             )
@@ -101,7 +108,7 @@ def walk(
 
     report({"event": "phase", "phase": "record"})
     if not runtime.ranks().is_main:
-        return {}
+        return {"status": store.DONE, "reason": None}
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
         spec.adapter.module("adapters").export(built.model, target / "weights")
@@ -132,7 +139,8 @@ def walk(
                 "fingerprints": dataset.fingerprints,
                 "overlap": dataset.overlap,
                 "origin": dataset.origin,
-                "tokenizer": tokenizer_origin,
+                "base": made_from,
+                "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),
                 "files": {role: file.sha256 for role, file in spec.train_on.dataset.config.files.items()},
             },
@@ -167,6 +175,16 @@ def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizer
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 
 
+def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
+    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights."""
+    if spec.base_run is not None:
+        made = (place.store.result(spec.base_run) or {})["environment"]
+        digests = {key: made[key] for key in ("source_digest", "lock_digest")}
+        return {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run), **digests}
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    return {"files": {path.name: file_digest(path) for path in files}}
+
+
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
     """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
     from finrepro.tokens import train_tokenizer
@@ -180,11 +198,16 @@ def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast"
 
 def request(spec: RunSpec, selection: Selection, scale: str) -> dict[str, Any]:
     """A cell as a message to a process that runs it: how to find it again, and the id it must then have."""
-    return {"selection": asdict(selection), "scale": scale, "label": spec.label, "run_id": spec.run_id}
+    digest = provenance.source_digest()
+    return {
+        "selection": asdict(selection), "scale": scale, "label": spec.label, "run_id": spec.run_id, "source": digest,
+    }  # fmt: skip
 
 
 def resolve(message: dict[str, Any]) -> RunSpec:
-    """The spec that a `request` means. Raises `CellFailed` when the configuration has changed in between."""
+    """The spec that a `request` means. Raises `CellFailed` when configuration or source have changed in between."""
+    if provenance.source_digest() != message["source"]:
+        raise CellFailed(f"{message['label']}: the source changed while the campaign was running.")
     values = message["selection"]
     selection = Selection(**{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None})
     spec = find(selection, message["scale"], message["label"])
@@ -205,23 +228,27 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; who started us decides
+    runtime.die_with_parent()
+
+    def emit(event: dict[str, Any]) -> None:
+        if runtime.ranks().is_main:
+            print(json.dumps(event), flush=True)
+
     try:
         spec = resolve(json.loads(options.request))
         place = Place(store.open_store(options.store), options.data_dir, options.models_dir)
-        if place.store.state(spec) == store.DONE:
-            return 0
-
-        def emit(event: dict[str, Any]) -> None:
-            if runtime.ranks().is_main:
-                print(json.dumps(event), flush=True)
-
-        result = run_cell(spec, place, emit, lambda: bool(stop))
-        return 0 if result.get("status", store.DONE) == store.DONE else CellFailed.exit_code
+        result: dict[str, Any] = {"status": store.DONE, "reason": None}
+        if place.store.state(spec) != store.DONE:
+            result = run_cell(spec, place, emit, lambda: bool(stop))
+        emit({"event": "result", "status": result["status"], "reason": result["reason"]})
+        return 0 if result["status"] == store.DONE else CellFailed.exit_code
     except FinreproError as error:
+        emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})
         print(f"finrepro: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as error:
-        print(f"finrepro: {error}", file=sys.stderr)
+        emit({"event": "interrupted", "reason": str(error)})
         return 130
 
 

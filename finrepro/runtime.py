@@ -1,8 +1,10 @@
 """The process a cell runs in: ranks, devices, threads, seeds and determinism, set before anything is computed."""
 
 import contextlib
+import ctypes
 import os
 import random
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,11 @@ def start_process_group(device: "torch.device") -> None:
             dist.init_process_group(backend)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that happens."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def reset_peak_memory() -> None:

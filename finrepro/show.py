@@ -85,13 +85,16 @@ class Display:
         line = (f"[{self.done}/{self.total}] ", (status, STYLES.get(status, "")), f" {label}: {text}")
         self.console.print(Text.assemble(*line))
 
-    def table(self, table: Table, folder: Path) -> None:
-        """The finished table and where to find it."""
+    def close(self) -> None:
+        """Take the bars away and give the terminal its cursor back."""
         if self.bars is not None:
             self.bars.stop()
+
+    def table(self, table: Table, folder: Path) -> None:
+        """The finished table and where to find it."""
         wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
         wide.print(to_rich(table))
-        self.say(f"Table: {folder} (md, tex, json). Evidence: {folder.parent.parent / 'runs'}. MLflow: ./run ui")
+        self.say(f"Table: {folder} (md, tex, json). Evidence: {folder.parent.parent / 'runs'}. MLflow: invoke ui")
 
 
 _NAMES = {"keep": "already done", "skip": "skipped", "refuse": "refused"}

@@ -19,6 +19,7 @@ from typing import Any
 
 from finrepro import PROJECT, provenance
 from finrepro.errors import EnvironmentFault
+from finrepro.manifest import write_manifest
 from finrepro.spec import RunSpec
 
 FORMAT = 1
@@ -80,33 +81,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file's sha256, in the format of `sha256sum`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.sha256")
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in files
-    ]
-    (folder / "manifest.sha256").write_text("".join(lines), encoding="utf-8")
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """Names of files that are missing or differ from the manifest, of files that it does not list, and of a missing manifest."""
-    manifest = folder / "manifest.sha256"
-    if not manifest.is_file():
-        return ["manifest.sha256"]
-    listed = {}
-    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.sha256"}
-    wrong = {
-        name
-        for name, digest in listed.items()
-        if name not in present or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest
-    }
-    return sorted(wrong | (present - set(listed)))
-
-
 @dataclass(frozen=True)
 class Store:
     """A folder with `results/` (the evidence) and `mlruns/` (MLflow's view of it)."""
@@ -135,25 +109,46 @@ class Store:
         return found if isinstance(found, dict) and found.keys() >= RESULT_KEYS else None
 
     def state(self, spec: RunSpec) -> str:
-        """`done`, `stale` (made by other source or other locked packages), `failed`, `diverged`, `skipped` or `not run`."""
+        """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
+
+        Stale: the result, or the base it was trained on, was made by other source or locked packages, or the base is another by now.
+        """
         result = self.result(spec.run_id)
         if result is None:
             return MISSING
         if result["status"] != DONE:
             return str(result["status"])
-        made_by = result["environment"]
         here = (provenance.source_digest(), provenance.lock_digest())
-        return DONE if (made_by["source_digest"], made_by["lock_digest"]) == here else STALE
+        base = result["data"].get("base") or {}
+        makers = [result["environment"], *([base] if "run_id" in base else [])]
+        same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (None, base["weights"])
+        same_makers = all((maker["source_digest"], maker["lock_digest"]) == here for maker in makers)
+        return DONE if same_makers and same_base else STALE
+
+    def weights_digest(self, run_id: str) -> str | None:
+        """sha256 over the manifest's lines of what a run has trained; None if the run is not here."""
+        try:
+            lines = (self.run_folder(run_id) / "manifest.sha256").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return None
+        weights = "\n".join(line for line in lines if "  weights/" in line)
+        return hashlib.sha256(weights.encode()).hexdigest()
 
     def log_scoring(self, spec: RunSpec, task: str) -> None:
         """Note that a split is scored, before it is: an attempt that failed or was thrown away still counts."""
         row = {"run_id": spec.run_id, "label": spec.label, "task": task, "split": spec.evaluation.split}
         with disk_errors(self.root), (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "time": time.time()}) + "\n")
+            file.write("\n" + json.dumps({**row, "time": time.time()}))
 
     def times_scored(self, spec: RunSpec) -> int:
         """How often this configuration's split has been scored in this store: tuning on a test set would show here."""
-        return sum(row["run_id"] == spec.run_id for row in read_lines(self.results / "scorings.jsonl"))
+        try:
+            lines = (self.results / "scorings.jsonl").read_text(encoding="utf-8").split("\n")
+        except OSError:
+            return 0
+        return sum(
+            f'"run_id": "{spec.run_id}"' in line for line in lines
+        )  # a line cut off by a crash is no reason to fail
 
     def campaigns(self) -> list[dict[str, Any]]:
         """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that cannot be read."""
@@ -167,7 +162,10 @@ class Store:
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:
-        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older result."""
+        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older result.
+
+        A finished result that an unfinished one replaces is not thrown away: it is kept under results/superseded.
+        """
         final = self.run_folder(run_id)
         partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
         with disk_errors(self.root):
@@ -179,9 +177,14 @@ class Store:
                 for path in [*partial.rglob("*"), partial]:
                     _sync(path)
                 old = final.with_name(f".{run_id}.{os.getpid()}.old")
+                before = self.result(run_id)
                 if final.exists():
                     final.rename(old)
                 partial.rename(final)
+                if before and before["status"] == DONE and (self.result(run_id) or {}).get("status") != DONE:
+                    kept = self.results / "superseded" / f"{run_id}-{int(before['ended'])}"
+                    kept.parent.mkdir(exist_ok=True)
+                    old.rename(kept)
                 _sync(final.parent)
                 shutil.rmtree(old, ignore_errors=True)
             finally:

@@ -44,6 +44,10 @@ def encode(
     unique = list(dict.fromkeys(prompt for prompt, _ in pairs))
     prompt_ids = dict(zip(unique, tokenizer(unique, return_attention_mask=False)["input_ids"], strict=True))
     joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)["input_ids"]
+    # Answers to the same prompt leave the same of it, so that they can be compared: the longest one decides.
+    longest = dict.fromkeys(unique, 0)
+    for (prompt, _), ids in zip(pairs, joint, strict=True):
+        longest[prompt] = max(longest[prompt], len(ids) - len(prompt_ids[prompt]))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = []
     for (prompt, answer), ids in zip(pairs, joint, strict=True):
@@ -60,7 +64,7 @@ def encode(
             head, ids = [start], [start, *ids]
         if end:
             ids = [*ids, tokenizer.eos_token_id]
-        excess = len(ids) - max_seq_len
+        excess = len(head) + longest[prompt] + end - max_seq_len
         if excess > 0:
             keep = 1 if head[0] == start else 0
             if len(head) - keep - excess < 1 - keep:
@@ -107,6 +111,7 @@ def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 of the tokenizer's own file in `folder`."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+def tokenizer_digest(folder: Path) -> str | None:
+    """sha256 of the tokenizer's own file in `folder`, None if it has no such file."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,11 +1,8 @@
 """The one training loop, on DeepSpeed. It knows no adapter, quantizer or task by name."""
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import nn
 from finrepro import packing, runtime
 from finrepro.batches import COLLATE, Batch, empty
 from finrepro.catalogue import deepspeed_config
+from finrepro.checkpoint import Control, Trained, resume, save_checkpoint
 from finrepro.errors import CellFailed
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.spec import RunSpec, Train
@@ -27,27 +25,6 @@ class Diverged(CellFailed):
 
 class Interrupted(Exception):
     """Asked to stop; a checkpoint has been written."""
-
-
-@dataclass
-class Trained:
-    """What training leaves behind beside the weights: the loss of every step, and its costs."""
-
-    losses: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0  # real tokens that went through the model, prompt and answer
-    supervised_tokens: int = 0
-    computed_tokens: int = 0  # with padding
-
-
-@dataclass(frozen=True)
-class Control:
-    """How the loop talks to its surroundings: progress out, a wish to stop in, and where checkpoints go."""
-
-    report: Callable[[dict[str, Any]], None]
-    stop_requested: Callable[[], bool]
-    checkpoints: Path
-    checkpoint_seconds: float = 60.0
 
 
 def learning_rate(step: int, settings: Train) -> float:
@@ -81,30 +58,39 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
     lengths = [len(example.ids) for example in data]
     engine = start_engine(model, settings, device)
     trained = Trained()
-    first = resume(engine, control.checkpoints, trained, device)
-    last_save, began = time.monotonic(), time.monotonic() - trained.seconds
-    for step, rows in steps_from(first, lengths, settings, spec.seed):
-        rate = learning_rate(step, settings)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        supervised = sum(data[row].num_supervised for row in rows)
-        loss = optimizer_step(engine, micro_batches(rows, data, lengths, settings, here), supervised, device)
-        trained.seconds = time.monotonic() - began
-        trained.tokens += sum(lengths[row] for row in rows)
-        trained.supervised_tokens += supervised
-        trained.computed_tokens += computed_tokens(rows, lengths, settings, here.world_size)
-        norm = float(engine.get_global_grad_norm() or 0.0)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
-        trained.losses.append({"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": trained.seconds})
-        control.report({"event": "step", "step": step + 1, "steps": settings.max_steps, "loss": loss,
-                        "tokens_per_second": trained.tokens / trained.seconds})  # fmt: skip
-        stop = agree(control.stop_requested(), device)
-        if stop or agree(time.monotonic() - last_save > control.checkpoint_seconds, device):
-            save_checkpoint(engine, control.checkpoints, trained)
-            last_save = time.monotonic()
-            if stop:
-                raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
+    first = resume(engine, control, trained)
+    last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
+    try:
+        for step, rows in steps_from(first, lengths, settings, spec.seed):
+            rate = learning_rate(step, settings)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            supervised = sum(data[row].num_supervised for row in rows)
+            batches = micro_batches(rows, data, lengths, settings, here)
+            loss, norm = optimizer_step(engine, batches, supervised, settings.max_grad_norm, device)
+            trained.seconds = time.monotonic() - began
+            trained.tokens += sum(lengths[row] for row in rows)
+            trained.supervised_tokens += supervised
+            trained.computed_tokens += computed_tokens(rows, lengths, settings, here.world_size)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
+            trained.losses.append(
+                {"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": trained.seconds}
+            )
+            control.report({"event": "step", "step": step + 1, "steps": settings.max_steps, "loss": loss,
+                            "tokens_per_second": trained.tokens / trained.seconds})  # fmt: skip
+            stop = agree(control.stop_requested(), device)
+            if stop or agree(time.monotonic() - last_save > pause, device):
+                began_save = time.monotonic()
+                save_checkpoint(engine, control, trained)
+                last_save = time.monotonic()
+                # Saving takes at most a twentieth of the time, however large the model.
+                pause = max(control.checkpoint_seconds, 20 * (last_save - began_save))
+                if stop:
+                    raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
+    except BaseException:
+        engine.destroy()  # without gathering: after an error other ranks may be elsewhere
+        raise
     release(engine, model)
     return trained
 
@@ -138,16 +124,10 @@ def micro_batches(
 
 def computed_tokens(rows: packing.Rows, lengths: Sequence[int], settings: Train, world_size: int) -> int:
     """Tokens of a step that go through the model, padding included, over all ranks."""
-    micro = [
-        batch
-        for rank in range(world_size)
-        for batch in packing.LAYOUTS[settings.layout](
-            packing.rank_rows(rows, lengths, rank, world_size), lengths, settings.max_tokens
-        )
-    ]
-    if settings.layout == "bins":
-        return sum(lengths[row] for batch in micro for row in batch)
-    return sum(max(lengths[row] for row in batch) * len(batch) for batch in micro)
+    lay_out = packing.LAYOUTS[settings.layout]
+    parts = [packing.rank_rows(rows, lengths, rank, world_size) for rank in range(world_size)]
+    micro = [batch for part in parts for batch in lay_out(part, lengths, settings.max_tokens)]
+    return packing.computed_tokens(micro, lengths, settings.layout)
 
 
 def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Any:
@@ -160,7 +140,7 @@ def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Any
     config = deepspeed_config(settings.zero_stage) | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # boundaries are set by hand: steps differ in their number of micro-batches
-        "gradient_clipping": settings.max_grad_norm,
+        "gradient_clipping": settings.max_grad_norm if sharded_or_bf16(named, settings) else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -173,8 +153,15 @@ def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Any
     return engine
 
 
-def optimizer_step(engine: Any, batches: Sequence[Batch], supervised: int, device: torch.device) -> float:
-    """Forward and backward over the micro-batches, one update; the loss of the whole global batch.
+def sharded_or_bf16(named: Sequence[tuple[str, nn.Parameter]], settings: Train) -> bool:
+    """Whether DeepSpeed's own optimizer wrapper clips, and keeps the norm; at stage 0 in fp32 it clips and throws it away."""
+    return settings.zero_stage > 0 or any(parameter.dtype == torch.bfloat16 for _, parameter in named)
+
+
+def optimizer_step(
+    engine: Any, batches: Sequence[Batch], supervised: int, max_grad_norm: float, device: torch.device
+) -> tuple[float, float]:
+    """Forward and backward over the micro-batches, one update; the loss of the whole global batch, and its gradient's norm.
 
     DeepSpeed averages gradients over ranks, so each rank's share is scaled by their number to make the average a sum.
     """
@@ -185,10 +172,18 @@ def optimizer_step(engine: Any, batches: Sequence[Batch], supervised: int, devic
         loss = engine(batch.to(device)) * (world_size / supervised)
         engine.backward(loss, scale_wrt_gas=False)
         total += loss.detach() / world_size
+    norm: Any = None
+    if not engine.gradient_clipping():
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    if norm is None:
+        raise CellFailed("DeepSpeed reports no gradient norm: a diverging run could not be told from a good one.")
     if world_size > 1:
         dist.all_reduce(total)
-    return float(total)
+    return float(total), float(norm)
 
 
 def agree(flag: bool, device: torch.device) -> bool:
@@ -198,30 +193,3 @@ def agree(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
-
-
-def save_checkpoint(engine: Any, folder: Path, trained: Trained) -> None:
-    """Weights, optimizer and generators after the last finished step; the older checkpoint goes when the new one is whole."""
-    tag = f"step{len(trained.losses)}"
-    state = {"trained": vars(trained), "torch_rng": torch.get_rng_state()}
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
-    if runtime.ranks().is_main:
-        pointer = folder / "latest.partial"
-        pointer.write_text(tag)
-        pointer.replace(folder / "latest")
-        for old in folder.glob("step*"):
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def resume(engine: Any, folder: Path, trained: Trained, device: torch.device) -> int:
-    """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint."""
-    pointer = folder / "latest"
-    if not pointer.is_file():
-        return 0
-    _, state = engine.load_checkpoint(str(folder), tag=pointer.read_text(), load_module_strict=False)
-    vars(trained).update(state["trained"])
-    torch.set_rng_state(state["torch_rng"].cpu())
-    return len(trained.losses)

@@ -1,12 +1,13 @@
 """Where a real model's weights are: in --models-dir, in the hub's cache, or on the hub at the pinned revision."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from finrepro.errors import EnvironmentFault
 from finrepro.spec import Model
 
-NEEDED = ("config.json",)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or in shards
 
 
 def locate(model: Model, models_dir: Path | None) -> Path | None:
@@ -23,7 +24,11 @@ def locate(model: Model, models_dir: Path | None) -> Path | None:
         cached = home / "hub" / f"models--{model.hub.id.replace('/', '--')}" / "snapshots"
         if model.hub.revision:
             places.append(cached / model.hub.revision)
-    return next((place for place in places if all((place / name).is_file() for name in NEEDED)), None)
+    return next((place for place in places if (place / "config.json").is_file() and _has_weights(place)), None)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in WEIGHTS)
 
 
 def missing_reason(model: Model, models_dir: Path | None) -> str | None:
@@ -36,17 +41,22 @@ def missing_reason(model: Model, models_dir: Path | None) -> str | None:
 
 
 def unreachable_reason(model: Model) -> str | None:
-    """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks the hub, once."""
+    """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks the hub, once a model."""
+    assert model.hub is not None
+    return _ask_hub(model.hub.id, model.hub.revision)
+
+
+@cache
+def _ask_hub(name: str, revision: str | None) -> str | None:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-    assert model.hub is not None
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "HF_HUB_OFFLINE is set"
     try:
-        huggingface_hub.HfApi().model_info(model.hub.id, revision=model.hub.revision, timeout=5)
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=5)
     except GatedRepoError:
-        return f"the hub wants an access token (HF_TOKEN) with access to {model.hub.id}"
+        return f"the hub wants an access token (HF_TOKEN) with access to {name}"
     except (HfHubHTTPError, OSError) as error:
         return f"the hub did not answer ({type(error).__name__})"
     except Exception as error:  # the hub's client raises its transport's own errors, which it does not export

@@ -3,7 +3,7 @@
 One crash costs one cell: the driver starts a new process and goes on. When the driver dies, the worker dies with it.
 """
 
-import ctypes
+import gc
 import json
 import os
 import signal
@@ -13,20 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro import PROJECT, runtime, store
+from finrepro import PROJECT, provenance, runtime, store
 from finrepro.cells import Selection
 from finrepro.run import Place, request
 from finrepro.spec import RunSpec
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Event = dict[str, Any]
+ENDS = ("result", "interrupted", "fault")  # the last event of a cell
 
 
 def serve() -> int:
     """Read requests from standard input until it ends; write events, a line of JSON each, to what was standard output."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    runtime.die_with_parent()
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the driver decides
@@ -39,7 +39,9 @@ def serve() -> int:
     def emit(event: Event) -> None:
         channel.write(json.dumps(event) + "\n")
 
+    provenance.source_digest()  # now, before anybody edits a file under a running cell
     for line in sys.stdin:
+        gc.collect()  # the model of the cell before, which reference cycles keep alive
         message = json.loads(line)
         place = Place(
             store.Store(Path(message["store"])), *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir"))
@@ -63,6 +65,7 @@ class Worker:
     def __init__(self, place: Place, selection: Selection, scale: str, log: Path) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
         self.process: subprocess.Popen[str] | None = None
+        self.launched: subprocess.Popen[str] | None = None
         self.closed = False
 
     def start(self) -> None:
@@ -95,7 +98,7 @@ class Worker:
             return self._died(process)
         for line in process.stdout:
             event = json.loads(line)
-            if event["event"] in ("result", "interrupted", "fault"):
+            if event["event"] in ENDS:
                 return dict(event)
             on_event(event)
         return self._died(process)
@@ -111,21 +114,26 @@ class Worker:
         ]  # fmt: skip
 
     def _launch(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
-        """Run a cell on several ranks, each a process of its own, and read its result from the store."""
+        """Run a cell on several ranks, each a process of its own; the first one reports."""
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(spec), cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)}, start_new_session=True,
+                preexec_fn=runtime.die_with_parent,
             )  # fmt: skip
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                on_event(json.loads(line))
-        code = self.process.wait()
-        result = self.place.store.result(spec.run_id)
-        if result is not None and self.place.store.state(spec) != store.STALE:
-            return {"event": "result", "status": result["status"], "reason": result["reason"]}
-        return {"event": "interrupted", "reason": "stopped"} if code in (130, -15) else self._died(self.process)
+        self.launched = process
+        last: Event | None = None
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            event = json.loads(line)
+            if event["event"] in ENDS:
+                last = event
+            else:
+                on_event(event)
+        process.wait()
+        return last or self._died(process)
 
     def _died(self, process: "subprocess.Popen[str]") -> Event:
         code = process.wait()
@@ -137,8 +145,9 @@ class Worker:
 
     def interrupt(self) -> None:
         """Ask the process to save and stop."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        for process in (self.process, self.launched):
+            if process is not None and process.poll() is None:
+                process.terminate()
 
     def close(self) -> None:
         """Let the process end; it has nothing left to do."""
@@ -147,6 +156,8 @@ class Worker:
             if self.process.stdin is not None:
                 self.process.stdin.close()
             self.process.wait()
+        if self.launched is not None:
+            self.launched.wait()
 
 
 if __name__ == "__main__":

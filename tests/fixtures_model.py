@@ -100,7 +100,7 @@ def tokenizer(family: str) -> Any:
 
 def make(spec: RunSpec, folder: Path | None = None) -> Built:
     """The cell's model, as a run builds it."""
-    return build(spec, tokenizer(spec.model.family), folder, CPU)
+    return build(spec, folder, CPU)
 
 
 def stir(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from finrepro import PROJECT
-from finrepro.store import damaged_files
+from finrepro.manifest import damaged_files
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_a_cold_run_fills_the_table(first: tuple[Path, str]) -> None:
     assert all(result["status"] == "done" for result in found.values())
     assert "SMOKE" in output and "(short)" in output and str(store) in output
     for suffix in ("md", "tex", "json"):
-        assert "SMOKE" in (store / "results/tables/smoke" / f"table3.{suffix}").read_text()
+        assert "SMOKE" in (store / "results/tables/smoke" / f"table3-quick.{suffix}").read_text()
     for result in found.values():
         assert damaged_files(store / "results/runs" / result["run_id"]) == []
         assert result["costs"]["peak_memory_bytes"] > 10**8
@@ -110,6 +110,7 @@ def test_losses_fall_and_weights_move(first: tuple[Path, str]) -> None:
         lines = (store / "results/runs" / result["run_id"] / "loss.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
         tenth = max(1, len(losses) // 10)
+        assert all(json.loads(line)["grad_norm"] > 0 for line in lines), label
         assert sum(losses[-tenth:]) < 0.9 * sum(losses[:tenth]), label
     from safetensors.numpy import load_file
 
@@ -200,5 +201,5 @@ def test_a_crashed_worker_costs_one_cell(running: tuple[Path, "subprocess.Popen[
     assert sorted(states.values()) == ["done", "done", "failed"], states
     failed = next(result for result in results(store).values() if result["status"] == "failed")
     assert "SIGKILL" in failed["reason"]
-    assert failed["label"] in (store / "results/tables/smoke/table3.md").read_text()
-    assert "failed" in (store / "results/tables/smoke/table3.md").read_text()
+    assert failed["label"] in (store / "results/tables/smoke/table3-quick.md").read_text()
+    assert "failed" in (store / "results/tables/smoke/table3-quick.md").read_text()

@@ -11,7 +11,8 @@ from fixtures_process import environment, python
 
 from finrepro import PROJECT
 from finrepro.data import EMBEDDED
-from finrepro.store import damaged_files, open_store
+from finrepro.manifest import damaged_files
+from finrepro.store import open_store
 
 Invoke = Callable[..., "subprocess.CompletedProcess[str]"]
 RUN = ("reproduce", "--table", "3")

@@ -18,7 +18,6 @@ from fixtures_model import (
     random_examples,
     spec_of,
     stir,
-    tokenizer,
 )
 from torch import Tensor, nn
 
@@ -83,8 +82,8 @@ def pair(name: str, adapter: str = "full", quantizer: str = "none") -> tuple[nn.
     """The same adapted model in bfloat16 on the GPU and in float32 on the CPU."""
     half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
     there, here = spec_of(half, adapter, quantizer), spec_of(name, adapter, quantizer)
-    gpu = build(there, tokenizer(there.model.family), None, CUDA).model
-    cpu = build(here, tokenizer(here.model.family), None, CPU).model
+    gpu = build(there, None, CUDA).model
+    cpu = build(here, None, CPU).model
     with torch.no_grad():  # the same numbers: those that bfloat16 can hold
         if quantizer == "none":
             cpu.load_state_dict({key: value.cpu().float() for key, value in gpu.state_dict().items()})
@@ -140,7 +139,7 @@ def items() -> list[list[Encoded]]:
 def test_scoring_on_the_gpu_gives_the_cpus_labels(name: str, adapter: str, quantizer: str) -> None:
     """In float32 on both sides: the labels are equal, not only close."""
     spec = spec_of(name, adapter, quantizer)
-    gpu, cpu = (stir(build(spec, tokenizer(spec.model.family), None, device).model).eval() for device in (CUDA, CPU))
+    gpu, cpu = (stir(build(spec, None, device).model).eval() for device in (CUDA, CPU))
     with torch.no_grad():
         plain = torch.stack([torch.stack([answer_log_likelihood(cpu, choice) for choice in each]) for each in items()])
     for max_tokens in (64, 10**6):
@@ -168,7 +167,7 @@ def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(quant
 def test_a_quantized_model_on_the_gpu_is_the_same_in_both_modes_and_unchanged_by_a_pass(name: str) -> None:
     half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
     spec = spec_of(half, "lora_r8", "nf4")
-    model = stir(build(spec, tokenizer(half.family), None, CUDA).model)
+    model = stir(build(spec, None, CUDA).model)
     before = images((key, value.cpu()) for key, value in model.state_dict().items())
     ids = random_examples(3)[0].ids * 3
     with torch.no_grad():

@@ -19,7 +19,6 @@ from fixtures_model import (
     process,  # noqa: F401
     random_examples,
     spec_of,
-    tokenizer,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,9 +87,8 @@ def test_a_built_model_is_in_training_mode_without_dropout_or_cache(
 @pytest.mark.parametrize("quantizer", ["none", "nf4"])
 def test_parameters_are_counted_before_quantization_as_the_catalogue_says(name: str, quantizer: str) -> None:
     whole = catalogue.model(name)
-    built = build(spec_of(whole, "lora_r8", quantizer), tokenizer(whole.family), None, CPU)
+    built = build(spec_of(whole, "lora_r8", quantizer), None, CPU)
     assert built.base_parameters == whole.parameters
-    assert built.tokenizer is tokenizer(whole.family)
 
 
 @everywhere

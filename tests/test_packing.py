@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finrepro.packing import LAYOUTS, Rows, bins, num_steps, padded, rank_rows, steps_of_epoch, useful_share
+from finrepro.packing import LAYOUTS, Rows, bins, computed_tokens, num_steps, padded, rank_rows, steps_of_epoch
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100)
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -48,7 +48,7 @@ def test_sorting_inside_windows_makes_padding_rare_without_changing_what_is_seen
     lengths = np.random.default_rng(0).integers(5, 100, 2000).tolist()
 
     def share(window: int) -> float:
-        return useful_share(steps_of_epoch(lengths, 16, window, 0, 0), lengths, "padded")
+        return sum(lengths) / computed_tokens(steps_of_epoch(lengths, 16, window, 0, 0), lengths, "padded")
 
     assert share(1) < 0.65 < 0.9 < share(32)
 
@@ -153,7 +153,9 @@ def test_a_ranks_part_depends_on_the_rows_and_not_on_their_order(
         ]
 
 
-@pytest.mark.parametrize(("batches", "share"), [([[0, 1]], 15 / 20), ([[0], [1]], 1.0), ([[0, 1, 2]], 25 / 30)])
-def test_the_useful_share_counts_padding(batches: list[Rows], share: float):
-    assert useful_share(batches, [10, 5, 10], "padded") == pytest.approx(share)
-    assert useful_share(batches, [10, 5, 10], "bins") == 1.0
+@pytest.mark.parametrize(
+    ("batches", "padded_tokens", "real"), [([[0, 1]], 20, 15), ([[0], [1]], 15, 15), ([[0, 1, 2]], 30, 25)]
+)
+def test_computed_tokens_count_padding_and_bins_have_none(batches: list[Rows], padded_tokens: int, real: int):
+    assert computed_tokens(batches, [10, 5, 10], "padded") == padded_tokens
+    assert computed_tokens(batches, [10, 5, 10], "bins") == real

@@ -123,6 +123,7 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     checkpoint = tmp_path / "models" / "gpt2_127m"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").touch()
     scale, why = plan.auto_scale(lambda: PAPER, dataclasses.replace(place, models_dir=tmp_path / "models"))
     assert scale == "paper" and "H100" in why
 

@@ -14,6 +14,7 @@ from fixtures_process import python
 
 from finrepro import provenance, record, store
 from finrepro.cells import Selection, expand
+from finrepro.manifest import damaged_files
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
 from finrepro.store import Store, open_store
@@ -80,7 +81,8 @@ class Campaign:
 
     def record(self) -> dict[str, Any]:
         values = {
-            "id": self.name, "table": "table3", "scale": "smoke", "status": self.status, "command": "reproduce --table 3",
+            "id": self.name, "table": "table3", "rendered": "table3",
+            "scale": "smoke", "status": self.status, "command": "reproduce --table 3",
             "started": self.started, "ended": self.started + 10, "cells": self.cells, "environment": MADE_BY,
         }  # fmt: skip
         store.write_json(self.place.results / "campaigns" / f"{self.name}.json", values)
@@ -348,7 +350,7 @@ def test_the_evidence_is_not_touched_by_a_rebuild(copied: Store):
     record.rebuild(copied)
     assert evidence() == before
     for folder in (copied.results / "runs").iterdir():
-        assert store.damaged_files(folder) == []
+        assert damaged_files(folder) == []
 
 
 def test_mlflow_itself_says_that_it_sends_nothing(made: Store):

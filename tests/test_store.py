@@ -16,9 +16,10 @@ from fixtures_process import environment, one_line, python
 from finrepro import provenance, store
 from finrepro.cells import Selection, expand
 from finrepro.errors import EnvironmentFault
+from finrepro.manifest import damaged_files
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
-from finrepro.store import Store, damaged_files, open_store
+from finrepro.store import Store, open_store
 
 
 def some_spec() -> RunSpec:

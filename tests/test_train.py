@@ -17,13 +17,15 @@ import torch
 from finrepro import PROJECT, catalogue, packing, runtime
 from finrepro.batches import COLLATE
 from finrepro.cells import Selection, expand
+from finrepro.checkpoint import Control
+from finrepro.errors import CellFailed
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.model import build
 from finrepro.run import Place, request
 from finrepro.spec import RunSpec
 from finrepro.store import open_store, read_lines
 from finrepro.tokens import Encoded
-from finrepro.train import Control, Diverged, Interrupted, learning_rate, steps_from, train
+from finrepro.train import Diverged, Interrupted, learning_rate, steps_from, train
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -61,9 +63,10 @@ def control(folder: Path, stop: Callable[[], bool] = lambda: False, seen: list[A
 
 
 def run(spec: RunSpec, data: Sequence[Encoded], folder: Path, **options: Any) -> tuple[list[float], dict[str, Any]]:
-    """Losses and final trainable weights."""
-    built = build(spec, None, None, CPU)  # type: ignore[arg-type]
+    """Losses, and final trainable weights; the gradient's norms have to be there."""
+    built = build(spec, None, CPU)
     trained = train(built.model, data, spec, CPU, control(folder, **options))
+    assert all(0 < row["grad_norm"] < math.inf for row in trained.losses)
     return [row["loss"] for row in trained.losses], trainable(built.model)
 
 
@@ -73,7 +76,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def plain_loop(spec: RunSpec, data: Sequence[Encoded]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same arithmetic without DeepSpeed: one example a forward pass, summed gradients, torch's own clipping."""
-    model = build(spec, None, None, CPU).model  # type: ignore[arg-type]
+    model = build(spec, None, CPU).model
     lm = SupervisedLM(model)
     settings = spec.train
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -154,7 +157,7 @@ def test_the_same_cell_twice_gives_the_same_bits(data: list[Encoded], tmp_path: 
 
 def test_only_trainable_weights_move(data: list[Encoded], tmp_path: Path) -> None:
     spec = spec_of(CELLS[1])
-    built = build(spec, None, None, CPU)  # type: ignore[arg-type]
+    built = build(spec, None, CPU)
     frozen = {name: p.detach().clone() for name, p in built.model.named_parameters() if not p.requires_grad}
     before = trainable(built.model)
     train(built.model, data, spec, CPU, control(tmp_path))
@@ -164,10 +167,58 @@ def test_only_trainable_weights_move(data: list[Encoded], tmp_path: Path) -> Non
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_says_at_which_step(data: list[Encoded], tmp_path: Path) -> None:
-    built = build(spec_of(CELLS[0]), None, None, CPU)  # type: ignore[arg-type]
+    built = build(spec_of(CELLS[0]), None, CPU)
     next(iter(built.model.parameters())).data[:] = math.inf
     with pytest.raises(Diverged, match="diverged at step 0"):
         train(built.model, data, spec_of(CELLS[0]), CPU, control(tmp_path))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_gradient_that_is_not_a_number_is_seen_in_the_very_step(
+    zero_stage: int, data: list[Encoded], tmp_path: Path
+) -> None:
+    """The loss of the last step is still finite when its gradient is not: nothing but the norm can tell."""
+    spec = spec_of(CELLS[0], zero_stage=zero_stage, max_steps=1)
+    built = build(spec, None, CPU)
+    weight = next(p for p in built.model.parameters() if p.ndim >= 2)
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match=r"loss \d.*gradient norm (nan|inf)"):
+        train(built.model, data, spec, CPU, control(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", CELLS[:2])
+def test_the_gradient_norm_is_that_of_the_plain_loop(pattern: str, data: list[Encoded], tmp_path: Path) -> None:
+    spec = spec_of(pattern, max_steps=1)
+    built = build(spec, None, CPU)
+    trained = train(built.model, data, spec, CPU, control(tmp_path))
+    model = build(spec, None, CPU).model
+    ((_, rows),) = list(steps_from(0, [len(e.ids) for e in data], spec.train, spec.seed))
+    supervised = sum(data[row].num_supervised for row in rows)
+    (sum(SupervisedLM(model)(COLLATE["padded"]([data[row]])) for row in rows) / supervised).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert trained.losses[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_checkpoint_of_another_maker_is_not_resumed(data: list[Encoded], tmp_path: Path) -> None:
+    """Source, packages and base decide a run's bits: half a run of each would be neither."""
+    spec, seen = spec_of(CELLS[0]), []
+    with pytest.raises(Interrupted):
+        run(spec, data, tmp_path, stop=lambda: len(seen) >= 2, seen=seen)
+    other = dataclasses.replace(control(tmp_path), made_by="other source")
+    trained = train(build(spec, None, CPU).model, data, spec, CPU, other)
+    assert [row["step"] for row in trained.losses] == list(range(STEPS))
+
+
+def test_a_damaged_checkpoint_costs_one_attempt(data: list[Encoded], tmp_path: Path) -> None:
+    spec, seen = spec_of(CELLS[0]), []
+    with pytest.raises(Interrupted):
+        run(spec, data, tmp_path, stop=lambda: len(seen) >= 2, seen=seen)
+    for path in tmp_path.glob("step*/*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CellFailed, match="checkpoint was damaged"):
+        run(spec, data, tmp_path)
+    losses, _ = run(spec, data, tmp_path)
+    assert len(losses) == STEPS
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -19,6 +19,11 @@ def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     return None if quantizer.kind == "none" else f"full fine-tuning cannot train weights stored as {quantizer.name}"
 
 
+def trainable_parameters(model: Any, config: Config) -> int:
+    """Trained parameters of a catalogue entry: all of them."""
+    return int(model.parameters)
+
+
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The same model with every parameter trainable."""
     return model.requires_grad_(True)

@@ -30,6 +30,16 @@ def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     return None
 
 
+def trainable_parameters(model: Any, config: Config) -> int:
+    """Trained parameters of a catalogue entry: r (in + out) for each linear layer of the blocks, when all of them are adapted."""
+    shape = model.architecture
+    if model.family == "gpt2":
+        return int(config.r * shape["n_layer"] * 16 * shape["n_embd"])
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return int(config.r * shape["num_hidden_layers"] * (4 * width + 2 * (width + kv) + 3 * (width + inner)))
+
+
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with A and B added beside each target and everything else frozen.
 

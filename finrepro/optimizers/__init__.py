@@ -1,1 +1,1 @@
-"""Optimizers, one a file: a `Config` and `build(param_groups, config)`."""
+"""Optimizers, one a file: a `Config` and `build(named_parameters, lr, config)`."""

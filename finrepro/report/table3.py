@@ -19,7 +19,8 @@ def build(rows: Sequence[Row], scale: str) -> Table:
     `rows` are cells joined with their results. Cells without a score keep their line, with the reason where the scores would be.
     """
     lines: list[Line] = []
-    for task, of_task in _grouped(rows, "train_on"):
+    refused, rows_shown = [r for r in rows if r["state"] == "refused"], [r for r in rows if r["state"] != "refused"]
+    for task, of_task in _grouped(rows_shown, "train_on"):
         head = _constant(task, of_task)
         lines += [head] if head else []
         for _, of_line in _grouped(of_task, "model", "quantizer", "adapter"):
@@ -28,7 +29,13 @@ def build(rows: Sequence[Row], scale: str) -> Table:
     caption = "Table 3. Financial tasks" + (
         " - SMOKE: miniatures, never to be set against published values" if smoke else ""
     )
-    return Table(label=f"table3_{scale}", caption=caption, columns=COLUMNS, lines=tuple(lines), notes=_notes(rows))
+    return Table(
+        label=f"table3_{scale}",
+        caption=caption,
+        columns=COLUMNS,
+        lines=tuple(lines),
+        notes=_notes([*rows_shown, *refused]),
+    )
 
 
 def _grouped(rows: Sequence[Row], *axes: str) -> list[tuple[Any, list[Row]]]:

@@ -11,8 +11,6 @@ from finrepro.examples import Example
 from finrepro.metrics import classification_scores, pair_index
 from finrepro.schema import settings
 
-MAIN_METRIC = "accuracy"
-
 
 @settings
 class Config:

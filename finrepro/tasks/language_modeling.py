@@ -10,8 +10,6 @@ from jaxtyping import Float
 from finrepro.examples import Example
 from finrepro.schema import settings
 
-MAIN_METRIC = "perplexity"
-
 
 @settings
 class Config:

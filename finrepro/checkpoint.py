@@ -1,0 +1,83 @@
+"""Checkpoints of an unfinished run: what training carries along, saved whole, and resumed only by the same maker."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finrepro import runtime
+from finrepro.errors import CellFailed
+
+
+@dataclass
+class Trained:
+    """What training leaves behind beside the weights: the loss of every step, and its costs."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0  # real tokens that went through the model, prompt and answer
+    supervised_tokens: int = 0
+    computed_tokens: int = 0  # with padding
+
+
+@dataclass(frozen=True)
+class Control:
+    """How the loop talks to its surroundings: progress out, a wish to stop in, and where checkpoints go."""
+
+    report: Callable[[dict[str, Any]], None]
+    stop_requested: Callable[[], bool]
+    checkpoints: Path
+    made_by: str = ""  # source, packages and base: a checkpoint of another maker is not resumed
+    checkpoint_seconds: float = 60.0
+
+
+def save_checkpoint(engine: Any, control: Control, trained: Trained) -> None:
+    """Weights, optimizer and generators after the last finished step; the older checkpoint goes when the new one is whole."""
+    folder, tag = control.checkpoints, f"step{len(trained.losses)}"
+    state = {"trained": vars(trained), "torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
+    if runtime.ranks().is_main:
+        for path in (folder / tag).rglob("*"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut must not leave a pointer to half a checkpoint
+        pointer = folder / "latest.partial"
+        pointer.write_text(json.dumps({"tag": tag, "made_by": control.made_by}))
+        pointer.replace(folder / "latest")
+        for old in folder.glob("step*"):
+            if old.name != tag:
+                shutil.rmtree(old, ignore_errors=True)
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def resume(engine: Any, control: Control, trained: Trained) -> int:
+    """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint of the same maker.
+
+    Raises `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
+    """
+    try:
+        pointer = json.loads((control.checkpoints / "latest").read_text())
+    except (OSError, ValueError):
+        return 0
+    if pointer["made_by"] != control.made_by:
+        return 0
+    try:
+        _, state = engine.load_checkpoint(str(control.checkpoints), tag=pointer["tag"], load_module_strict=False)
+        vars(trained).update(state["trained"])
+    except Exception as error:  # whatever torch, pickle or DeepSpeed say of a damaged file
+        shutil.rmtree(control.checkpoints, ignore_errors=True)
+        raise CellFailed(
+            f"its checkpoint was damaged ({type(error).__name__}) and has been removed: run again."
+        ) from None
+    torch.set_rng_state(state["torch_rng"].cpu())
+    if "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    return len(trained.losses)
