@@ -9,9 +9,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from finrepro import PROJECT
 from finrepro import plan as planning
 from finrepro.render import Table, to_rich
 from finrepro.run import Place
+from finrepro.store import default_root
 from finrepro.worker import Event
 
 STYLES = {"done": "green", "stale": "yellow", "failed": "red", "diverged": "red", "skipped": "yellow", "refused": "dim"}
@@ -94,7 +96,13 @@ class Display:
         """The finished table and where to find it."""
         wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
         wide.print(to_rich(table))
-        self.say(f"Table: {folder} (md, tex, json). Evidence: {folder.parent.parent / 'runs'}. MLflow: invoke ui")
+        root = folder.parent.parent.parent
+        ui = (
+            ("./run" if (PROJECT / "run").is_file() else "invoke")
+            + " ui"
+            + f" --store {root}" * (root != default_root())
+        )
+        self.say(f"Table: {folder} (md, tex, json). Evidence: {root / 'results' / 'runs'}. MLflow: {ui}")
 
 
 _NAMES = {"keep": "already done", "skip": "skipped", "refuse": "refused"}
