@@ -35,7 +35,7 @@ def test_default_command_lists_the_commands(run: Any) -> None:
 
 def test_holds_no_trace_of_the_machine_that_built_it(run: Any, facts: dict[str, Any]) -> None:
     assert not re.search(r"PIP_|PROXY|://", str(facts["Config"]), re.IGNORECASE), facts["Config"]
-    listing = "ls -d /etc/pip.conf /wheels /run/secrets /root/.cache /root/.config /app/.venv.lock /app/run; ls -A /tmp"
+    listing = "ls -d /etc/pip.conf /wheels /run/secrets ~root/.cache ~root/.config /app/.venv.lock /app/run; ls -A /tmp"
     assert run("sh", "-c", listing, confined=False).stdout == ""
     # pip writes this file where a package did not come from an index.
     assert run("find", "/app/.venv", "-name", "direct_url.json").stdout == ""
