@@ -131,9 +131,9 @@ def _list(selection: Any, scale: str, place: Any, keep: bool = False) -> int:
     from finrepro.show import Display, list_cells
 
     chosen, why = campaign.choose_scale(selection, scale, place)
+    steps = planning.plan(cells.expand(selection, chosen), place, keep)
     display = Display()
     display.say(f"Table {selection.table} at {chosen} scale ({why}).")
-    steps = planning.plan(cells.expand(selection, chosen), place, keep)
     list_cells(steps)
     display.plan(steps, place, 1)
     return 0

@@ -45,8 +45,8 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     """Run a table's missing cells and print it; the exit code (see finrepro.errors)."""
     display = Display()
     scale, why = choose_scale(selection, options.scale, place)
+    cells = expand(selection, scale)  # before anything is printed: a wrong request is answered in one line
     display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
-    cells = expand(selection, scale)
     if all(cell.refusal for cell in cells):
         raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
     steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
