@@ -10,21 +10,26 @@ from finrepro.schema import settings
 
 @settings
 class Example:
-    """One item of a dataset. `id` is stable: dataset, file role and row, as `tfns/test/17`."""
+    """One item of a dataset. `id` is stable: dataset, file role and row, as `tfns/test/17`.
+
+    `source` says what the text is taken from, where the dataset tells: "tweet" or "news", or which document.
+    """
 
     id: str
     text: str
     label: str
+    source: str = ""
 
 
 Splits = dict[str, tuple[Example, ...]]  # "train", "development", "test"
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 over the examples in their order, ids, texts and labels: the data that a run really saw."""
+    """sha256 over the examples in their order, ids, texts, labels and sources: the data that a run really saw."""
     digest = hashlib.sha256()
     for example in examples:
-        line = json.dumps([example.id, example.text, example.label], ensure_ascii=False)
+        fields = [example.id, example.text, example.label, *([example.source] if example.source else [])]
+        line = json.dumps(fields, ensure_ascii=False)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
@@ -47,7 +52,7 @@ def overlap(splits: Splits) -> dict[str, int]:
     near = {name: {normalized(text) for text in texts} for name, texts in seen.items()}
     for name in ("development", "test"):
         others = [other for other in splits if other != name and other in ("train", "development")]
-        for other in others:
-            report[f"{name}/also_in_{other}"] = sum(e.text in seen[other] for e in splits.get(name, ()))
-            report[f"{name}/nearly_in_{other}"] = sum(normalized(e.text) in near[other] for e in splits.get(name, ()))
+        for other in others if name in splits else ():
+            report[f"{name}/also_in_{other}"] = sum(e.text in seen[other] for e in splits[name])
+            report[f"{name}/nearly_in_{other}"] = sum(normalized(e.text) in near[other] for e in splits[name])
     return report

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -28,9 +29,15 @@ def finlora(path: Path) -> list[tuple[str, str]]:
     return [(row["context"].partition("\nInput: ")[2].rpartition("\nAnswer:")[0], row["target"]) for row in rows]
 
 
+def to_be_had(dataset: Choice, folder: Path | None) -> tuple[str, ...]:
+    """Every split, or the test set alone where nobody has the training file."""
+    whole = data.missing_reason(dataset, folder) is None
+    return ("train", "development", "test") if whole else ("test",)
+
+
 def undivided(dataset: Choice, folder: Path | None) -> dict[str, tuple[Example, ...]]:
     """The published splits, before the development split is cut."""
-    found = data.locate(dataset, folder)
+    found = data.locate(dataset, folder, to_be_had(dataset, folder))
     assert found is not None
     contents = {role: path.read_bytes() for role, (_, path) in found.items()}
     return dataset.module("datasets").read(contents, dataset.name, dataset.config)
@@ -105,32 +112,68 @@ def test_tfns_repeats_three_texts_but_for_white_space_and_nothing_of_the_test_se
     assert (report["train/duplicates"], report["test/duplicates"], report["test/also_in_train"]) == (3, 0, 0)
 
 
+def folder_of(name: str, request: pytest.FixtureRequest) -> Path | None:
+    return None if catalogue.dataset(name).config.embedded else request.getfixturevalue("data_dir")
+
+
+def unit_of(example: Example, unit: str) -> str:
+    return {"row": example.id, "text": example.text, "source": example.source}[unit]
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_development_split_is_cut_from_train_and_nothing_is_lost(name: str, request: pytest.FixtureRequest):
-    dataset = catalogue.dataset(name)
-    folder = None if dataset.config.embedded else request.getfixturevalue("data_dir")
-    whole, loaded = undivided(dataset, folder), data.load(dataset, folder)
+    dataset, folder = catalogue.dataset(name), folder_of(name, request)
+    whole, loaded = undivided(dataset, folder), data.load(dataset, folder, to_be_had(dataset, folder))
     splits = loaded.splits
+    assert splits["test"] == whole["test"], "the test set is never touched"
+    assert data.load(dataset, folder, tuple(splits)).fingerprints == loaded.fingerprints
+    if "train" not in whole:
+        assert set(splits) == {"test"} and dataset.config.files["train"].sha256 is None
+        return
     ids = {split: [example.id for example in rows] for split, rows in splits.items()}
     assert not set(ids["train"]) & set(ids["development"])
     assert set(ids["train"]) | set(ids["development"]) == {example.id for example in whole["train"]}
-    assert len(ids["development"]) == round(len(whole["train"]) * dataset.config.development.fraction)
     order = [example.id for example in whole["train"]]
     assert ids["train"] == [key for key in order if key in set(ids["train"])], "both keep the file's order"
-    assert splits["test"] == whole["test"], "the test set is never touched"
-    assert data.load(dataset, folder).fingerprints == loaded.fingerprints
     assert len(set(ids["train"] + ids["development"] + ids["test"])) == sum(map(len, splits.values()))
+    rule = dataset.config.development
+    units = Counter(unit_of(example, rule.unit) for example in whole["train"])
+    held = {unit_of(example, rule.unit) for example in splits["development"]}
+    assert not held & {unit_of(example, rule.unit) for example in splits["train"]}, "what is drawn is never divided"
+    wanted = round(len(whole["train"]) * rule.fraction)
+    assert wanted <= len(ids["development"]) < wanted + max(units[key] for key in held)
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_another_seed_cuts_another_development_split(name: str, request: pytest.FixtureRequest):
-    dataset = catalogue.dataset(name)
-    folder = None if dataset.config.embedded else request.getfixturevalue("data_dir")
+    dataset, folder = catalogue.dataset(name), folder_of(name, request)
     rule = dataset.config.development
     whole = undivided(dataset, folder)
     first, second = (data.cut_development(whole, dataclasses.replace(rule, seed=seed)) for seed in (0, 1))
+    if "train" not in whole:
+        assert first == second == whole
+        return
     assert first["development"] != second["development"]
-    assert len(first["development"]) == len(second["development"])
+    assert rule.unit != "row" or len(first["development"]) == len(second["development"])
+
+
+def test_rows_of_one_text_would_be_divided_by_drawing_rows(data_dir: Path):
+    """The planted mutant: FiQA has sentences of several rows, and drawing rows puts some in both splits."""
+    dataset = catalogue.dataset("fiqa_sa")
+    assert data.load(dataset, data_dir).overlap["development/also_in_train"] == 0
+    by_row = data.Development(fraction=0.1, seed=0, unit="row")
+    assert overlap(data.cut_development(undivided(dataset, data_dir), by_row))["development/also_in_train"] > 0
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_part_of_a_dataset_is_the_same_part(name: str, request: pytest.FixtureRequest):
+    dataset, folder = catalogue.dataset(name), folder_of(name, request)
+    whole = data.load(dataset, folder, to_be_had(dataset, folder))
+    for split, rows in whole.splits.items():
+        part = data.load(dataset, folder, (split,))
+        assert part.splits == {split: rows} and part.fingerprints[split] == whole.fingerprints[split]
+        assert set(part.files) == set(data.roles(dataset, (split,)))
+    assert whole.files == {role: dataset.config.files[role].sha256 for role in whole.files}
 
 
 EXAMPLES = st.lists(
@@ -142,7 +185,10 @@ EXAMPLES = st.lists(
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
-    examples=EXAMPLES, row=st.integers(0, 5), field=st.sampled_from(["id", "text", "label"]), new=st.text(max_size=3)
+    examples=EXAMPLES,
+    row=st.integers(0, 5),
+    field=st.sampled_from(["id", "text", "label", "source"]),
+    new=st.text(max_size=3),
 )
 def test_any_change_of_any_row_changes_the_fingerprint(examples: list[Example], row: int, field: str, new: str):
     row %= len(examples)
@@ -165,6 +211,10 @@ def test_the_fingerprint_sees_the_end_of_long_data_and_the_order():
 def test_the_fingerprint_keeps_fields_apart():
     one, two = Example(id="a", text="bc", label="d"), Example(id="ab", text="c", label="d")
     assert fingerprint([one]) != fingerprint([two])
+
+
+def test_a_source_that_is_not_stated_leaves_the_fingerprint_as_it_was():
+    assert data.load(TFNS, None).fingerprints["test"].startswith("a3815b670245"), "of results recorded before"
 
 
 def test_near_duplicates_differ_in_case_digits_and_punctuation_only():
@@ -213,6 +263,25 @@ def test_a_missing_dataset_is_one_line_that_says_what_to_do(tmp_path: Path, monk
         assert refused.value.exit_code == 3
 
 
+def test_what_is_missing_for_a_split_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    dataset = catalogue.dataset("nwgi")
+    content = b'{"context": "Instruction: x\\nInput: Up.\\nAnswer: ", "target": "neutral"}\n'
+    file = dataclasses.replace(dataset.config.files["test"], sha256=None, rows=1)
+    config = dataclasses.replace(dataset.config, files={**dataset.config.files, "test": file})
+    dataset = dataclasses.replace(dataset, config=config)
+    (tmp_path / file.path).parent.mkdir(parents=True)
+    (tmp_path / file.path).write_bytes(content)
+    assert data.missing_reason(dataset, tmp_path, ("test",)) is None
+    loaded = data.load(dataset, tmp_path, ("test",))
+    assert [(e.text, e.label) for e in loaded.splits["test"]] == [("Up.", "neutral")]
+    assert loaded.files == {"test": hashlib.sha256(content).hexdigest()}, "of a file that is not pinned too"
+    for splits in (None, ("train",), ("development", "test")):
+        with pytest.raises(EnvironmentFault, match=r"lacks nwgi/train\.jsonl") as refused:
+            data.load(dataset, tmp_path, splits)
+        assert "invoke data --fetch nwgi" in one_line(refused.value)
+
+
 def test_a_folder_in_the_place_of_a_file_is_not_the_file(copied: Path):
     path = copied / TFNS.config.files["test"].path
     path.unlink()
@@ -226,7 +295,7 @@ def test_a_fetched_file_is_found_and_still_checked(tmp_path: Path, monkeypatch: 
     place = data.hub_cache() / file.sha256 / Path(file.path).name
     place.parent.mkdir(parents=True)
     place.write_bytes(b"not the corpus")
-    assert data.locate(FPB, None) == {"all": ("hub", place)}
+    assert data.locate(FPB, None) == {"all": ("fetched", place)}
     with pytest.raises(EnvironmentFault, match="sha256"):
         data.load(FPB, None)
 
@@ -281,7 +350,12 @@ def test_every_embedded_folder_names_its_source_and_licence(folder: str):
         if any(file.path.startswith(f"{folder}/") for file in catalogue.dataset(name).config.files.values())
     ]  # fmt: skip
     assert "licen" in text.lower() and dataset.config.licence.split()[0] in text
-    assert dataset.config.hub.id in text
+    config = dataset.config
+    sources = [config.hub.id] if config.hub else []
+    for file in config.files.values():
+        owner, repository, commit = (file.url or "///////").split("/")[3:6]
+        sources += [f"{owner}/{repository}", commit] if file.url else []
+    assert sources and all(source in text for source in sources)
 
 
 def test_nothing_that_may_not_be_embedded_lies_in_the_package():

@@ -7,7 +7,7 @@ positive in Financial PhraseBank), so the map is part of the dataset's entry; Fi
 import csv
 import io
 
-from finrepro.data import Development, File, Hub
+from finrepro.data import Development, File, Hub, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.examples import Example, Splits
 from finrepro.schema import settings
@@ -21,12 +21,17 @@ class Config:
     title: str
     licence: str
     embedded: bool
-    hub: Hub
+    hub: Hub | None
     files: dict[str, File]
     text_column: str
     label_column: str
     labels: dict[str, str]
     development: Development
+
+
+def needed(split: str, config: Config) -> tuple[str, ...]:
+    """The files that a split is made of: its own."""
+    return (split,)
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
@@ -45,6 +50,5 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
             )
         except KeyError as error:
             raise EnvironmentFault(f"dataset '{name}', split '{split}': no column or label {error}.") from None
-        if len(rows) != config.files[split].rows:
-            raise EnvironmentFault(f"dataset '{name}': {len(rows)} rows, expected {config.files[split].rows}.")
+        check_rows(name, split, config.files[split], len(rows))
     return splits

@@ -6,8 +6,7 @@ the same order come from NumPy's generator alone, which is how `Split` says it.
 
 import numpy as np
 
-from finrepro.data import Development, File, Hub
-from finrepro.errors import EnvironmentFault
+from finrepro.data import Development, File, Hub, check_rows
 from finrepro.examples import Example, Splits
 from finrepro.schema import settings
 
@@ -28,19 +27,23 @@ class Config:
     title: str
     licence: str
     embedded: bool
-    hub: Hub
+    hub: Hub | None
     files: dict[str, File]
     encoding: str
     split: Split
     development: Development
 
 
+def needed(split: str, config: Config) -> tuple[str, ...]:
+    """The files that a split is made of: both are cut from the one file."""
+    return ("all",)
+
+
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     """Train and test in the order of the permutation. Raises `EnvironmentFault` on a wrong number of lines."""
     # Not splitlines(): in ISO-8859-1 it would also break at control characters inside a sentence.
     lines = contents["all"].decode(config.encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if len(lines) != config.files["all"].rows:
-        raise EnvironmentFault(f"dataset '{name}': {len(lines)} lines, expected {config.files['all'].rows}.")
+    check_rows(name, "all", config.files["all"], len(lines), "lines")
     examples = []
     for row, line in enumerate(lines):
         text, _, label = line.rpartition("@")
