@@ -22,8 +22,9 @@ from finrepro import catalogue, data  # noqa: E402
 from finrepro.cells import Selection, expand  # noqa: E402
 from finrepro.checkpoint import Control  # noqa: E402
 from finrepro.evaluate import answer  # noqa: E402
+from finrepro.inputs import embedded_tokenizer  # noqa: E402
 from finrepro.model import build  # noqa: E402
-from finrepro.run import Place, embedded_tokenizer  # noqa: E402
+from finrepro.place import Place  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import encode  # noqa: E402
 from finrepro.train import train  # noqa: E402

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finrepro.examples import Example
-from finrepro.scoring import Progress, choice_log_likelihoods, text_log_likelihoods
+from finrepro.generation import generate
+from finrepro.scoring import choice_log_likelihoods, text_log_likelihoods
+from finrepro.shares import Progress
 from finrepro.spec import Evaluation, TaskSpec
 from finrepro.statistics import intervals, paired_differences
 from finrepro.tokens import encode
@@ -36,7 +38,10 @@ def evaluate(
     max_seq_len: int,
     progress: Progress | None = None,
 ) -> Evaluated:
-    """Answer every example and score the answers. The model is left in evaluation mode."""
+    """Answer every example and score the answers. The model is left in evaluation mode.
+
+    Every rank of a cell calls it with the same arguments; the examples are shared out, and every rank gets the whole result.
+    """
     model.eval()
     rows = answer(model, tokenizer, task, examples, settings, max_seq_len, progress)
     return Evaluated(score_rows(task, examples, rows, settings), rows)
@@ -53,10 +58,13 @@ def answer(
 ) -> list[Row]:
     """One row an example, in the order of the examples.
 
-    With choices: the choice with the largest summed log-probability (no length norm; the first of equals) is the prediction. Without:
-    the text's own log-probability.
+    With choices: the choice with the largest summed log-probability (no length norm; the first of equals) is the prediction. Without, in a
+    task that has `new_tokens`: what its `parse` reads in the generated text, None where it reads nothing. Else: the text's own
+    log-probability.
     """
     module, config = task.task.module("tasks"), task.task.config
+    if hasattr(module, "new_tokens"):
+        return _generated(model, tokenizer, task, examples, settings, max_seq_len, progress)
     prompts = [module.prompt(example, config) for example in examples]
     options = [module.choices(example, config) for example in examples]
     common = [{"task": task.task.name, "id": example.id} for example in examples]
@@ -80,6 +88,36 @@ def answer(
     return rows
 
 
+def _generated(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerFast",
+    task: TaskSpec,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    max_seq_len: int,
+    progress: Progress | None,
+) -> list[Row]:
+    """Rows of a task that is answered freely, greedily.
+
+    Prompt and answer together have at most `max_seq_len` tokens, as in training: an answer ends there at the latest. A prompt loses its
+    beginning where it would leave an answer less than half of them, or than `new_tokens`.
+    """
+    module, config = task.task.module("tasks"), task.task.config
+    new_tokens = module.new_tokens(config)
+    pairs = [(module.prompt(example, config), "") for example in examples]
+    room = max_seq_len - min(new_tokens, max_seq_len // 2)
+    prompts = [each.ids for each in encode(tokenizer, pairs, room, end=False)]
+    limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
+    answers = generate(model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress)
+    rows = []
+    for example, ids in zip(examples, answers, strict=True):
+        output = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        prediction = module.parse(output, example, config)
+        row = {"task": task.task.name, "id": example.id, "gold": example.label}
+        rows.append({**row, "output": output, "prediction": prediction})
+    return rows
+
+
 def score_rows(
     task: TaskSpec, examples: Sequence[Example], rows: Sequence[Row], settings: Evaluation
 ) -> list[dict[str, Any]]:
@@ -96,10 +134,11 @@ def score_rows(
     }
     clusters = [module.cluster(example) for example in examples]
     tally = module.tally(rows, config)
-    constants = {
-        reply: module.tally([{**row, "prediction": reply} for row in rows], config)
-        for reply in module.constant_answers(config)
-    }
+    constants = {}
+    for reply in module.constant_answers(config):
+        # What a constant answer predicts is itself, unless the task reads it against the example.
+        said = [module.constant(reply, e, config) if hasattr(module, "constant") else reply for e in examples]
+        constants[reply] = module.tally([{**row, "prediction": p} for row, p in zip(rows, said, strict=True)], config)
     scores = []
     for metric, interval in intervals(tally, clusters, score, **options).items():
         entry: dict[str, Any] = {

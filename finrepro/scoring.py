@@ -2,10 +2,10 @@
 
 A prompt is computed once for all its answers: the answers' tokens follow it as branches that see the prompt and themselves. What
 all prompts of a set begin with (the instruction) is computed once for the whole set and kept as a key-value cache. Rows are sorted
-by length.
+by length, and batches of them shared out over the ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from finrepro import packing
 from finrepro.batches import side_by_side
 from finrepro.layers.supervised import backbone_and_head, hidden_states, log_likelihood
+from finrepro.shares import Progress, in_step, share_out
 from finrepro.tokens import Encoded
 
-Progress = Callable[[int, int], None]  # rows done, rows in all
 SHORTEST_PREFIX = 8  # tokens; below, the cache costs more than it saves
 
 
@@ -29,18 +29,15 @@ def text_log_likelihoods(
     device = next(model.parameters()).device
     _, head = backbone_and_head(model)
     lengths = [len(text.ids) for text in texts]
-    scores = [0.0] * len(texts)
-    done = 0
-    for rows in packing.padded(list(range(len(texts))), lengths, max_tokens):
+
+    def compute(rows: packing.Rows) -> list[float]:
         batch = side_by_side([texts[row] for row in rows]).to(device)
         each = log_likelihood(head, hidden_states(model, batch)[batch.positions], batch.targets)
         parts = each.double().cpu().split([texts[row].num_supervised for row in rows])
-        for row, part in zip(rows, parts, strict=True):
-            scores[row] = float(part.sum())
-        done += len(rows)
-        if progress:
-            progress(done, len(texts))
-    return scores
+        return [float(part.sum()) for part in parts]
+
+    batches = packing.padded(list(range(len(texts))), lengths, max_tokens)
+    return share_out(batches, compute, together=in_step(model), progress=progress)
 
 
 @torch.inference_mode()
@@ -58,17 +55,13 @@ def choice_log_likelihoods(
     cache = _prefill(backbone, prefix, device) if prefix else None
     rests = [prompt[len(prefix) :] for prompt in prompts]
     lengths = [len(rest) + sum(len(a) - 1 for a in choices) for rest, choices in zip(rests, answers, strict=True)]
-    scores: list[list[float]] = [[] for _ in items]
-    done = 0
-    for rows in packing.padded(list(range(len(items))), lengths, max_tokens):
+
+    def compute(rows: packing.Rows) -> list[list[float]]:
         layout = [_branches(rests[row], answers[row], len(prefix)) for row in rows]
-        each = _one_pass(backbone, head, layout, len(prefix), cache, device)
-        for row, values in zip(rows, each, strict=True):
-            scores[row] = values
-        done += len(rows)
-        if progress:
-            progress(done, len(items))
-    return scores
+        return _one_pass(backbone, head, layout, len(prefix), cache, device)
+
+    batches = packing.padded(list(range(len(items))), lengths, max_tokens)
+    return share_out(batches, compute, together=in_step(model), progress=progress)
 
 
 def _split(items: Sequence[Sequence[Encoded]]) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]]]:

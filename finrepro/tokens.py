@@ -112,6 +112,8 @@ def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreT
 
 
 def tokenizer_digest(folder: Path) -> str | None:
-    """sha256 of the tokenizer's own file in `folder`, None if it has no such file."""
-    path = folder / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    """sha256 of the tokenizer's own file in `folder`, or of vocabulary and merges one after the other; None if there are none."""
+    for names in (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")):
+        if all((folder / name).is_file() for name in names):
+            return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+    return None

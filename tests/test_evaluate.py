@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from fixtures_model import (
     EVALUATION,
     MINIATURES,
+    all_logits,
     answer_log_likelihood,
     broken,
     images,
@@ -276,3 +278,83 @@ def test_the_score_of_text_is_its_perplexity_per_token(name: str) -> None:
     assert score["value"] == pytest.approx(math.exp(-total / count), rel=1e-4)
     assert score["low"] < score["value"] < score["high"]
     assert score["constant"] is None and "gain" not in score
+
+
+# --- answers that are generated ---------------------------------------------------------------------------------------------------------
+
+NER = catalogue.task("fin_ner", "short")
+SENTENCES = [
+    (
+        "This Agreement is made by Acme Corp of New York with the Lender .",
+        "O O O O O B-ORG I-ORG O B-LOC I-LOC O O B-PER O",
+    ),
+    ("Nothing is due .", "O O O O"),
+    ("The Borrower and the Lender agree .", "O B-PER O O B-PER O O"),
+]
+
+
+def sentences() -> list[Example]:
+    return [Example(id=f"made/{row}", text=text, label=label) for row, (text, label) in enumerate(SENTENCES * 3)]
+
+
+@torch.no_grad()
+def outputs_are_those_of_one_by_one(
+    model: nn.Module, name: str, rows: list[Row], longest: int, examples: Sequence[Example]
+) -> None:
+    """Each row's output is the likeliest continuation of its own prompt, token by token, and its prediction what the task reads in it.
+
+    Prompt and answer have `longest` tokens at most, and a prompt half of them: its end.
+    """
+    tokens: Any = tokenizer(catalogue.model(name).family)
+    module = NER.task.module("tasks")
+    for row, example in zip(rows, examples, strict=True):
+        ids = tokens(module.prompt(example, NER.task.config))["input_ids"]
+        keep, excess = int(ids[0] == tokens.bos_token_id), max(0, len(ids) - longest // 2)
+        ids = ids[:keep] + ids[keep + excess :]
+        given = len(ids)
+        while len(ids) < longest:
+            token = int(all_logits(model, ids)[-1].argmax())
+            if token == tokens.eos_token_id:
+                break
+            ids.append(token)
+        assert row["output"] == tokens.decode(ids[given:], skip_special_tokens=True)
+        assert row["prediction"] == module.parse(row["output"], example, NER.task.config)
+        assert (row["id"], row["gold"], row["task"]) == (example.id, example.label, "fin_ner")
+
+
+@everywhere
+def test_a_task_that_is_answered_freely_is_generated_and_parsed(name: str) -> None:
+    model, longest = stirred(name).eval(), 96
+    found = evaluate(model, tokenizer(catalogue.model(name).family), NER, sentences(), EVALUATION, longest)
+    outputs_are_those_of_one_by_one(model, name, found.rows, longest, sentences())
+    broken(outputs_are_those_of_one_by_one, model, name, [*found.rows[1:], found.rows[0]], longest, sentences())
+    again = score_rows(NER, sentences(), [json.loads(json.dumps(row)) for row in found.rows], EVALUATION)
+    assert json.dumps(again) == json.dumps(found.scores)
+    assert by_metric(found.scores)["unparsable_rate"]["n"] == len(sentences())
+
+
+@everywhere
+def test_a_prompt_that_leaves_an_answer_too_little_room_loses_its_beginning(name: str) -> None:
+    """The end of a prompt decides: two that differ only in what is cut off get the same answer."""
+    model, tokens = stirred(name).eval(), tokenizer(catalogue.model(name).family)
+    tail = " and the rest of a sentence that is long enough to fill the half that a prompt may have here" * 2
+    pair = [
+        Example(id=str(row), text=start + tail, label="O")
+        for row, start in enumerate(("Acme Corp", "Borrower , Lender"))
+    ]
+    first, second = evaluate(model, tokens, NER, pair, EVALUATION, 48).rows
+    assert first["output"] == second["output"]
+    outputs_are_those_of_one_by_one(model, name, [first, second], 48, pair)
+    broken(outputs_are_those_of_one_by_one, model, name, [first, second], 60, pair)
+
+
+def test_the_oracle_of_entities_gains_and_its_constants_are_read_against_the_sentence() -> None:
+    module, config = NER.task.module("tasks"), NER.task.config
+    said = [module.parse(module.target(example, config), example, config) for example in sentences()]
+    rows = [
+        {"task": "fin_ner", "id": example.id, "gold": example.label, "prediction": prediction}
+        for example, prediction in zip(sentences(), said, strict=True)
+    ]
+    score = by_metric(score_rows(NER, sentences(), rows, EVALUATION))["f1_entity"]
+    assert score["value"] == 1.0 and score["constant_answer"] == "Borrower, Lender"
+    assert score["constant"] == pytest.approx(2 * 3 / (3 + 5)), "three of five entities, and nothing wrong"

@@ -36,7 +36,7 @@ ONE_TOKEN = ((5,), (6,), (7,))
 SEVERAL_TOKENS = ((5, 9, 11), (5, 9), (6, 8, 5, 3), (4,))  # one the beginning of another, and different lengths
 
 
-def items_of(prefix: int, answers: Sequence[tuple[int, ...]], count: int = 7, seed: int = 0) -> Items:
+def items_of(prefix: int, answers: Sequence[tuple[int, ...]], count: int = 7, seed: int = 1) -> Items:
     """Prompts of random lengths after a shared instruction of `prefix` tokens, each with every answer."""
     generator = np.random.default_rng(seed)
     instruction = generator.integers(0, VOCABULARY, size=prefix).tolist()

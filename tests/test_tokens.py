@@ -12,8 +12,9 @@ from fixtures_model import MINIATURES, in_processes, process, texts, tokenizer  
 
 from finrepro import catalogue, data
 from finrepro.errors import CellFailed, UsageError
+from finrepro.inputs import base
 from finrepro.model import load_tokenizer
-from finrepro.run import Place, base
+from finrepro.place import Place
 from finrepro.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 
 FAMILIES = tuple(SPECIAL)
@@ -65,8 +66,9 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     """Each (prompt, answer) that the task asks: of the development and the test split, and over awkward texts."""
     spec = catalogue.task(name, template)
     module, config = spec.task.module("tasks"), spec.task.config
-    splits = data.load(spec.dataset, folder).splits
-    examples = [*splits["development"][:60], *splits["test"][:240]]
+    here = tuple(name for name in ("development", "test") if data.missing_reason(spec.dataset, folder, (name,)) is None)
+    splits = data.load(spec.dataset, folder, here).splits
+    examples = [example for name in here for example in splits[name][: 60 if name == "development" else 240]]
     examples += [type(examples[0])(id=f"x/{i}", text=text, label=examples[0].label) for i, text in enumerate(AWKWARD)]
     return [
         (module.prompt(example, config), answer)

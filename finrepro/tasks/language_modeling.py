@@ -54,6 +54,11 @@ def constant_answers(config: Config) -> tuple[str, ...]:
     return ()
 
 
+def constant(answer: str, example: Example, config: Config) -> str:
+    """What a constant answer predicts for an example: itself."""
+    return answer
+
+
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows 2"]:
     """Each row's summed natural log-probability and its number of predicted tokens."""
     return np.array([[row["logprob"], row["tokens"]] for row in rows], dtype=float).reshape(-1, 2)
