@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from finrepro import runtime
+from finrepro.engine import Engine
 from finrepro.errors import CellFailed
 
 
@@ -37,13 +38,13 @@ class Control:
     checkpoint_seconds: float = 60.0
 
 
-def save_checkpoint(engine: Any, control: Control, trained: Trained) -> None:
+def save_checkpoint(engine: Engine, control: Control, trained: Trained) -> None:
     """Weights, optimizer and generators after the last finished step; the older checkpoint goes when the new one is whole."""
     folder, tag = control.checkpoints, f"step{len(trained.losses)}"
     state = {"trained": vars(trained), "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
+    engine.save(folder, tag, state)
     if runtime.ranks().is_main:
         for path in (folder / tag).rglob("*"):
             with path.open("rb") as file:
@@ -58,7 +59,7 @@ def save_checkpoint(engine: Any, control: Control, trained: Trained) -> None:
         dist.barrier()
 
 
-def resume(engine: Any, control: Control, trained: Trained) -> int:
+def resume(engine: Engine, control: Control, trained: Trained) -> int:
     """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint of the same maker.
 
     Raises `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
@@ -70,7 +71,7 @@ def resume(engine: Any, control: Control, trained: Trained) -> int:
     if pointer["made_by"] != control.made_by:
         return 0
     try:
-        _, state = engine.load_checkpoint(str(control.checkpoints), tag=pointer["tag"], load_module_strict=False)
+        state = engine.load(control.checkpoints, pointer["tag"])
         vars(trained).update(state["trained"])
     except Exception as error:  # whatever torch, pickle or DeepSpeed say of a damaged file
         shutil.rmtree(control.checkpoints, ignore_errors=True)

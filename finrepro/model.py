@@ -1,16 +1,19 @@
 """Building a cell's model: load, quantize, adapt, freeze - always in this order, for every method alike."""
 
 import json
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from finrepro import loading, runtime, shards
 from finrepro.errors import EnvironmentFault
-from finrepro.layers import isolated_attention
-from finrepro.layers.linear import is_conv1d, linear_layers
+from finrepro.layers.linear import linear_layers
+from finrepro.partition import partition
 from finrepro.schema import Choice
 from finrepro.spec import Model, RunSpec
 
@@ -25,27 +28,32 @@ class Built:
     model: nn.Module
     base_parameters: int
     trainable_parameters: int
-    base_bytes: int  # as stored, after quantization
+    base_bytes: int  # as stored, after quantization; of the whole base, also where each rank holds a share
 
 
 def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Built:
     """The adapted model of a cell on `device`, in training mode, with exactly its adapter's parameters trainable.
 
-    Without `base_folder` the base gets random weights from the cell's seed.
+    Without `base_folder` the base gets random weights from the cell's seed. At ZeRO-3 on several ranks each keeps its share of the base.
     Training mode is part of the contract: bitsandbytes' layers compute differently in evaluation mode on some CPUs.
     """
-    model: Any = load(spec, base_folder)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    quantize(model, spec.quantizer)
-    model = model.to(device)
-    base_bytes = sum(stored_bytes(parameter) for parameter in model.parameters())
+    model = skeleton(spec)
+    base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
+    split = spec.train.zero_stage == 3 and runtime.ranks().world_size > 1
+    finish = partial(partition, device=device) if split else None
+    base_bytes = loading.stream(model, source(spec, model, base_folder), spec.quantizer, device, finish)
     model.requires_grad_(False)
     model = spec.adapter.module("adapters").apply(model, spec.adapter.config, spec.seed)
     if spec.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return Built(model, base_parameters, trainable, base_bytes)
+
+
+def size(parameter: torch.Tensor) -> int:
+    """Elements of a parameter, of the whole one where this rank holds a share."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def configuration(model: Model) -> Any:
@@ -55,77 +63,52 @@ def configuration(model: Model) -> Any:
     return AutoConfig.for_model(model.family, **model.architecture)
 
 
-def load(spec: RunSpec, folder: Path | None) -> Any:
-    """The base model in its dtype: from `folder`, or randomly initialised under a private generator state.
-
-    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for dropout; it gives the weights alone.
-    Raises `EnvironmentFault` when they cannot be read, or are not those of this architecture: no weight is ever made up.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    isolated_attention.register()
-    dtype = getattr(torch, spec.model.dtype)
-    config = configuration(spec.model)
-    kwargs = {"dtype": dtype, "attn_implementation": isolated_attention.NAME}
-    if folder is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            model: Any = AutoModelForCausalLM.from_config(config, **kwargs)
-    else:
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **kwargs,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise EnvironmentFault(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from None
-        for what in ("missing_keys", "unexpected_keys"):
-            if found[what]:
-                raise EnvironmentFault(
-                    f"{folder}: not the weights of {spec.model.name}: {len(found[what])} {what.replace('_', ' ')}, "
-                    f"among them {min(found[what])}."
-                )
+def skeleton(spec: RunSpec) -> Any:
+    """The base model of a cell in its dtype, without storage, without a cache, and with the name that exported files may tell."""
+    model = loading.skeleton(configuration(spec.model), getattr(torch, spec.model.dtype))
     # What an exported file calls its base: a name, never a path on this machine.
     model.name_or_path = model.config._name_or_path = spec.model.hub.id if spec.model.hub else spec.model.name
     model.config.use_cache = False
     return model
 
 
+def source(spec: RunSpec, model: Any, folder: Path | None) -> loading.Source:
+    """Where the weights of a cell come from: `folder`, or the cell's seed.
+
+    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for dropout; it gives the weights alone.
+    Raises `EnvironmentFault` when they are not those of this architecture: no weight is ever made up.
+    """
+    return loading.Drawn(model, spec.seed) if folder is None else loading.Checkpoint(model, folder, spec.model.name)
+
+
+def load(spec: RunSpec, folder: Path | None) -> Any:
+    """The base model in full precision on the CPU, in training mode: from `folder`, or randomly initialised.
+
+    Raises `EnvironmentFault` as `source` does, and when a file cannot be read.
+    """
+    model = skeleton(spec)
+    loading.stream(model, source(spec, model, folder), None, torch.device("cpu"))
+    return model
+
+
 def quantize(model: Any, quantizer: Choice) -> None:
     """Replace every linear layer of the blocks by its quantized form, one at a time, in place."""
-    module = quantizer.module("quantizers")
-    if module.linear is None:
-        return
-    for name, layer in linear_layers(model).items():
-        weight = layer.weight.detach()
-        stored = module.encode(weight.T.contiguous() if is_conv1d(layer) else weight, quantizer.config)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.linear(stored, layer.bias))
+    if quantizer.module("quantizers").linear is not None:
+        for name in linear_layers(model):
+            loading.quantize_layer(model, name, quantizer)
 
 
-def stored_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of a parameter as it lies in memory, a quantized one with its scales."""
-    state = getattr(parameter, "quant_state", None)
-    size = parameter.numel() * parameter.element_size()
-    if state is None:
-        return size
-    scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
-    return size + sum(scale.numel() * scale.element_size() for scale in scales)
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer saved in `folder`. Raises `EnvironmentFault` when there is none."""
+def load_tokenizer(folder: Path, model: Model | None = None) -> "PreTrainedTokenizerFast":
+    """The tokenizer saved in `folder`. Raises `EnvironmentFault` when there is none, or it has more tokens than `model` has rows for."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {str(error).splitlines()[0]}") from None
+    rows = model.architecture["vocab_size"] if model else len(tokenizer)
+    if model and len(tokenizer) > rows:
+        raise shards.too_many_tokens(folder, model.name, len(tokenizer), rows)
+    return tokenizer

@@ -20,12 +20,20 @@ from finrepro import PROJECT, catalogue, data, runtime
 from finrepro.examples import Example
 from finrepro.model import Built, build
 from finrepro.schema import Choice
-from finrepro.spec import Evaluation, Model, RunSpec, Train
+from finrepro.spec import Evaluation, Model, RunSpec, Train, label_of
 from finrepro.tokens import Encoded, train_tokenizer
 
 CPU = torch.device("cpu")
 VOCABULARY = 512
-MINIATURES = tuple(name for name, entry in catalogue.catalogue("models").items() if entry.get("miniature_of"))
+ALL_MINIATURES = tuple(name for name, entry in catalogue.catalogue("models").items() if entry.get("miniature_of"))
+MINIATURES = (
+    "gpt2_127m_mini",
+    "llama3_1_8b_mini",
+)  # one a family: Conv1D layers, and grouped queries (out differs from in)
+# A parameter `name` over every miniature, those that only repeat a family under --slow.
+every_miniature = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in MINIATURES else pytest.mark.slow) for name in ALL_MINIATURES]
+)
 ADAPTERS = tuple(catalogue.catalogue("adapters"))
 QUANTIZERS = tuple(catalogue.catalogue("quantizers"))
 # Weights far from zero, so that attention is sharp and a wrong mask or position moves every number.
@@ -47,7 +55,10 @@ def process() -> Iterator[None]:
 def tiny(name: str) -> Model:
     """A miniature of the catalogue, smaller still."""
     model = catalogue.model(name)
-    return dataclasses.replace(model, architecture={**model.architecture, **SMALLER[model.family]})
+    smaller = dict(SMALLER[model.family])
+    if "hidden_size" in smaller and smaller["hidden_size"] % model.architecture["num_attention_heads"]:
+        del smaller["hidden_size"]  # six heads do not divide it: the miniature's own width
+    return dataclasses.replace(model, architecture={**model.architecture, **smaller})
 
 
 def train_settings(**changes: Any) -> Train:
@@ -65,16 +76,19 @@ def spec_of(
 ) -> RunSpec:
     """A cell on a tiny model with random weights."""
     base = tiny(model) if isinstance(model, str) else model
-    task = catalogue.task("tfns", "short")
+    train_on, scored = catalogue.train_set("tfns", "short")
+    weights = catalogue.quantizer(quantizer, base.dtype) if isinstance(quantizer, str) else quantizer
+    method = catalogue.adapter(adapter) if isinstance(adapter, str) else adapter
     return RunSpec(
+        label=label_of((base.name, weights.name, method.name, train_on.name), None, seed),
         model=base,
         weights="random",
         base_checkpoint=None,
         base_run=None,
-        quantizer=catalogue.quantizer(quantizer, base.dtype) if isinstance(quantizer, str) else quantizer,
-        adapter=catalogue.adapter(adapter) if isinstance(adapter, str) else adapter,
-        train_on=task,
-        tasks=(task,),
+        quantizer=weights,
+        adapter=method,
+        train_on=train_on,
+        tasks=scored,
         train=train_settings(**train),
         evaluation=EVALUATION,
         seed=seed,
@@ -185,7 +199,9 @@ def images(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
     found = {}
     for name, tensor in tensors:
         found[name] = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        state = getattr(tensor, "quant_state", None)
+        scales, state = getattr(tensor, "SCB", None), getattr(tensor, "quant_state", None)  # of 8 bits, of 4
+        if scales is not None:
+            found |= images([(f"{name}.SCB", scales)])
         if state is not None:
             found |= images((f"{name}.{key}", value) for key, value in state.as_dict(packed=True).items())
     return found

@@ -2,6 +2,8 @@
 bfloat16, and the labels are the same."""
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +24,15 @@ from fixtures_model import (
 from torch import Tensor, nn
 
 from finrepro.batches import COLLATE, Batch
+from finrepro.checkpoint import Control
+from finrepro.generation import generate
 from finrepro.layers.isolated_attention import isolated_attention
 from finrepro.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
 from finrepro.model import build
 from finrepro.quantizers import bnb_4bit
 from finrepro.scoring import choice_log_likelihoods
 from finrepro.tokens import Encoded
+from finrepro.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,3 +179,42 @@ def test_a_quantized_model_on_the_gpu_is_the_same_in_both_modes_and_unchanged_by
         training, evaluation = all_logits(model.train(), ids), all_logits(model.eval(), ids)
     assert_close(evaluation, training, ROUGH)
     assert images((key, value.cpu()) for key, value in model.state_dict().items()) == before
+
+
+@everywhere
+@pytest.mark.parametrize(("adapter", "quantizer"), [("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4")])
+def test_generation_on_the_gpu_gives_the_cpus_tokens(name: str, adapter: str, quantizer: str) -> None:
+    """In float32 on both sides, rows of different lengths beside each other."""
+    spec = spec_of(name, adapter, quantizer)
+    gpu, cpu = (stir(build(spec, None, device).model).eval() for device in (CUDA, CPU))
+    prompts = [example.ids for example in random_examples(4)]
+    limits = [6] * len(prompts)
+    expected = generate(cpu, prompts, limits, -1, 1)
+    assert len(set(expected)) > 1
+    for max_tokens in (100, 10**6):
+        assert generate(gpu, prompts, limits, -1, max_tokens) == expected
+
+
+def trained(name: str, device: torch.device, folder: Path, dtype: Any, **changes: Any) -> list[float]:
+    """Losses of a few steps of a tiny cell."""
+    adapter, quantizer = changes.pop("method")
+    few = {"max_steps": 6, "warmup_steps": 1, "global_batch_size": 4, "sort_window": 1, "max_tokens": 128, "lr": 3e-3}
+    spec = spec_of(dataclasses.replace(spec_of(name).model, dtype=dtype), adapter, quantizer, **few, **changes)
+    built = build(spec, None, device)
+    control = Control(lambda _: None, lambda: False, folder, checkpoint_seconds=math.inf)
+    losses = train(built.model, random_examples(0, 8), spec, device, control).losses
+    assert all(0 < row["grad_norm"] < math.inf for row in losses)
+    return [row["loss"] for row in losses]
+
+
+@everywhere
+@pytest.mark.parametrize("method", [("lora_r8", "none"), ("lora_r8", "nf4")], ids=["lora", "qlora"])
+@pytest.mark.parametrize("engine", ["deepspeed", "ddp"])
+def test_a_bfloat16_cell_in_bins_trains_on_the_gpu_as_in_float32_on_the_cpu(
+    name: str, method: tuple[str, str], engine: str, tmp_path: Path
+) -> None:
+    gpu = trained(name, CUDA, tmp_path / "gpu", "bfloat16", method=method, layout="bins", engine=engine)
+    cpu = trained(name, CPU, tmp_path / "cpu", "float32", method=method, layout="padded")
+    assert gpu == pytest.approx(cpu, rel=ROUGH)
+    assert gpu[-1] < gpu[0]
+    assert torch.cuda.max_memory_allocated(CUDA) > 0

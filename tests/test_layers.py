@@ -203,7 +203,7 @@ CLOSED_FORMS = {
     "llama3_1_8b": (224, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2_621_440),
     "llama3_1_70b": (560, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 12_943_360),
 }
-REAL = tuple(name for name in MODELS if catalogue.model(name).scale == "paper")
+REAL = tuple(name for name in MODELS if (model := catalogue.model(name)).scale == "paper" and model.variant == "base")
 
 
 def linear_layers_are_counted(name: str, layers: dict[str, nn.Module]) -> None:

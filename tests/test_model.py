@@ -72,9 +72,8 @@ def test_a_model_is_quantized_before_it_is_adapted_and_frozen_before_it_is_train
 def test_a_built_model_is_in_training_mode_without_dropout_or_cache(
     name: str, adapter: str, quantizer: str, loaded: bool, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Transformers hands out a loaded model in evaluation mode, and a new one in training mode."""
     folder = checkpoint(name) if loaded else None
-    assert load(spec_of(name), folder).training is not loaded
+    assert load(spec_of(name), folder).training
     built = make(spec_of(name, adapter, quantizer), folder)
     assert all(module.training for module in built.model.modules())
     assert not any(isinstance(module, nn.Dropout) and module.p for module in built.model.modules())

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from fixtures_model import (
+    ALL_MINIATURES,
     MINIATURES,
     QUANTIZERS,
     all_logits,
     assert_close,
     broken,
+    every_miniature,
     images,
     make,
     process,  # noqa: F401
@@ -29,8 +31,9 @@ from torch import Tensor, nn
 from finrepro import catalogue
 from finrepro.errors import UsageError
 from finrepro.layers.linear import linear_layers
-from finrepro.model import load, quantize, stored_bytes
-from finrepro.quantizers import bnb_4bit
+from finrepro.model import load, quantize
+from finrepro.plan import block_linear_parameters
+from finrepro.quantizers import bnb_4bit, bnb_int8
 from finrepro.schema import Choice, build, kind_module, kinds
 from finrepro.scoring import text_log_likelihoods
 
@@ -63,9 +66,14 @@ def codes(stored: bnb_4bit.Stored) -> np.ndarray:
 # --- the settings ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_quantizer_has_an_entry_and_the_two_of_today_are_there() -> None:
-    assert {catalogue.quantizer(name, "float32").kind for name in QUANTIZERS} == set(kinds("quantizers"))
-    assert set(kinds("quantizers")) >= {"none", "bnb_4bit"}
+def test_every_quantizer_has_an_entry_and_the_entries_are_what_their_names_say() -> None:
+    choices = {name: catalogue.quantizer(name, "float32") for name in QUANTIZERS}
+    assert {choice.kind for choice in choices.values()} == set(kinds("quantizers"))
+    assert choices["int8"].config == bnb_int8.Config(threshold=6.0)
+    asked = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
+    four_bit = {name: choice.config for name, choice in choices.items() if choice.kind == "bnb_4bit"}
+    assert {name: (config.quant_type, config.double_quant) for name, config in four_bit.items()} == asked
+    assert all((config.block_size, config.quant_storage) == (64, "uint8") for config in four_bit.values())
 
 
 @pytest.mark.parametrize("kind", kinds("quantizers"))
@@ -223,23 +231,78 @@ def test_bits_per_weight_of_a_saved_layer_are_the_formulas(double_quant: bool, b
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_stored_bytes_of_a_parameter_are_the_formulas_to_the_byte(block: int, double_quant: bool) -> None:
+def test_stored_bytes_are_the_formulas_to_the_byte(block: int, double_quant: bool) -> None:
     config = settings(block_size=block, double_quant=double_quant)
-    layer = bnb_4bit.linear(bnb_4bit.encode(gaussian(512, 256 * block // 64), config), None)
-    parameter: Any = layer.weight
-    assert 8 * stored_bytes(parameter) == bnb_4bit.weight_bits(config, 32) * 512 * 256 * block // 64
-    assert stored_bytes(parameter) > parameter.numel() * parameter.element_size()  # the scales are counted
+    stored = bnb_4bit.encode(gaussian(512, 256 * block // 64), config)
+    assert 8 * bnb_4bit.stored_bytes(stored) == bnb_4bit.weight_bits(config, 32) * 512 * 256 * block // 64
+    assert bnb_4bit.stored_bytes(stored) > stored.codes.numel() * stored.codes.element_size()  # the scales are counted
 
 
-@pytest.mark.parametrize("name", MINIATURES)
-def test_a_built_models_bytes_are_those_of_its_parts(name: str) -> None:
+def bytes_are_those_of_its_parts(name: str, quantizer: str, found: int) -> None:
+    """Embeddings, norms and biases in float32; each linear layer in as many bytes as its codes and scales, written down anew."""
     plain = load(spec_of(name), None)
-    weights = sum(layer.weight.numel() for layer in linear_layers(plain).values())
-    rest = sum(parameter.numel() for parameter in plain.parameters()) - weights
-    assert make(spec_of(name)).base_bytes == 4 * (weights + rest)
-    blocks = [layer.weight.numel() // 64 for layer in linear_layers(plain).values()]
-    scales = sum(each + 4 * -(-each // 256) for each in blocks)
-    assert make(spec_of(name, "lora_r8", "nf4")).base_bytes == 4 * rest + weights // 2 + scales
+    weights = [layer.weight for layer in linear_layers(plain).values()]
+    rest = sum(parameter.numel() for parameter in plain.parameters()) - sum(each.numel() for each in weights)
+    rows = [each.shape[1] if catalogue.model(name).family == "gpt2" else each.shape[0] for each in weights]
+    blocks = [each.numel() // 64 for each in weights]
+    sizes = {
+        "none": [4 * each.numel() for each in weights],
+        "int8": [each.numel() + 4 * out for each, out in zip(weights, rows, strict=True)],
+        "nf4": [each.numel() // 2 + block + 4 * -(-block // 256) for each, block in zip(weights, blocks, strict=True)],
+        "nf4_single": [each.numel() // 2 + 4 * block for each, block in zip(weights, blocks, strict=True)],
+    }
+    assert found == 4 * rest + sum(sizes["nf4" if quantizer == "fp4" else quantizer])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@every_miniature
+def test_a_built_models_bytes_are_those_of_its_parts(name: str, quantizer: str) -> None:
+    found = make(spec_of(name, "base", quantizer)).base_bytes
+    bytes_are_those_of_its_parts(name, quantizer, found)
+    broken(bytes_are_those_of_its_parts, name, quantizer, found + 1)
+
+
+# reference/methods.md 1.2: GB (1e9 bytes) of the whole model, embeddings, head and norms in bfloat16
+STORAGE = {
+    "gpt2_127m": {"none": 0.25, "int8": 0.16, "nf4": 0.12},
+    "gpt2_1_5b": {"none": 3.12, "int8": 1.64, "nf4": 0.93},
+    "llama2_7b": {"none": 13.48, "int8": 7.00, "nf4": 3.87},
+    "llama2_13b": {"none": 26.03, "int8": 13.34, "nf4": 7.20},
+    "llama3_1_8b": {"none": 16.06, "int8": 9.08, "nf4": 5.70},
+    "llama3_1_70b": {"none": 141.11, "int8": 72.66, "nf4": 39.52},
+}
+SINGLE = (
+    4.5 - 4.126953125
+) / 8  # bytes a weight that double quantization saves (arXiv 2305.14314, section 3: 0.373 bits)
+
+
+def storage_is_the_tables(name: str, quantizer: str, expected: float) -> None:
+    """The planner's weights of the blocks, at the quantizer's bits, and the rest in bfloat16."""
+    model, choice = catalogue.model(name), catalogue.quantizer(quantizer, "bfloat16")
+    layers = block_linear_parameters(model)
+    size = layers * choice.module("quantizers").weight_bits(choice.config, 16) / 8 + 2 * (model.parameters - layers)
+    assert size / 1e9 == pytest.approx(expected, abs=0.0051)
+
+
+@pytest.mark.parametrize("name", STORAGE)
+def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
+    sizes = STORAGE[name] | {"fp4": STORAGE[name]["nf4"]}
+    for quantizer, expected in sizes.items():
+        storage_is_the_tables(name, quantizer, expected)
+    single = sizes["nf4"] + SINGLE * block_linear_parameters(catalogue.model(name)) / 1e9
+    storage_is_the_tables(name, "nf4_single", single)
+    broken(storage_is_the_tables, name, "int8", sizes["none"])
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_counts_what_it_stores(name: str) -> None:
+    choice = catalogue.quantizer(name, "bfloat16")
+    module, weight = choice.module("quantizers"), gaussian(512, 1024).bfloat16()
+    bits = 8 * module.stored_bytes(module.encode(weight, choice.config)) / weight.numel()
+    assert bits == pytest.approx(
+        module.weight_bits(choice.config, 16), rel=4e-3
+    )  # a row's scale, of 8 bits and 1,024 weights
+    assert module.decode(module.encode(weight, choice.config)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -301,7 +364,7 @@ def test_the_storage_dtype_changes_no_result() -> None:
     layers = [bnb_4bit.linear(bnb_4bit.encode(weight, settings(quant_storage=s)), None) for s in ("uint8", "bfloat16")]
     assert [layer.weight.dtype for layer in layers] == [torch.uint8, torch.bfloat16]
     assert torch.equal(layers[0](inputs), layers[1](inputs))
-    assert stored_bytes(layers[0].weight) == stored_bytes(layers[1].weight)
+    assert layers[0].weight.nbytes == layers[1].weight.nbytes
 
 
 def test_a_saved_layer_is_read_back_byte_by_byte(tmp_path: Path) -> None:
@@ -327,22 +390,33 @@ def test_a_saved_layer_is_read_back_byte_by_byte(tmp_path: Path) -> None:
 # --- the model ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MINIATURES)
-@pytest.mark.parametrize("quant_type", CODE_BOOKS)
-def test_every_linear_layer_of_the_blocks_is_replaced_and_nothing_else(name: str, quant_type: str) -> None:
+ROUNDING = tuple(name for name in QUANTIZERS if name != "none")
+LAYER = {"bnb_4bit": "Linear4bit", "bnb_int8": "Linear8bitLt"}  # bitsandbytes' class that a kind's layers belong to
+
+
+def held(layer: Any, choice: Choice) -> Tensor:
+    """The weight that a layer holds, decoded."""
+    if choice.kind == "bnb_int8":
+        return bnb_int8.decode(bnb_int8.Stored(layer.weight.data, layer.weight.SCB, torch.float32, choice.config))
+    return bnb_4bit.decode(bnb_4bit.Stored(layer.weight.data, layer.weight.quant_state, choice.config))
+
+
+@every_miniature
+@pytest.mark.parametrize("quantizer", ROUNDING)
+def test_every_linear_layer_of_the_blocks_is_replaced_and_nothing_else(name: str, quantizer: str) -> None:
     import bitsandbytes
 
     plain, quantized = (load(spec_of(name), None) for _ in range(2))
-    quantize(quantized, Choice(name="x", kind="bnb_4bit", config=settings(quant_type=quant_type)))
+    choice = catalogue.quantizer(quantizer, "float32")
+    quantize(quantized, choice)
     replaced = linear_layers(quantized)
     assert replaced.keys() == linear_layers(plain).keys()
     for each, layer in linear_layers(plain).items():
         new = quantized.get_submodule(each)
-        assert isinstance(new, bitsandbytes.nn.Linear4bit)
+        assert isinstance(new, getattr(bitsandbytes.nn, LAYER[choice.kind]))
         weight = layer.weight.T if hasattr(layer, "nx") else layer.weight  # Conv1D stores (in, out)
-        assert (new.out_features, new.in_features) == tuple(new.weight.quant_state.shape) == tuple(weight.shape)
-        decoded = bnb_4bit.decode(bnb_4bit.Stored(new.weight.data, new.weight.quant_state, settings()))
-        assert_close(decoded, weight, 0.2)
+        assert (new.out_features, new.in_features) == tuple(held(new, choice).shape) == tuple(weight.shape)
+        assert_close(held(new, choice), weight, 0.2 if choice.kind == "bnb_4bit" else 0.01)
         old_bias, new_bias = getattr(layer, "bias", None), new.bias
         assert (old_bias is None) == (new_bias is None) and (old_bias is None or torch.equal(old_bias, new_bias))
     rest = {n: p for n, p in plain.named_parameters() if n.rpartition(".")[0] not in replaced}
@@ -357,12 +431,18 @@ def close_logits(one: nn.Module, two: nn.Module, least: float) -> None:
     assert torch.corrcoef(pair)[0, 1] > least
 
 
-@pytest.mark.parametrize("name", MINIATURES)
-def test_a_quantized_models_logits_are_close_to_the_originals(name: str) -> None:
+# Least correlation with the original's logits at the initialisation's weights; measured on the six: 0.9997 to 0.9999, 0.976 to 0.992,
+# 0.968 to 0.986. Methods.md wants 0.99 of NF4 on GPT-2.
+LEAST = {"int8": 0.999, "nf4": 0.97, "nf4_single": 0.97, "fp4": 0.96}
+
+
+@pytest.mark.parametrize("quantizer", ROUNDING)
+@every_miniature
+def test_a_quantized_models_logits_are_close_to_the_originals(name: str, quantizer: str) -> None:
     gentle = spec_of(dataclasses.replace(catalogue.model(name)))  # as it is initialised
     plain, quantized, transposed = (load(gentle, None) for _ in range(3))
-    quantize(quantized, catalogue.quantizer("nf4", "float32"))
-    least = 0.99 if gentle.model.family == "gpt2" else 0.98
+    quantize(quantized, catalogue.quantizer(quantizer, "float32"))
+    least = 0.99 if (name, quantizer) == ("gpt2_127m_mini", "nf4") else LEAST[quantizer]
     close_logits(quantized, plain, least)
     with torch.no_grad():
         for layer in linear_layers(transposed).values():  # a mutant that takes the other orientation for the weight's
@@ -385,18 +465,12 @@ def passes_leave_bits_and_numbers_alone(model: nn.Module) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def nf4_models(name: str) -> list[nn.Module]:
-    """The quantized base and a trained adapter on it."""
-    return [stirred(name, "lora_r8", "nf4").unload(), stirred(name, "lora_r8", "nf4")]  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("name", MINIATURES)
-def test_training_and_evaluation_mode_agree_bitwise_and_evaluation_changes_no_weight(name: str) -> None:
-    for model in nf4_models(name):
-        layers: list[Any] = [
-            m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")
-        ]
-        assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+@every_miniature
+@pytest.mark.parametrize("quantizer", ROUNDING)
+def test_training_and_evaluation_mode_agree_bitwise_and_evaluation_changes_no_weight(name: str, quantizer: str) -> None:
+    for model in (stirred(name, "lora_r8", quantizer).unload(), stirred(name, "lora_r8", quantizer)):  # type: ignore[operator]
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        assert bool(layers) is (quantizer != "int8") and not any(layer.support_avx512bf16_for_cpu for layer in layers)
         passes_leave_bits_and_numbers_alone(model)
 
 
@@ -414,3 +488,182 @@ def test_repacking_for_the_cpu_would_change_weights_and_numbers(name: str) -> No
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = True
     broken(passes_leave_bits_and_numbers_alone, model)
+
+
+# --- eight bits -----------------------------------------------------------------------------------------------------------------------
+
+
+INT8 = bnb_int8.Config(threshold=6.0)
+
+
+def int8_layer(weight: Tensor, bias: Tensor | None = None, config: bnb_int8.Config = INT8) -> Any:
+    return bnb_int8.linear(bnb_int8.encode(weight, config), bias)
+
+
+def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """LLM.int8's vector-wise quantization: each row over its largest magnitude, in 127ths. In float32: values half way are not rare."""
+    scales = np.abs(rows).max(axis=1).astype(np.float32)
+    return np.rint(rows.astype(np.float32) * (np.float32(127) * np.reciprocal(scales)[:, None])).astype(
+        np.float64
+    ), scales
+
+
+def llm_int8(weight: np.ndarray, inputs: np.ndarray, threshold: float) -> np.ndarray:
+    """arXiv 2208.07339: rounded rows by rounded rows, and the columns with an outlier by themselves, unrounded."""
+    codes, scales = rounded(weight)
+    outlier = (np.abs(inputs) >= threshold).any(axis=0) if threshold else np.zeros(inputs.shape[1], bool)
+    rows, magnitudes = rounded(np.where(outlier, 0, inputs))
+    plain = rows @ codes.T * np.outer(magnitudes, scales) / 127**2
+    return plain + inputs[:, outlier] @ (codes * scales[:, None] / 127)[:, outlier].T
+
+
+def with_an_outlier(seed: int = 1, column: float = 60.0) -> Tensor:
+    """Normal inputs (32, 512), one column of which is large, as methods.md's Q9 has it. Representable in float16."""
+    inputs = gaussian(32, 512, seed=seed).clamp(-5, 5).half().float()
+    inputs[:, 7] = column
+    return inputs
+
+
+def codes_are_rounded_rows(weight: Tensor, stored: bnb_int8.Stored) -> None:
+    """The codes are those of a quantizer written down from its definition."""
+    expected, scales = rounded(weight.half().double().numpy())
+    assert (stored.codes.numpy() == expected).all() and (stored.scales.numpy() == scales).all()
+
+
+@pytest.mark.parametrize("shape", [(2304, 768), (1024, 4096), (4096, 128), (128, 14336)])
+def test_int8s_codes_are_those_of_a_reference_quantizer(shape: tuple[int, int]) -> None:
+    weight = gaussian(*shape) * torch.logspace(-3, 2, shape[0])[:, None]
+    stored = bnb_int8.encode(weight, INT8)
+    codes_are_rounded_rows(weight, stored)
+    broken(codes_are_rounded_rows, weight.roll(1, 0), stored)
+    assert (bnb_int8.encode(bnb_int8.decode(stored), INT8).codes == stored.codes).double().mean() > 0.999
+
+
+def test_int8s_error_on_gaussian_weights_and_its_zeros() -> None:
+    """Steps of c / 127 err by c / (127 sqrt 12); a normal row of 1,024 has c = 3.4 on average."""
+    weight = gaussian(1024, 1024)
+    expected = float(weight.abs().amax(1).square().mean().sqrt()) / 127 / 12**0.5
+    error = float((bnb_int8.decode(bnb_int8.encode(weight, INT8)) - weight).norm() / weight.norm())
+    assert error == pytest.approx(expected, rel=0.02) and error < relative_error(settings()) / 10
+    weight[3:5] = 0
+    decoded = bnb_int8.decode(bnb_int8.encode(weight, INT8))
+    assert not decoded[3:5].any() and decoded[2].any()
+
+
+def layer_is_llm_int8(layer: Any, weight: Tensor, inputs: Tensor, threshold: float) -> None:
+    """What the layer gives is what the definition gives, in both modes, and the gradient is that of the de-quantised weight."""
+    half = weight.half().double().numpy()
+    expected = torch.from_numpy(llm_int8(half, inputs.double().numpy(), threshold))
+    codes, scales = rounded(half)
+    meant = torch.from_numpy(codes * scales[:, None] / 127)
+    for mode in (True, False):
+        leaf = inputs.clone().requires_grad_()
+        out = layer.train(mode)(leaf)
+        upstream = gaussian(*out.shape, seed=3)
+        out.backward(upstream)
+        assert_close(out.detach().double(), expected, 2.5e-5)  # bitsandbytes writes 6.200124e-05 for 1 / 127 ** 2
+        assert_close(leaf.grad.double(), upstream.double() @ meant, 1e-5)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_an_int8_layer_computes_llm_int8_in_training_and_in_evaluation(threshold: float) -> None:
+    weight, inputs = gaussian(96, 512), with_an_outlier()
+    layer = int8_layer(weight, None, bnb_int8.Config(threshold=threshold))
+    layer_is_llm_int8(layer, weight, inputs, threshold)
+    broken(layer_is_llm_int8, layer, weight, inputs, 6.0 - threshold)
+    broken(layer_is_llm_int8, nn.Linear(512, 96, bias=False), weight, inputs, threshold)
+
+
+def test_outlier_columns_keep_the_error_small() -> None:
+    """methods.md's Q9: one column at 60 costs less than 2 % with the threshold of 6, and more than three times as much without."""
+    weight, inputs = gaussian(96, 512), with_an_outlier()
+    exact = inputs @ weight.T
+    errors = [
+        float((int8_layer(weight, None, bnb_int8.Config(threshold=each))(inputs) - exact).norm() / exact.norm())
+        for each in (6.0, 0.0)
+    ]
+    assert errors[0] < 0.02 and errors[1] > 3 * errors[0]
+
+
+def upstream_layer(weight: Tensor, bias: Tensor) -> Any:
+    """bitsandbytes' own layer."""
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, threshold=6.0)
+    layer.weight = bitsandbytes.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_layer_is_bitsandbytes_own_evaluated_and_not_its_training_pass_on_a_cpu(dtype: torch.dtype) -> None:
+    """bitsandbytes trains on a CPU with unrounded inputs: when it stops doing so, this test will say it."""
+    weight, bias, inputs = gaussian(96, 512).to(dtype), gaussian(96, seed=2).to(dtype), with_an_outlier().to(dtype)
+    ours, theirs = int8_layer(weight, bias), upstream_layer(weight, bias)
+    assert torch.equal(ours(inputs), theirs.eval()(inputs)) and ours(inputs).dtype == dtype
+    results = []
+    for layer in (ours, theirs):
+        leaf = inputs.clone().requires_grad_()
+        layer(leaf).backward(gaussian(32, 96, seed=3).to(dtype))
+        results.append(leaf.grad)
+    assert torch.equal(results[0], results[1])
+    plain = nn.functional.linear(inputs, bnb_int8.decode(bnb_int8.encode(weight, INT8)), bias)
+    assert_close(theirs.train()(inputs), plain, 1e-5)
+    assert not torch.equal(theirs.train()(inputs), ours.train()(inputs))
+
+
+def test_an_int8_layer_says_nothing_and_its_inputs_are_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """No line a call, as bitsandbytes' own pass writes, and a checkpointed pass does not hold on to the layer's input."""
+    import gc
+    import weakref
+
+    from torch.utils.checkpoint import checkpoint
+
+    layers = nn.Sequential(int8_layer(gaussian(512, 512)), int8_layer(gaussian(512, 512, seed=1)))
+    seen: list[Any] = []
+    layers[1].register_forward_pre_hook(lambda _, arguments: seen.append(weakref.ref(arguments[0])))
+    leaf = with_an_outlier().requires_grad_()
+    out = checkpoint(layers, leaf, use_reentrant=False)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
+    out.sum().backward()
+    again = with_an_outlier().requires_grad_()
+    layers(again).sum().backward()
+    assert leaf.grad is not None and torch.equal(leaf.grad, again.grad)
+    assert not caplog.records
+
+
+def test_an_int8_layer_is_copied_cast_and_saved_whole(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    layer, inputs = int8_layer(gaussian(96, 512), gaussian(96, seed=2)), with_an_outlier()
+    expected = layer(inputs)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(inputs), expected) and images(twin.named_parameters()) == images(layer.named_parameters())
+    twin.bfloat16()  # as an engine does with a whole model: the codes and their scales stay as they are
+    stored = {"weight": torch.int8, "weight.SCB": torch.float32}
+    assert {"weight": twin.weight.dtype, "weight.SCB": twin.weight.SCB.dtype} == stored
+    assert images([("w", twin.weight)]) == images([("w", layer.weight)])
+    assert torch.equal(layer(inputs), expected)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    saved = load_file(tmp_path / "layer.safetensors")
+    again = bnb_int8.linear(bnb_int8.Stored(saved["weight"], saved["SCB"], torch.float32, INT8), saved["bias"])
+    assert torch.equal(again(inputs), expected)
+
+
+def test_int8_says_what_it_is_where_it_is_not_the_papers_kernel() -> None:
+    assert bnb_int8.note("cuda") is None
+    assert "LLM.int8's arithmetic without its kernels" in (bnb_int8.note("cpu") or "")
+    modules = [catalogue.quantizer(name, "float32").module("quantizers") for name in QUANTIZERS]
+    assert all(
+        isinstance(note("cpu"), str | None) for note in (getattr(each, "note", None) for each in modules) if note
+    )
+
+
+def test_every_miniature_has_rows_that_blocks_of_64_do_not_straddle() -> None:
+    """Then a block is part of one output row, and the sizes above hold to the byte."""
+    for name in (*ALL_MINIATURES, *STORAGE):
+        shape = catalogue.model(name).architecture
+        widths = [shape[key] for key in ("n_embd", "hidden_size", "intermediate_size") if key in shape]
+        assert widths and not any(width % 64 for width in widths), name

@@ -17,11 +17,13 @@ import torch
 from finrepro import PROJECT, catalogue, packing, runtime
 from finrepro.batches import COLLATE
 from finrepro.cells import Selection, expand
-from finrepro.checkpoint import Control
-from finrepro.errors import CellFailed
+from finrepro.checkpoint import Control, Trained
+from finrepro.engine import in_parts
+from finrepro.errors import CellFailed, UsageError
+from finrepro.launch import command
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.model import build
-from finrepro.run import Place, request
+from finrepro.place import Place
 from finrepro.spec import RunSpec
 from finrepro.store import open_store, read_lines
 from finrepro.tokens import Encoded
@@ -95,15 +97,16 @@ def plain_loop(spec: RunSpec, data: Sequence[Encoded]) -> tuple[list[float], dic
     return losses, trainable(model)
 
 
+ENGINES = (("deepspeed", 0), ("deepspeed", 2), ("ddp", 0))
 CELLS = ("gpt2*-none-full-tfns-*", "llama*-none-lora_r8-tfns-*", "gpt2*-nf4-lora_r8-tfns-*")
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("engine", "zero_stage"), [*(("deepspeed", stage) for stage in range(4)), ("ddp", 0)])
 @pytest.mark.parametrize("pattern", CELLS)
-def test_every_zero_stage_equals_a_plain_loop(
-    pattern: str, zero_stage: int, data: list[Encoded], tmp_path: Path
+def test_every_engine_and_zero_stage_equals_a_plain_loop(
+    pattern: str, engine: Any, zero_stage: int, data: list[Encoded], tmp_path: Path
 ) -> None:
-    spec = spec_of(pattern, zero_stage=zero_stage)
+    spec = spec_of(pattern, zero_stage=zero_stage, engine=engine)
     losses, weights = run(spec, data, tmp_path)
     expected, reference = plain_loop(spec, data)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -127,12 +130,12 @@ def test_activation_checkpointing_changes_nothing(data: list[Encoded], tmp_path:
     np.testing.assert_allclose(losses, reference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize(("engine", "zero_stage"), ENGINES)
 @pytest.mark.parametrize("pattern", CELLS)
 def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(
-    pattern: str, zero_stage: int, data: list[Encoded], tmp_path: Path
+    pattern: str, engine: Any, zero_stage: int, data: list[Encoded], tmp_path: Path
 ) -> None:
-    spec = spec_of(pattern, zero_stage=zero_stage)
+    spec = spec_of(pattern, zero_stage=zero_stage, engine=engine)
     whole, weights = run(spec, data, tmp_path / "whole")
     seen: list[Any] = []
     with pytest.raises(Interrupted, match="checkpoint"):
@@ -173,17 +176,43 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_says_at_which_step(data: l
         train(built.model, data, spec_of(CELLS[0]), CPU, control(tmp_path))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize(("engine", "zero_stage"), ENGINES)
 def test_a_gradient_that_is_not_a_number_is_seen_in_the_very_step(
-    zero_stage: int, data: list[Encoded], tmp_path: Path
+    engine: Any, zero_stage: int, data: list[Encoded], tmp_path: Path
 ) -> None:
     """The loss of the last step is still finite when its gradient is not: nothing but the norm can tell."""
-    spec = spec_of(CELLS[0], zero_stage=zero_stage, max_steps=1)
+    spec = spec_of(CELLS[0], zero_stage=zero_stage, engine=engine, max_steps=1)
     built = build(spec, None, CPU)
     weight = next(p for p in built.model.parameters() if p.ndim >= 2)
     weight.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(Diverged, match=r"loss \d.*gradient norm (nan|inf)"):
         train(built.model, data, spec, CPU, control(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", CELLS)
+def test_nothing_is_trained_in_no_steps(pattern: str, tmp_path: Path) -> None:
+    spec = spec_of(pattern, max_steps=0)
+    built = build(spec, None, CPU)
+    built.model.requires_grad_(False)  # an engine would have nothing to optimize
+    before = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    assert train(built.model, [], spec, CPU, control(tmp_path)) == Trained()
+    assert all(torch.equal(p, before[name]) for name, p in built.model.named_parameters())
+
+
+def test_one_rank_is_left_with_a_whole_model_after_zero_3(data: list[Encoded], tmp_path: Path) -> None:
+    spec = spec_of(CELLS[1], zero_stage=3)
+    model = build(spec, None, CPU).model
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    train(model, data, spec, CPU, control(tmp_path))
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert not in_parts(model) and not any(key.startswith("ds_") for p in model.parameters() for key in vars(p))
+
+
+def test_plain_ddp_refuses_to_train_bfloat16_weights(tmp_path: Path) -> None:
+    spec = spec_of(CELLS[0], engine="ddp")
+    model = build(spec, None, CPU).model.bfloat16()
+    with pytest.raises(UsageError, match=r"^engine 'ddp' trains float32 parameters only: [^\n]*$"):
+        train(model, [], spec, CPU, control(tmp_path))
 
 
 @pytest.mark.parametrize("pattern", CELLS[:2])
@@ -209,8 +238,9 @@ def test_a_checkpoint_of_another_maker_is_not_resumed(data: list[Encoded], tmp_p
     assert [row["step"] for row in trained.losses] == list(range(STEPS))
 
 
-def test_a_damaged_checkpoint_costs_one_attempt(data: list[Encoded], tmp_path: Path) -> None:
-    spec, seen = spec_of(CELLS[0]), []
+@pytest.mark.parametrize("engine", ["deepspeed", "ddp"])
+def test_a_damaged_checkpoint_costs_one_attempt(engine: Any, data: list[Encoded], tmp_path: Path) -> None:
+    spec, seen = spec_of(CELLS[0], engine=engine), []
     with pytest.raises(Interrupted):
         run(spec, data, tmp_path, stop=lambda: len(seen) >= 2, seen=seen)
     for path in tmp_path.glob("step*/*.pt"):
@@ -239,9 +269,9 @@ def test_any_step_can_be_reached_without_replaying_those_before_it(data: list[En
     assert sorted(row for _, rows in whole[:per_epoch] for row in rows) == list(range(len(data)))
 
 
-def launch(ranks: int, *command: str) -> None:
+def launch(ranks: int, *arguments: str) -> None:
     """Start ranks with torch's launcher and wait."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -256,8 +286,8 @@ def test_two_ranks_equal_one_on_a_real_cell(tmp_path: Path) -> None:
         selection = Selection("3", quick=True, only=only, weights="random", world_size=ranks)
         spec = expand(selection, "smoke")[0].spec
         place = Place(open_store(tmp_path / str(ranks)))
-        message = json.dumps(request(spec, selection, "smoke"))
-        launch(ranks, "-m", "finrepro.run", "--request", message, "--store", str(place.store.root))
+        line = command(spec, selection, "smoke", place)
+        launch(ranks, *line[line.index("finrepro.run") - 1 :])
         result = place.store.result(spec.run_id)
         assert result is not None and result["status"] == "done"
         assert result["scores"] == [], "random weights show no quality"

@@ -25,7 +25,7 @@ class Config:
     target_modules: Literal["all-linear"] | tuple[str, ...]
 
 
-def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
+def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None) -> str | None:
     """None: LoRA goes with every quantizer and every ZeRO stage, since it only calls the base layer."""
     return None
 

@@ -56,7 +56,7 @@ def decode(stored: Stored) -> "Tensor":
 
 
 def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
-    """A frozen bitsandbytes layer around the stored weight; PEFT recognises it."""
+    """A frozen bitsandbytes layer around the stored weight; PEFT takes it for the linear layer that it is."""
     import bitsandbytes
     import torch
     from torch import nn
@@ -98,3 +98,10 @@ def weight_bits(config: Config, dtype_bits: int) -> float:
     if config.double_quant:
         return 4 + 8 / config.block_size + 32 / (256 * config.block_size)
     return 4 + 32 / config.block_size
+
+
+def stored_bytes(stored: Stored) -> int:
+    """Bytes as they lie in memory: codes and block scales. Not the code books, a kilobyte a layer, which are the same everywhere."""
+    state = stored.state
+    tensors = [stored.codes, state.absmax, *([state.state2.absmax] if state.nested else [])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -29,3 +29,8 @@ linear = None  # layers are left as they are
 def weight_bits(config: Config, dtype_bits: int) -> float:
     """Bits per weight of a linear layer in the blocks."""
     return float(dtype_bits)
+
+
+def stored_bytes(stored: "Tensor") -> int:
+    """Bytes as they lie in memory."""
+    return stored.numel() * stored.element_size()

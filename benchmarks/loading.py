@@ -1,0 +1,152 @@
+"""Loading a sharded checkpoint into NF4, part by part against whole: peak resident memory and seconds, each in processes of their own.
+
+Plain Transformers writes a random Llama in bf16, in shards. `streamed` is what a run does; `whole` is `from_pretrained`, then every layer
+quantized. Both must store the same bits. Peaks are counted above what the process held before, so that imports do not blur them; mapped
+pages of the files count as memory here, as the kernel counts them, though it can drop them at any time.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+import torch  # noqa: E402
+from _measure import write  # noqa: E402
+
+from finrepro import catalogue, loading, model  # noqa: E402
+
+ARCHITECTURE = {
+    "vocab_size": 32000, "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+SHARD, REPEATS, MIB = "250MB", 3, 2**20
+WAYS = ("streamed", "whole")
+
+
+def configuration() -> Any:
+    """The Llama that is loaded."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model("llama", **ARCHITECTURE)
+
+
+def write_checkpoint(folder: Path) -> dict[str, Any]:
+    """Random weights in shards, written by Transformers alone; what lies on the disk."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(configuration(), dtype=torch.bfloat16)
+    made.save_pretrained(folder, max_shard_size=SHARD)
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.safetensors"))]
+    return {
+        "parameters": sum(each.numel() for each in made.parameters()),
+        "shard_bytes": sizes,
+        "architecture": ARCHITECTURE,
+    }
+
+
+def resident(key: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def streamed(folder: Path, quantizer: Any) -> tuple[Any, int]:
+    """As a run loads it."""
+    made = loading.skeleton(configuration(), torch.bfloat16)
+    source = loading.Checkpoint(made, folder, "the benchmark's Llama")
+    return made, loading.stream(made, source, quantizer, torch.device("cpu"))
+
+
+def whole(folder: Path, quantizer: Any) -> tuple[Any, int]:
+    """All of it first, then the quantizer."""
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.quantize(made, quantizer)
+    return made, 0
+
+
+def child(way: str, folder: Path) -> None:
+    """Load once and print what it took."""
+    runtime.setup(0, 2)
+    quantizer = catalogue.quantizer("nf4", "bfloat16")
+    quantizer.module("quantizers").encode(
+        torch.zeros(64, 64), quantizer.config
+    )  # its library is loaded before the count begins
+    configuration()
+    import accelerate  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    before, anonymous, done = resident("VmRSS"), resident("RssAnon"), threading.Event()
+    highest = [anonymous]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            highest.append(resident("RssAnon"))
+
+    runtime.reset_peak_memory()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    made, stored = {"streamed": streamed, "whole": whole}[way](folder, quantizer)
+    seconds = time.perf_counter() - began
+    peak = resident("VmHWM")
+    done.set()
+    watcher.join()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(made.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    print(json.dumps({
+        "seconds": seconds, "peak_bytes": peak - before, "peak_anonymous_bytes": max(highest) - anonymous,
+        "stored_bytes": stored, "sha256": digest.hexdigest(),
+    }))  # fmt: skip
+
+
+def main() -> None:
+    """Both ways in turn, a warm-up round first."""
+    raw: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = write_checkpoint(folder)
+        for turn in range(REPEATS + 1):
+            for way in WAYS:
+                answer = subprocess.run(
+                    [sys.executable, __file__, "--child", way, name],
+                    env=os.environ,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                if turn:
+                    raw[way].append(json.loads(answer.stdout.splitlines()[-1]))
+    assert len({each["sha256"] for way in WAYS for each in raw[way]}) == 1, "the two ways store different bits"
+    stored = raw["streamed"][0]["stored_bytes"]
+    summary: dict[str, Any] = {
+        "checkpoint_mib": round(sum(checkpoint["shard_bytes"]) / MIB),
+        "largest_shard_mib": round(max(checkpoint["shard_bytes"]) / MIB),
+        "stored_mib": round(stored / MIB),
+    }
+    for way in WAYS:
+        for key in ("peak_bytes", "peak_anonymous_bytes"):
+            highest = max(each[key] for each in raw[way])
+            summary[f"{way}_{key.removesuffix('_bytes')}_mib"] = round(highest / MIB)
+        summary[f"{way}_seconds"] = [round(each["seconds"], 2) for each in raw[way]]
+    write("loading", {"checkpoint": checkpoint, "repeats": REPEATS, "raw": raw, "summary": summary})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,229 @@
+"""What the training loop drives: a model, its optimizer and its ranks, under DeepSpeed or under torch's plain DDP.
+
+Both average gradients over the ranks, so the loop scales each rank's share of the loss to make the average the sum over the global batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from finrepro import runtime
+from finrepro.batches import Batch
+from finrepro.catalogue import deepspeed_config
+from finrepro.errors import CellFailed, UsageError
+from finrepro.layers.supervised import SupervisedLM, backbone_and_head
+from finrepro.spec import Train
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """The part of a training engine that the loop and the checkpoints know."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, whose `lr` the loop sets."""
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks exchange gradients at the last one."""
+
+    def update(self) -> Tensor | float:
+        """Clip, take one optimizer step, forget the gradients; the gradient's norm before clipping."""
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write trained weights, optimizer and `state` to `folder/tag`; all ranks call it."""
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Take up what `save` wrote; its `state`."""
+
+    def close(self) -> None:
+        """Let go of the model, which keeps what was learned; at ZeRO stage 3 it stays in parts."""
+
+
+def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Engine:
+    """The model under the engine asked for, with the optimizer of the settings, in the cell's process group."""
+    runtime.start_process_group(device)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = settings.optimizer.module("optimizers").build(named, settings.lr, settings.optimizer.config)
+    kind = PlainDDP if settings.engine == "ddp" else DeepSpeed
+    return kind(model, named, optimizer, settings, device)
+
+
+class PlainDDP:
+    """torch's DistributedDataParallel; it does not import DeepSpeed.
+
+    Raises `UsageError` for bfloat16 weights that are trained: nobody here keeps the float32 copy that small updates need.
+    """
+
+    def __init__(self, model: nn.Module, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+        if any(parameter.dtype != torch.float32 for _, parameter in named):
+            raise UsageError(
+                "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or engine 'deepspeed'."
+            )
+        self.named, self.optimizer, self.device = named, optimizer, device
+        self.max_grad_norm = settings.max_grad_norm
+        self.module = nn.parallel.DistributedDataParallel(
+            SupervisedLM(model),
+            device_ids=[device] if device.type == "cuda" else None,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # noqa: D102
+        return list(self.optimizer.param_groups)
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: D102
+        with nullcontext() if last else self.module.no_sync():
+            loss = self.module(batch) * scale
+            loss.backward()
+        return loss.detach()
+
+    def update(self) -> Tensor | float:  # noqa: D102
+        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:  # noqa: D102
+        if runtime.ranks().is_main:
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            weights = {name: parameter.detach() for name, parameter in self.named}
+            whole = {"weights": weights, "optimizer": self.optimizer.state_dict(), "state": state}
+            torch.save(whole, folder / tag / "ddp.pt")
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:  # noqa: D102
+        whole = torch.load(folder / tag / "ddp.pt", map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.named:
+                parameter.copy_(whole["weights"][name])
+        self.optimizer.load_state_dict(whole["optimizer"])
+        return dict(whole["state"])
+
+    def close(self) -> None:  # noqa: D102
+        self.optimizer.zero_grad()
+        del self.module
+
+
+class DeepSpeed:
+    """DeepSpeed at the ZeRO stage of the settings."""
+
+    def __init__(self, model: nn.Module, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+        bf16 = any(parameter.dtype == torch.bfloat16 for _, parameter in named)
+        # At stage 0 in float32 DeepSpeed clips and throws the norm away: we do it there, its optimizer wrappers elsewhere.
+        self.clips = settings.zero_stage > 0 or bf16
+        self.named, self.max_grad_norm, self.device = named, settings.max_grad_norm, device
+        config = {"gradient_clipping": settings.max_grad_norm if self.clips else 0.0}
+        self.engine = _initialize(SupervisedLM(model), optimizer, settings, device, config | _bf16(bf16))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # noqa: D102
+        return list(self.engine.optimizer.param_groups)
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: D102
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(batch) * scale
+        self.engine.backward(loss, scale_wrt_gas=False)
+        return loss.detach()
+
+    def update(self) -> Tensor | float:
+        """Raises `CellFailed` when there is no norm."""
+        norm = None
+        if not self.clips:
+            norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.max_grad_norm)
+        self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            raise CellFailed("DeepSpeed reports no gradient norm: a diverging run could not be told from a good one.")
+        return norm
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:  # noqa: D102
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:  # noqa: D102
+        _, state = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        return dict(state)
+
+    def close(self) -> None:  # noqa: D102
+        self.engine.destroy()
+
+
+def _bf16(enabled: bool) -> dict[str, Any]:
+    return {"bf16": {"enabled": True}} if enabled else {}
+
+
+def _initialize(module: nn.Module, optimizer: Any, settings: Train, device: torch.device, more: dict[str, Any]) -> Any:
+    """A DeepSpeed engine; without an optimizer one that only computes."""
+    deepspeed = runtime.start_deepspeed(device)
+    config = deepspeed_config(settings.zero_stage) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand: steps differ in their number of micro-batches
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config | more, dist_init_required=False)
+    return engine
+
+
+def in_parts(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of which this rank holds a part (ZeRO-3)."""
+    return [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+
+
+@contextmanager
+def inference(model: nn.Module, settings: Train, device: torch.device) -> Iterator[None]:
+    """Inside, the model can be called whichever way its parameters lie; with ZeRO-3 on several ranks they lie in parts.
+
+    There every layer's parameters are gathered for its own computation and dropped after it, so that no rank ever holds the whole model,
+    and all ranks have to make the same calls.
+    """
+    if not in_parts(model) and not (settings.zero_stage == 3 and runtime.ranks().world_size > 1):
+        yield
+        return
+    zero = deepspeed_config(3)["zero_optimization"] | {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    engine = _initialize(model, None, settings, device, {"zero_optimization": zero})
+    backbone, _ = backbone_and_head(model)
+    # DeepSpeed counts passes through the whole model, and we call the backbone and the head by themselves.
+    started = backbone.register_forward_pre_hook(lambda *_: engine.optimizer.get_param_coordinator().reset_step())
+    try:
+        yield
+        engine.optimizer.partition_all_parameters()
+    finally:
+        started.remove()
+        engine.destroy()
+
+
+def make_whole(model: nn.Module) -> None:
+    """Gather every parameter on every rank, and leave a model that knows nothing of ZeRO's parts."""
+    for parameter in in_parts(model):
+        parameter.data = _gathered(parameter, parameter.device)
+        for name in [name for name in vars(parameter) if name.startswith("ds_")]:
+            delattr(parameter, name)
+
+
+def collect_trained(model: nn.Module) -> None:
+    """Gather the trained parameters in rank 0's host memory, one at a time, for it to export; all ranks call it.
+
+    Nothing to do where they do not lie in parts. The model cannot be computed with afterwards.
+    """
+    host = torch.device("cpu") if runtime.ranks().is_main else None
+    for parameter in in_parts(model):
+        if parameter.requires_grad and (data := _gathered(parameter, host)) is not None:
+            parameter.data = data
+
+
+def _gathered(parameter: nn.Parameter, device: torch.device | None) -> Any:
+    """A copy of the whole parameter on `device`, None where that is None; every rank calls it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return None if device is None else parameter.detach().to(device, copy=True)

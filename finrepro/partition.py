@@ -1,0 +1,25 @@
+"""ZeRO stage 3 from the first byte: of every part of a model that has just been loaded, a rank keeps its share."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def partition(part: "nn.Module", device: "torch.device") -> None:
+    """Split every parameter of `part` over the ranks, in place, as DeepSpeed's ZeRO-3 engine would later (Rajbhandari et al., 2020,
+    arXiv 1910.02054): what remains on this rank is 1 / ranks of it. All ranks call it, in the same order.
+    """
+    from finrepro import runtime
+    from finrepro.catalogue import deepspeed_config
+
+    deepspeed = runtime.start_deepspeed(device)
+    settings = deepspeed_config(3)
+    config: dict[str, Any] = settings | {
+        # It would replace torch's own linear function once a part.
+        "zero_optimization": settings["zero_optimization"] | {"memory_efficient_linear": False},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=next(part.parameters()).dtype)

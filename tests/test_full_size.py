@@ -1,0 +1,75 @@
+"""GPT-2 at full size, 124,439,808 parameters, from a checkpoint that plain Transformers wrote, with GPT-2's own tokenizer: the walk of a
+real cell. The weights are random, so its scores mean nothing; that everything is the model's own size is what is held here."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures_model import process  # noqa: F401
+
+from finrepro import catalogue, plan, runtime, weights
+from finrepro.cells import Selection, expand
+from finrepro.manifest import file_digest
+from finrepro.model import load_tokenizer
+from finrepro.place import Place
+from finrepro.run import run_cell
+from finrepro.store import open_store
+
+pytestmark = pytest.mark.slow
+PARAMETERS, BLOCKS, WIDTH = 124_439_808, 12, 768
+BLOCK_WEIGHTS = BLOCKS * 12 * WIDTH**2
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """<hub id>/ with configuration, weights in shards, vocabulary and merges, as a user's own folder would hold them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    root = tmp_path_factory.mktemp("models")
+    folder = root / "openai-community" / "gpt2"
+    torch.manual_seed(0)
+    made = GPT2LMHeadModel(GPT2Config())
+    assert sum(each.numel() for each in made.parameters()) == PARAMETERS
+    made.save_pretrained(folder, max_shard_size="200MB")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(data_dir / "gpt2_tokenizer" / name, folder)
+    return root
+
+
+@pytest.mark.parametrize("quantizer", ["none", "nf4"])
+def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
+    quantizer: str, models_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    (cell,) = expand(Selection("3", only=f"gpt2_127m-{quantizer}-lora_r8-fiqa_sa-s0"), "paper")
+    train = dataclasses.replace(
+        cell.spec.train, max_steps=3, warmup_steps=0, global_batch_size=4, max_tokens=512, lr=1e-3
+    )
+    spec = dataclasses.replace(cell.spec, train=train, threads=2)
+    place = Place(open_store(tmp_path / "store"), data_dir, models_dir)
+    folder = models_dir / "openai-community" / "gpt2"
+    weights.check(spec.model, folder)
+    assert weights.locate(spec.model, models_dir) == folder
+    assert len(load_tokenizer(folder, spec.model)) == spec.model.architecture["vocab_size"] == 50257
+    assert plan.cannot_run(spec, place) is None
+
+    runtime.reset_peak_memory()
+    result: dict[str, Any] = run_cell(spec, place, lambda _: None, lambda: False)
+    assert result["status"] == "done", result["reason"]
+    costs = result["costs"]
+    assert costs["total_params"] == PARAMETERS == catalogue.model("gpt2_127m").parameters
+    assert costs["trainable_params"] == 8 * BLOCKS * 16 * WIDTH
+    dense = 2 * PARAMETERS  # bf16
+    if quantizer == "none":
+        assert costs["base_bytes"] == dense
+    else:
+        stored = costs["base_bytes"] - (dense - 2 * BLOCK_WEIGHTS)
+        bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, 16)
+        assert 8 * stored == pytest.approx(bits * BLOCK_WEIGHTS, rel=1e-3)
+    assert costs["peak_memory_bytes"] > costs["base_bytes"]
+    wanted = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
+    assert len(wanted) > 1 and result["data"]["base"]["files"] == wanted
+    assert result["data"]["tokenizer"]["sha256"]
+    assert result["scores"] and costs["evaluated_examples"] > 0 and costs["final_loss"] > 0

@@ -1,0 +1,36 @@
+"""One of two ranks: loads and trains a tiny cell at ZeRO stage 3 and at stage 0, and writes down what it held and the losses. A program of
+test_loading.py, started by torchrun with a quantizer and a folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+from fixtures_model import random_examples, spec_of  # noqa: E402
+
+from finrepro.checkpoint import Control  # noqa: E402
+from finrepro.model import build  # noqa: E402
+from finrepro.train import train  # noqa: E402
+
+device = runtime.setup(0, 1)
+found: dict[str, Any] = {}
+for stage in (3, 0):
+    spec = spec_of(
+        "llama3_1_8b_mini", "lora_r8", sys.argv[1], zero_stage=stage, max_steps=3, global_batch_size=4, warmup_steps=0, lr=1e-2
+    )  # fmt: skip
+    built = build(spec, None, device)
+    base = [getattr(p, "ds_tensor", p) for p in built.model.parameters() if not p.requires_grad]
+    control = Control(lambda _: None, lambda: False, Path(sys.argv[2]) / str(stage))
+    trained = train(built.model, random_examples(0, count=24), spec, device, control)
+    found[str(stage)] = {
+        "held": sum(each.numel() * each.element_size() for each in base),
+        "losses": [row["loss"] for row in trained.losses],
+        "base_bytes": built.base_bytes,
+        "base_parameters": built.base_parameters,
+        "trainable_parameters": built.trainable_parameters,
+    }
+(Path(sys.argv[2]) / f"rank{runtime.ranks().rank}.json").write_text(json.dumps(found))
