@@ -12,6 +12,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
 }
+NAMES, NAME_WIDTH = 4, 22  # the columns on the left that name a line, and how wide the terminal keeps them
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table. `label` is the LaTeX label without `tab:`; `notes` stand below it."""
+    """A finished table. `name` is the catalogue's; `label` the LaTeX label without `tab:`; `notes` stand below it."""
 
+    name: str
     label: str
     caption: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The caption with the table's number, for where nothing else numbers it."""
+        return f"Table {self.name.removeprefix('table')}. {self.caption}"
 
 
 def to_json(table: Table) -> str:
@@ -47,12 +54,13 @@ def to_markdown(table: Table) -> str:
 
     body = [row(table.columns), "|" + "---|" * len(table.columns), *(row(line.texts) for line in table.lines)]
     notes = [f"- {note}" for note in table.notes]
-    return "\n".join([f"**{table.caption}**", "", *body, "", *notes]).rstrip() + "\n"
+    return "\n".join([f"**{table.title}**", "", *body, "", *notes]).rstrip() + "\n"
 
 
 def escape(text: str) -> str:
     """Text as LaTeX."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    text = "".join(_LATEX.get(character, character) for character in text)
+    return text.replace("--", "-{}-")  # two hyphens would become a dash
 
 
 def to_latex(table: Table) -> str:
@@ -63,21 +71,25 @@ def to_latex(table: Table) -> str:
             lines.append(r"\midrule")
         previous = line.section
         lines.append(" & ".join(escape(text) for text in line.texts) + r" \\")
-    notes = r" \\ ".join(escape(note) for note in table.notes)
+    notes = "\\par\n".join(
+        escape(note) for note in table.notes
+    )  # after a line break TeX would read "[1]" and "*" as its options
     return "\n".join(
         [
             "% Generated from results by finrepro; do not edit.",
+            r"\providecommand{\resizebox}[3]{#3} % graphicx makes a wide table fit; without it the table is set as it is",
             r"\begin{table*}",
             r"\centering\small",
             rf"\caption{{{escape(table.caption)}}}\label{{tab:{table.label}}}",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
             r"\toprule",
             " & ".join(escape(column) for column in table.columns) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
-            r"\end{tabular}",
-            *([rf"\par\smallskip\footnotesize {notes}"] if notes else []),
+            r"\end{tabular}}",
+            *([rf"\par\smallskip\raggedright\footnotesize {notes}\par"] if notes else []),
             r"\end{table*}",
             "",
         ]
@@ -90,11 +102,11 @@ def to_rich(table: Table) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        title=table.caption, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
-    )
-    for column in table.columns:
-        shown.add_column(column, overflow="fold")
+    shown = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for index, column in enumerate(table.columns):
+        longest = max([len(word) for line in table.lines for word in line.texts[index].split()], default=0)
+        whole = min(longest, NAME_WIDTH) if index < NAMES else None  # names stay in one piece, the rest folds first
+        shown.add_column(column, overflow="fold", min_width=whole)
     previous = None
     for line in table.lines:
         if previous is not None and line.section != previous:

@@ -1,13 +1,15 @@
 """A table from the store: cells joined with their results, given to the report, and written as Markdown, LaTeX and JSON."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from finrepro import store
-from finrepro.catalogue import table
+from finrepro.catalogue import published, table
 from finrepro.cells import Cell, Selection, expand
+from finrepro.figure import draw, to_png, to_svg
+from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
-from finrepro.run import Place
 from finrepro.schema import kind_module
 from finrepro.spec import Scale
 
@@ -28,8 +30,14 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "model": cell.spec.model.name,
                 "quantizer": cell.spec.quantizer.name,
                 "adapter": cell.spec.adapter.name,
-                "train_on": cell.spec.train_on.task.name,
+                "train_on": cell.spec.train_on.name,
+                "prompts": {each.task.name: getattr(each.task.config, "template", "") for each in cell.spec.tasks},
+                "tasks": [each.task.name for each in cell.spec.tasks],
                 "seed": cell.spec.seed,
+                "devices": cell.spec.world_size,
+                "batch": cell.spec.train.global_batch_size,
+                "weights": cell.spec.weights,
+                "notes": result.get("cell", {}).get("notes", []),
                 "state": state,
                 "reason": reason,
                 "short": cell.spec.train.short,
@@ -41,20 +49,41 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
 
 
 def file_stem(selection: Selection) -> str:
-    """Name of the table's files: the short cells of --quick have files of their own."""
-    return table(selection.table).report + ("-quick" if selection.quick else "")
+    """Name of the table's files: a selection with other cells than the table's own has files of its own."""
+    parts = [table(selection.table).report]
+    parts += [name for name in ("quick", "full") if getattr(selection, name)]
+    parts += [Path(selection.adapter).name] if selection.adapter else []
+    parts += [f"seeds{'_'.join(map(str, selection.seeds))}"] if selection.seeds else []
+    parts += [f"{selection.world_size}_devices"] if selection.world_size else []
+    return "-".join(parts + (["random_weights"] if selection.weights == "random" else []))
 
 
 def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
-    """The table of the selected cells; the files hold all of the table's cells, whichever were selected by --only."""
+    """The table of the selected cells; the files, its figure among them, hold all of its cells, whichever --only selected."""
     report = kind_module("report", table(selection.table).report)
-    built: Table = report.build(rows(cells, place), scale)
-    everything = expand(dataclasses.replace(selection, only=None), scale)
-    whole: Table = report.build(rows(everything, place), scale)
+    values = published() if scale == "paper" else ()
+    everything = cells if selection.only is None else expand(dataclasses.replace(selection, only=None), scale)
+    shown = _with_neighbours(selection, scale, everything, place)
+    whole: Table = report.build(shown, scale, values)
+    files = {"md": to_markdown(whole).encode(), "tex": to_latex(whole).encode(), "json": to_json(whole).encode()}
+    if hasattr(report, "panels") and any(row["scores"] for row in shown):
+        picture = draw(report.panels(shown), whole.title)
+        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / scale
     with store.disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in (("md", to_markdown(whole)), ("tex", to_latex(whole)), ("json", to_json(whole))):
-            path = folder / f"{file_stem(selection)}.{suffix}"
-            store.write_text(path, text)
-    return built
+        for suffix, content in files.items():
+            store.write_bytes(folder / f"{file_stem(selection)}.{suffix}", content)
+    if everything is cells:
+        return whole
+    asked_for: Table = report.build(_with_neighbours(selection, scale, cells, place), scale, values)
+    return asked_for
+
+
+def _with_neighbours(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> list[dict[str, Any]]:
+    """The rows of the cells, and those of the finished runs of the table that stands beside this one."""
+    beside = table(selection.table).beside
+    if beside is None:
+        return rows(cells, place)
+    other = dataclasses.replace(selection, table=beside.removeprefix("table"), only=None)
+    return rows(cells, place) + [row for row in rows(expand(other, scale), place) if row["state"] == store.DONE]

@@ -1,108 +1,232 @@
 """Table 3: the quality of every model x adapter x quantizer on the financial tasks."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
+from finrepro.figure import Dot, Panel
+from finrepro.lines import Beside, Row, evidence, grouped, marks, published_evidence, reasons
+from finrepro.published import Published
 from finrepro.render import Line, Table
+from finrepro.verdict import Estimate, estimate
 
-METRICS = {"accuracy": "Accuracy [95 %]", "f1_weighted": "F1 weighted", "f1_macro": "F1 macro", "mcc": "MCC"}
-COLUMNS = ("Task", "Model", "Quantizer", "Adapter", *METRICS.values(), "Over constant", "n", "Seeds")
+# A family of tasks is known by its main metric, the first here that was scored; the others follow it in one column.
+FAMILIES = {
+    "accuracy": ("f1_weighted", "f1_macro", "mcc"),
+    "f1_entity": ("precision_entity", "recall_entity", "unparsable_rate"),
+}
+TITLES = {
+    "task": "Task", "model": "Model", "quantizer": "Quantizer", "adapter": "Adapter", "trained_on": "Trained on",
+    "score": "Score [95 %]", "further": "Further", "over_constant": "Over constant", "published": "Published",
+    "verdict": "Verdict", "n": "n", "seeds": "Seeds",
+}  # fmt: skip
+COLUMNS = tuple(TITLES)
+LINE = ("model", "quantizer", "adapter", "train_on", "batch", "devices")
 
-Row = dict[str, Any]  # a cell: axis names, state, reason, run_id, scores
 
+def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
+    """One line a (task, cell), seeds averaged; the best constant answer heads each task. What has no result comes last, gathered.
 
-def build(rows: Sequence[Row], scale: str) -> Table:
-    """One line a (task, model, quantizer, adapter), seeds averaged; the best constant answer heads each task.
-
-    `rows` are cells joined with their results. Cells without a score keep their line, with the reason where the scores would be.
+    `rows` are cells joined with their results. `published` values stand beside cells at paper scale only.
     """
+    judged = [row for row in rows if row["tasks"]]  # a cell without tasks is there for its costs
+    beside = Beside(published if scale == "paper" else ())
     lines: list[Line] = []
-    refused, rows_shown = [r for r in rows if r["state"] == "refused"], [r for r in rows if r["state"] != "refused"]
-    for task, of_task in _grouped(rows_shown, "train_on"):
+    tasks = dict.fromkeys(task for row in judged for task in row["tasks"])
+    for task in tasks:
+        of_task = [
+            row for row in judged if task in row["tasks"] and row["state"] in ("done", "stale", "failed", "diverged")
+        ]
         head = _constant(task, of_task)
         lines += [head] if head else []
-        for _, of_line in _grouped(of_task, "model", "quantizer", "adapter"):
-            lines.append(_line(task, of_line))
-    smoke = scale == "smoke"
-    caption = "Table 3. Financial tasks" + (
-        " - SMOKE: miniatures, never to be set against published values" if smoke else ""
-    )
+        for _, of_line in grouped(of_task, *LINE):
+            lines.append(_line(task, of_line, _names(task, of_line[0], of_task), beside))
+    lines += _without_result([row for row in judged if row["state"] in ("skipped", "refused", "not run")])
+    empty = {"published": ("",), "verdict": ("",), "trained_on": ("", "-")}  # a column that says nothing is left out
+    said = {column: {line.texts[i] for line in lines} for i, column in enumerate(COLUMNS)}
+    kept = [i for i, column in enumerate(COLUMNS) if column not in empty or said[column] - set(empty[column])]
+    smoke = " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
     return Table(
+        name="table3",
         label=f"table3_{scale}",
-        caption=caption,
-        columns=COLUMNS,
-        lines=tuple(lines),
-        notes=_notes([*rows_shown, *refused]),
+        caption="Financial tasks" + smoke,
+        columns=tuple(TITLES[COLUMNS[i]] for i in kept),
+        lines=tuple(Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines),
+        notes=_notes(judged, beside),
     )
 
 
-def _grouped(rows: Sequence[Row], *axes: str) -> list[tuple[Any, list[Row]]]:
-    """Rows grouped by axes, groups and rows in their first order."""
-    order = {key: i for i, key in enumerate(dict.fromkeys(tuple(row[a] for a in axes) for row in rows))}
-    ranked = sorted(rows, key=lambda row: order[tuple(row[a] for a in axes)])
-    groups = [(key, list(group)) for key, group in groupby(ranked, key=lambda row: tuple(row[a] for a in axes))]
-    return [(key[0] if len(axes) == 1 else key, group) for key, group in groups]
+def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
+    """The scored part of the table for finrepro.figure: a panel a task, a dot a configuration, coloured by adapter."""
+    found = []
+    for task in dict.fromkeys(task for row in rows for task in row["tasks"]):
+        of_task = [row for row in rows if task in row["tasks"]]
+        main = next(iter(_metrics(of_task, task)), "")
+        dots, constant = [], None
+        for _, group in grouped(of_task, *LINE):
+            scores = [score for row in group if (score := _score(row, task, main))]
+            if not scores:
+                continue
+            ours, names = _estimate(scores), _names(task, group[0], of_task)
+            constant = scores[0].get("constant")
+            source = f", {names['trained_on']}" if len(names["trained_on"]) > 1 else ""
+            name = f"{names['model']}, {names['quantizer']}, {names['adapter']}{source}"
+            dots.append(Dot(name, names["adapter"], ours.value, ours.low, ours.high, group[0]["short"]))
+        if dots:
+            axis = (
+                main.replace("_", " ")
+                + " [95 %]; dashed: best constant answer; hollow: trained too briefly to show quality"
+            )
+            found.append(Panel(task, axis, constant, tuple(dots)))
+    return tuple(found)
 
 
-def _score(row: Row, metric: str) -> dict[str, Any] | None:
-    """The row's score for a metric, None without one."""
-    return next((s for s in row["scores"] if s["metric"] == metric and s["task"] == row["train_on"]), None)
+def _texts(**by_column: str) -> tuple[str, ...]:
+    """A line's texts in the order of the columns."""
+    return tuple(by_column.pop(column, "") for column in TITLES)
+
+
+def _score(row: Row, task: str, metric: str) -> dict[str, Any] | None:
+    """The row's score for a task and a metric, None without one. Random weights have no quality, whatever was computed."""
+    if row["weights"] == "random":
+        return None
+    return next((s for s in row["scores"] if s["metric"] == metric and s["task"] == task), None)
+
+
+def _metrics(rows: Sequence[Row], task: str) -> tuple[str, ...]:
+    """The task's metrics, the main one first: those of its family, or, for a family of its own, what was scored first."""
+    scored = dict.fromkeys(s["metric"] for row in rows for s in row["scores"] if s["task"] == task)
+    for main, others in FAMILIES.items():
+        if main in scored:
+            return (main, *others)
+    return tuple(scored)[:1]
+
+
+def _further(scores: Sequence[float | None]) -> str:
+    return " / ".join("-" if score is None else f"{score:.3f}" for score in scores)
 
 
 def _constant(task: str, rows: Sequence[Row]) -> Line | None:
     """The line of the best constant answer, taken from any scored cell of the task."""
-    scored = next((row for row in rows if _score(row, "accuracy")), None)
+    metrics = _metrics(rows, task)
+    scored = next((row for row in rows if metrics and _score(row, task, metrics[0])), None)
     if scored is None:
         return None
-    scores = {metric: _score(scored, metric) for metric in METRICS}
-    accuracy = scores["accuracy"]
-    assert accuracy is not None
-    texts = [f"{score['constant']:.3f}" if score else "" for score in scores.values()]
-    name = f"always {accuracy['constant_answer']}"
-    return Line((task, name, "", "", *texts, "", str(accuracy["n"]), ""), section=task)
+    main, *others = (_score(scored, task, metric) for metric in metrics)
+    if main is None or main.get("constant") is None:
+        return None
+    further = _further([other["constant"] if other else None for other in others])
+    texts = _texts(task=task, model=f"always {main['constant_answer']}", score=f"{main['constant']:.3f}",
+                   further=further, n=str(main["n"]))  # fmt: skip
+    return Line(texts, section=task)
 
 
-def _line(task: str, rows: Sequence[Row]) -> Line:
-    """The line of one model x quantizer x adapter over its seeds."""
-    first = rows[0]
-    names = (task, first["model"], first["quantizer"], first["adapter"])
-    scored = [row for row in rows if _score(row, "accuracy")]
-    evidence = {
-        "cells": [
-            {key: row[key] for key in ("label", "run_id", "seed", "state", "reason", "scores", "costs")} for row in rows
-        ]
+def _names(task: str, row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """What names the line; devices and batch only where they say something."""
+    same = [r for r in rows if all(r[axis] == row[axis] for axis in LINE[:4])]
+    adapter = row["adapter"] + (f" (batch {row['batch']})" if len({r["batch"] for r in same}) > 1 else "")
+    adapter += f" ({row['devices']} devices)" if row["devices"] > 1 else ""
+    trained_on = "-" if row["adapter"] == "base" else "" if row["train_on"] == task else row["train_on"]
+    return {
+        "task": task,
+        "model": row["model"],
+        "quantizer": row["quantizer"],
+        "adapter": adapter,
+        "trained_on": trained_on,
     }
+
+
+def _line(task: str, rows: Sequence[Row], names: dict[str, str], beside: Beside) -> Line:
+    """The line of one configuration over its seeds."""
+    metrics = _metrics(rows, task)
+    scored = [row for row in rows if metrics and _score(row, task, metrics[0])]
+    shown = evidence(rows, task)
     if not scored:
-        return Line((*names, f"- ({first['state']})", "", "", "", "", "", ""), section=task, evidence=evidence)
-    values = {metric: [_score(row, metric) for row in scored] for metric in METRICS}
-    accuracy = [score for score in values["accuracy"] if score]
-    mark = (" *" if any(row["state"] != "done" for row in rows) else "") + (" (short)" if first["short"] else "")
-    gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-        *(mean(s[key] for s in accuracy) for key in ("gain", "gain_low", "gain_high"))
+        finished = rows[0]["state"] in ("done", "stale")
+        why = "random weights" if rows[0]["weights"] == "random" and finished else rows[0]["state"]
+        return Line(_texts(**names, score=f"- ({why})", further=_costs(rows[0])), task, shown)
+    found = {metric: [s for row in scored if (s := _score(row, task, metric))] for metric in metrics}
+    ours = {metric: _estimate(scores) for metric, scores in found.items() if scores}
+    main, n = ours[metrics[0]], found[metrics[0]][0]["n"]
+    pairs = beside.find(scored[0], task, metrics, n)
+    value, verdict = beside.texts(pairs, ours)
+    gains = [s for s in found[metrics[0]] if s.get("gain") is not None]
+    over = (
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(mean(s[key] for s in gains) for key in ("gain", "gain_low", "gain_high")))
+        if gains
+        else ""
     )
-    texts = [f"{mean(score['value'] for score in scores if score):.3f}" for scores in values.values()]
-    texts[0] += f" [{mean(s['low'] for s in accuracy):.3f}, {mean(s['high'] for s in accuracy):.3f}]{mark}"
-    seeds = str(len(scored)) if len(scored) == 1 else f"{len(scored)} (sd {stdev(s['value'] for s in accuracy):.3f})"
-    return Line((*names, *texts, gain, str(accuracy[0]["n"]), seeds), section=task, evidence=evidence)
+    seeds = (
+        str(len(scored))
+        if len(scored) == 1
+        else f"{len(scored)} (sd {stdev(s['value'] for s in found[metrics[0]]):.3f})"
+    )
+    texts = _texts(
+        **names,
+        score=f"{main.value:.3f} [{main.low:.3f}, {main.high:.3f}]{marks(scored)}",
+        further=_further([ours[m].value if m in ours else None for m in metrics[1:]]),
+        over_constant=over,
+        published=value,
+        verdict=verdict,
+        n=str(n),
+        seeds=seeds,
+    )
+    return Line(texts, task, shown | (published_evidence(pairs) if pairs else {}))
 
 
-def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How to read the intervals, and every cell that has no score or is stale, with its reason."""
+def _estimate(scores: Sequence[dict[str, Any]]) -> Estimate:
+    """Seeds as one estimate."""
+    values, lows, highs = ([score[key] for score in scores] for key in ("value", "low", "high"))
+    return estimate(values, lows, highs, scores[0]["n"])
+
+
+def _costs(row: Row) -> str:
+    """What a cell without quality has measured all the same."""
+    peak, speed = row["costs"].get("peak_memory_bytes"), row["costs"].get("tokens_per_second")
+    return ", ".join([*([f"{peak / 2**30:.2f} GiB"] if peak else []), *([f"{speed:,.0f} tokens/s"] if speed else [])])
+
+
+def _without_result(rows: Sequence[Row]) -> list[Line]:
+    """A line a (model, state, reason): a machine without weights would otherwise fill pages with nothing."""
+    lines = []
+    for (model, state, _), group in grouped(rows, "model", "state", "reason"):
+        tasks = dict.fromkeys(task for row in group for task in row["tasks"])
+        names = {
+            "task": _some(tasks, "tasks"),
+            "quantizer": _some(dict.fromkeys(row["quantizer"] for row in group), "quantizers"),
+            "adapter": _some(dict.fromkeys(row["adapter"] for row in group), "adapters"),
+        }
+        count = f"{len(group)} cells" if len(group) > 1 else ""
+        texts = _texts(**names, model=model, score=f"- ({state})", further=count)
+        lines.append(Line(texts, "without result", evidence(group)))
+    return lines
+
+
+def _some(names: dict[str, None], what: str) -> str:
+    """One or two names, or how many there are."""
+    return ", ".join(names) if len(names) <= 2 else f"{len(names)} {what}"
+
+
+def _notes(rows: Sequence[Row], beside: Beside) -> tuple[str, ...]:
+    """How to read the table, then every reason."""
     notes = [
-        "Task: trained on its training split, scored on its test split. The first line is the best constant answer.",
-        "Intervals: bootstrap over test examples, equal texts resampled together; over several seeds, their mean bounds.",
+        "Task: the test split that is scored; trained on the task's own training split unless the table names another set. "
+        "The first line of a task is its best constant answer.",
+        "Score; further: classification - accuracy; weighted F1 / macro F1 / MCC. "
+        "Entities - entity F1; precision / recall / unparsable share.",
+        "Intervals: bootstrap over test examples, what shares a source resampled together; over several seeds "
+        "with the spread between runs (Student's t).",
     ]
-    if any(len({row["seed"] for row in group}) == 1 for _, group in _grouped(rows, "model", "quantizer", "adapter")):
-        notes.append("A single seed says nothing about the spread between runs.")
+    scored = [row for row in rows if row["scores"]]
+    if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(scored, *LINE)):
+        notes.append("Seeds 1: a single seed says nothing about the spread between runs.")
     if any(row["short"] for row in rows):
         notes.append("(short): trained for too few steps to show quality; the cell proves that its path works.")
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["state"] != "done":
-            reasons.setdefault(f"{row['state']}: {row['reason']}".rstrip(": "), []).append(row["label"])
-    for reason, labels in reasons.items():
-        named = labels[0] if len(labels) == 1 else f"{len(labels)} cells, as {labels[0]}"
-        notes.append(f"{'* ' if reason.startswith('stale') else ''}{named} - {reason}")
-    return tuple(notes)
+    if any(row["weights"] == "random" for row in rows):
+        notes.append("Random weights: memory and speed are measured truly; there is no quality to show.")
+    if beside.notes:
+        notes.append(
+            "Verdict: EQUIVALENT - the whole interval lies within the margin around the published value; DIFFERS - outside as a whole; "
+            "INCONCLUSIVE - neither. Margin: fixed in configs/published before any run, two sampling half-widths of the published value."
+        )
+    return (*notes, *beside.below(), *reasons(rows))
