@@ -1,22 +1,25 @@
 """MLflow's view of the store: made from results/ by one function, after each cell and by a rebuild alike.
 
 The evidence is the files; this is the window. Nothing is written here that cannot be made again, and this is the only importer of mlflow.
+An experiment is a table at one scale, a parent run a campaign, a child a cell. A cell of two tables is a child in both, and its tag
+`tables` names both. A skipped cell is no run: the table says why it was skipped.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
-from finrepro.store import DONE, SKIPPED, Store, disk_errors, read_lines, write_json
+from finrepro import projection, runtime
+from finrepro.errors import EnvironmentFault
+from finrepro.store import DONE, SKIPPED, Store, disk_errors, write_json
 
+LAYOUT = 2  # of the view; a view of another layout is made anew
 ARTIFACTS = ("result.json", "predictions.jsonl", "manifest.sha256", "error.txt")
 BATCH = 1000  # MLflow's limit of metrics a call
-STATUS = {DONE: "FINISHED", SKIPPED: "KILLED"}  # everything else is FAILED
+CAMPAIGN_STATUS = {"finished": "FINISHED", "interrupted": "KILLED"}  # everything else is FAILED
 
 
 def database(store: Store) -> Path:
@@ -34,226 +37,208 @@ def _digest(store: Store, run_id: str) -> str:
     return hashlib.sha256((store.run_folder(run_id) / "result.json").read_bytes()).hexdigest()[:32]
 
 
-def _shown(store: Store) -> dict[str, str]:
-    """Run id -> digest of the result that the view shows; under `store`, where the store lay."""
+def _shown(store: Store) -> dict[str, Any]:
+    """What the view shows: `cells` (run id -> table -> digest), `experiments` (name -> id), its layout and where the store lay."""
+    empty = {"store": str(store.root), "layout": LAYOUT, "experiments": {}, "cells": {}}
     try:
-        return dict(json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8")))
+        found = json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return empty | {"layout": None}
+    return empty | {"layout": None} | (found if isinstance(found, dict) else {})
 
 
-def is_shown(store: Store, run_id: str) -> bool:
-    """Whether the view shows the run's current result; answered without loading MLflow."""
-    return database(store).is_file() and _shown(store).get(run_id) == _digest(store, run_id)
+def is_shown(store: Store, run_id: str, table: str) -> bool:
+    """Whether the view shows the run's current result among those of `table`; answered without loading MLflow."""
+    return is_current(store) and _shown(store)["cells"].get(run_id, {}).get(table) == _digest(store, run_id)
 
 
 def is_current(store: Store) -> bool:
-    """Whether there is a view, made where the store lies now: MLflow keeps absolute paths."""
-    return database(store).is_file() and _shown(store).get("store") == str(store.root)
+    """Whether there is a view of this layout, made where the store lies now: MLflow keeps absolute paths."""
+    shown = _shown(store)
+    return database(store).is_file() and (shown["store"], shown["layout"]) == (str(store.root), LAYOUT)
+
+
+def links(store: Store) -> dict[str, str]:
+    """Experiment -> its results below the address of MLflow's server."""
+    return {name: projection.link(key) for name, key in sorted(_shown(store)["experiments"].items())}
+
+
+def environment(store: Store) -> dict[str, str]:
+    """Environment variables of a process that opens the view: no telemetry, no notices, and no connection kept to a file made anew."""
+    return runtime.OFFLINE | {
+        "GIT_PYTHON_REFRESH": "quiet",
+        "MLFLOW_TRACKING_URI": tracking_uri(store),
+        "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
+    }
+
+
+def load_mlflow(store: Store) -> Any:
+    """The `mlflow` package, set up for the store. Raises `EnvironmentFault` if it is not installed."""
+    # No notices, no traceback of an error that it raises as well.
+    os.environ |= environment(store) | {"MLFLOW_LOGGING_LEVEL": "CRITICAL"}
+    try:
+        import mlflow
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"the package mlflow is missing: {error}. Install the locked packages with ./run; results are kept, "
+            "and `invoke record --rebuild` shows them then."
+        ) from None
+    return mlflow
 
 
 class View:
-    """MLflow's database of a store, opened by the one process that holds the store's lock; created if it is not there."""
+    """MLflow's database of a store, opened by the one process that holds the store's lock; created if it is not there.
+
+    Raises `EnvironmentFault` if mlflow is not installed or the disk is full or refused.
+    """
 
     def __init__(self, store: Store) -> None:
-        os.environ |= runtime.OFFLINE | {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_TRACKING_URI": tracking_uri(store)}
-        os.environ["MLFLOW_LOGGING_LEVEL"] = "CRITICAL"  # no notices, no traceback of an error that it raises as well
-        from mlflow.tracking import MlflowClient
-
+        mlflow = load_mlflow(store)
         if database(store).is_file() and not is_current(store):
             rebuild(store)
         self.store = store
         with disk_errors(store.root):
             database(store).parent.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(tracking_uri=tracking_uri(store))
+            # MLflow keeps one object an address as long as the process lives, and would not make the tables of a new file.
+            mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore(tracking_uri(store), self._artifacts("default"))
+            self.client = mlflow.tracking.MlflowClient(tracking_uri=tracking_uri(store))
+            if not is_current(store):
+                write_json(database(store).parent / "shown.json", _shown(store) | {"layout": LAYOUT})
+                self.client.delete_experiment("0")  # MLflow's empty "Default"
 
-    def experiment(self, table: str) -> str:
-        """The id of the table's experiment."""
-        found = self.client.get_experiment_by_name(table)
-        if found is not None:
-            return str(found.experiment_id)
-        note = f"Runs of {table}. A parent run is a campaign, its children are cells. The evidence lies in results/runs/<run_id>/."
-        return str(
-            self.client.create_experiment(
-                table,
-                artifact_location=(database(self.store).parent / "artifacts" / table).as_uri(),
-                tags={"mlflow.note.content": note},
-            )
-        )
+    def _artifacts(self, experiment: str) -> str:
+        return (database(self.store).parent / "artifacts" / experiment).as_uri()
 
-    def find(self, experiment: str, **tags: str) -> Any | None:
-        """The run that carries these tags, None if there is none."""
-        text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = self.client.search_runs([experiment], text, max_results=1)
-        return found[0] if found else None
+    def _note_shown(self, **changes: Any) -> None:
+        write_json(database(self.store).parent / "shown.json", _shown(self.store) | changes)
+
+    def experiment(self, table: str, scale: str) -> str:
+        """The id of the experiment of the table at this scale."""
+        name, known = f"{table}-{scale}", _shown(self.store)["experiments"]
+        if name not in known:
+            experiment = str(self.client.create_experiment(name, artifact_location=self._artifacts(name)))
+            for key, value in projection.experiment_tags(table, scale, experiment).items():
+                self.client.set_experiment_tag(experiment, key, value)
+            known = known | {name: experiment}
+            self._note_shown(experiments=known)
+        return str(known[name])
+
+    def runs(self, query: str) -> list[Any]:
+        """Every run, of whichever experiment, that the query finds."""
+        experiments = [*_shown(self.store)["experiments"].values()]
+        return list(self.client.search_runs(experiments, query)) if experiments else []
+
+    def _close_abandoned(self, current: str = "") -> None:
+        """Mark campaigns as interrupted that still seem to run: who holds the store's lock is alone."""
+        for run in self.runs("tags.role = 'campaign' and tags.status = 'running'"):
+            if run.data.tags["campaign"] != current:
+                self.client.set_tag(run.info.run_id, "status", "interrupted")
+                self.client.set_terminated(run.info.run_id, "KILLED", run.info.start_time)
 
     def campaign(self, campaign: dict[str, Any]) -> str:
         """The parent run of a campaign, brought up to date with it; its MLflow id."""
-        experiment = self.experiment(campaign["table"])
-        found = self.find(experiment, campaign=campaign["id"], role="campaign")
-        parent = found or self.client.create_run(
+        experiment = self.experiment(campaign["table"], campaign["scale"])
+        self._close_abandoned(campaign["id"])
+        found = self.runs(f"tags.role = 'campaign' and tags.campaign = '{campaign['id']}'")
+        parent = next((run for run in found if run.info.experiment_id == experiment), None) or self.client.create_run(
             experiment,
-            start_time=_milliseconds(campaign["started"]),
-            run_name=f"{campaign['table']} {campaign['scale']} {campaign['id']}",
-            tags={
-                "campaign": campaign["id"],
-                "role": "campaign",
-                "table": campaign["table"],
-                "scale": campaign["scale"],
-            },
+            projection.milliseconds(campaign["started"]),
+            run_name=projection.campaign_name(campaign),
         )
         run_id = str(parent.info.run_id)
-        tags = {"status": campaign["status"], "command": campaign["command"], **_git_tags(campaign["environment"])}
-        for key, value in tags.items():
+        for key, value in projection.campaign_tags(campaign).items():
             self.client.set_tag(run_id, key, value)
-        folder = self.store.results / "tables" / campaign["scale"]
-        for path in sorted(folder.glob(f"{campaign['rendered']}.*")) if campaign["status"] != "running" else []:
-            self.client.log_artifact(run_id, str(path), "table")
-            if path.suffix == ".md":
-                self.client.set_tag(run_id, "mlflow.note.content", path.read_text(encoding="utf-8")[:7900])
-        if campaign["status"] != "running":
-            status = "FINISHED" if campaign["status"] == "finished" else "FAILED"
-            self.client.set_terminated(run_id, status, _milliseconds(campaign["ended"]))
+        if campaign["status"] == "running":
+            self.client.update_run(run_id, "RUNNING")
+            return run_id
+        self._table(run_id, self.store.results / "tables" / campaign["scale"], campaign["rendered"])
+        status = CAMPAIGN_STATUS.get(campaign["status"], "FAILED")
+        self.client.set_terminated(run_id, status, projection.milliseconds(campaign["ended"]))
         return run_id
 
+    def _table(self, mlflow_id: str, folder: Path, stem: str) -> None:
+        """The table's files as artifacts, with a page that MLflow shows; its Markdown as the run's note."""
+        for path in sorted(folder.glob(f"{stem}.*")):
+            self.client.log_artifact(mlflow_id, str(path), "table")
+            if path.suffix == ".md":
+                text = projection.cut(
+                    path.read_text(encoding="utf-8"), f"The whole table: Artifacts, table/{stem}.html"
+                )
+                self.client.set_tag(mlflow_id, "mlflow.note.content", text)
+            if path.suffix == ".json":
+                page = projection.table_html(json.loads(path.read_text(encoding="utf-8")))
+                self.client.log_text(mlflow_id, page, f"table/{stem}.html")
+
     def cell(self, run_id: str, campaign: dict[str, Any], parent: str) -> None:
-        """The child run of a cell's current result. Once projected, it is left alone; an older result of the cell is removed."""
-        folder = self.store.run_folder(run_id)
+        """The child run of a cell's current result, in this campaign's experiment and in every other that shows the cell.
+
+        Once projected, a result is left alone; an older result of the cell is removed.
+        """
         result = self.store.result(run_id)
-        if result is None:
+        if result is None or result["status"] == SKIPPED:
             return
         digest = _digest(self.store, run_id)
-        experiment = self.experiment(campaign["table"])
-        if self.find(experiment, run_id=run_id, result_digest=digest, status=result["status"]):
-            self._note_shown(run_id, digest)
-            return
-        older = self.find(experiment, run_id=run_id)
-        if older is not None:
-            self.client.delete_run(older.info.run_id)
-        tags = {
-            **{key: str(value) for key, value in result["cell"].items()},
-            "table": campaign["table"], "run_id": run_id, "role": "cell", "mlflow.parentRunId": parent,
-            "mlflow.note.content": _note(result, folder), "reason": result["reason"] or "", **_git_tags(result["environment"]),
-        }  # fmt: skip
-        run = self.client.create_run(experiment, _milliseconds(result["started"]), tags, result["label"])
-        self._fill(run.info.run_id, result, folder)
-        self.client.set_terminated(
-            run.info.run_id, STATUS.get(result["status"], "FAILED"), _milliseconds(result["ended"])
-        )
-        # Last, so that a projection cut short is not taken for a whole one and is made again.
-        self.client.set_tag(run.info.run_id, "status", result["status"])
-        self.client.set_tag(run.info.run_id, "result_digest", digest)
-        self._note_shown(run_id, digest)
+        here = self.experiment(campaign["table"], campaign["scale"])
+        before = {str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")}
+        homes = {key: run.data.tags["mlflow.parentRunId"] for key, run in before.items()} | {here: parent}
+        table_of = {key: name.rpartition("-")[0] for name, key in _shown(self.store)["experiments"].items()}
+        tables = sorted(table_of[key] for key in homes)
+        for experiment, home in homes.items():
+            older = before.get(experiment)
+            if older is None or older.data.tags.get("result_digest") != digest:
+                if older is not None:
+                    self.client.delete_run(older.info.run_id)
+                self._project(result, experiment, {"mlflow.parentRunId": home, "tables": " ".join(tables)}, digest)
+            elif older.data.tags.get("tables") != " ".join(tables):
+                self.client.set_tag(older.info.run_id, "tables", " ".join(tables))
+        shown = _shown(self.store)["cells"] | {run_id: dict.fromkeys(tables, digest)}
+        self._note_shown(cells=shown)
 
-    def _note_shown(self, run_id: str, digest: str) -> None:
-        shown = _shown(self.store) | {"store": str(self.store.root), run_id: digest}
-        write_json(database(self.store).parent / "shown.json", shown)
+    def _project(self, result: dict[str, Any], experiment: str, tags: dict[str, str], digest: str) -> None:
+        """A run made from a result: its tags, parameters, metrics, datasets and artifacts."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
-    def _fill(self, mlflow_id: str, result: dict[str, Any], folder: Path) -> None:
-        """Parameters, metrics, datasets and artifacts of a run."""
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)[:6000]) for key, value in sorted(_parameters(result).items())]
-        self.client.log_batch(mlflow_id, params=params[:100])
-        metrics = list(_metrics(result, folder))
+        folder = self.store.run_folder(result["run_id"])
+        tags = {**projection.cell_tags(result), **tags, "mlflow.note.content": projection.cell_note(result, folder)}
+        started, name = projection.milliseconds(result["started"]), projection.cell_name(result)
+        run_id = self.client.create_run(experiment, started, tags, name).info.run_id
+        self.client.log_batch(run_id, params=[Param(*pair) for pair in projection.parameters(result).items()])
+        metrics = [Metric(*point) for point in projection.metrics(result, folder)]
         for start in range(0, len(metrics), BATCH):
-            self.client.log_batch(mlflow_id, metrics=metrics[start : start + BATCH])
-        self.client.log_inputs(mlflow_id, _datasets(result))
-        for name in ARTIFACTS:
-            if (folder / name).is_file():
-                self.client.log_artifact(mlflow_id, str(folder / name))
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-def _git_tags(environment: dict[str, Any]) -> dict[str, str]:
-    commit = environment["git_commit"] or "unknown"
-    dirty = str(environment["git_dirty"]).lower()
-    return {
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "mlflow.source.git.commit": commit,
-        "mlflow.source.name": "finrepro",
-    }
-
-
-def _parameters(result: dict[str, Any]) -> dict[str, Any]:
-    """Few, stable keys; the whole spec is in result.json."""
-    spec = result["spec"]
-    parameters = {key: value for key, value in spec["train"].items() if key != "optimizer"}
-    parameters |= {f"optimizer.{key}": value for key, value in spec["train"]["optimizer"].items()}
-    for part in ("adapter", "quantizer"):
-        parameters |= {f"{part}.{key}": value for key, value in spec[part].items()}
-    parameters |= {
-        key: spec[key] for key in ("base_run", "base_checkpoint", "seed", "threads", "world_size", "weights")
-    }
-    return parameters | {"dtype": spec["model"]["dtype"], "family": spec["model"]["family"]}
-
-
-def _metrics(result: dict[str, Any], folder: Path) -> Iterator[Any]:
-    """Scores with their bounds, costs, the loss of every step, and what the process used."""
-    from mlflow.entities import Metric
-
-    end = _milliseconds(result["ended"])
-    for score in result["scores"]:
-        for field in ("value", "low", "high", "constant"):
-            if score[field] is not None:
-                suffix = "" if field == "value" else f"/{field}"
-                yield Metric(f"eval/{score['task']}/{score['metric']}{suffix}", score[field], end, 0)
-    for name, value in result["costs"].items():
-        if value is not None:
-            yield Metric(f"cost/{name}", value, end, 0)
-    start = result["started"]
-    for row in read_lines(folder / "loss.jsonl"):
-        for field in ("loss", "grad_norm", "lr"):
-            yield Metric(f"train/{field}", row[field], _milliseconds(start + row["seconds"]), row["step"])
-    for step, row in enumerate(read_lines(folder / "system.jsonl")):
-        for name, value in row.items():
-            if name != "time":
-                yield Metric(f"system/{name}", value, _milliseconds(row["time"]), step)
-
-
-def _datasets(result: dict[str, Any]) -> list[Any]:
-    """The splits as dataset inputs, with the fingerprint of their examples: MLflow's own digest sees the first rows only."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    inputs = []
-    for split, fingerprint in result["data"].get("fingerprints", {}).items():
-        source = json.dumps({"files": result["data"]["files"], "fingerprint": fingerprint})
-        name = f"{result['spec']['train_on']['task']['dataset']}/{split}"
-        dataset = Dataset(name=name, digest=fingerprint[:32], source_type="sha256", source=source)
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-    return inputs
-
-
-def _note(result: dict[str, Any], folder: Path) -> str:
-    """What a reviewer reads first in a run."""
-    smoke = "**SMOKE: a miniature; never to be set against published values.**\n\n" * (
-        result["cell"]["scale"] == "smoke"
-    )
-    head = f"{smoke}`{result['label']}` - {result['status']}" + (f": {result['reason']}" if result["reason"] else "")
-    rows = [
-        f"| {s['task']} | {s['metric']} | {s['value']:.4f} [{s['low']:.4f}, {s['high']:.4f}] | "
-        f"{'' if s['constant'] is None else format(s['constant'], '.4f')} |"
-        for s in result["scores"]
-    ]
-    table = (
-        ["", "| task | metric | value [95 % interval] | best constant |", "|---|---|---|---|", *rows] if rows else []
-    )
-    return "\n".join([head, *table, "", f"Evidence: results/runs/{folder.name}/ (`sha256sum -c manifest.sha256`)"])
+            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+        inputs = [
+            DatasetInput(Dataset(dataset, key, "sha256", source), [InputTag("mlflow.data.context", context)])
+            for dataset, key, source, context in projection.datasets(result)
+        ]
+        self.client.log_inputs(run_id, inputs)
+        for artifact in ARTIFACTS:
+            if (folder / artifact).is_file():
+                self.client.log_artifact(run_id, str(folder / artifact))
+        status = "FINISHED" if result["status"] == DONE else "FAILED"
+        self.client.set_terminated(run_id, status, projection.milliseconds(result["ended"]))
+        # Last, so that a projection cut short is not taken for a whole one and is made again.
+        self.client.set_tag(run_id, "status", result["status"])
+        self.client.set_tag(run_id, "result_digest", digest)
 
 
 def rebuild(store: Store) -> int:
-    """Throw the view away and make it again from results/; the number of cells in it."""
+    """Throw the view away and make it again from results/; the number of cells in it. Raises as `View` does."""
     campaigns = store.campaigns()
+    load_mlflow(store)  # before anything is thrown away
     shutil.rmtree(database(store).parent, ignore_errors=True)
     view = View(store)
-    owner = {cell["run_id"]: each["id"] for each in campaigns for cell in each["cells"] if cell["outcome"] != "kept"}
+    owner = {
+        (campaign["table"], campaign["scale"], cell["run_id"]): campaign["id"]
+        for campaign in campaigns
+        for cell in campaign["cells"]
+        if cell["outcome"] not in ("kept", "skipped")
+    }
     for campaign in campaigns:
         parent = view.campaign(campaign)
         for cell in campaign["cells"]:
-            if owner.get(cell["run_id"]) == campaign["id"]:
+            if owner.get((campaign["table"], campaign["scale"], cell["run_id"])) == campaign["id"]:
                 view.cell(cell["run_id"], campaign, parent)
-    return len(owner)
+    view._close_abandoned()
+    return len(_shown(store)["cells"])
