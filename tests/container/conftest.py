@@ -12,7 +12,7 @@ import pytest
 
 # How someone who trusts the image with nothing would run it.
 CONFINED = (
-    *("--network", "none", "--read-only", "--tmpfs", "/tmp"),
+    *("--network", "none", "--read-only"),
     *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
     *("--memory", "8g", "--pids-limit", "512"),
 )
@@ -40,9 +40,13 @@ def run(engine: str, image: str) -> Run:
     """`run(*command, ...)`: the command's result in a fresh container, by default a confined one."""
 
     def run_in_image(
-        *command: str, options: tuple[str, ...] = (), confined: bool = True, timeout: float = 900
+        *command: str,
+        options: tuple[str, ...] = (),
+        confined: bool = True,
+        scratch: str = "/tmp:noexec",
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
-        limits = CONFINED if confined else ("--network", "none")
+        limits = (*CONFINED, "--tmpfs", scratch) if confined else ("--network", "none")
         call = [engine, "run", "--rm", *limits, *options, image, *command]
         return subprocess.run(
             call, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
@@ -57,6 +61,14 @@ def facts(engine: str, image: str) -> dict[str, Any]:
     listing = subprocess.run([engine, "image", "inspect", image], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(listing.stdout)[0]
     return found
+
+
+@pytest.fixture(scope="session")
+def lock(facts: dict[str, Any]) -> str:
+    """The lock file that the image says it was made from; it tells which of the two targets this is."""
+    (found,) = (line.split("=", 1)[1] for line in facts["Config"]["Env"] if line.startswith("FINREPRO_LOCK="))
+    assert found in ("requirements/cpu.lock", "requirements/cuda.lock")
+    return str(found)
 
 
 @pytest.fixture(scope="session")

@@ -35,15 +35,15 @@ def test_default_command_lists_the_commands(run: Any) -> None:
 
 def test_holds_no_trace_of_the_machine_that_built_it(run: Any, facts: dict[str, Any]) -> None:
     assert not re.search(r"PIP_|PROXY|://", str(facts["Config"]), re.IGNORECASE), facts["Config"]
-    listing = "ls -d /etc/pip.conf /wheels /run/secrets ~root/.cache ~root/.config /app/.venv.lock /app/run; ls -A /tmp"
+    listing = "ls -d /etc/pip.conf /etc/pip.crt /wheels /run/secrets ~root/.cache ~root/.config /app/.venv.lock /app/run; ls -A /tmp"
     assert run("sh", "-c", listing, confined=False).stdout == ""
     # pip writes this file where a package did not come from an index.
     assert run("find", "/app/.venv", "-name", "direct_url.json").stdout == ""
 
 
-def test_only_the_locked_packages_are_installed(run: Any) -> None:
-    lock = (PROJECT / "requirements/cpu.lock").read_text()
-    locked = dict(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==(\S+)", lock, re.MULTILINE))
+def test_only_the_locked_packages_are_installed(run: Any, lock: str) -> None:
+    text = (PROJECT / lock).read_text()
+    locked = dict(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==(\S+)", text, re.MULTILINE))
     done = run("pip", "list", "--format=freeze", "--disable-pip-version-check")
     installed = {
         name.lower().replace("_", "-").replace(".", "-"): version
@@ -66,7 +66,15 @@ def test_any_user_has_a_store_a_home_and_a_name(run: Any, uid: str) -> None:
     assert (done.returncode, done.stdout) == (0, "finrepro\n"), done.stderr
 
 
-def test_dockerfile_pins_its_base_by_digest() -> None:
+def test_only_the_cuda_target_holds_a_compiler(run: Any, lock: str) -> None:
+    found = run("sh", "-c", "for tool in gcc g++ ninja nvcc; do command -v $tool; done").stdout.split()
+    names = {Path(path).name for path in found}
+    assert names == ({"gcc", "g++", "ninja", "nvcc"} if lock.endswith("cuda.lock") else {"ninja"})
+
+
+def test_dockerfile_pins_its_base_by_digest_and_builds_the_cuda_target_by_default() -> None:
     text = (PROJECT / "Dockerfile").read_text()
     assert re.search(r"^ARG BASE_IMAGE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
-    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"scratch", "${BASE_IMAGE}"}
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    assert {source for source, _ in stages} == {"scratch", "${BASE_IMAGE}", "base"}
+    assert stages[-2:] == [("base", "cpu"), ("base", "cuda")]
