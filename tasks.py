@@ -22,7 +22,8 @@ SELECT_HELP = {
     "only": "cells whose label matches this pattern, as 'gpt2*-nf4-*'",
     "seeds": "seeds instead of the table's, as 0,1,2",
     "weights": "pretrained (default) or random: memory, speed and size without a download, no quality",
-    "devices": "devices (ranks) per cell; default 1",
+    "devices": "devices (ranks) per cell; default the table's own, mostly 1",
+    "adapter": "a PEFT folder made elsewhere: score it on its base, in place of the table's adapters",
     "store": "where results/ and mlruns/ go; default FINREPRO_STORE or the project's root",
     "data-dir": "folder with datasets that are not embedded; default FINREPRO_DATA_DIR",
     "models-dir": "folder with checkpoints of the real models",
@@ -42,6 +43,12 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
             except FinreproError as error:
                 print(f"finrepro: {' '.join(str(error).split())}", file=sys.stderr)
                 code = error.exit_code
+            except ModuleNotFoundError as error:
+                print(
+                    f"finrepro: the package '{error.name}' is not installed: make .venv anew with ./run",
+                    file=sys.stderr,
+                )
+                code = 3
             except KeyboardInterrupt:
                 print("finrepro: interrupted; run the same command again to go on.", file=sys.stderr)
                 code = 130
@@ -62,7 +69,7 @@ def _folder(given: str | None, variable: str | None = None) -> Path | None:
 def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> Any:
     """The store and the folders, checked."""
     from finrepro.errors import EnvironmentFault
-    from finrepro.run import Place
+    from finrepro.place import Place
     from finrepro.store import open_store
 
     data, models = _folder(data_dir, "FINREPRO_DATA_DIR"), _folder(models_dir)
@@ -73,7 +80,14 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
 
 
 def _selection(
-    table: str, quick: bool, full: bool, only: str | None, seeds: str | None, weights: str, devices: str
+    table: str,
+    quick: bool,
+    full: bool,
+    only: str | None,
+    seeds: str | None,
+    weights: str,
+    devices: str | None,
+    adapter: str | None,
 ) -> Any:
     """The selection, checked."""
     from finrepro import catalogue, cells
@@ -83,7 +97,7 @@ def _selection(
         raise UsageError(
             f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in catalogue.tables())}."
         )
-    if not devices.isdecimal() or int(devices) < 1:
+    if devices is not None and (not devices.isdecimal() or int(devices) < 1):
         raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
     return cells.Selection(
         table=table.removeprefix("table"),
@@ -92,7 +106,8 @@ def _selection(
         only=only,
         seeds=cells.parse_seeds(seeds),
         weights=cells.parse_choice("weights", weights, cells.WEIGHTS),
-        world_size=int(devices),
+        world_size=None if devices is None else int(devices),
+        adapter=None if adapter is None else str(_folder(adapter)),
     )
 
 
@@ -101,56 +116,42 @@ def _selection(
     | {
         "jobs": "cells at a time; never changes a result",
         "keep": "keep results made by other source or packages",
-        "plan": "print the cells and stop",
+        "plan": "print what each cell needs and the command that runs it, and stop",
     }
 )
 def reproduce(
     context: Context, table: str = "", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
-    seeds: str | None = None, jobs: str = "1", devices: str = "1", store: str | None = None, data_dir: str | None = None,
-    models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
+    seeds: str | None = None, jobs: str = "1", devices: str | None = None, adapter: str | None = None, store: str | None = None,
+    data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
 ) -> int:  # fmt: skip
     """Run a table's missing cells, record them, and print the table."""
     from finrepro import cells
-    from finrepro.campaign import Options
+    from finrepro.campaign import Options, list_plan
     from finrepro.campaign import reproduce as run
     from finrepro.errors import UsageError
 
     if not jobs.isdecimal() or int(jobs) < 1:
         raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
-    selection = _selection(table, quick, full, only, seeds, weights, devices)
+    selection = _selection(table, quick, full, only, seeds, weights, devices, adapter)
     options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep)
     if plan:
-        return _list(selection, options.scale, _place(store, data_dir, models_dir), keep)
+        return list_plan(selection, _place(store, data_dir, models_dir), options, launches=True)
     return run(selection, _place(store, data_dir, models_dir), options)
-
-
-def _list(selection: Any, scale: str, place: Any, keep: bool = False) -> int:
-    """Print the cells of a selection with their states."""
-    from finrepro import campaign, cells
-    from finrepro import plan as planning
-    from finrepro.show import Display, list_cells
-
-    chosen, why = campaign.choose_scale(selection, scale, place)
-    steps = planning.plan(cells.expand(selection, chosen), place, keep)
-    display = Display()
-    display.say(f"Table {selection.table} at {chosen} scale ({why}).")
-    list_cells(steps)
-    display.plan(steps, place, 1)
-    return 0
 
 
 @command(help=SELECT_HELP)
 def cells(
     context: Context, table: str = "3", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
-    seeds: str | None = None, devices: str = "1", store: str | None = None, data_dir: str | None = None,
-    models_dir: str | None = None, weights: str = "pretrained",
+    seeds: str | None = None, devices: str | None = None, adapter: str | None = None, store: str | None = None,
+    data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
 ) -> int:  # fmt: skip
     """List every cell of a table: label, run id, state, and why it cannot run."""
     from finrepro import cells as selecting
+    from finrepro.campaign import Options, list_plan
 
     selecting.parse_choice("scale", scale, selecting.SCALES)
-    selection = _selection(table, quick, full, only, seeds, weights, devices)
-    return _list(selection, scale, _place(store, data_dir, models_dir))
+    selection = _selection(table, quick, full, only, seeds, weights, devices, adapter)
+    return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 
 @command(
@@ -162,20 +163,15 @@ def cells(
 def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
     """List the datasets: licence, source, and whether each is here; or fetch one."""
     from finrepro import catalogue
-    from finrepro import data as datasets
+    from finrepro.fetch import fetch as download
 
     if fetch:
-        for path in datasets.fetch(catalogue.dataset(fetch)):
+        for path in download(catalogue.dataset(fetch)):
             print(path)
         return
-    folder = _folder(data_dir, "FINREPRO_DATA_DIR")
-    for name in catalogue.catalogue("datasets"):
-        dataset = catalogue.dataset(name)
-        found = datasets.locate(dataset, folder)
-        where = ", ".join(sorted({origin for origin, _ in found.values()})) if found else "not here"
-        print(f"{name}: {dataset.config.title}\n  licence: {dataset.config.licence}\n  here: {where}")
-        if found is None:
-            print(f"  to get it: {datasets.missing_reason(dataset, folder)}")
+    from finrepro.listing import datasets as listed
+
+    print("\n".join(listed(_folder(data_dir, "FINREPRO_DATA_DIR"))))
 
 
 @command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})
@@ -185,14 +181,11 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     from finrepro.manifest import damaged_files
 
     place = _place(store, None, None)
-    damaged = 0
     folders = sorted(path for path in (place.store.results / "runs").iterdir() if not path.name.startswith("."))
-    for folder in folders:
-        wrong = damaged_files(folder)
-        damaged += bool(wrong)
-        if wrong:
-            print(f"damaged: {folder.name}: {', '.join(wrong)}")
-    print(f"{len(folders)} results, {damaged} damaged")
+    damaged = {folder.name: wrong for folder in folders if (wrong := damaged_files(folder))}
+    for name, wrong in damaged.items():
+        print(f"damaged: {name}: {', '.join(wrong)}")
+    print(f"{len(folders)} results, {len(damaged)} damaged")
     if rebuild:
         with place.store.lock():
             print(f"{recording.rebuild(place.store)} cells in {recording.database(place.store)}")
@@ -203,14 +196,22 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     help={
         "store": SELECT_HELP["store"],
         "port": "port on this machine",
-        "host": "address to listen on; in a container 0.0.0.0",
+        "host": "address to listen on; default FINREPRO_UI_HOST (in the container 0.0.0.0) or 127.0.0.1",
     }
 )
-def ui(context: Context, store: str | None = None, port: str = "5000", host: str = "127.0.0.1") -> int:
+def ui(context: Context, store: str | None = None, port: str = "5000", host: str | None = None) -> int:
     """Show the results in MLflow's web interface, on this machine only; prints the address."""
     from finrepro.ui import serve
 
-    return serve(_place(store, None, None).store, host, port)
+    return serve(_place(store, None, None).store, host or os.environ.get("FINREPRO_UI_HOST", "127.0.0.1"), port)
+
+
+@command(help={"store": SELECT_HELP["store"]})
+def paper(context: Context, store: str | None = None) -> None:
+    """Build the paper's PDF from paper/ with the tables of the store; needs LaTeX."""
+    from finrepro.paper import build
+
+    print(build(_place(store, None, None).store.root))
 
 
 @command(
@@ -221,20 +222,17 @@ def ui(context: Context, store: str | None = None, port: str = "5000", host: str
 )
 def test(context: Context, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
-    import subprocess
+    from finrepro.develop import run_tests
 
-    marks = f"{'' if slow else 'not '}slow and not container and not gpu"
-    return subprocess.call([sys.executable, "-m", "pytest", "-m", marks, *(["-k", only] if only else [])], cwd=PROJECT)
+    return run_tests(slow, only)
 
 
 @command()
 def check(context: Context) -> int:
     """Format, lint, types and layering: what must be clean before a commit."""
-    import subprocess
+    from finrepro.develop import run_checks
 
-    tools = (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], ["lint-imports"])
-    codes = [subprocess.call([str(Path(sys.executable).parent / tool[0]), *tool[1:]], cwd=PROJECT) for tool in tools]
-    return 4 if any(codes) else 0
+    return run_checks()
 
 
 @command(
@@ -242,17 +240,9 @@ def check(context: Context) -> int:
 )
 def bench(context: Context, only: str = "", store: str | None = None) -> int:
     """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
-    import subprocess
+    from finrepro.develop import run_benchmarks
 
-    from finrepro.errors import unknown
-
-    files = {path.stem: path for path in sorted((PROJECT / "benchmarks").glob("[a-z]*.py"))}
-    if only and only not in files:
-        raise unknown("benchmark", only, files)
-    folder = _folder(store) or PROJECT / "benchmarks" / "results"
-    chosen = [files[only]] if only else list(files.values())
-    codes = [subprocess.call([sys.executable, str(path), str(folder)], cwd=PROJECT) for path in chosen]
-    return 4 if any(codes) else 0
+    return run_benchmarks(only, _folder(store))
 
 
-namespace = Collection(reproduce, cells, data, record, ui, test, check, bench)
+namespace = Collection(reproduce, cells, data, record, ui, paper, test, check, bench)

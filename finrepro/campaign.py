@@ -15,10 +15,10 @@ from finrepro import plan as planning
 from finrepro import provenance, store
 from finrepro.cells import Cell, Selection, expand
 from finrepro.errors import CellFailed, EnvironmentFault, UsageError
+from finrepro.place import Place
 from finrepro.record import View, is_shown
 from finrepro.result import seal_unfinished
-from finrepro.run import Place
-from finrepro.show import Display
+from finrepro.show import Display, list_cells, list_launches
 from finrepro.spec import Scale
 from finrepro.tabulate import file_stem, tabulate
 from finrepro.worker import Event, Worker
@@ -39,6 +39,20 @@ def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale
         whole = dataclasses.replace(selection, quick=False, full=False, only=None)
         return planning.auto_scale(lambda: expand(whole, "paper"), place)
     return ("paper" if wanted == "paper" else "smoke"), "asked for"
+
+
+def list_plan(selection: Selection, place: Place, options: Options, launches: bool = False) -> int:
+    """Print the selected cells with their states, or with what each needs and the command that runs it. Nothing runs."""
+    scale, why = choose_scale(selection, options.scale, place)
+    steps = planning.plan(expand(selection, scale), place, options.keep)
+    display = Display()
+    display.say(f"Table {selection.table} at {scale} scale ({why}).")
+    if launches:
+        list_launches(steps, selection, scale, place)
+    else:
+        list_cells(steps)
+    display.plan(steps, place, options.jobs)
+    return 0
 
 
 def reproduce(selection: Selection, place: Place, options: Options) -> int:
@@ -96,7 +110,7 @@ class _Campaign:
             if step.action == "skip":
                 self._skip(step)
             elif step.action == "keep":
-                shown = is_shown(self.place.store, step.spec.run_id)
+                shown = is_shown(self.place.store, step.spec.run_id, self.record["table"])
                 self._note(step, "kept" if shown else "found", step.state)
                 if not shown:  # finished by a campaign that was cut off before it could record it
                     self._project(step)
@@ -182,12 +196,11 @@ class _Campaign:
         self._project(step)
 
     def _skip(self, step: planning.Step) -> None:
-        """Record a skipped cell, unless the same is on record."""
+        """Record a skipped cell, unless the same is on record. It is no run: MLflow shows it in the campaign's table alone."""
         before = self.place.store.result(step.spec.run_id)
         if before is None or before["status"] != store.SKIPPED or before["reason"] != step.reason:
             seal_unfinished(step.spec, self.place.store, store.SKIPPED, step.reason, time.time())
             self._note(step, "skipped", store.SKIPPED)
-            self._project(step)
         else:
             self._note(step, "kept", store.SKIPPED)
 

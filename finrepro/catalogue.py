@@ -6,12 +6,15 @@ Cells are listed and planned in well under a second, and every mistake in a file
 import dataclasses
 import json
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finrepro import PROJECT
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, build, choose, kind_module, read_yaml
-from finrepro.spec import Model, RunSpec, TableFile, TaskSpec, Train
+from finrepro.spec import Mix, Model, Part, RunSpec, TableFile, TaskSpec, Train, TrainSet, label_of
+
+if TYPE_CHECKING:
+    from finrepro.published import Published
 
 CONFIGS = PROJECT / "configs"
 
@@ -74,11 +77,39 @@ def task(name: str, template: str = "") -> TaskSpec:
     return TaskSpec(task=resolved, dataset=dataset(resolved.config.dataset))
 
 
+@cache
+def train_set(name: str, template: str = "") -> tuple[TrainSet, tuple[TaskSpec, ...]]:
+    """What the name of a mix or of a task means: the set to train on, and the tasks that are scored."""
+    if name not in catalogue("mixes"):
+        if name not in catalogue("tasks"):
+            raise unknown("training set", name, [*catalogue("tasks"), *catalogue("mixes")])
+        single = task(name, template)
+        return TrainSet(name=name, parts=(Part(task=single, repeat=1),)), (single,)
+    mix = build(Mix, entry("mixes", name, "mix"), f"mixes.{name}")
+    parts = tuple(Part(task=task(each, template), repeat=repeat) for each, repeat in mix.parts.items())
+    return TrainSet(name=name, parts=parts), tuple(task(each, template) for each in mix.tasks)
+
+
 def train_settings(values: dict[str, Any], where: str) -> Train:
     """Checked training settings with the optimizer resolved."""
-    train = build(Train, values, where)
+    return _train_settings(json.dumps(values, sort_keys=True), where)
+
+
+@cache
+def _train_settings(text: str, where: str) -> Train:
+    """A table's hundreds of cells share a few of them."""
+    train = build(Train, json.loads(text), where)
     resolved = choose("optimizers", "optimizer", train.optimizer, f"{where}.optimizer")
     return dataclasses.replace(train, optimizer=resolved)
+
+
+@cache
+def published() -> "tuple[Published, ...]":
+    """Every value of configs/published."""
+    from finrepro.published import read
+
+    files = sorted((CONFIGS / "published").glob("*.yaml"))
+    return tuple(value for path in files for value in read(read_yaml(path), f"published.{path.stem}"))
 
 
 @cache
@@ -96,6 +127,8 @@ def table(name: str) -> TableFile:
         raise unknown("table", name, numbers)
     found = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
     kind_module("report", found.report, f"tables.{full_name}.report")
+    if found.beside and found.beside not in tables():
+        raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
     return found
 
 
@@ -104,8 +137,9 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
     recipe = base.pretrain
     if recipe is None:
         raise UsageError(f"models.{base.name}: has no 'pretrain'.")
-    text = task(recipe.task)
+    text, scored = train_set(recipe.task)
     return RunSpec(
+        label=label_of((base.name, "none", "full", text.name), None, seed),
         model=base,
         weights="scratch",
         base_checkpoint=None,
@@ -113,7 +147,7 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
         quantizer=quantizer("none", base.dtype),
         adapter=adapter("full"),
         train_on=text,
-        tasks=(text,),
+        tasks=scored,
         train=train_settings(recipe.train, f"models.{base.name}.pretrain.train"),
         evaluation=recipe.evaluation,
         seed=seed,

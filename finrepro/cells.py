@@ -4,20 +4,24 @@ import difflib
 import fnmatch
 import itertools
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, entry, model, pretraining, quantizer, table, task, train_settings
+from finrepro.catalogue import adapter, model, pretraining, quantizer, table, train_set, train_settings
 from finrepro.errors import UsageError, unknown
-from finrepro.spec import Grid, RunSpec, Scale, Weights
+from finrepro.schema import Choice, choose, kind_module
+from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
 
 SCALES = ("auto", "smoke", "paper")
 WEIGHTS = ("pretrained", "random")
-AXES = {"model": "models", "quantizer": "quantizers", "adapter": "adapters", "train_on": "tasks"}  # axis -> catalogue
+AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a table is asked for. `seeds` and `only` narrow or replace; `world_size` is devices per cell."""
+    """What of a table is asked for. `seeds`, `only` and `adapter` (a PEFT folder) narrow or replace; `world_size` is devices per cell, None
+    where the table decides."""
 
     table: str
     quick: bool = False
@@ -25,7 +29,8 @@ class Selection:
     only: str | None = None
     seeds: tuple[int, ...] | None = None
     weights: Weights = "pretrained"
-    world_size: int = 1
+    world_size: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,26 +47,67 @@ class Cell:
         return self.spec.label
 
 
+@dataclass(frozen=True)
+class Point:
+    """One combination of a grid's axes, by catalogue names."""
+
+    names: dict[str, str]
+    batch: int | None
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The label of the cell that it becomes."""
+        return label_of([self.names[axis] for axis in AXES], self.batch, self.seed)
+
+
 def expand(selection: Selection, scale: Scale) -> list[Cell]:
     """Every selected cell of the table at `scale`, in the order of the axes. Raises `UsageError` if none is left."""
-    grid: Grid = getattr(table(selection.table), scale)
+    grid = _grid(selection, scale)
+    points = _points(grid, selection)
+    chosen = [point for point in points if _group(grid, selection, point.label) is not None]
+    if selection.only is not None:
+        chosen = [point for point in chosen if fnmatch.fnmatchcase(point.label, selection.only)]
+    if not chosen:
+        raise _no_match(selection, [point.label for point in points])
+    return [_cell(grid, selection, point) for point in chosen]
+
+
+def _grid(selection: Selection, scale: Scale) -> Grid:
+    return _checked_grid(selection.table, scale)
+
+
+@cache
+def _checked_grid(name: str, scale: Scale) -> Grid:
+    """The table's grid with every name on its axes in a catalogue. Raises `UsageError` for another."""
+    described = table(name)
+    grid: Grid = getattr(described, scale)
+    for each in grid.axes.model:
+        model(each)
+    for each in grid.axes.quantizer:
+        quantizer(each, "float32")
+    for each in grid.axes.adapter:
+        adapter(each)
+    for each in grid.axes.train_on:
+        train_set(each, grid.template)
+    return grid
+
+
+def _points(grid: Grid, selection: Selection) -> list[Point]:
+    """The axes crossed; `selection` replaces the seeds and the adapters."""
     axes = grid.axes
     seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or axes.seed
-    found = [
-        _cell(grid, selection, dict(zip(AXES, values, strict=True)), seed)
-        for *values, seed in itertools.product(axes.model, axes.quantizer, axes.adapter, axes.train_on, seeds)
-    ]
-    chosen = [cell for cell in found if not selection.quick or _matches(cell, grid.quick.cells)]
-    if selection.only is not None:
-        chosen = [cell for cell in chosen if _matches(cell, (selection.only,))]
-    if not chosen:
-        raise _no_match(selection, [cell.label for cell in found])
-    return chosen
+    adapters = (Path(selection.adapter).name,) if selection.adapter else axes.adapter
+    crossed = itertools.product(axes.model, axes.quantizer, adapters, axes.train_on, axes.batch or (None,), seeds)
+    return [Point(dict(zip(AXES, names, strict=True)), batch, seed) for *names, batch, seed in crossed]
 
 
-def _matches(cell: Cell, patterns: tuple[str, ...]) -> bool:
-    """Whether the cell's label matches one of the patterns, with * and ?."""
-    return any(fnmatch.fnmatchcase(cell.label, pattern) for pattern in patterns)
+def _group(grid: Grid, selection: Selection, label: str) -> Group | None:
+    """The group that a label belongs to; None if this selection does not run it."""
+    groups = grid.quick if selection.quick else () if selection.full or selection.adapter else grid.default
+    if not groups:
+        return Group(cells=("*",))
+    return next((group for group in groups if any(fnmatch.fnmatchcase(label, each) for each in group.cells)), None)
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:
@@ -70,6 +116,10 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
     hint = f" Nearest: {near[0]}." if near else ""
     if selection.only is None:
         return UsageError(f"no cell of table {selection.table} is left with --quick and these seeds.")
+    if not (selection.full or selection.quick) and any(fnmatch.fnmatchcase(each, selection.only) for each in labels):
+        return UsageError(
+            f"the cells of table {selection.table} that match --only '{selection.only}' are not among its default ones: add --full."
+        )
     return UsageError(
         f"no cell of table {selection.table} matches --only '{selection.only}'"
         f"{' with --quick' if selection.quick else ''}.{hint} The pattern is a label with * and ?; "
@@ -77,48 +127,94 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
     )
 
 
-def _cell(grid: Grid, selection: Selection, names: dict[str, str], seed: int) -> Cell:
+def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     """Resolve one combination of catalogue names."""
+    names = point.names
     base_model = model(names["model"])
-    trained_on = task(names["train_on"], grid.template)
-    base = pretraining(base_model) if base_model.pretrain and selection.weights == "pretrained" else None
-    train = dict(grid.train)
-    for override in grid.overrides:
-        for axis in override.where:
-            if axis not in names:
-                raise UsageError(f"tables.{selection.table}.overrides.where: {unknown('axis', axis, names)}")
-            entry(AXES[axis], override.where[axis], axis)
-        if all(names[axis] == value for axis, value in override.where.items()):
-            train |= override.train
-    if selection.quick:
-        train |= grid.quick.train
+    chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
+    module = chosen.module("adapters")
+    trained_on, scored = train_set(names["train_on"], grid.template)
+    base = _base(base_model.name) if base_model.pretrain and selection.weights == "pretrained" else None
+    train, devices = _overridden(grid, selection, names)
+    if point.batch:
+        train |= {"global_batch_size": point.batch}
+    group = _group(grid, selection, point.label)
+    if not module.trainable_parameters(base_model, chosen.config):
+        train |= {"max_steps": 0, "warmup_steps": 0}
+    elif group is not None:
+        train |= group.train
     spec = RunSpec(
+        label=point.label,
         model=base_model,
         weights=selection.weights,
         base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := base_model.hub) else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
-        adapter=adapter(names["adapter"]),
+        adapter=chosen,
         train_on=trained_on,
-        tasks=(trained_on,),
+        tasks=scored if grid.scored else (),
         train=train_settings(train, f"tables.table{selection.table.removeprefix('table')}.train"),
         evaluation=grid.evaluation,
-        seed=seed,
+        seed=point.seed,
         threads=grid.threads,
-        world_size=selection.world_size,
+        world_size=selection.world_size or devices,
     )
-    refusal = spec.adapter.module("adapters").supports(spec.model, spec.quantizer, spec.train.zero_stage)
-    return Cell(spec=spec, refusal=refusal, base=base)
+    return Cell(spec=spec, refusal=refusal(spec), base=base)
+
+
+def refusal(spec: RunSpec) -> str | None:
+    """Why the combination cannot run anywhere, None if it can."""
+    stage = spec.train.zero_stage
+    if not spec.train.max_steps and len(spec.train_on.parts) > 1:
+        return "an untrained model is scored on each task of a mix by itself"
+    if stage == 3 and spec.quantizer.kind == "bnb_int8":
+        return f"{spec.quantizer.name} weights cannot be divided over devices (ZeRO-3)"
+    choice = spec.adapter
+    reason: str | None = choice.module("adapters").supports(spec.model, spec.quantizer, stage, choice.config)
+    return reason
+
+
+@cache
+def _base(name: str) -> RunSpec:
+    return pretraining(model(name))
+
+
+@cache
+def foreign_adapter(folder: str) -> Choice:
+    """An adapter made elsewhere: a PEFT folder as a choice of the adapter axis, under the folder's name."""
+    module = kind_module("adapters", "peft_folder")
+    return choose(
+        "adapters", Path(folder).name, {"kind": "peft_folder", **module.from_folder(Path(folder))}, "--adapter"
+    )
+
+
+def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tuple[dict[str, Any], int]:
+    """The grid's training settings with every override that holds for the names, and the number of devices."""
+    train, devices = dict(grid.train), 1
+    where = f"tables.table{selection.table.removeprefix('table')}.overrides.where"
+    for override in grid.overrides:
+        for axis, pattern in override.where.items():
+            if axis not in AXES:
+                raise UsageError(f"{where}: {unknown('axis', axis, AXES)}")
+            values = getattr(grid.axes, axis)
+            if not fnmatch.filter(values, pattern):
+                raise UsageError(f"{where}: {unknown(axis, pattern, values)}")
+        if all(fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()):
+            train |= override.train
+            devices = override.devices or devices
+    return train, devices
 
 
 def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if none has."""
-    cells = expand(selection, scale)
-    specs = [cell.spec for cell in cells] + [cell.base for cell in cells if cell.base is not None]
-    for spec in specs:
-        if spec.label == label:
-            return spec
-    raise unknown("cell", label, [spec.label for spec in specs])
+    grid = _grid(selection, scale)
+    points = {point.label: point for point in _points(grid, selection)}
+    if label in points:
+        return _cell(grid, selection, points[label]).spec
+    bases = {base.label: base for name in grid.axes.model if model(name).pretrain for base in (_base(name),)}
+    if label in bases:
+        return bases[label]
+    raise unknown("cell", label, [*points, *bases])
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...] | None:

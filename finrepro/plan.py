@@ -6,16 +6,17 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from finrepro import data, store, weights
+from finrepro import catalogue, data, store, weights
 from finrepro.cells import Cell
-from finrepro.run import Place
+from finrepro.errors import EnvironmentFault
+from finrepro.place import Place
 from finrepro.spec import Model, RunSpec, Scale
 
 Action = Literal["run", "keep", "skip", "refuse"]
 GIB = 2**30
-ADAM_BYTES = 16  # a trained parameter in fp32: weight, gradient, two moments
 TOKENS_PER_EXAMPLE = 45  # of the sentiment sets, with a short prompt; only for the estimate of time
 FLOPS_PER_THREAD = 4e10  # sustained by small fp32 matrices on one core of the machine in docs/log.md
 FLOPS_PER_GPU = 1.5e14
@@ -72,8 +73,10 @@ def block_linear_parameters(model: Model) -> int:
 
 
 def needed_bytes(spec: RunSpec) -> int:
-    """Memory to train the cell, by the formulas of QLoRA: base as stored, 16 bytes a trained parameter, and activations of a
-    checkpointed forward pass. An estimate for refusing what cannot fit, not a prediction of the peak."""
+    """Memory of one device to train the cell: base as stored, trained parameters in fp32 with gradient and two moments, and activations of
+    a checkpointed forward pass (QLoRA's and ZeRO's formulas: 4 + 4 + 8 bytes a trained parameter; stage 1 divides the moments by the
+    number of devices, 2 also the gradients, 3 everything but the activations). An estimate for refusing what cannot fit, not a prediction.
+    """
     shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
     layers = block_linear_parameters(spec.model)
     bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, dtype_bits)
@@ -82,8 +85,13 @@ def needed_bytes(spec: RunSpec) -> int:
     width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
     depth = shape["n_layer" if spec.model.family == "gpt2" else "num_hidden_layers"]
     kept = 1 if spec.train.activation_checkpointing else 16
-    activations = spec.train.max_tokens * width * (depth * kept + 20) * dtype_bits / 8
-    return int(base + ADAM_BYTES * trained + activations)
+    tokens = spec.train.max_tokens if spec.train.max_steps else spec.evaluation.max_tokens
+    activations = tokens * width * (depth * kept + 20) * dtype_bits / 8
+    stage, ranks = spec.train.zero_stage, spec.world_size
+    weights = 4 * trained / (ranks if stage == 3 else 1)
+    gradients = 4 * trained / (ranks if stage >= 2 else 1)
+    moments = 8 * trained / (ranks if stage >= 1 else 1)
+    return int(base / (ranks if stage == 3 else 1) + weights + gradients + moments + activations)
 
 
 def estimated_seconds(spec: RunSpec, place: Place) -> float:
@@ -91,9 +99,16 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
     before = place.store.result(spec.run_id)
     if before and before["status"] == store.DONE:
         return float(before["ended"] - before["started"])
-    tokens = spec.train.max_steps * spec.train.global_batch_size * TOKENS_PER_EXAMPLE
+    trained = 6 * spec.train.max_steps * spec.train.global_batch_size
+    scored = sum(2 * file.rows for file in _scored_files(spec) if file.rows)
     speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * spec.threads
-    return 3 + 6 * spec.model.parameters * tokens / speed
+    return 3 + spec.model.parameters * TOKENS_PER_EXAMPLE * (trained + scored) / speed
+
+
+def _scored_files(spec: RunSpec) -> list[data.File]:
+    """The files of the splits that the cell is scored on; a split cut from a larger file is left out."""
+    files = [each.dataset.config.files for each in spec.tasks]
+    return [roles[spec.evaluation.split] for roles in files if spec.evaluation.split in roles]
 
 
 def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None:
@@ -101,24 +116,53 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
     devices = machine().gpus or len(os.sched_getaffinity(0))
     if spec.world_size > devices:
         return f"needs {spec.world_size} devices, this machine has {devices}"
-    for each in (spec.train_on, *spec.tasks):
-        reason = data.missing_reason(each.dataset, place.data_dir)
-        if reason:
-            return reason
+    reason = missing_data(spec, place)
+    if reason:
+        return reason
     if spec.model.scale == "smoke":
         return None
     here = machine()
     available, where = (
         (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
     )
-    needed = needed_bytes(spec) / (spec.world_size if spec.train.zero_stage == 3 else 1)  # else each holds all of it
+    needed = needed_bytes(spec) * (1 if here.gpu_bytes else spec.world_size)  # ranks on a host share its memory
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    reason = weights.missing_reason(spec.model, place.models_dir) if spec.weights == "pretrained" else None
+    return missing_weights(spec.model, place.models_dir, ask_hub) if spec.weights == "pretrained" else None
+
+
+def missing_weights(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
+    """Why the model's weights are not to be had, or not the model's, in one line; None if they are."""
+    reason = weights.missing_reason(model, models_dir)
     if reason and ask_hub:
-        unreachable = weights.unreachable_reason(spec.model)
+        unreachable = weights.unreachable_reason(model)
         return f"{reason}; {unreachable}" if unreachable else None
-    return reason
+    found = weights.locate(model, models_dir)
+    return reason or (_wrong_weights(model.name, found) if found else None)
+
+
+@cache
+def _wrong_weights(name: str, folder: Path) -> str | None:
+    """Why the checkpoint in `folder` is not the model, read once for all of a table's cells."""
+    try:
+        weights.check(catalogue.model(name), folder)
+    except EnvironmentFault as error:
+        return str(error)
+    return None
+
+
+def missing_data(spec: RunSpec, place: Place) -> str | None:
+    """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
+    if spec.train.max_steps:
+        for part in spec.train_on.parts:
+            reason = data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            if reason:
+                return reason
+    for each in spec.tasks:
+        reason = data.missing_reason(each.dataset, place.data_dir, (spec.evaluation.split,))
+        if reason:
+            return reason
+    return None
 
 
 def plan(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:

@@ -8,8 +8,10 @@ from finrepro.spec import RunSpec
 from finrepro.store import Store
 
 
-def header(spec: RunSpec, status: str, reason: str | None, started: float) -> dict[str, Any]:
-    """What every result.json has, finished or not."""
+def header(spec: RunSpec, status: str, reason: str | None, started: float, device: str | None = None) -> dict[str, Any]:
+    """What every result.json has, finished or not. `device` is the kind of device that it ran on."""
+    note = getattr(spec.quantizer.module("quantizers"), "note", None)
+    said = note(device) if note and device else None
     return {
         "format": store.FORMAT,
         "run_id": spec.run_id,
@@ -20,10 +22,14 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float) -> di
             "model": spec.model.name,
             "quantizer": spec.quantizer.name,
             "adapter": spec.adapter.name,
-            "train_on": spec.train_on.task.name,
+            "train_on": spec.train_on.name,
             "seed": spec.seed,
             "scale": spec.model.scale,
             "weights": spec.weights,
+            "devices": spec.world_size,
+            "batch": spec.train.global_batch_size,
+            "device_type": device,
+            "notes": [said] if said else [],
         },
         "spec": spec.canonical(),
         "started": started,

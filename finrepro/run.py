@@ -1,6 +1,5 @@
 """The walk of one cell, from its spec to its sealed result. `python -m finrepro.run` runs one cell and is idempotent."""
 
-import argparse
 import json
 import shutil
 import signal
@@ -8,34 +7,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finrepro import catalogue, data, provenance, runtime, store, weights
-from finrepro.cells import Selection, find
+from finrepro import inputs, provenance, runtime, store
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
-from finrepro.manifest import file_digest
+from finrepro.launch import parse, resolve
+from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
-from finrepro.store import Store
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a cell works: its store, and where data and weights may be found."""
-
-    store: Store
-    data_dir: Path | None = None
-    models_dir: Path | None = None
 
 
 def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]) -> dict[str, Any]:
@@ -67,19 +49,18 @@ def walk(
     device = runtime.setup(spec.seed, spec.threads)
 
     from finrepro.checkpoint import Control
+    from finrepro.engine import collect_trained, inference
     from finrepro.evaluate import evaluate
     from finrepro.model import build
     from finrepro.monitor import Monitor
-    from finrepro.tokens import encode, tokenizer_digest
+    from finrepro.tokens import tokenizer_digest
     from finrepro.train import train
 
     report({"event": "phase", "phase": "data"})
-    dataset = data.load(spec.train_on.dataset, place.data_dir)
-    folder, tokenizer, origin = base(spec, place)
-    made_from = base_facts(spec, place, folder)
-    task, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
-    pairs = [(task.prompt(example, config), task.target(example, config)) for example in dataset.splits["train"]]
-    encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
+    datasets = inputs.load_data(spec, place)
+    folder, tokenizer, origin = inputs.base(spec, place)
+    made_from = inputs.base_facts(spec, place, folder)
+    encoded = inputs.training_examples(spec, datasets, tokenizer)
 
     report({"event": "phase", "phase": "model"})
     built = build(spec, folder, device)
@@ -93,20 +74,28 @@ def walk(
         report({"event": "phase", "phase": "evaluate"})
         began = time.monotonic()
         scores, rows, num_scored = [], [], 0
-        for each in spec.tasks:
-            loaded = dataset if each.dataset == spec.train_on.dataset else data.load(each.dataset, place.data_dir)
-            examples = loaded.splits[spec.evaluation.split]
-            if runtime.ranks().is_main:
-                place.store.log_scoring(spec, each.task.name)
-            evaluated = evaluate(
-                built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len, partial(scored, report)
-            )
-            scores += evaluated.scores if spec.weights != "random" else []
-            rows += evaluated.rows
-            num_scored += len(examples)
+        with inference(built.model, spec.train, device):
+            for each in spec.tasks:
+                examples = datasets[each.dataset.name].splits[spec.evaluation.split]
+                if runtime.ranks().is_main:
+                    place.store.log_scoring(spec, each.task.name)
+                evaluated = evaluate(
+                    built.model,
+                    tokenizer,
+                    each,
+                    examples,
+                    spec.evaluation,
+                    spec.train.max_seq_len,
+                    partial(scored, report),
+                )
+                scores += evaluated.scores if spec.weights != "random" else []
+                rows += evaluated.rows
+                num_scored += len(examples)
         evaluation_seconds = time.monotonic() - began
 
     report({"event": "phase", "phase": "record"})
+    peak_memory = runtime.largest_over_ranks(runtime.peak_memory_bytes(device), device)
+    collect_trained(built.model)
     if not runtime.ranks().is_main:
         return {"status": store.DONE, "reason": None}
     with place.store.new_run(spec.run_id) as target:
@@ -118,14 +107,14 @@ def walk(
         store.write_lines(target / "predictions.jsonl", rows)
         store.write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
-        result = header(spec, store.DONE, None, started) | {
+        result = header(spec, store.DONE, None, started, device.type) | {
             "scores": scores,
             "costs": {
                 "total_params": built.base_parameters,
                 "trainable_params": built.trainable_parameters,
                 "base_bytes": built.base_bytes,
                 "trained_file_bytes": sum(path.stat().st_size for path in files),
-                "peak_memory_bytes": runtime.peak_memory_bytes(device),
+                "peak_memory_bytes": peak_memory,
                 "train_seconds": trained.seconds,
                 "train_tokens": trained.tokens,
                 "supervised_tokens": trained.supervised_tokens,
@@ -136,13 +125,10 @@ def walk(
                 "evaluated_examples": num_scored,
             },
             "data": {
-                "fingerprints": dataset.fingerprints,
-                "overlap": dataset.overlap,
-                "origin": dataset.origin,
+                **inputs.data_facts(datasets),
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),
-                "files": {role: file.sha256 for role, file in spec.train_on.dataset.config.files.items()},
             },
         }
         store.write_json(target / "result.json", result)
@@ -155,77 +141,10 @@ def scored(report: Report, done: int, total: int) -> None:
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
 
 
-def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizerFast", str]:
-    """The base's folder (None: random weights), its tokenizer, and where that comes from.
-
-    Raises `EnvironmentFault` when the run that makes the base, or the checkpoint, is not there.
-    """
-    from finrepro.model import load_tokenizer
-
-    if spec.base_run is not None:
-        folder = place.store.run_folder(spec.base_run) / "weights"
-        if place.store.result(spec.base_run) is None:
-            raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
-        return folder, load_tokenizer(folder), f"run {spec.base_run}"
-    found = weights.locate(spec.model, place.models_dir)
-    if found is None and spec.weights == "pretrained":
-        found = weights.fetch(spec.model)
-    if found is not None:
-        return (found if spec.weights == "pretrained" else None), load_tokenizer(found), "checkpoint"
-    return None, embedded_tokenizer(spec, place), "trained on the embedded text"
-
-
-def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
-    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights."""
-    if spec.base_run is not None:
-        made = (place.store.result(spec.base_run) or {})["environment"]
-        digests = {key: made[key] for key in ("source_digest", "lock_digest")}
-        return {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run), **digests}
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    return {"files": {path.name: file_digest(path) for path in files}}
-
-
-def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
-    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
-    from finrepro.tokens import train_tokenizer
-
-    text = catalogue.task(spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT)
-    task, config = text.task.module("tasks"), text.task.config
-    texts = [task.target(example, config) for example in data.load(text.dataset, place.data_dir).splits["train"]]
-    vocabulary = int(spec.model.architecture["vocab_size"])
-    return train_tokenizer(texts, spec.model.family, min(vocabulary, STAND_IN_VOCABULARY))
-
-
-def request(spec: RunSpec, selection: Selection, scale: str) -> dict[str, Any]:
-    """A cell as a message to a process that runs it: how to find it again, and the id it must then have."""
-    digest = provenance.source_digest()
-    return {
-        "selection": asdict(selection), "scale": scale, "label": spec.label, "run_id": spec.run_id, "source": digest,
-    }  # fmt: skip
-
-
-def resolve(message: dict[str, Any]) -> RunSpec:
-    """The spec that a `request` means. Raises `CellFailed` when configuration or source have changed in between."""
-    if provenance.source_digest() != message["source"]:
-        raise CellFailed(f"{message['label']}: the source changed while the campaign was running.")
-    values = message["selection"]
-    selection = Selection(**{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None})
-    spec = find(selection, message["scale"], message["label"])
-    if spec.run_id != message["run_id"]:
-        raise CellFailed(f"{message['label']}: the configuration changed while the campaign was running.")
-    return spec
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cell of a request (JSON) as a process of its own: what launchers start, one a rank. Exit codes as everywhere."""
+    """Run one cell as a process of its own: what launchers start, one a rank. Exit codes as everywhere."""
     from finrepro.train import Interrupted
 
-    parser = argparse.ArgumentParser(prog="python -m finrepro.run", description=main.__doc__)
-    parser.add_argument("--request", required=True, help="JSON with selection, scale, label and run_id")
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--models-dir", type=Path)
-    options = parser.parse_args(arguments)
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; who started us decides
@@ -236,8 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(event), flush=True)
 
     try:
-        spec = resolve(json.loads(options.request))
-        place = Place(store.open_store(options.store), options.data_dir, options.models_dir)
+        message, place = parse(arguments)
+        spec = resolve(message)
         result: dict[str, Any] = {"status": store.DONE, "reason": None}
         if place.store.state(spec) != store.DONE:
             result = run_cell(spec, place, emit, lambda: bool(stop))

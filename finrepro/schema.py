@@ -76,7 +76,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         if key not in known:
             raise UsageError(f"{where}: {unknown('setting', str(key), known)}")
     try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
+        return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "settings"
@@ -84,6 +84,12 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}.") from None
+
+
+@cache
+def _validator(cls: type) -> Any:
+    """pydantic's check of a class, made once: making it costs more than the check."""
+    return pydantic.TypeAdapter(cls)
 
 
 @cache

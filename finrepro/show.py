@@ -1,5 +1,6 @@
 """What a person sees: the plan, progress bars, finished cells, the table, the list of cells."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from rich.text import Text
 
 from finrepro import PROJECT
 from finrepro import plan as planning
+from finrepro.cells import Selection
+from finrepro.launch import command
+from finrepro.place import Place
 from finrepro.render import Table, to_rich
-from finrepro.run import Place
+from finrepro.spec import Scale
 from finrepro.store import default_root
 from finrepro.worker import Event
 
@@ -81,7 +85,7 @@ class Display:
         text = reason
         if result and status == "done":
             score = result["scores"][0] if result["scores"] else None
-            shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality: random weights"
+            shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality"
             text = f"{shown}, {result['ended'] - result['started']:.0f} s"
         # One call: beside running bars, a line printed in parts would lose all but the last.
         line = (f"[{self.done}/{self.total}] ", (status, STYLES.get(status, "")), f" {label}: {text}")
@@ -122,3 +126,16 @@ def list_cells(steps: list[planning.Step]) -> None:
         console.print(table)
     else:
         Console(highlight=False, width=400).print(table)
+
+
+def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale, place: Place) -> None:
+    """What every cell that is not refused needs, and the command that runs it by itself."""
+    for step in steps:
+        if step.action == "refuse":
+            continue
+        spec = step.spec
+        devices = f"{spec.world_size} device{'s' * (spec.world_size > 1)}"
+        sharing = spec.train.engine if spec.train.engine != "deepspeed" else f"ZeRO-{spec.train.zero_stage}"
+        needs = f"{devices} with {planning.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
+        print(f"\n{spec.label}: {needs}; {step.state}{f' ({step.reason})' if step.reason else ''}")
+        print(f"  {shlex.join(command(spec, selection, scale, place))}")

@@ -6,6 +6,8 @@ Everything here is data. The values come from configs/, which finrepro.catalogue
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from finrepro.data import Hub
@@ -28,8 +30,11 @@ DESCRIPTIVE = frozenset(
         "parameters",
         "gated",
         "miniature_of",
+        "variant",
         "pretrain",
         "scale",
+        "url",
+        "label",
     ]
 )
 
@@ -38,7 +43,7 @@ DESCRIPTIVE = frozenset(
 class Train:
     """How a cell is trained. Steps are optimizer steps; `max_tokens` counts a micro-batch's tokens with padding, a device."""
 
-    max_steps: Positive
+    max_steps: Count  # 0: nothing is trained, the model is scored as it is
     warmup_steps: Count
     schedule: Literal["constant", "linear", "cosine"]
     lr: PositiveFloat
@@ -51,7 +56,15 @@ class Train:
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # an entry with `kind`; a `Choice` once resolved
+    engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
     short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for ZeRO without DeepSpeed."""
+        if self.engine == "ddp" and self.zero_stage:
+            raise ValueError(
+                "engine 'ddp' keeps a whole copy on every device: zero_stage must be 0, or engine 'deepspeed'"
+            )
 
 
 @settings
@@ -94,6 +107,7 @@ class Model:
     name: str
     family: Literal["gpt2", "llama"]
     scale: Scale
+    variant: Literal["base", "chat", "instruct"]
     dtype: Literal["float32", "bfloat16"]
     parameters: int
     architecture: dict[str, Any]
@@ -112,53 +126,61 @@ class Model:
 
 @settings
 class Axes:
-    """The values that a table crosses."""
+    """The values that a table crosses. `batch` sets `global_batch_size`; without it a table has one, in its `train`."""
 
     model: tuple[str, ...]
     quantizer: tuple[str, ...]
     adapter: tuple[str, ...]
     train_on: tuple[str, ...]
     seed: tuple[int, ...]
+    batch: tuple[Positive, ...] = ()
 
 
 @settings
 class Override:
-    """Training settings for the cells whose axis values equal `where`."""
+    """Training settings, and devices, of the cells whose axis values match the patterns (* and ?) of `where`."""
 
     where: dict[str, str]
-    train: dict[str, Any]
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: Positive | None = None
 
 
 @settings
-class Quick:
-    """What --quick runs: the cells whose labels match one of the patterns, with these training settings."""
+class Group:
+    """The cells whose labels match one of the patterns, with changes to their training; a cell belongs to the first group it matches."""
 
     cells: tuple[str, ...]
-    train: dict[str, Any]
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @settings
 class Grid:
-    """A table at one scale. `full` replaces axes under --full."""
+    """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
+
+    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone.
+    """
 
     axes: Axes
     template: str
     threads: Positive
     train: dict[str, Any]
     evaluation: Evaluation
-    quick: Quick
+    quick: tuple[Group, ...]
+    default: tuple[Group, ...] = ()
     full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    scored: bool = True
 
 
 @settings
 class TableFile:
-    """One file of configs/tables."""
+    """One file of configs/tables. `beside` names a table whose finished runs are shown in this one as well."""
 
     title: str
     report: str
     smoke: Grid
     paper: Grid
+    beside: str | None = None
 
 
 @settings
@@ -170,30 +192,52 @@ class TaskSpec:
 
 
 @settings
-class RunSpec:
-    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one did."""
+class Mix:
+    """An entry of mixes.yaml: task -> how often its examples are taken, and the tasks that are scored."""
 
+    parts: dict[str, Positive]
+    tasks: tuple[str, ...]
+
+
+@settings
+class Part:
+    """A task of a training set; its examples are taken `repeat` times an epoch."""
+
+    task: TaskSpec
+    repeat: Positive
+
+
+@settings
+class TrainSet:
+    """What a cell is trained on: one task, or a named mix of several."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+@settings
+class RunSpec:
+    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one did.
+
+    `label` is the cell's name for people; `run_id` is its identity.
+    """
+
+    label: str
     model: Model
     weights: Weights
     base_checkpoint: str | None
     base_run: str | None
     quantizer: Choice
     adapter: Choice
-    train_on: TaskSpec
-    tasks: tuple[TaskSpec, ...]
+    train_on: TrainSet
+    tasks: tuple[TaskSpec, ...]  # scored, in this order; none in a table of costs
     train: Train
     evaluation: Evaluation
     seed: int
     threads: int
     world_size: int
 
-    @property
-    def label(self) -> str:
-        """The cell's name for people; `run_id` is its identity."""
-        names = (self.model.name, self.quantizer.name, self.adapter.name, self.train_on.task.name)
-        return "-".join((*names, f"s{self.seed}"))
-
-    @property
+    @cached_property
     def run_id(self) -> str:
         """12 hex digits of sha256 over the canonical form."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
@@ -202,6 +246,11 @@ class RunSpec:
     def canonical(self) -> dict[str, Any]:
         """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
         return without(plain(self), DESCRIPTIVE)
+
+
+def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
+    """`<model>-<quantizer>-<adapter>-<train_on>[-b<batch>]-s<seed>` from the names, in this order."""
+    return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))
 
 
 def without(value: Any, keys: frozenset[str]) -> Any:

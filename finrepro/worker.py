@@ -15,8 +15,9 @@ from typing import Any
 
 from finrepro import PROJECT, provenance, runtime, store
 from finrepro.cells import Selection
-from finrepro.run import Place, request
-from finrepro.spec import RunSpec
+from finrepro.launch import command, request
+from finrepro.place import Place
+from finrepro.spec import RunSpec, Scale
 
 Event = dict[str, Any]
 ENDS = ("result", "interrupted", "fault")  # the last event of a cell
@@ -33,7 +34,8 @@ def serve() -> int:
     runtime.quiet_environment()
 
     from finrepro.errors import FinreproError
-    from finrepro.run import resolve, run_cell
+    from finrepro.launch import resolve
+    from finrepro.run import run_cell
     from finrepro.train import Interrupted
 
     def emit(event: Event) -> None:
@@ -62,7 +64,7 @@ def serve() -> int:
 class Worker:
     """The driver's side: starts the process when needed, sends it a cell, passes on its events."""
 
-    def __init__(self, place: Place, selection: Selection, scale: str, log: Path) -> None:
+    def __init__(self, place: Place, selection: Selection, scale: Scale, log: Path) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
         self.process: subprocess.Popen[str] | None = None
         self.launched: subprocess.Popen[str] | None = None
@@ -103,21 +105,12 @@ class Worker:
             on_event(event)
         return self._died(process)
 
-    def command(self, spec: RunSpec) -> list[str]:
-        """The launcher's command line for a cell on several ranks."""
-        place = self.place
-        folders = [("--store", place.store.root), ("--data-dir", place.data_dir), ("--models-dir", place.models_dir)]
-        return [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}",
-            "-m", "finrepro.run", "--request", json.dumps(request(spec, self.selection, self.scale)),
-            *(part for flag, folder in folders if folder for part in (flag, str(folder))),
-        ]  # fmt: skip
-
     def _launch(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
         """Run a cell on several ranks, each a process of its own; the first one reports."""
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                self.command(spec), cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
+                [*command(spec, self.selection, self.scale, self.place), "--run-id", spec.run_id,
+                 "--source", provenance.source_digest()], cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)}, start_new_session=True,
                 preexec_fn=runtime.die_with_parent,
             )  # fmt: skip

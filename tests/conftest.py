@@ -10,7 +10,7 @@ import pytest
 from fixtures_process import forget, python
 
 from finrepro import PROJECT, catalogue
-from finrepro.run import Place
+from finrepro.place import Place
 from finrepro.store import open_store
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finrepro import PROJECT, catalogue
+from finrepro import PROJECT, catalogue, cells
 from finrepro.errors import FinreproError
 
 CACHED = (
@@ -17,6 +17,11 @@ CACHED = (
     catalogue.task,
     catalogue.tables,
     catalogue.table,
+    catalogue.train_set,
+    catalogue.published,
+    cells._base,
+    cells._checked_grid,
+    cells.foreign_adapter,
 )
 
 

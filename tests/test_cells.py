@@ -20,38 +20,77 @@ from finrepro.schema import kinds
 from finrepro.spec import Evaluation, RunSpec, Scale, Train
 
 SMOKE = [
+    "gpt2_127m_mini-none-base-tfns-s0",
     "gpt2_127m_mini-none-full-tfns-s0",
-    "gpt2_127m_mini-none-full-fpb-s0",
+    "gpt2_127m_mini-none-full-fin_ner-s0",
     "gpt2_127m_mini-none-lora_r8-tfns-s0",
-    "gpt2_127m_mini-none-lora_r8-fpb-s0",
+    "gpt2_127m_mini-int8-full-tfns-s0 refused",
     "gpt2_127m_mini-nf4-full-tfns-s0 refused",
-    "gpt2_127m_mini-nf4-full-fpb-s0 refused",
     "gpt2_127m_mini-nf4-lora_r8-tfns-s0",
-    "gpt2_127m_mini-nf4-lora_r8-fpb-s0",
+    "gpt2_127m_mini-nf4_single-full-tfns-s0 refused",
+    "gpt2_127m_mini-fp4-full-tfns-s0 refused",
+    "gpt2_1_5b_mini-none-base-tfns-s0",
+    "gpt2_1_5b_mini-none-full-tfns-s0",
+    "gpt2_1_5b_mini-int8-lora_r8-tfns-s0",
+    "gpt2_1_5b_mini-fp4-lora_r4-tfns-s0",
+    "llama2_7b_mini-none-base-tfns-s0",
+    "llama2_7b_mini-none-lora_r4-tfns-s0",
+    "llama2_7b_mini-int8-lora_r4-tfns-s0",
+    "llama2_7b_mini-nf4_single-lora_r8-tfns-s0",
+    "llama2_13b_mini-none-base-tfns-s0",
+    "llama2_13b_mini-none-lora_r8-tfns-s0",
+    "llama2_13b_mini-nf4-lora_r4-tfns-s0",
+    "llama2_13b_mini-fp4-lora_r8-tfns-s0",
+    "llama3_1_8b_mini-none-base-tfns-s0",
     "llama3_1_8b_mini-none-full-tfns-s0",
-    "llama3_1_8b_mini-none-full-fpb-s0",
     "llama3_1_8b_mini-none-lora_r8-tfns-s0",
-    "llama3_1_8b_mini-none-lora_r8-fpb-s0",
-    "llama3_1_8b_mini-nf4-full-tfns-s0 refused",
-    "llama3_1_8b_mini-nf4-full-fpb-s0 refused",
+    "llama3_1_8b_mini-int8-base-tfns-s0",
+    "llama3_1_8b_mini-nf4-base-tfns-s0",
+    "llama3_1_8b_mini-nf4-base-nwgi_7-s0",
+    "llama3_1_8b_mini-nf4-base-nwgi_3-s0",
+    "llama3_1_8b_mini-nf4-base-nwgi_polar-s0",
     "llama3_1_8b_mini-nf4-lora_r8-tfns-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-fin_ner-s0",
     "llama3_1_8b_mini-nf4-lora_r8-fpb-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-fiqa_sa-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-nwgi_7-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-nwgi_3-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-nwgi_polar-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-sentiment_mix-s0",
+    "llama3_1_8b_mini-nf4-lora_r8-fingpt_mix-s0",
+    "llama3_1_8b_mini-nf4_single-base-tfns-s0",
+    "llama3_1_8b_mini-fp4-base-tfns-s0",
+    "llama3_1_70b_mini-none-base-tfns-s0",
+    "llama3_1_70b_mini-nf4-lora_r8-tfns-s0",
+    "llama3_1_70b_mini-nf4_single-lora_r4-tfns-s0",
 ]
-PAPER = [
-    line.replace("_mini", "").replace("-s0", f"-s{seed}") for line in SMOKE for seed in (0, 1, 2)
-]  # the same matrix on the real models, each cell over three seeds
 QUICK = {
     "smoke": [
         "gpt2_127m_mini-none-full-tfns-s0",
         "gpt2_127m_mini-nf4-lora_r8-tfns-s0",
-        "llama3_1_8b_mini-none-lora_r8-tfns-s0",
-        "llama3_1_8b_mini-nf4-lora_r8-tfns-s0",
+        "llama3_1_8b_mini-none-base-tfns-s0",
+        "llama3_1_8b_mini-int8-lora_r4-tfns-s0",
+        "llama3_1_8b_mini-nf4-lora_r8-fin_ner-s0",
     ],
-    "paper": ["gpt2_127m-nf4-lora_r8-tfns-s0"],
+    "paper": [
+        "gpt2_127m-nf4-lora_r8-tfns-s0",
+        "gpt2_1_5b-nf4-lora_r8-tfns-s0",
+        "llama2_7b-nf4-lora_r8-tfns-s0",
+        "llama2_7b_chat-nf4-lora_r8-tfns-s0",
+        "llama2_13b-nf4-lora_r8-tfns-s0",
+        "llama2_13b_chat-nf4-lora_r8-tfns-s0",
+        "llama3_1_8b-nf4-lora_r8-tfns-s0",
+        "llama3_1_8b_instruct-nf4-lora_r8-tfns-s0",
+        "llama3_1_70b-nf4-lora_r8-tfns-s0",
+        "llama3_1_70b_instruct-nf4-lora_r8-tfns-s0",
+    ],
 }
+MATRIX = {"smoke": 3240, "paper": 5400}  # of --full: models x 5 quantizers x 4 adapters x 9 training sets x 3 seeds
+DEFAULT = {"smoke": Selection("3"), "paper": Selection("3", only="gpt2_127m-*")}  # few enough to be made often
+TFNS_FULL = "gpt2_127m_mini-none-full-tfns-s0"
 # What is said about a thing and does not decide a number. The sha256 of a file pins its bytes.
 SAID_ONLY = re.compile(
-    r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|source|path|hub_path|report|scale)$"
+    r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|variant|source|path|hub_path|url|report|scale)$"
     r"|^datasets\..*\.hub\."
 )
 SCALES: tuple[Scale, Scale] = ("smoke", "paper")
@@ -63,21 +102,84 @@ def shown(cell: Cell) -> str:
 
 def test_the_cells_of_table_3_are_the_listed_ones():
     assert [shown(cell) for cell in expand(Selection("3"), "smoke")] == SMOKE
-    assert [shown(cell) for cell in expand(Selection("3"), "paper")] == PAPER
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_full_is_the_whole_matrix_over_three_seeds(scale: Scale):
+    cells = expand(Selection("3", full=True), scale)
+    assert len(cells) == len({cell.label for cell in cells}) == MATRIX[scale]
+    default = {cell.label for cell in expand(Selection("3"), scale)}
+    assert default < {cell.label for cell in cells}
+
+
+def test_the_default_smoke_cells_hold_every_model_and_every_legal_pair():
+    """And every training set, though only with the data that are not embedded."""
+    default, whole = (
+        [cell.spec for cell in expand(Selection("3", full=flag), "smoke") if cell.refusal is None]
+        for flag in (False, True)
+    )
+    for axes in (("model",), ("quantizer", "adapter"), ("train_on",)):
+        covered, wanted = (
+            {tuple(getattr(spec, axis).name for axis in axes) for spec in specs} for specs in (default, whole)
+        )
+        assert covered == wanted
+
+
+def test_a_cell_is_trained_to_show_quality_or_marked_short_or_not_trained():
+    for cell in expand(Selection("3"), "smoke"):
+        train = cell.spec.train
+        assert cell.refusal or (train.max_steps == 0) == (cell.spec.adapter.kind == "base")
+        assert train.short == (0 < train.max_steps < 100)
+
+
+def test_one_cell_of_the_table_runs_on_two_devices():
+    many = [cell.label for cell in expand(Selection("3"), "smoke") if cell.spec.world_size > 1]
+    assert many == ["llama2_13b_mini-none-lora_r8-tfns-s0"]
+    assert {cell.spec.world_size for cell in expand(Selection("3", world_size=3), "smoke")} == {3}
+
+
+def test_a_mix_trains_on_its_parts_as_often_as_it_says_and_is_scored_on_its_tasks():
+    (cell,) = expand(Selection("3", only="*-fingpt_mix-*"), "smoke")
+    parts = {part.task.task.name: part.repeat for part in cell.spec.train_on.parts}
+    assert parts == {"fpb": 6, "fiqa_sa": 21, "tfns": 2, "nwgi_7": 1}
+    assert [each.task.name for each in cell.spec.tasks] == ["fpb", "fiqa_sa", "tfns", "nwgi_3"]
+
+
+def test_a_table_of_costs_scores_nothing_and_crosses_batches():
+    cells = expand(Selection("5"), "smoke")
+    assert {cell.spec.train.global_batch_size for cell in cells} == {4, 8}
+    assert all(cell.spec.tasks == () and cell.spec.train.short for cell in cells)
+    assert {cell.label for cell in cells} >= {f"gpt2_127m_mini-nf4-lora_r8-tfns-b{batch}-s0" for batch in (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [({"model": "gpt3*"}, "gpt3*"), ({"size": "x"}, "axis 'size'")],
+)
+def test_an_override_that_can_hold_for_no_cell_is_refused(configs: Path, where: dict[str, str], wrong: str):
+    path = configs / "tables" / "table3.yaml"
+    table = yaml.safe_load(path.read_text())
+    table["smoke"]["overrides"].append({"where": where, "train": {"lr": 1.0e-3}})
+    path.write_text(yaml.safe_dump(table))
+    forget()
+    with pytest.raises(UsageError) as refused:
+        expand(Selection("3"), "smoke")
+    assert wrong in one_line(refused.value)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_quick_cells_are_the_listed_ones_and_marked_short(scale: Scale):
     cells = expand(Selection("3", quick=True), scale)
     assert [cell.label for cell in cells] == QUICK[scale]
-    assert all(cell.spec.train.short and cell.refusal is None for cell in cells)
+    assert all(cell.refusal is None for cell in cells)
+    assert all(cell.spec.train.short == (cell.spec.train.max_steps > 0) for cell in cells)
 
 
-def test_the_quick_smoke_cells_cover_every_architecture_quantizer_and_adapter():
-    quick, whole = (expand(Selection("3", quick=flag), "smoke") for flag in (True, False))
-    for axis in ("model", "quantizer", "adapter"):
-        names = [{getattr(cell.spec, axis).name for cell in cells} for cells in (quick, whole)]
-        assert names[0] == names[1]
+def test_the_quick_smoke_cells_cover_both_architectures_and_both_ways_of_answering():
+    specs = [cell.spec for cell in expand(Selection("3", quick=True), "smoke")]
+    assert {spec.model.family for spec in specs} == {"gpt2", "llama"}
+    assert {each.task.kind for spec in specs for each in spec.tasks} == {"classification", "entities"}
+    assert {spec.quantizer.name for spec in specs} == {"none", "int8", "nf4"}
 
 
 def test_full_runs_three_seeds_and_given_seeds_replace_them():
@@ -87,10 +189,11 @@ def test_full_runs_three_seeds_and_given_seeds_replace_them():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_refused_cell_carries_its_reason_in_one_line(scale: Scale):
-    refused = [cell for cell in expand(Selection("3"), scale) if cell.refusal is not None]
+    refused = [cell for cell in expand(Selection("3", full=True), scale) if cell.refusal is not None]
     assert refused
     for cell in refused:
-        assert cell.refusal and "\n" not in cell.refusal and cell.spec.quantizer.name in cell.refusal
+        assert cell.refusal and "\n" not in cell.refusal
+        assert cell.spec.quantizer.name in cell.refusal or len(cell.spec.train_on.parts) > 1
 
 
 def test_a_miniature_names_its_pretraining_run_as_base_and_random_weights_have_none():
@@ -101,7 +204,8 @@ def test_a_miniature_names_its_pretraining_run_as_base_and_random_weights_have_n
 
 
 def test_run_ids_are_twelve_hex_digits_and_all_different():
-    specs = [cell.spec for scale in SCALES for cell in expand(Selection("3", full=True), scale)]
+    specs = [cell.spec for cell in expand(Selection("3", full=True, seeds=(0, 1)), "smoke")]
+    specs += [cell.spec for quick in (False, True) for cell in expand(Selection("3", quick=quick), "paper")]
     specs += [cell.base for cell in expand(Selection("3"), "smoke") if cell.base]
     ids = {spec.run_id for spec in specs}
     assert all(re.fullmatch("[0-9a-f]{12}", run_id) for run_id in ids)
@@ -109,11 +213,11 @@ def test_run_ids_are_twelve_hex_digits_and_all_different():
 
 
 def test_weights_seed_and_devices_are_part_of_the_identity():
-    (one,) = expand(Selection("3", only=SMOKE[0]), "smoke")
+    (one,) = expand(Selection("3", only=TFNS_FULL), "smoke")
     others = [
-        *expand(Selection("3", only=SMOKE[0], weights="random"), "smoke"),
-        *expand(Selection("3", only=SMOKE[0], world_size=2), "smoke"),
-        *expand(Selection("3", only="gpt2*-none-full-tfns-s1", seeds=(1,)), "smoke"),
+        *expand(Selection("3", only=TFNS_FULL, weights="random"), "smoke"),
+        *expand(Selection("3", only=TFNS_FULL, world_size=2), "smoke"),
+        *expand(Selection("3", only="gpt2_127m*-none-full-tfns-s1", seeds=(1,)), "smoke"),
     ]
     assert len({cell.spec.run_id for cell in [one, *others]}) == 4
 
@@ -121,7 +225,7 @@ def test_weights_seed_and_devices_are_part_of_the_identity():
 SCRIPT = """
 from finrepro.cells import Selection, expand
 for scale in ("smoke", "paper"):
-    for cell in expand(Selection("3", full=True), scale):
+    for cell in expand(Selection("3"), scale):
         print(cell.label, cell.spec.run_id, cell.base.run_id if cell.base else None)
 """
 
@@ -133,16 +237,25 @@ def test_run_ids_are_the_same_in_every_process_and_for_every_hash_seed(tmp_path:
     here = "".join(
         f"{cell.label} {cell.spec.run_id} {cell.base.run_id if cell.base else None}\n"
         for scale in SCALES
-        for cell in expand(Selection("3", full=True), scale)
+        for cell in expand(Selection("3"), scale)
     )
     assert {run.stdout for run in runs} == {here}
 
 
+PATTERNS = (
+    "*-nf4*-lora_r8*-tfns-s0",
+    "gpt2_127m*-tfns-s0",
+    "gpt2_127m*-none-lora_r8*-s0",
+    "llama3_1_70b*-none-full-tfns-s0",
+)
+
+
 def identities() -> dict[str, str]:
-    """Label -> run id over every selection of the table, bases included, in which every setting takes part."""
+    """Label -> run id of enough cells, bases included, that every entry and every setting takes part."""
     found = {}
     for scale in SCALES:
-        for name, selection in {"": Selection("3", seeds=(0,)), "quick ": Selection("3", quick=True)}.items():
+        some = {f"full {only} ": Selection("3", full=True, seeds=(0,), only=only) for only in PATTERNS}
+        for name, selection in (some | {"quick ": Selection("3", quick=True), "": DEFAULT[scale]}).items():
             for cell in expand(selection, scale):
                 found[name + cell.label] = cell.spec.run_id
                 if cell.base is not None:
@@ -168,7 +281,7 @@ def others(value: Any) -> list[Any]:
         return [value + 1, value - 1]
     if isinstance(value, float):
         return [value * 1.5 + 0.01, value * 0.5]
-    known = "random fp4 uint16 bfloat16 float32 cosine linear bins padded test development llama"
+    known = "random fp4 uint16 bfloat16 float32 cosine linear bins padded test development llama ddp"
     return [value + "x", "x" + value, *known.split()]
 
 
@@ -176,8 +289,11 @@ def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """The leaves to change: of a table, its training settings only, since its axes decide which cells there are."""
     kept = ("train", "evaluation", "threads", "template")
     inside = leaves(content)
-    if not name.startswith("tables"):
-        return inside
+    if not name.startswith("tables"):  # entries of one kind are read by one class: each of its settings once
+        like = {
+            key: tuple(str(entry.get(part)) for part in ("kind", "family", "scale")) for key, entry in content.items()
+        }
+        return list({(like[path[0]], path[1:]): (path, value) for path, value in inside}.values())
     return [
         (p, v) for p, v in inside if len(p) > 1 and (p[1] in kept or (p[1] in ("overrides", "quick") and "train" in p))
     ]
@@ -204,11 +320,12 @@ def variants(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 SAID_FIELDS = {
-    "name", "title", "licence", "embedded", "gated", "parameters", "miniature_of", "source", "path", "hub_path", "scale", "hub", "pretrain",
+    "name", "title", "licence", "embedded", "gated", "parameters", "miniature_of", "source", "path", "hub_path", "url", "scale",
+    "hub", "pretrain", "variant", "label",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("label", ["llama3_1_8b_mini-nf4-lora_r8-tfns-s0", "gpt2_127m_mini-none-full-fpb-s0"])
+@pytest.mark.parametrize("label", ["llama3_1_8b_mini-nf4-lora_r8-tfns-s0", "gpt2_127m_mini-none-full-fin_ner-s0"])
 def test_every_setting_of_a_spec_changes_its_run_id_and_what_is_only_said_does_not(label: str):
     (cell,) = expand(Selection("3", only=label), "smoke")
     seen = set()
@@ -276,11 +393,11 @@ def test_renaming_entries_keeps_every_result(configs: Path):
     table.write_text(text)
     forget()
     labels = [cell.label for cell in expand(Selection("3"), "smoke")]
-    assert labels[2] == "small_mini-none-low_rank-tfns-s0"
+    assert "gpt2_127mx_mini-nf4x-lora_r8x-tfns-s0" in labels
     assert sorted(identities().values()) == before
 
 
-RENAMED = {"lora_r8": "low_rank", "gpt2_127m_mini": "small_mini", "nf4": "four_bit"}
+RENAMED = {"lora_r8": "lora_r8x", "gpt2_127m_mini": "gpt2_127mx_mini", "nf4": "nf4x"}
 
 
 def spec() -> RunSpec:
@@ -301,8 +418,9 @@ def test_the_kind_is_in_the_hash_for_every_choice_of_a_spec():
     assert canonical["adapter"]["kind"] in kinds("adapters")
     assert canonical["quantizer"]["kind"] in kinds("quantizers")
     assert canonical["train"]["optimizer"]["kind"] in kinds("optimizers")
-    assert canonical["train_on"]["task"]["kind"] in kinds("tasks")
-    assert canonical["train_on"]["dataset"]["kind"] in kinds("datasets")
+    (part,) = canonical["train_on"]["parts"]
+    assert part["task"]["task"]["kind"] in kinds("tasks")
+    assert part["task"]["dataset"]["kind"] in kinds("datasets")
 
 
 def test_jobs_and_places_are_no_part_of_a_spec():
@@ -319,6 +437,11 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_way_to_the_labels(on
     with pytest.raises(UsageError) as refused:
         expand(Selection("3", only=only), "smoke")
     assert "invoke cells" in one_line(refused.value)
+
+
+def test_a_pattern_of_cells_outside_the_default_ones_names_full():
+    with pytest.raises(UsageError, match="add --full"):
+        expand(Selection("3", only="llama2_7b_mini-fp4-lora_r8-tfns-s0"), "smoke")
 
 
 def test_a_pattern_near_a_label_names_it():

@@ -10,8 +10,8 @@ import pytest
 from finrepro import plan, provenance, store
 from finrepro.cells import Cell, Selection, expand
 from finrepro.manifest import damaged_files
+from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
-from finrepro.run import Place
 from finrepro.spec import RunSpec
 
 CELL = "gpt2_127m_mini-none-full-tfns-s0"

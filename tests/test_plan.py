@@ -5,14 +5,16 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from finrepro import data, plan, provenance, store
 from finrepro.cells import Selection, expand
 from finrepro.errors import FinreproError
+from finrepro.launch import command, parse, request, resolve
+from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
-from finrepro.run import Place, request, resolve
 from finrepro.spec import RunSpec
 
 QUICK = expand(Selection("3", quick=True), "smoke")
@@ -36,8 +38,8 @@ def paper(label: str) -> RunSpec:
 
 def test_an_empty_store_runs_each_base_once_and_before_the_cells_on_it(place: Place):
     steps = plan.plan(QUICK, place, False)
-    assert {step.action for step in steps} == {"run"} and len(steps) == 2 + 4
-    assert [step.is_base for step in steps] == [True, True, False, False, False, False]
+    assert {step.action for step in steps} == {"run"} and len(steps) == 2 + len(QUICK)
+    assert [step.is_base for step in steps] == [True, True] + [False] * len(QUICK)
     for position, step in enumerate(steps):
         if step.base is not None:
             assert step.base.run_id in [earlier.spec.run_id for earlier in steps[:position]]
@@ -46,7 +48,7 @@ def test_an_empty_store_runs_each_base_once_and_before_the_cells_on_it(place: Pl
 def test_finished_cells_are_kept_and_their_base_is_not_made_again(place: Place):
     for cell in QUICK:
         seal_done(place, cell.spec)
-    assert set(actions(place).values()) == {"keep"} and len(actions(place)) == 4
+    assert set(actions(place).values()) == {"keep"} and len(actions(place)) == len(QUICK)
 
 
 def test_a_missing_cell_brings_its_base_back_alone(place: Place):
@@ -72,16 +74,16 @@ def test_what_did_not_finish_runs_again_and_says_so(place: Place, status: str):
 
 
 def test_a_refused_cell_is_named_and_neither_runs_nor_brings_a_base(place: Place):
-    cells = expand(Selection("3", only="*-nf4-full-tfns-*"), "smoke")
+    cells = expand(Selection("3", full=True, seeds=(0,), only="*-nf4-full-tfns-*"), "smoke")
     steps = plan.plan(cells, place, False)
-    assert [step.action for step in steps] == ["refuse", "refuse"] and all(step.reason for step in steps)
+    assert [step.action for step in steps] == ["refuse"] * 6 and all(step.reason for step in steps)
 
 
 def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    cells = expand(Selection("3", only="*-none-full-fpb-*"), "smoke")
+    cells = expand(Selection("3", full=True, seeds=(0,), only="*-none-full-fpb-*"), "smoke")
     steps = plan.plan(cells, place, False)
     assert {step.action for step in steps} == {"skip"} and all("--data-dir" in step.reason for step in steps)
     here = tmp_path / "data" / "fpb"
@@ -89,7 +91,7 @@ def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
     (here / "Sentences_50Agree.txt").write_text("found without being opened")
     found = dataclasses.replace(place, data_dir=tmp_path / "data")
     assert {step.action for step in plan.plan(cells, found, False)} == {"run"}
-    assert data.missing_reason(cells[0].spec.train_on.dataset, found.data_dir) is None
+    assert data.missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
 
 
 @pytest.fixture
@@ -124,7 +126,12 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
     (checkpoint / "model.safetensors").touch()
-    scale, why = plan.auto_scale(lambda: PAPER, dataclasses.replace(place, models_dir=tmp_path / "models"))
+    places = dataclasses.replace(place, models_dir=tmp_path / "models")
+    scale, why = plan.auto_scale(lambda: PAPER, places)
+    assert scale == "smoke", "a folder that is no checkpoint of the model"
+    monkeypatch.setattr(plan.weights, "check", lambda *_: None)
+    plan._wrong_weights.cache_clear()
+    scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "paper" and "H100" in why
 
 
@@ -159,7 +166,54 @@ def test_memory_falls_with_the_bits_and_with_what_is_trained():
     weights = 8_030_261_248 * 2 / plan.GIB  # bfloat16
     assert weights < lora < weights + 10
     assert 4 < qlora < 12  # QLoRA fits an 8-billion model on a small card
-    assert full > 8_030_261_248 * 16 / plan.GIB  # Adam alone
+    assert full * 4 > 8_030_261_248 * 16 / plan.GIB  # Adam alone, divided over four devices by ZeRO-3
+
+
+def test_each_zero_stage_divides_more_of_what_is_trained():
+    spec = dataclasses.replace(paper("llama3_1_8b-none-full-tfns-s0"), world_size=4)
+    stages = [
+        dataclasses.replace(spec, train=dataclasses.replace(spec.train, zero_stage=stage)) for stage in (0, 1, 2, 3)
+    ]
+    needs = [plan.needed_bytes(each) for each in stages]
+    parameters = spec.model.parameters
+    assert needs[0] - needs[1] == pytest.approx(8 * parameters * 3 / 4, rel=1e-6), "the moments"
+    assert needs[1] - needs[2] == pytest.approx(4 * parameters * 3 / 4, rel=1e-6), "the gradients"
+    assert needs[2] - needs[3] == pytest.approx((2 + 4) * parameters * 3 / 4, rel=1e-6), "the weights"
+
+
+def test_ranks_on_a_host_share_its_memory(place: Place, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch):
+    gpu()
+    (cell,) = expand(Selection("3", only="gpt2_127m-none-full-tfns-s0", weights="random"), "paper")
+    needed = plan.needed_bytes(cell.spec)
+    monkeypatch.setattr(plan, "machine", lambda: plan.Machine(int(1.5 * needed), 0))
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: {0, 1})
+    assert plan.cannot_run(cell.spec, place) is None
+    both = plan.cannot_run(dataclasses.replace(cell.spec, world_size=2), place)
+    assert both is not None and both.startswith("needs ")
+
+
+@pytest.mark.parametrize("scale", ["smoke", "paper"])
+def test_the_launch_command_of_every_cell_runs_that_cell(place: Place, scale: Literal["smoke", "paper"]):
+    for selection in (
+        Selection("3"),
+        Selection("3", quick=True),
+        Selection("3", seeds=(5,), world_size=2, weights="random"),
+    ):
+        for cell in expand(selection, scale)[::17]:
+            line = command(cell.spec, selection, scale, place)
+            assert ("torch.distributed.run" in line) == (cell.spec.world_size > 1)
+            message, where = parse(line[line.index("finrepro.run") + 1 :])
+            assert resolve(message) == cell.spec and where == place
+            with pytest.raises(FinreproError, match="unknown cell"):
+                resolve(message | {"label": cell.label + "0"})
+
+
+def test_the_largest_model_is_planned_over_devices_that_hold_it():
+    """Weights of 141 GB in bfloat16: four devices of 80 GB with ZeRO-3, one device in 4 bit."""
+    dense, quantized = paper("llama3_1_70b-none-lora_r8-tfns-s0"), paper("llama3_1_70b-nf4-lora_r8-tfns-s0")
+    assert (dense.world_size, dense.train.zero_stage, quantized.world_size) == (4, 3, 1)
+    assert plan.needed_bytes(dense) < 80e9 and plan.needed_bytes(quantized) < 80e9
+    assert plan.needed_bytes(dataclasses.replace(dense, world_size=1)) > 141e9
 
 
 def test_the_estimate_of_time_is_what_the_cell_took_before(place: Place):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finrepro import catalogue, plan
 from finrepro.cells import Selection, expand
 from finrepro.errors import UsageError, unknown
-from finrepro.run import Place
+from finrepro.place import Place
 from finrepro.schema import build, choose, kind_module, kinds, plain, read_yaml
 from finrepro.schema import settings as typed
 from finrepro.store import Store
@@ -192,12 +192,12 @@ FUZZ: dict[str, Any] = {
 
 
 def use_everything(store: Path) -> None:
-    """Resolve every entry, expand the table at both scales in every selection, and plan the cells."""
+    """Resolve every entry, expand the tables at both scales in every selection, and plan the cells."""
     for name, resolve in RESOLVE.items():
         for key in catalogue.catalogue(name):
             resolve(key)
     for scale in ("smoke", "paper"):
-        for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True)):
+        for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True), Selection("5")):
             for cell in expand(selection, scale):  # type: ignore[arg-type]
                 plan.cannot_run(cell.spec, Place(Store(store)))
 
@@ -290,7 +290,7 @@ WRONG: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("models", ("gpt2_127m", "architecture"), {"n_layer": 12}, "architecture needs"),
     ("models", ("gpt2_127m", "architecture", "n_embd"), "768", "architecture needs"),
     ("models", ("gpt2_127m_mini", "pretrain", "train", "lr"), "4e-3", "models.gpt2_127m_mini.pretrain.train.lr"),
-    ("models", ("gpt2_127m_mini", "pretrain", "task"), "tfns_txt", "unknown task 'tfns_txt'"),
+    ("models", ("gpt2_127m_mini", "pretrain", "task"), "tfns_txt", "unknown training set 'tfns_txt'"),
     ("datasets", ("fpb", "files", "all", "rows"), "4846", "datasets.fpb.files.all.rows"),
     ("datasets", ("tfns", "labels"), {"0": "negative", "1": 2}, "datasets.tfns.labels.1"),
     ("tasks", ("tfns", "dataset"), "tfms", "unknown dataset 'tfms'"),
@@ -309,7 +309,12 @@ WRONG: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("tables/table3", ("smoke", "full"), {"sed": [0, 1]}, "sed"),
     ("tables/table3", ("smoke", "evaluation", "split"), "train", "evaluation.split"),
     ("tables/table3", ("smoke", "axes", "seed"), [datetime.date(2024, 1, 2)], "table3"),
-    ("tables/table3", ("smoke", "quick", "train", "max_steps"), "1e2", "train.max_steps"),
+    ("tables/table3", ("smoke", "quick", 0, "train", "max_steps"), "1e2", "train.max_steps"),
+    ("tables/table3", ("smoke", "default", 0, "train"), {"engine": "ddp", "zero_stage": 2}, "zero_stage must be 0"),
+    ("tables/table3", ("smoke", "axes", "train_on"), ["fingpt_mx"], "Did you mean 'fingpt_mix'?"),
+    ("tables/table5", ("beside",), "table33", "unknown table"),
+    ("mixes", ("fingpt_mix", "parts"), {"fpb": 0}, "mixes.fingpt_mix.parts.fpb"),
+    ("mixes", ("fingpt_mix", "tasks"), ["fbp"], "unknown task 'fbp'"),
     ("tables/table3", ("report",), "table33", "unknown kind 'table33'"),
 ]
 

@@ -1,0 +1,93 @@
+"""What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finrepro import catalogue, data, weights
+from finrepro.data import Dataset
+from finrepro.errors import EnvironmentFault
+from finrepro.place import Place
+from finrepro.spec import RunSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finrepro.tokens import Encoded
+
+STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
+
+
+def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
+    """Dataset name -> its splits, of everything the cell is trained or scored on; each is read once."""
+    wanted: dict[str, set[str]] = {}
+    choices = {}
+    parts = spec.train_on.parts if spec.train.max_steps else ()
+    needed = [(part.task, "train") for part in parts] + [(each, spec.evaluation.split) for each in spec.tasks]
+    for each, split in needed:
+        wanted.setdefault(each.dataset.name, set()).add(split)
+        choices[each.dataset.name] = each.dataset
+    return {name: data.load(choices[name], place.data_dir, tuple(sorted(splits))) for name, splits in wanted.items()}
+
+
+def training_examples(
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast"
+) -> "list[Encoded]":
+    """Every training example, encoded, a part after the other; a repeated part stands there as often."""
+    from finrepro.tokens import encode
+
+    encoded: list[Encoded] = []
+    for part in spec.train_on.parts if spec.train.max_steps else ():
+        task, config = part.task.task.module("tasks"), part.task.task.config
+        examples = datasets[part.task.dataset.name].splits["train"]
+        pairs = [(task.prompt(example, config), task.target(example, config)) for example in examples]
+        encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
+    return encoded
+
+
+def data_facts(datasets: dict[str, Dataset]) -> dict[str, Any]:
+    """Fingerprints of the splits, overlap between them, where their files were, and the files' sha256, by dataset."""
+    return {
+        key: {name: getattr(dataset, key) for name, dataset in datasets.items()}
+        for key in ("fingerprints", "overlap", "origin", "files")
+    }
+
+
+def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizerFast", str]:
+    """The base's folder (None: random weights), its tokenizer, and where that comes from.
+
+    Raises `EnvironmentFault` when the run that makes the base, or the checkpoint, is not there.
+    """
+    from finrepro.model import load_tokenizer
+
+    if spec.base_run is not None:
+        folder = place.store.run_folder(spec.base_run) / "weights"
+        if place.store.result(spec.base_run) is None:
+            raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
+        return folder, load_tokenizer(folder), f"run {spec.base_run}"
+    found = weights.locate(spec.model, place.models_dir)
+    if found is None and spec.weights == "pretrained":
+        found = weights.fetch(spec.model)
+    if found is not None:
+        weights.check(spec.model, found)
+        return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
+    return None, embedded_tokenizer(spec, place), "trained on the embedded text"
+
+
+def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
+    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights."""
+    if spec.base_run is not None:
+        made = (place.store.result(spec.base_run) or {})["environment"]
+        digests = {key: made[key] for key in ("source_digest", "lock_digest")}
+        return {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run), **digests}
+    return {"files": weights.digests(folder) if folder else {}}
+
+
+def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
+    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
+    from finrepro.tokens import train_tokenizer
+
+    text = catalogue.task(spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT)
+    task, config = text.task.module("tasks"), text.task.config
+    texts = [task.target(example, config) for example in data.load(text.dataset, place.data_dir).splits["train"]]
+    vocabulary = int(spec.model.architecture["vocab_size"])
+    return train_tokenizer(texts, spec.model.family, min(vocabulary, STAND_IN_VOCABULARY))
