@@ -37,6 +37,10 @@ def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale
     """The scale, and why."""
     if wanted == "auto":
         whole = dataclasses.replace(selection, quick=False, full=False, only=None)
+        scales: tuple[Scale, ...] = ("smoke", "paper") if selection.adapter else ()
+        fitting = [scale for scale in scales if any(not cell.refusal for cell in expand(whole, scale))]
+        if len(fitting) == 1:
+            return fitting[0], "the base of the adapter is there"
         return planning.auto_scale(lambda: expand(whole, "paper"), place)
     return ("paper" if wanted == "paper" else "smoke"), "asked for"
 

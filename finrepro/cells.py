@@ -70,7 +70,9 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
         chosen = [point for point in chosen if fnmatch.fnmatchcase(point.label, selection.only)]
     if not chosen:
         raise _no_match(selection, [point.label for point in points])
-    return [_cell(grid, selection, point) for point in chosen]
+    cells = [_cell(grid, selection, point) for point in chosen]
+    fitting = [cell for cell in cells if not cell.refusal]
+    return fitting if selection.adapter and fitting else cells  # an adapter from elsewhere is asked for on its own base
 
 
 def _grid(selection: Selection, scale: Scale) -> Grid:

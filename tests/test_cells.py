@@ -16,8 +16,8 @@ from fixtures_process import forget, one_line, python
 from finrepro import catalogue
 from finrepro.cells import Cell, Selection, expand, find, parse_choice, parse_seeds
 from finrepro.errors import UsageError
-from finrepro.schema import kinds
-from finrepro.spec import Evaluation, RunSpec, Scale, Train
+from finrepro.schema import kind_module, kinds
+from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, Scale, Train
 
 SMOKE = [
     "gpt2_127m_mini-none-base-tfns-s0",
@@ -411,6 +411,18 @@ def test_two_kinds_with_equal_settings_are_two_cells():
     assert one.run_id != two.run_id
     # The planted mutant: asdict of the settings alone takes them for the same thing.
     assert dataclasses.asdict(one.adapter.config) == dataclasses.asdict(two.adapter.config)
+
+
+@pytest.mark.parametrize("package", ["adapters", "quantizers", "optimizers", "tasks", "datasets"])
+def test_no_kind_has_a_setting_that_the_hash_would_drop(package: str):
+    """What is left out is left out at any depth: a setting called `scale` or `source` would decide numbers and no identity."""
+    said = {"datasets": {"title", "licence", "embedded", "hub"}, "adapters": {"path"}}.get(
+        package, set()
+    )  # sha256 stands for a path
+    for kind in kinds(package):
+        named = {field.name for field in dataclasses.fields(kind_module(package, kind).Config)}
+        assert not named & DESCRIPTIVE - said, kind
+    assert not {field.name for part in (Train, Evaluation) for field in dataclasses.fields(part)} & DESCRIPTIVE
 
 
 def test_the_kind_is_in_the_hash_for_every_choice_of_a_spec():

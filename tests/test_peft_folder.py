@@ -25,10 +25,14 @@ from torch import Tensor, nn
 
 from finrepro import catalogue
 from finrepro.adapters import peft_folder
+from finrepro.campaign import choose_scale
+from finrepro.cells import Selection, expand
 from finrepro.errors import EnvironmentFault
 from finrepro.layers.linear import linear_layers
 from finrepro.model import load
+from finrepro.place import Place
 from finrepro.schema import Choice, choose
+from finrepro.spec import Scale
 
 GPT2, LLAMA = MINIATURES
 IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
@@ -242,3 +246,24 @@ def test_every_layer_that_the_adapter_names_is_adapted_and_no_other(tmp_path: Pa
     hit = {n.removeprefix("base_model.model.") for n, module in model.named_modules() if hasattr(module, "lora_A")}
     assert hit == set(linear_layers(load(spec_of(LLAMA), None)))
     assert dataclasses.asdict(choice(folder).config)["base_model"] == LLAMA
+
+
+@pytest.mark.parametrize(("base", "scale"), [(LLAMA, "smoke"), ("meta-llama/Llama-3.1-8B", "paper")])
+def test_the_cells_of_an_adapter_are_those_of_its_base_and_the_scale_is_where_that_is(
+    base: str, scale: Scale, tmp_path: Path, place: Place
+):
+    folder, _ = exported(LLAMA, "none", tmp_path / "adapter")
+    edit(base_model_name_or_path=base)(folder)
+    selection = Selection("3", adapter=str(folder))
+    assert choose_scale(selection, "auto", place)[0] == scale
+    cells = expand(selection, scale)
+    assert {cell.spec.model.name for cell in cells} == {catalogue_name(base)} and not any(
+        cell.refusal for cell in cells
+    )
+    other = expand(dataclasses.replace(selection, only="gpt2_127m*-tfns-*"), scale)
+    assert all(cell.refusal and base in cell.refusal for cell in other), "asked for by name, it is refused by name"
+
+
+def catalogue_name(base: str) -> str:
+    """The catalogue's name of a base."""
+    return base if base in catalogue.catalogue("models") else "llama3_1_8b"
