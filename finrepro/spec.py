@@ -34,7 +34,6 @@ DESCRIPTIVE = frozenset(
         "pretrain",
         "scale",
         "url",
-        "label",
     ]
 )
 
@@ -245,7 +244,9 @@ class RunSpec:
 
     def canonical(self) -> dict[str, Any]:
         """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
-        return without(plain(self), DESCRIPTIVE)
+        values = plain(self)
+        del values["label"]  # here alone: a dataset has a column of that name
+        return without(values, DESCRIPTIVE)
 
 
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:

@@ -100,7 +100,7 @@ def test_a_cold_run_fills_the_table(first: tuple[Path, str]) -> None:
     for result in found.values():
         assert damaged_files(store / "results/runs" / result["run_id"]) == []
         assert result["costs"]["peak_memory_bytes"] > 10**8
-        assert result["environment"]["source_digest"] and result["data"]["fingerprints"]["test"]
+        assert result["environment"]["source_digest"] and all(result["data"]["fingerprints"].values())
     assert found[QLORA]["spec"]["base_run"] == found[BASE]["run_id"]
 
 

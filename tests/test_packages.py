@@ -1,4 +1,4 @@
-"""Law: the packages that the paper names are those that run: without one, what needs it fails by its name, and nothing passes another way."""
+"""Law: the packages that the paper names are those that run: without one, what needs it fails by its name, not passes another way."""
 
 import json
 from pathlib import Path
