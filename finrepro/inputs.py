@@ -1,5 +1,6 @@
 """What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,17 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
     """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
+    text = spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT
+    size = min(int(spec.model.architecture["vocab_size"]), STAND_IN_VOCABULARY)
+    return _trained_tokenizer(text, spec.model.family, size, place.data_dir)
+
+
+@lru_cache(maxsize=8)
+def _trained_tokenizer(text: str, family: str, size: int, data_dir: Path | None) -> "PreTrainedTokenizerFast":
+    """Trained once a process, as `model.load_tokenizer` reads once."""
     from finrepro.tokens import train_tokenizer
 
-    text = catalogue.task(spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT)
-    task, config = text.task.module("tasks"), text.task.config
-    texts = [task.target(example, config) for example in data.load(text.dataset, place.data_dir).splits["train"]]
-    vocabulary = int(spec.model.architecture["vocab_size"])
-    return train_tokenizer(texts, spec.model.family, min(vocabulary, STAND_IN_VOCABULARY))
+    source = catalogue.task(text)
+    task, config = source.task.module("tasks"), source.task.config
+    texts = [task.target(example, config) for example in data.load(source.dataset, data_dir).splits["train"]]
+    return train_tokenizer(texts, family, size)

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from finrepro.layers.linear import linear_layers
 from finrepro.partition import partition
 from finrepro.schema import Choice
 from finrepro.spec import Model, RunSpec
+from finrepro.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,6 +101,16 @@ def quantize(model: Any, quantizer: Choice) -> None:
 
 def load_tokenizer(folder: Path, model: Model | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer saved in `folder`. Raises `EnvironmentFault` when there is none, or it has more tokens than `model` has rows for."""
+    tokenizer = _saved_tokenizer(folder, tokenizer_digest(folder))
+    rows = model.architecture["vocab_size"] if model else len(tokenizer)
+    if model and len(tokenizer) > rows:
+        raise shards.too_many_tokens(folder, model.name, len(tokenizer), rows)
+    return tokenizer
+
+
+@lru_cache(maxsize=8)
+def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFast":
+    """Read once a process: tokenizers 0.23 keeps 7 MB of every tokenizer that was used, which a cell's peak memory would count."""
     from transformers import AutoTokenizer
 
     try:
@@ -108,7 +119,4 @@ def load_tokenizer(folder: Path, model: Model | None = None) -> "PreTrainedToken
         )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {str(error).splitlines()[0]}") from None
-    rows = model.architecture["vocab_size"] if model else len(tokenizer)
-    if model and len(tokenizer) > rows:
-        raise shards.too_many_tokens(folder, model.name, len(tokenizer), rows)
     return tokenizer

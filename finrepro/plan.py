@@ -18,7 +18,7 @@ from finrepro.spec import Model, RunSpec, Scale
 Action = Literal["run", "keep", "skip", "refuse"]
 GIB = 2**30
 TOKENS_PER_EXAMPLE = 45  # of the sentiment sets, with a short prompt; only for the estimate of time
-FLOPS_PER_THREAD = 4e10  # sustained by small fp32 matrices on one core of the machine in docs/log.md
+FLOPS_PER_THREAD = 6e10  # sustained by small fp32 matrices on one core of the machine in docs/log.md
 FLOPS_PER_GPU = 1.5e14
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -132,7 +133,13 @@ def die_with_parent() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Forget the process's peak resident size, so that a cell's peak is its own in a process that runs many."""
+    """Forget the process's peak resident size, so that a cell's peak is its own in a process that runs many.
+
+    What earlier cells have freed is given back first: glibc would keep it, and a cell's peak would depend on those before it.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not permitted here: the peak is then the process's, larger, never smaller
         Path("/proc/self/clear_refs").write_text("5")
 
