@@ -136,8 +136,7 @@ def score_rows(
     tally = module.tally(rows, config)
     constants = {}
     for reply in module.constant_answers(config):
-        # What a constant answer predicts is itself, unless the task reads it against the example.
-        said = [module.constant(reply, e, config) if hasattr(module, "constant") else reply for e in examples]
+        said = [module.constant(reply, e, config) for e in examples]
         constants[reply] = module.tally([{**row, "prediction": p} for row, p in zip(rows, said, strict=True)], config)
     scores = []
     for metric, interval in intervals(tally, clusters, score, **options).items():

@@ -101,7 +101,8 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
         return float(before["ended"] - before["started"])
     trained = 6 * spec.train.max_steps * spec.train.global_batch_size
     scored = sum(2 * file.rows for file in _scored_files(spec) if file.rows)
-    speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * spec.threads
+    threads = min(spec.threads, len(os.sched_getaffinity(0)))
+    speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * threads
     return 3 + spec.model.parameters * TOKENS_PER_EXAMPLE * (trained + scored) / speed
 
 

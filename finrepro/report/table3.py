@@ -71,7 +71,7 @@ def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
             constant = scores[0].get("constant")
             source = f", {names['trained_on']}" if len(names["trained_on"]) > 1 else ""
             name = f"{names['model']}, {names['quantizer']}, {names['adapter']}{source}"
-            dots.append(Dot(name, names["adapter"], ours.value, ours.low, ours.high, group[0]["short"]))
+            dots.append(Dot(name, group[0]["adapter"], ours.value, ours.low, ours.high, group[0]["short"]))
         if dots:
             axis = (
                 main.replace("_", " ")
