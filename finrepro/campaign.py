@@ -68,6 +68,7 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     if all(cell.refusal for cell in cells):
         raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
     steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
+    check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
     # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -81,6 +82,15 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
             campaign.finish()
     display.table(rendered, place.store.results / "tables" / scale)
     return campaign.exit_code(cells)
+
+
+def check_jobs(jobs: int, steps: list[planning.Step]) -> None:
+    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of its own."""
+    cards = planning.machine().gpus
+    widest = max((step.spec.world_size for step in steps if step.action == "run"), default=1)
+    if cards and jobs > 1 and (jobs > cards or widest > 1):
+        reason = f"this machine has {cards} GPU(s)" if jobs > cards else f"one of the cells takes {widest}"
+        raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {reason}.")
 
 
 class _Campaign:
@@ -123,8 +133,10 @@ class _Campaign:
             return
         self._save()
         workers = [
-            Worker(self.place, self.selection, self.scale, self.place.store.results / "logs" / f"worker{number}.log")
-            for number in range(min(self.jobs, len(waiting)))
+            Worker(
+                self.place, self.selection, self.scale, self.place.store.results / "logs" / f"worker{number}.log", card
+            )
+            for number, card in enumerate(planning.cards(min(self.jobs, len(waiting))))
         ]
         for worker in workers:
             worker.log.write_text("")
@@ -196,6 +208,9 @@ class _Campaign:
         if event["event"] in ("died", "fault"):
             seal_unfinished(step.spec, self.place.store, store.FAILED, reason, time.time())
         self.display.finished(step, status, reason, self.place.store.result(step.spec.run_id))
+        if status == store.SKIPPED:  # found out only when its base was opened
+            self._note(step, "skipped", status)
+            return
         self._note(step, "ran", status)
         self._project(step)
 

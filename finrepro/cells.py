@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, model, pretraining, quantizer, table, train_set, train_settings
+from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, table, train_set, train_settings
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
@@ -184,6 +184,10 @@ def _base(name: str) -> RunSpec:
 @cache
 def foreign_adapter(folder: str) -> Choice:
     """An adapter made elsewhere: a PEFT folder as a choice of the adapter axis, under the folder's name."""
+    if Path(folder).name in catalogue("adapters"):
+        raise UsageError(
+            f"--adapter {folder}: '{Path(folder).name}' is an adapter of this package; give the folder another name."
+        )
     module = kind_module("adapters", "peft_folder")
     return choose(
         "adapters", Path(folder).name, {"kind": "peft_folder", **module.from_folder(Path(folder))}, "--adapter"

@@ -22,6 +22,10 @@ class EnvironmentFault(FinreproError):
     exit_code = 3
 
 
+class Unavailable(EnvironmentFault):
+    """What one cell starts from, a checkpoint or an adapter, is not here or not what it should be: that cell is skipped, others run."""
+
+
 class CellFailed(FinreproError):
     """A cell ran and did not finish: diverged, out of memory, or a defect."""
 

@@ -78,6 +78,8 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
         folder = root / "results" / "tables" / scale
         # `--full` writes files of its own: the same table with more cells and seeds.
         found = [path for path in (folder / f"{stem}-full.tex", folder / f"{stem}.tex") if path.is_file()]
+        if len(found) == 2 and b"(not run)" in found[0].read_bytes():
+            found.reverse()  # `--full --only` has run a few of its cells
         if not found:
             parts.append(_boxed(name.removeprefix("table"), scale))
             continue

@@ -23,10 +23,11 @@ VARIANTS = ("_chat", "_instruct")
 
 @settings
 class Metric:
-    """A metric there: the name of ours that is the same quantity, or None."""
+    """A metric there: the name of ours that is the same quantity, or None. `beside` is then the one that it would be taken for."""
 
     ours: str | None
     says: str
+    beside: str | None = None
 
 
 @settings
@@ -53,6 +54,7 @@ class System:
     model: str
     adapter: str | None
     quantizer: str | None
+    one_of: tuple[str, ...] = ()  # where `quantizer` is None because its sources disagree: what they say
     scored_with: str | None = (
         None  # the quantizer under the adapter when it was scored, where another one than in training
     )
@@ -63,7 +65,13 @@ class System:
     recipe: str | None = None
     trained_on: str | None = None
     train_on: str | None = None
+    train_on_differs: str | None = None  # why the mix of that name is not the same data after all
     defects: tuple[str, ...] = ()
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """What it may have been trained with; empty: nothing is known."""
+        return (self.quantizer,) if self.quantizer else self.one_of
 
 
 @settings
@@ -90,12 +98,13 @@ class Published:
 
 @settings
 class SourceFile:
-    """One file of configs/published."""
+    """One file of configs/published. The defects named by `everywhere` hold for each of its values."""
 
     source: str
     margin: Margin | None
     metrics: dict[str, Metric]
     defects: dict[str, str]
+    everywhere: tuple[str, ...] = ()
     test_sets: dict[str, TestSet]
     systems: dict[str, System]
     values: dict[str, dict[str, dict[str, PositiveFloat]]]
@@ -112,7 +121,7 @@ def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
             test_set = _named(file.test_sets, set_name, "test set", where)
             for metric, value in numbers.items():
                 measure = _named(file.metrics, metric, "metric", where)
-                ids = dict.fromkeys((*system.defects, *test_set.defects))
+                ids = dict.fromkeys((*system.defects, *test_set.defects, *file.everywhere))
                 used |= {system_name, set_name, metric, *ids}
                 found.append(
                     Published(
@@ -163,16 +172,17 @@ def candidates(
 ) -> list[Published]:
     """Published values that a reader would look for beside this cell: its model's size, adapter, quantizer, task and metrics.
 
-    The base beside the Instruct model is found too: to be named as not comparable is better than to be passed over.
+    To be named as not comparable is better than to be passed over. So the base is found beside the Instruct model, a metric beside the one
+    that it would be taken for, and every metric of a test set that asks something else.
     """
     return [
         each
         for each in published
         if each.test_set.task == task
         and row["adapter"] in {each.system.adapter, each.system.folder}
-        and each.system.quantizer in (None, row["quantizer"])
+        and (not each.system.quantizers or row["quantizer"] in each.system.quantizers)
         and _size(each.system.model) == _size(row["model"])
-        and each.measure.ours in metrics
+        and ((each.measure.ours or each.measure.beside) in metrics or each.test_set.differs is not None)
         and each.test_set.batch in (None, _per_device(row))
     ]
 
@@ -201,13 +211,14 @@ def _other_quantity(published: Published, row: dict[str, Any], n: int | None) ->
         "trained here for too few steps to show quality": of_quality and row["short"],
         f"{system.variant} there, {row['model']} here": of_quality and system.model != row["model"],
         f"{system.method} there, {row['adapter']} here": row["adapter"] not in (system.adapter, system.folder),
-        f"quantizer {system.quantizer} there": system.quantizer not in (None, row["quantizer"]),
+        f"quantizer {' or '.join(system.quantizers)} there": bool(system.quantizers)
+        and row["quantizer"] not in system.quantizers,
         f"{test_set.differs}": test_set.differs is not None,
         f"test set of {test_set.n} rows there, {n} here": None not in (test_set.n, n) and test_set.n != n,
         f"batch of {test_set.batch} there": test_set.batch not in (None, _per_device(row)),
         f"their {published.metric} is {published.measure.says}": published.measure.ours is None,
         "an untuned model's score depends on how answers are read: generated text there, label likelihoods here": (
-            of_quality and untuned and answers
+            of_quality and untuned and answers and test_set.differs is None  # else the question itself is another
         ),
         f"prompt {test_set.prompt} there, {prompt} here": (
             untuned and None not in (prompt, test_set.prompt) and prompt != test_set.prompt
@@ -227,8 +238,11 @@ def _other_way(published: Published, row: dict[str, Any]) -> list[str]:
         f"trained there on: {system.trained_on}": (
             retrained and system.trained_on is not None and row["train_on"] != system.train_on
         ),
-        "their bits are not stated": system.quantizer is None,
-        f"scored there on an {system.scored_with} base": system.scored_with not in (None, row["quantizer"]),
+        f"{system.train_on_differs}": (
+            retrained and system.train_on_differs is not None and row["train_on"] == system.train_on
+        ),
+        "their bits are not known": system.quantizer is None,
+        f"scored there with quantizer {system.scored_with}": system.scored_with not in (None, row["quantizer"]),
         "answers generated there, label likelihoods here": of_quality and published.measure.ours != "f1_entity",
         f"prompt {test_set.prompt} there, {prompt} here": (
             None not in (prompt, test_set.prompt) and prompt != test_set.prompt

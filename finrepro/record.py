@@ -229,6 +229,7 @@ def rebuild(store: Store) -> int:
     load_mlflow(store)  # before anything is thrown away
     shutil.rmtree(database(store).parent, ignore_errors=True)
     view = View(store)
+    view._note_shown(layout=None)  # until it is whole: a rebuild that was cut short is made again
     owner = {
         (campaign["table"], campaign["scale"], cell["run_id"]): campaign["id"]
         for campaign in campaigns
@@ -241,4 +242,5 @@ def rebuild(store: Store) -> int:
             if owner.get((campaign["table"], campaign["scale"], cell["run_id"])) == campaign["id"]:
                 view.cell(cell["run_id"], campaign, parent)
     view._close_abandoned()
+    view._note_shown(layout=LAYOUT)
     return len(_shown(store)["cells"])

@@ -59,7 +59,10 @@ def to_markdown(table: Table) -> str:
 
 def escape(text: str) -> str:
     """Text as LaTeX."""
-    text = "".join(_LATEX.get(character, character) for character in text)
+    plain = text.encode("latin-1", "replace").decode(
+        "latin-1"
+    )  # a library's message may hold anything; T1 fonts do not
+    text = "".join(_LATEX.get(character, character) for character in plain)
     return text.replace("--", "-{}-")  # two hyphens would become a dash
 
 
@@ -102,17 +105,19 @@ def to_rich(table: Table) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    shown = RichTable(
+        title=Text(table.title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+    )
     for index, column in enumerate(table.columns):
         longest = max([len(word) for line in table.lines for word in line.texts[index].split()], default=0)
         whole = min(longest, NAME_WIDTH) if index < NAMES else None  # names stay in one piece, the rest folds first
-        shown.add_column(column, overflow="fold", min_width=whole)
+        shown.add_column(Text(column), overflow="fold", min_width=whole)
     previous = None
     for line in table.lines:
         if previous is not None and line.section != previous:
             shown.add_section()
         previous = line.section
         shown.add_row(*(Text(text) for text in line.texts))
-    shown.caption = "\n".join(table.notes) or None
+    shown.caption = Text("\n".join(table.notes)) if table.notes else None  # not markup: reasons may hold brackets
     shown.caption_justify = "left"
     return shown

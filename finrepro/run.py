@@ -6,40 +6,47 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from finrepro import inputs, provenance, runtime, store
-from finrepro.errors import CellFailed, EnvironmentFault, FinreproError
+from finrepro.cells import refusal
+from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError
 from finrepro.launch import parse, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
 
 Report = Callable[[dict[str, Any]], None]
+EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
 
 
 def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     """Walk one cell and seal its result; the content of result.json.
 
-    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason. Raises `EnvironmentFault` (nothing is written) and
-    `Interrupted` (a checkpoint is).
+    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base that cannot be used as `skipped`. Raises
+    `EnvironmentFault` (nothing is written) and `Interrupted` (a checkpoint is).
     """
     from finrepro.train import Diverged, Interrupted
 
-    started = time.time()
+    started, traced = time.time(), None
     try:
         return walk(spec, place, report, stop_requested, started)
+    except Unavailable as error:
+        status, reason = store.SKIPPED, str(error)
     except (EnvironmentFault, Interrupted):
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
     except Exception as error:  # whatever it is, it costs one cell: its traceback goes into the result
         status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        traced = traceback.format_exc()
+        print(traced, file=sys.stderr)  # into the log: of several ranks only the first one's is kept with the result
     if not runtime.ranks().is_main:
         return {"status": status, "reason": reason}
-    return seal_unfinished(spec, place.store, status, reason, started, traceback.format_exc())
+    return seal_unfinished(spec, place.store, status, reason, started, traced)
 
 
 def walk(
@@ -58,12 +65,14 @@ def walk(
 
     report({"event": "phase", "phase": "data"})
     datasets = inputs.load_data(spec, place)
-    folder, tokenizer, origin = inputs.base(spec, place)
-    made_from = inputs.base_facts(spec, place, folder)
+    with of_this_cell():
+        folder, tokenizer, origin = inputs.base(spec, place)
+        made_from = inputs.base_facts(spec, place, folder)
     encoded = inputs.training_examples(spec, datasets, tokenizer)
 
     report({"event": "phase", "phase": "model"})
-    built = build(spec, folder, device)
+    with of_this_cell():
+        built = build(spec, folder, device)
 
     report({"event": "phase", "phase": "train"})
     checkpoints = place.store.checkpoints(spec.run_id)
@@ -136,9 +145,30 @@ def walk(
     return result
 
 
+@contextmanager
+def of_this_cell() -> Iterator[None]:
+    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
+    try:
+        yield
+    except EnvironmentFault as error:
+        raise Unavailable(str(error)) from error
+
+
 def scored(report: Report, done: int, total: int) -> None:
     """Report how far an evaluation is."""
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
+
+
+def check_launch(spec: RunSpec) -> None:
+    """Raise `UsageError` when the cell is refused, or this launch has another number of ranks than the cell has devices."""
+    refused, launched = refusal(spec), runtime.ranks().world_size
+    if refused:
+        raise UsageError(f"{spec.label}: {refused}.")
+    if launched != spec.world_size:
+        raise UsageError(
+            f"{spec.label} runs on {spec.world_size} device(s), and {launched} process(es) were started: "
+            "take the command that --plan prints, or say --devices."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,11 +187,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         message, place = parse(arguments)
         spec = resolve(message)
+        check_launch(spec)
         result: dict[str, Any] = {"status": store.DONE, "reason": None}
         if place.store.state(spec) != store.DONE:
             result = run_cell(spec, place, emit, lambda: bool(stop))
         emit({"event": "result", "status": result["status"], "reason": result["reason"]})
-        return 0 if result["status"] == store.DONE else CellFailed.exit_code
+        if result["status"] != store.DONE and not runtime.ranks().is_main:
+            print(json.dumps({"event": "rank", "rank": runtime.ranks().rank, "reason": result["reason"]}), flush=True)
+        return EXIT_CODES.get(result["status"], CellFailed.exit_code)
     except FinreproError as error:
         emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})
         print(f"finrepro: {error}", file=sys.stderr)

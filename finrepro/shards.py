@@ -15,6 +15,7 @@ from finrepro.errors import EnvironmentFault
 from finrepro.spec import SIZES
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILLED = 0.9  # the least share of an embedding's rows that its tokenizer uses: some pad them to a round number
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest context are the run's own settings.
 COMPUTED = {
@@ -152,9 +153,12 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
     """
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
-        vocabulary = (content.get("model") or {}).get("vocab") or {}
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        ids += [each["id"] for each in content.get("added_tokens") or []]
+        try:
+            vocabulary = (content.get("model") or {}).get("vocab") or {}
+            ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+            ids += [each["id"] for each in content.get("added_tokens") or []]
+        except (AttributeError, KeyError, TypeError):
+            raise EnvironmentFault(f"{folder / 'tokenizer.json'}: not a tokenizer's file.") from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         ids = list(read_json(folder / "vocab.json").values())
     elif (folder / "tokenizer.model").is_file():
@@ -167,6 +171,10 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
         raise EnvironmentFault(f"{folder}: the tokenizer of {name} has no tokens.")
     if max(ids) >= rows:
         raise too_many_tokens(folder, name, max(ids) + 1, rows)
+    if len(set(ids)) < FILLED * rows:
+        raise EnvironmentFault(
+            f"{folder}: the tokenizer has {len(set(ids))} tokens, the embedding of {name} has {rows} rows: it is another model's."
+        )
 
 
 def too_many_tokens(folder: Path, name: str, tokens: int, rows: int) -> EnvironmentFault:

@@ -1,5 +1,6 @@
 """What a person sees: the plan, progress bars, finished cells, the table, the list of cells."""
 
+import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -120,8 +121,8 @@ def list_cells(steps: list[planning.Step]) -> None:
     for column in ("cell", "run id", "state", "reason"):
         table.add_column(column, no_wrap=column != "reason", overflow="fold")
     for step in steps:
-        state = f"[{STYLES[step.state]}]{step.state}[/]" if step.state in STYLES else step.state
-        table.add_row(step.spec.label, step.spec.run_id, state, step.reason)
+        state = Text(step.state, style=STYLES.get(step.state, ""))
+        table.add_row(Text(step.spec.label), step.spec.run_id, state, Text(step.reason))
     if console.is_terminal:
         console.print(table)
     else:
@@ -129,7 +130,10 @@ def list_cells(steps: list[planning.Step]) -> None:
 
 
 def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale, place: Place) -> None:
-    """What every cell that is not refused needs, and the command that runs it by itself."""
+    """What every cell that is not refused needs, and the command that runs it by itself, wherever it is pasted."""
+    # Without the lock's name a result would not say which packages made it, and be stale at once.
+    lock = os.environ.get("FINREPRO_LOCK")
+    setting = f"FINREPRO_LOCK={shlex.quote(lock)} " if lock else ""
     for step in steps:
         if step.action == "refuse":
             continue
@@ -138,4 +142,4 @@ def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale
         sharing = spec.train.engine if spec.train.engine != "deepspeed" else f"ZeRO-{spec.train.zero_stage}"
         needs = f"{devices} with {planning.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
         print(f"\n{spec.label}: {needs}; {step.state}{f' ({step.reason})' if step.reason else ''}")
-        print(f"  {shlex.join(command(spec, selection, scale, place))}")
+        print(f"  cd {shlex.quote(str(PROJECT))} && {setting}{shlex.join(command(spec, selection, scale, place))}")

@@ -18,24 +18,9 @@ Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not ju
 
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
-    [
-        "name",
-        "title",
-        "licence",
-        "embedded",
-        "hub",
-        "hub_path",
-        "path",
-        "source",
-        "parameters",
-        "gated",
-        "miniature_of",
-        "variant",
-        "pretrain",
-        "scale",
-        "url",
-    ]
-)
+    ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
+     "parameters", "gated", "miniature_of", "variant", "pretrain", "scale", "url"]
+)  # fmt: skip
 
 
 @settings

@@ -26,18 +26,8 @@ FORMAT = 1
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
 STALE, MISSING = "stale", "not run"
 RESULT_KEYS = {
-    "run_id",
-    "label",
-    "status",
-    "reason",
-    "spec",
-    "started",
-    "ended",
-    "scores",
-    "costs",
-    "data",
-    "environment",
-}
+    "run_id", "label", "status", "reason", "spec", "started", "ended", "scores", "costs", "data", "environment",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -151,9 +141,8 @@ class Store:
             lines = (self.results / "scorings.jsonl").read_text(encoding="utf-8").split("\n")
         except OSError:
             return 0
-        return sum(
-            f'"run_id": "{spec.run_id}"' in line for line in lines
-        )  # a line cut off by a crash is no reason to fail
+        # A line cut off by a crash is no reason to fail.
+        return sum(f'"run_id": "{spec.run_id}"' in line for line in lines)
 
     def campaigns(self) -> list[dict[str, Any]]:
         """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that cannot be read."""
@@ -203,16 +192,21 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
-                raise EnvironmentFault(
-                    f"another command (process {file.read().strip() or 'unknown'}) is working in {self.root}; "
-                    "wait for it or choose another --store."
-                ) from None
+                holder = file.read().strip() or "unknown"
+                said = f"another command (process {holder}) is working in {self.root}; wait for it or choose another --store."
+                raise EnvironmentFault(said) from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             for leftover in (self.results / "runs").glob(".*.*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if not _is_alive(leftover.name.split(".")[2]):  # a cell started by hand is being sealed
+                    shutil.rmtree(leftover, ignore_errors=True)
             yield
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is a process with this id; ours is not the one that left something behind."""
+    return process.isdecimal() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
 
 
 def _sync(path: Path) -> None:
@@ -241,9 +235,8 @@ def open_store(root: Path | None) -> Store:
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
                 raise
-            raise EnvironmentFault(
-                f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
-            ) from None
+            said = f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
+            raise EnvironmentFault(said) from None
         mark = store.results / "store.json"
         if not mark.exists():
             write_json(mark, {"format": FORMAT})

@@ -1,12 +1,11 @@
 """A table from the store: cells joined with their results, given to the report, and written as Markdown, LaTeX and JSON."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from finrepro import store
 from finrepro.catalogue import published, table
-from finrepro.cells import Cell, Selection, expand
+from finrepro.cells import Cell, Selection, expand, foreign_adapter
 from finrepro.figure import draw, to_png, to_svg
 from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
@@ -30,6 +29,7 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "model": cell.spec.model.name,
                 "quantizer": cell.spec.quantizer.name,
                 "adapter": cell.spec.adapter.name,
+                "adapter_kind": cell.spec.adapter.kind,
                 "train_on": cell.spec.train_on.name,
                 "prompts": {each.task.name: getattr(each.task.config, "template", "") for each in cell.spec.tasks},
                 "tasks": [each.task.name for each in cell.spec.tasks],
@@ -52,7 +52,9 @@ def file_stem(selection: Selection) -> str:
     """Name of the table's files: a selection with other cells than the table's own has files of its own."""
     parts = [table(selection.table).report]
     parts += [name for name in ("quick", "full") if getattr(selection, name)]
-    parts += [Path(selection.adapter).name] if selection.adapter else []
+    if selection.adapter:  # many folders are called checkpoint-500
+        adapter = foreign_adapter(selection.adapter)
+        parts.append(f"{adapter.name}_{adapter.config.sha256[:6]}")
     parts += [f"seeds{'_'.join(map(str, selection.seeds))}"] if selection.seeds else []
     parts += [f"{selection.world_size}_devices"] if selection.world_size else []
     return "-".join(parts + (["random_weights"] if selection.weights == "random" else []))

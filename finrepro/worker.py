@@ -3,15 +3,19 @@
 One crash costs one cell: the driver starts a new process and goes on. When the driver dies, the worker dies with it.
 """
 
+import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from finrepro import PROJECT, provenance, runtime, store
 from finrepro.cells import Selection
@@ -20,6 +24,7 @@ from finrepro.place import Place
 from finrepro.spec import RunSpec, Scale
 
 Event = dict[str, Any]
+FIRST_FAILURE = re.compile(r"first observed failure.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+[^\n]*)", re.DOTALL)
 ENDS = ("result", "interrupted", "fault")  # the last event of a cell
 
 
@@ -64,8 +69,11 @@ def serve() -> int:
 class Worker:
     """The driver's side: starts the process when needed, sends it a cell, passes on its events."""
 
-    def __init__(self, place: Place, selection: Selection, scale: Scale, log: Path) -> None:
+    def __init__(
+        self, place: Place, selection: Selection, scale: Scale, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
+        self.environment = os.environ | (environment or {})
         self.process: subprocess.Popen[str] | None = None
         self.launched: subprocess.Popen[str] | None = None
         self.closed = False
@@ -76,7 +84,7 @@ class Worker:
             with self.log.open("a") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "finrepro.worker"], cwd=PROJECT, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, text=True,
+                    stdout=subprocess.PIPE, stderr=log, text=True, env=self.environment,
                 )  # fmt: skip
 
     def run(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
@@ -111,11 +119,12 @@ class Worker:
             process = subprocess.Popen(
                 [*command(spec, self.selection, self.scale, self.place), "--run-id", spec.run_id,
                  "--source", provenance.source_digest()], cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)}, start_new_session=True,
+                env=self.environment | {"OMP_NUM_THREADS": str(spec.threads)}, start_new_session=True,
                 preexec_fn=runtime.die_with_parent,
             )  # fmt: skip
         self.launched = process
         last: Event | None = None
+        elsewhere: list[str] = []
         assert process.stdout is not None
         for line in process.stdout:
             if not line.startswith("{"):
@@ -123,9 +132,16 @@ class Worker:
             event = json.loads(line)
             if event["event"] in ENDS:
                 last = event
+            elif event["event"] == "rank":
+                elsewhere.append(f"rank {event['rank']}: {event['reason']}")
             else:
                 on_event(event)
         process.wait()
+        if elsewhere:  # the first rank saw at most that another was gone
+            return {
+                "event": "died",
+                "reason": "; ".join([*elsewhere, *([f"rank 0: {last['reason']}"] if last else [])]),
+            }
         return last or self._died(process)
 
     def _died(self, process: "subprocess.Popen[str]") -> Event:
@@ -133,14 +149,25 @@ class Worker:
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        first = FIRST_FAILURE.findall("\n".join(lines))  # of several ranks, as torchrun tells it
+        if first and self.launched is process:
+            return {"event": "died", "reason": "rank {} ended first, with exit code {}".format(*first[-1])}
         last = f": {lines[-1][:200]}" if lines and code >= 0 else ""
         return {"event": "died", "reason": f"its process ended with {cause}{hint}{last}"}
 
     def interrupt(self) -> None:
-        """Ask the process to save and stop."""
-        for process in (self.process, self.launched):
-            if process is not None and process.poll() is None:
-                process.terminate()
+        """Ask the running cell to save and stop, and take no other."""
+        self.closed = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+        if self.launched is not None and self.launched.poll() is None:
+            # The ranks, not torchrun: it would kill them thirty seconds later, and a large checkpoint takes longer.
+            with contextlib.suppress(psutil.Error):
+                ranks = psutil.Process(self.launched.pid).children()
+                for rank in ranks:
+                    rank.terminate()
+                if not ranks:
+                    self.launched.terminate()
 
     def close(self) -> None:
         """Let the process end; it has nothing left to do."""

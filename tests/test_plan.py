@@ -10,8 +10,9 @@ from typing import Literal
 import pytest
 
 from finrepro import data, plan, provenance, store
+from finrepro.campaign import check_jobs
 from finrepro.cells import Selection, expand
-from finrepro.errors import FinreproError
+from finrepro.errors import FinreproError, UsageError
 from finrepro.launch import command, parse, request, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
@@ -103,7 +104,14 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir(exist_ok=True)
         if cards:
             answer = "\n".join(f"{card}, NVIDIA H100 80GB HBM3" for card in cards)
-            (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+            # As the real one, it answers for those that --id names.
+            script = (
+                "#!/bin/sh\nfor last; do :; done\ncase $last in --id=*) rows=${last#--id=} ;; *) rows=0,1,2,3 ;; esac\n"
+            )
+            script += (
+                'i=0; while read -r line; do case ,$rows, in *,$i,*) echo "$line" ;; esac; i=$((i + 1)); done <<END\n'
+            )
+            (folder / "nvidia-smi").write_text(f"{script}{answer}\nEND\n")
             (folder / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if cards else str(folder))
         plan.machine.cache_clear()
@@ -149,6 +157,32 @@ def test_the_smallest_card_decides_what_fits(place: Place, gpu: Callable[..., No
     gpu(81559, 81559)
     reason = plan.cannot_run(paper("llama3_1_8b-none-lora_r8-tfns-s0"), place)
     assert reason is not None and "HF_TOKEN" in reason, "it fits: what is missing is the weights"
+
+
+def test_only_the_cards_that_are_visible_count(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch):
+    gpu(81559, 8000, 81559, 81559)
+    for visible, count, size in (("0,2", 2, 81559), ("1", 1, 8000), ("", 0, 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        plan.machine.cache_clear()
+        assert (plan.machine().gpus, plan.machine().gpu_bytes) == (count, size * 2**20)
+
+
+def test_jobs_at_a_time_get_a_card_each_or_are_refused(
+    place: Place, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    gpu()
+    steps = plan.plan(QUICK, place, False)
+    check_jobs(8, steps)
+    assert plan.cards(2) == [{}, {}]
+    gpu(81559, 81559)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    check_jobs(2, steps)
+    assert plan.cards(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    with pytest.raises(UsageError, match="has 2 GPU"):
+        check_jobs(3, steps)
+    wide = [dataclasses.replace(steps[0], spec=dataclasses.replace(steps[0].spec, world_size=2))]
+    with pytest.raises(UsageError, match="takes 2"):
+        check_jobs(2, wide)
 
 
 def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None]):

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from finrepro import catalogue
 from finrepro.errors import UsageError
 from finrepro.lines import margin_of
 from finrepro.published import Comparison, Published, candidates, comparability, read
+from finrepro.report.table3 import FAMILIES
+from finrepro.report.table5 import PUBLISHED
 from finrepro.schema import read_yaml
 from finrepro.verdict import Estimate, Judgement, estimate, half_width, judge, student_quantile
 
@@ -38,11 +41,14 @@ def test_every_source_is_read_whole():
     assert {path.stem for path in FILES} >= {"finlora", "finlora_interim", "finlora_memory", "fingpt"}
     assert {value.source.split("@")[0] for value in VALUES.values()} == {
         "Open-Finance-Lab/FinLoRA",
+        "wangd12rpi/FinLoRA",
+        "wangd12rpi/fin-llm",
         "AI4Finance-Foundation/FinGPT",
     }
     assert all(value.source.split("@")[1][:7].isalnum() for value in VALUES.values())
     assert VALUES["finlora.lora.fpb.acc"].value == 0.8564
     assert VALUES["finlora_memory.r8_4bit.b8.peak"].value == 8.65
+    assert VALUES["finlora.lora_multi_task.ner.acc"].value == 0.7607
 
 
 def test_names_of_ours_are_in_the_catalogue():
@@ -51,6 +57,9 @@ def test_names_of_ours_are_in_the_catalogue():
                  "mixes": value.system.train_on, "tasks": value.test_set.task}  # fmt: skip
         for kind, name in known.items():
             assert name is None or name in catalogue.catalogue(kind), f"{value.name}: {kind} has no {name}"
+        assert set(value.system.one_of) <= set(catalogue.catalogue("quantizers")), value.name
+        assert not (value.system.one_of and value.system.quantizer), f"{value.name}: known, and disagreed about"
+        assert value.measure.ours is None or value.measure.beside is None, value.name
 
 
 def is_a_share(value: float, n: int, digits: int) -> bool:
@@ -105,6 +114,7 @@ def test_a_value_with_swapped_digits_or_beside_another_test_set_is_found(
         (lambda f: f["values"]["lora"].update(fbp={"acc": 0.5}), "unknown test set 'fbp'. Did you mean 'fpb'?"),
         (lambda f: f["values"]["lora"]["fpb"].update(accu=0.5), "unknown metric 'accu'. Did you mean 'acc'?"),
         (lambda f: f["systems"]["lora"]["defects"].append("Z"), "unknown defect 'Z'"),
+        (lambda f: f["everywhere"].append("Z"), "unknown defect 'Z'"),
         (lambda f: f["defects"].update(Y="nobody's"), "published.x.defects.Y: no value uses it."),
         (lambda f: f["systems"]["lora"].update(rank=8), "systems"),
         (lambda f: f["values"]["lora"]["fpb"].update(acc="85.64"), "values"),
@@ -127,19 +137,32 @@ def test_the_cell_that_a_value_belongs_to_is_comparable_with_the_reservations_th
     assert found.level == "with reservations"
     text = "; ".join(found.reasons)
     assert "alpha 32" in text and "label likelihoods here" in text and "collator" in text
-    assert "trained there on" not in text and "prompt" not in text.replace("at every prompt", "")
+    assert "trained there on" not in text and "prompt fingpt there" not in text
+    for said in (
+        "its tokens are not",
+        "a development tenth is cut out",
+        "perhaps sampled",
+        "a single run",
+        "bits are not known",
+        "fp16=True",
+    ):
+        assert said in text, said
+    assert "a development tenth" not in "; ".join(
+        comparability(VALUES["fingpt.v3_2.tfns.acc"], cell(train_on="tfns"), 2388).reasons
+    )
 
 
 def test_a_value_without_reservations_is_plainly_comparable():
     file = raw("fingpt")
     system = file["systems"]["v3_2"]
-    system |= {"recipe": None, "defects": []}
+    system |= {"quantizer": "int8", "one_of": [], "recipe": None, "train_on_differs": None, "defects": []}
     file["metrics"] = {"f1": {"ours": "f1_entity", "says": "entity F1"}}
     file |= {
         "values": {"v3_2": {"tfns": {"f1": 0.9}}},
         "defects": {},
+        "everywhere": [],
         "systems": {"v3_2": system},
-        "test_sets": {"tfns": file["test_sets"]["tfns"]},
+        "test_sets": {"tfns": file["test_sets"]["tfns"] | {"defects": []}},
     }
     (value,) = read(file, "published.x")
     assert comparability(value, cell(), 2388) == Comparison("comparable", ())
@@ -154,7 +177,8 @@ def test_a_value_without_reservations_is_plainly_comparable():
         ("fingpt.v3_2.tfns.acc", {"short": True}, 2388, "too few steps"),
         ("fingpt.v3_2.tfns.acc", {"model": "llama2_7b"}, 2388, "Llama-2-7b-chat there, llama2_7b here"),
         ("fingpt.v3_2.tfns.acc", {"adapter": "lora_r4"}, 2388, "lora_r4 here"),
-        ("fingpt.v3_2.tfns.acc", {"quantizer": "nf4"}, 2388, "quantizer int8 there"),
+        ("fingpt.v3_2.tfns.acc", {"quantizer": "nf4"}, 2388, "quantizer none or int8 there"),
+        ("fingpt.v3_3.tfns.acc", {"quantizer": "nf4"}, 2388, "quantizer int8 there"),
         ("fingpt.v3_2.fiqa.acc", {}, 235, "test set of 275 rows there, 235 here"),
         ("fingpt.base_7b.tfns.acc", {"adapter": "base"}, 2388, "untuned model's score"),
         (
@@ -182,7 +206,26 @@ def test_other_data_and_other_bits_are_reservations():
     assert other.level == "with reservations" and any("trained there on: FPB x6" in each for each in other.reasons)
     row = cell(model="llama3_1_8b_instruct", quantizer="nf4", adapter="lora_r4")
     four_bit = comparability(VALUES["finlora_interim.4bit_r4.tfns.acc"], row, 2388)
-    assert four_bit.level == "with reservations" and "scored there on an int8 base" in four_bit.reasons
+    assert four_bit.level == "with reservations" and "scored there with quantizer none" in four_bit.reasons
+    assert any("quantization commented out" in reason for reason in four_bit.reasons)
+
+
+def test_what_is_only_inferred_or_disagreed_about_is_said_to_be():
+    one = comparability(VALUES["fingpt.benchmark_llama2.tfns.acc"], cell(model="llama2_7b", quantizer="none"), 2388)
+    text = "; ".join(one.reasons)
+    assert (
+        one.level == "with reservations" and "inferred from the code" in text and "trained there on: not stated" in text
+    )
+    row = cell(model="llama3_1_8b_instruct", train_on="fpb", prompts={"fpb": "fingpt"})
+    assert any(
+        "0/1 Adam and fp16 are inferred" in r for r in comparability(VALUES["finlora.lora.fpb.acc"], row, 1212).reasons
+    )
+
+
+def test_a_question_of_another_kind_needs_no_reason_about_how_answers_are_read():
+    row = cell(model="llama3_1_8b_instruct", quantizer="none", adapter="base", prompts={"fin_ner": "fingpt"})
+    reasons = comparability(VALUES["finlora.base_8b.ner.acc"], row, 303).reasons
+    assert any("another task" in r for r in reasons) and not any("label likelihoods" in r for r in reasons)
 
 
 def test_their_own_adapter_scored_here_needs_no_reservation_about_its_training():
@@ -201,6 +244,29 @@ def test_a_reader_finds_the_values_of_the_models_size_and_no_others():
     assert found == {"fingpt.v3_2.tfns.acc", "fingpt.v3_2.tfns.f1"}
     assert not candidates(tuple(VALUES.values()), cell(model="llama2_13b"), "fin_ner", ["accuracy"])
     assert not candidates(tuple(VALUES.values()), cell(model="gpt2_127m"), "tfns", ["accuracy"])
+
+
+def paper_rows() -> Iterator[tuple[dict[str, Any], str | None, Sequence[str]]]:
+    """Every cell of Tables 3 and 5 at paper scale as (row, task, the metrics looked for)."""
+    quality = {"fin_ner": ("f1_entity", *FAMILIES["f1_entity"])}
+    for table, batches in (("table3", [64]), ("table5", [4, 8])):
+        axes = read_yaml(catalogue.CONFIGS / "tables" / f"{table}.yaml")["paper"]["axes"]
+        for model, quantizer, adapter, train_on, batch in product(
+            axes["model"], axes["quantizer"], axes["adapter"], axes["train_on"], batches
+        ):
+            row = cell(model=model, quantizer=quantizer, adapter=adapter, train_on=train_on, batch=batch)
+            if table == "table5":
+                yield row, None, PUBLISHED
+            else:
+                yield row, train_on, quality.get(train_on, ("accuracy", *FAMILIES["accuracy"]))
+
+
+def test_every_value_can_stand_beside_a_cell_unless_its_system_has_no_adapter_here():
+    values = tuple(VALUES.values())
+    seen = {v.name for row, task, metrics in paper_rows() for v in candidates(values, row, task, metrics)}
+    assert [v.name for v in values if v.system.adapter is not None and v.name not in seen] == []
+    silent = {v.name.rsplit(".", 2)[0] for v in values if v.name not in seen}
+    assert silent == {"finlora.dora", "finlora.rslora", "finlora.three_shot", "finlora_memory.base_16bit"}
 
 
 # Verdicts
@@ -311,6 +377,7 @@ def test_margins_are_two_sampling_half_widths_and_accept_an_equal_model_19_times
         assert 100 * half_width(value.value, value.test_set.n or 0) == pytest.approx(points, abs=0.06)
         assert margin_of(value) == pytest.approx(2 * half_width(value.value, value.test_set.n or 0))
     assert margin_of(VALUES["finlora_memory.r4_4bit.b4.peak"]) is None
+    assert {v.measure.ours for v in VALUES.values() if margin_of(v)} == {"accuracy"}  # an F1 is no share of rows
     value = VALUES["fingpt.v3_2.tfns.acc"]
     n, truth, margin = value.test_set.n or 0, value.value, margin_of(value) or 0.0
     shares = np.random.default_rng(1).binomial(n, truth, size=2000) / n

@@ -416,6 +416,22 @@ def test_a_campaign_that_was_killed_does_not_seem_to_run(copied: Store):
     assert content(copied) == before
 
 
+def test_a_rebuild_that_was_cut_short_is_made_again(copied: Store, monkeypatch: pytest.MonkeyPatch):
+    record.rebuild(copied)
+    before = content(copied)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.View, "cell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record.rebuild(copied)
+    monkeypatch.undo()
+    assert not record.is_current(copied)
+    record.View(copied)
+    assert record.is_current(copied) and content(copied) == before
+
+
 def test_showing_a_cell_twice_adds_nothing(copied: Store):
     record.rebuild(copied)
     before = content(copied)

@@ -1,6 +1,7 @@
 """Law: a table is a pure function of results - every cell has its line or its reason, smoke is marked, and equal rows give equal bytes."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ def row(adapter: str, seed: int = 0, accuracy: float | None = None, **changes: A
     label = "-".join((*names.values(), f"s{seed}"))
     state = "done" if scores else "not run"
     return {**names, "seed": seed, "label": label, "run_id": f"{label:->12}", "state": state, "reason": "", "short": False,
+            "adapter_kind": "base" if adapter == "base" else "lora",
             "weights": "pretrained", "notes": [], "devices": 1, "batch": 32, "tasks": tasks, "prompts": {},
             "scores": scores, "costs": COSTS if scores else {}} | changes  # fmt: skip
 
@@ -197,6 +199,14 @@ def test_random_weights_show_what_they_cost_and_no_quality():
         assert "Published" not in line and line["n"] == ""
 
 
+def reasons_of(table: Table, beginning: str) -> str:
+    """The reasons that a note names, in words."""
+    (note,) = [note for note in table.notes if note.startswith(beginning)]
+    keys = note.rsplit(": ", 1)[1].rstrip(".").split(", ")
+    words = dict(note.split(": ", 1) for note in table.notes if re.match(r"r\d+: ", note))
+    return "; ".join(words[key] for key in keys)
+
+
 TUNED = {"model": "llama2_7b_chat", "quantizer": "int8", "train_on": "fingpt_mix", "tasks": ["tfns"]}
 
 
@@ -207,7 +217,9 @@ def test_published_values_stand_beside_paper_cells_only():
     assert line["Verdict"].startswith("EQUIVALENT with reservations: +0.000, margin 0.025")
     table = build(rows, "paper", PUBLISHED)
     (note,) = [note for note in table.notes if note.startswith("[1] ")]
-    assert "Llama-2-7b-chat" in note and "label likelihoods here" in note and "alpha 32" in note
+    assert "Llama-2-7b-chat" in note and "with reservations: r1, r2" in note
+    text = reasons_of(table, "[1] ")
+    assert "label likelihoods here" in text and "alpha 32" in text and "a single run" in text
     assert "Published" not in build(rows, "smoke", PUBLISHED).columns
     smoke = to_json(build(rows, "smoke", PUBLISHED))
     assert "fingpt [" not in smoke and '"published"' not in smoke
@@ -226,6 +238,27 @@ def test_another_variant_of_the_model_is_named_as_not_comparable():
     )
     notes = "\n".join(build([row("lora_r8", 0, 0.894, **TUNED | {"model": "llama2_7b"})], "paper", PUBLISHED).notes)
     assert "Llama-2-7b-chat there, llama2_7b here" in notes
+
+
+def test_a_published_value_of_another_task_or_metric_is_named_and_its_reason_stands_once():
+    named = {"model": "llama3_1_8b_instruct", "quantizer": "int8"}
+    rows = [
+        row("lora_r8", seed, 0.85, train_on=task, **named) for task in ("fin_ner", "fpb", "nwgi_7") for seed in range(3)
+    ]
+    table = build(rows, "paper", PUBLISHED)
+    shown = [(line.texts[0], *line.texts[-4:-2]) for line in table.lines if line.texts[3] == "lora_r8"]
+    assert shown[0] == ("fin_ner", "acc 0.9805, finlora [1]", "not comparable")
+    assert "the type of a given span" in reasons_of(table, "[1] ")
+    averaged = [note for note in table.notes if "not a weighted F1" in note]
+    assert len(averaged) == 1 and averaged[0].startswith("r")
+    others = [note for note in table.notes if note.startswith("Published, in the JSON only: finlora.lora.ner.f1 and ")]
+    assert len(others) == 1 and others[0].endswith(f"not comparable: {averaged[0].split(':')[0]}.")
+
+
+def test_a_published_f1_has_no_margin_and_no_verdict():
+    alone = [value for value in PUBLISHED if value.metric == "f1"]
+    line = lines([row("lora_r8", 0, 0.85, **TUNED)], "paper", alone)["lora_r8"]
+    assert line["Published"].startswith("f1 0.894, fingpt") and line["Verdict"] == "no margin is known"
 
 
 @pytest.mark.parametrize("render", [to_markdown, to_latex, to_json])
@@ -383,7 +416,18 @@ def test_published_memory_stands_beside_paper_cells_of_the_same_batch_with_its_d
         ("peak 30.91, finlora_memory [1]", "with reservations"),
         ("", ""),
     ]
-    assert any(note.startswith("[1] ") and "a peak cannot be" in note and "not stated" in note for note in table.notes)
+    text = reasons_of(table, "[1] ")
+    for said in (
+        "a peak cannot be",
+        "not stated",
+        "of 2^30 bytes is not said",
+        "entities are generated",
+        "on q, k and v only",
+    ):
+        assert said in text, said
+    others = [note for note in table.notes if note.startswith("Published, in the JSON only")]
+    assert ["trainable" in note for note in others] == [True, False] and "size" in others[1]
+    assert {each["value"] for each in table.lines[0].evidence["published"]} == {30.91, 4.72e6, 16.08}
     assert "30.91" not in to_json(table5.build([row("lora_r8", batch=4, **named)], "smoke", PUBLISHED))
     two = table5.build([row("lora_r8", batch=8, devices=2, **named)], "paper", PUBLISHED)
     assert two.lines[0].texts[-2].startswith("peak 30.91")  # four a device
@@ -411,3 +455,9 @@ def test_equal_dots_give_equal_pictures_and_other_dots_others():
     assert one != to_svg(draw(panels([row("full", 0, 0.781), *ROWS[1:]]), "Table 3"))
     assert to_png(draw(panels(ROWS), "Table 3"))[:4] == b"\x89PNG"
     assert "<svg" in to_svg(draw((), "Table 3"))
+
+
+def test_where_an_adapter_from_elsewhere_was_trained_is_not_made_up():
+    made = row("their_folder", 0, 0.7, adapter_kind="peft_folder")
+    assert lines([made])["their_folder"]["Trained on"] == "elsewhere"
+    assert lines([made, row("lora_r8", 0, 0.7)])["lora_r8"]["Trained on"] == ""

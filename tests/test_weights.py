@@ -123,6 +123,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "pickles alone": (only_pickles, ("pytorch_model.bin", "never read", "safetensors version")),
     "no tokenizer": (unlink("tokenizer.json"), ("lacks its tokenizer",)),
     "corrupt tokenizer": (text("tokenizer.json", "{"), ("tokenizer.json: not readable JSON",)),
+    "another model's tokenizer": (text("tokenizer.json", json.dumps(tokenizer(32000))), ("32000 tokens", "another model's")),
+    "no tokenizer's file": (text("tokenizer.json", '{"model": {"vocab": 3}}'), ("not a tokenizer's file",)),
     "too many tokens": (text("tokenizer.json", json.dumps(tokenizer(128257))), ("128257 tokens", "128256 rows")),
 }  # fmt: skip
 
@@ -138,7 +140,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(fault: str, folder:
 @pytest.mark.parametrize("name", REAL)
 def test_every_entry_accepts_its_own_configuration_and_no_other_sizes(name: str, folder: Path) -> None:
     model = catalogue.model(name)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(100)))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(int(model.architecture["vocab_size"]))))
     (folder / "config.json").write_text(json.dumps(hub_configuration(model)))
     weights.check(model, folder)
     for other in map(catalogue.model, REAL):

@@ -126,7 +126,8 @@ def _names(task: str, row: Row, rows: Sequence[Row]) -> dict[str, str]:
     same = [r for r in rows if all(r[axis] == row[axis] for axis in LINE[:4])]
     adapter = row["adapter"] + (f" (batch {row['batch']})" if len({r["batch"] for r in same}) > 1 else "")
     adapter += f" ({row['devices']} devices)" if row["devices"] > 1 else ""
-    trained_on = "-" if row["adapter"] == "base" else "" if row["train_on"] == task else row["train_on"]
+    elsewhere = {"base": "-", "peft_folder": "elsewhere"}.get(row["adapter_kind"])
+    trained_on = elsewhere or ("" if row["train_on"] == task else row["train_on"])
     return {
         "task": task,
         "model": row["model"],
@@ -227,6 +228,7 @@ def _notes(rows: Sequence[Row], beside: Beside) -> tuple[str, ...]:
     if beside.notes:
         notes.append(
             "Verdict: EQUIVALENT - the whole interval lies within the margin around the published value; DIFFERS - outside as a whole; "
-            "INCONCLUSIVE - neither. Margin: fixed in configs/published before any run, two sampling half-widths of the published value."
+            "INCONCLUSIVE - neither. Margin: fixed in configs/published before any run, "
+            "two sampling half-widths of a published accuracy; an F1 has none."
         )
     return (*notes, *beside.below(), *reasons(rows))

@@ -20,6 +20,7 @@ MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
 NAMES = ("Model", "Quantizer", "Adapter", "Trained on", "Batch", "Devices")
 LINE = ("model", "quantizer", "adapter", "train_on", "batch", "devices")
 BESIDE = ("Published [GB]", "Comparable")
+PUBLISHED = ("peak_memory_gb", "trainable_params", "base_bytes")  # the first in the column, the others as evidence
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
@@ -61,9 +62,10 @@ def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
         values = [row["costs"][key] for row in done if row["costs"].get(key) is not None]
         texts.append(show(mean(values)) if values else "-")
     texts[0] += " *" if any(row["state"] == "stale" for row in done) else ""
-    pairs = beside.find(rows[0], None, ("peak_memory_gb",))
-    value, _ = beside.texts(pairs, {})
-    level = pairs[0][1].level if pairs else ""
+    pairs = beside.find(rows[0], None, PUBLISHED)
+    peaks = any(value.measure.ours == PUBLISHED[0] for value, _ in pairs)
+    value, _ = beside.texts(pairs, {}) if peaks else ("", "")
+    level = pairs[0][1].level if peaks else ""
     names = tuple(str(rows[0][axis]) for axis in LINE)
     return Line((*names, *texts, value, level), model, evidence(rows) | (published_evidence(pairs) if pairs else {}))
 
