@@ -95,7 +95,7 @@ def child(way: str, folder: Path) -> None:
         while not done.wait(0.002):
             highest.append(resident("RssAnon"))
 
-    runtime.reset_peak_memory()
+    runtime.reset_peak_memory(torch.device("cpu"))
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()

@@ -54,6 +54,7 @@ def walk(
 ) -> dict[str, Any]:
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = runtime.setup(spec.seed, spec.threads)
+    runtime.reset_peak_memory(device)
 
     from finrepro.checkpoint import Control
     from finrepro.engine import collect_trained, inference

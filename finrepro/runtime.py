@@ -70,9 +70,7 @@ def setup(seed: int, threads: int) -> "torch.device":
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks().local_rank)
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
         return device
-    reset_peak_memory()
     return torch.device("cpu")
 
 
@@ -132,12 +130,17 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG of linux/prctl.h
 
 
-def reset_peak_memory() -> None:
-    """Forget the process's peak resident size, so that a cell's peak is its own in a process that runs many.
+def reset_peak_memory(device: "torch.device") -> None:
+    """Forget the peak that `peak_memory_bytes` gives, so that a cell's is its own in a process that runs many.
 
     What earlier cells have freed is given back first: glibc would keep it, and a cell's peak would depend on those before it.
     """
     gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not permitted here: the peak is then the process's, larger, never smaller
@@ -145,7 +148,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """Largest memory since `setup`: allocated on the GPU, or the process's resident size on a CPU."""
+    """Largest memory since `reset_peak_memory`: allocated on the GPU, or the process's resident size on a CPU."""
     if device.type == "cuda":
         import torch
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures_model import process  # noqa: F401
 
-from finrepro import catalogue, plan, runtime, weights
+from finrepro import catalogue, plan, weights
 from finrepro.cells import Selection, expand
 from finrepro.manifest import file_digest
 from finrepro.model import load_tokenizer
@@ -55,7 +55,6 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
     assert len(load_tokenizer(folder, spec.model)) == spec.model.architecture["vocab_size"] == 50257
     assert plan.cannot_run(spec, place) is None
 
-    runtime.reset_peak_memory()
     result: dict[str, Any] = run_cell(spec, place, lambda _: None, lambda: False)
     assert result["status"] == "done", result["reason"]
     costs = result["costs"]
