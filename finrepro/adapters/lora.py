@@ -1,8 +1,9 @@
 """LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + s B A x with A (r, in) and B (out, r) trained, W frozen, s = alpha / r.
 
-Two variants are settings. rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732): s = alpha / sqrt(r). DoRA (Liu et al., 2024, arXiv 2402.09353,
-section 4): y = W' x with W' = m (W + s B A) / ||W + s B A||, the norm taken over each row of W as (out, in) and m (out,) trained, at first
-||W||; no gradient flows through the norm (section 4.3).
+Variants are settings. rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732): s = alpha / sqrt(r). LoRA+ (Hayou et al., 2024, arXiv 2402.12354): B
+learns `lr_ratio_b` times as fast as A. DoRA (Liu et al., 2024, arXiv 2402.09353, section 4): y = W' x with W' = m (W + s B A) /
+||W + s B A||, the norm taken over each row of W as (out, in) and m (out,) trained, at first ||W||; no gradient flows through the norm
+(section 4.3).
 
 Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero: the adapted model equals its base at first.
 """
@@ -29,6 +30,7 @@ class Config:
     target_modules: Literal["all-linear"] | tuple[str, ...]
     use_rslora: bool
     use_dora: bool
+    lr_ratio_b: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
 def _adapted(layers: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -71,6 +73,11 @@ def trainable_parameters(model: Any, config: Config) -> int:
 
     sizes = _adapted(block_sizes(model), config).values()
     return depth(model) * sum(config.r * (i + o) + (o if config.use_dora else 0) for i, o in sizes)
+
+
+def lr_scale(name: str, config: Config) -> float:
+    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A, and for DoRA's m, of which LoRA+ says nothing."""
+    return config.lr_ratio_b if ".lora_B." in name else 1.0
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
