@@ -59,6 +59,9 @@ class Claims:
     )
     exports: frozenset[str] = frozenset()
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
+    frozen: Callable[[list[tuple[int, int]], Any], int] = lambda _layers, _config: (
+        0
+    )  # numbers in the file that are not trained
 
 
 def read_model(base: Any, folder: Path) -> nn.Module:
@@ -85,6 +88,13 @@ def dora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
     return own["lora_magnitude_vector.default.weight"][:, None] * direction / direction.norm(dim=1, keepdim=True)
 
 
+def vera_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """W + diag(b) B diag(d) A, of A and B the part of the layer's size (arXiv 2310.11454, equation 2)."""
+    a, b = own["vera_A.default"][:, : weight.shape[1]], own["vera_B.default"][: weight.shape[0]]
+    assert a.shape[0] == b.shape[1] == config.r
+    return weight + torch.diag(own["vera_lambda_b.default"]) @ b @ torch.diag(own["vera_lambda_d.default"]) @ a
+
+
 CLAIMS = {
     "base": Claims(quantized=True, count=lambda _layers, _whole, _config: 0, trains=False),
     "peft_folder": Claims(quantized=True, count=lambda _layers, _whole, _config: 0, trains=False, entry=False),
@@ -101,6 +111,15 @@ CLAIMS = {
         starts_at_zero=True,
         merged=lora_weight,
         exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
+    ),
+    "vera": Claims(
+        quantized=True,
+        count=lambda layers, _whole, config: sum(config.r + o for _, o in layers),
+        read_back=read_adapter,
+        merged=vera_weight,
+        exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
+        zero_stages=(0, 1, 2),
+        frozen=lambda layers, config: config.r * (max(i for i, _ in layers) + max(o for _, o in layers)),
     ),
 }
 VARIANTS = {  # methods that are settings of a kind
@@ -383,12 +402,12 @@ def test_what_is_exported_is_read_back_bit_by_bit(name: str, adapter: str, quant
     broken(is_read_back, model.eval(), spec, folder)  # files of an earlier step
 
 
-def file_holds_only_the_adapter(folder: Path, trainable: int) -> None:
-    """The tensors of the exported file are as many numbers as were trained."""
+def file_holds_only_the_adapter(folder: Path, numbers: int) -> None:
+    """The tensors of the exported file are as many numbers as were trained, with what the method says that it needs beside."""
     from safetensors.torch import load_file
 
     sizes = [tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
-    assert sum(sizes) == trainable
+    assert sum(sizes) == numbers
 
 
 @training
@@ -398,8 +417,9 @@ def test_the_exported_file_holds_what_was_trained_and_no_more(
     spec = spec_of(name, adapter, quantizer)
     built = make(spec)
     folder = exported(built.model, spec, tmp_path / "weights")
-    file_holds_only_the_adapter(folder, built.trainable_parameters)
-    broken(file_holds_only_the_adapter, folder, built.trainable_parameters + 1)
+    frozen = claims_of(adapter).frozen(layer_sizes(load(spec, None)), spec.adapter.config)
+    file_holds_only_the_adapter(folder, built.trainable_parameters + frozen)
+    broken(file_holds_only_the_adapter, folder, built.trainable_parameters + frozen + 1)
 
 
 def merged_equals_unmerged(model: Any) -> None:

@@ -33,33 +33,17 @@ class Config:
     lr_ratio_b: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-def _adapted(layers: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Those of named layers that the settings name."""
-    wanted = config.target_modules
-    return {name: each for name, each in layers.items() if wanted == "all-linear" or name.rpartition(".")[2] in wanted}
-
-
-def _absent(layers: dict[str, Any], config: Config) -> str | None:
-    """What the settings name and the layers do not bear, with the names that there are; None if nothing."""
-    known = sorted({name.rpartition(".")[2] for name in layers})
-    wanted = known if config.target_modules == "all-linear" else config.target_modules
-    absent = sorted(set(wanted) - set(known))
-    if wanted and not absent:
-        return None
-    return f"no linear layer of the model is named {', '.join(absent) or 'anything'}; there are {', '.join(known)}"
-
-
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's base is in parts.
 
     LoRA only calls the base layer. DoRA reads its weight, also a quantized one, and ZeRO-3 has taken that away by then.
     """
-    from finrepro.layers.linear import block_sizes
+    from finrepro.layers.linear import absent, block_sizes, targeted
 
     sizes = block_sizes(model)
-    if absent := _absent(sizes, config):
-        return absent
-    for name, (inputs, outputs) in _adapted(sizes, config).items():
+    if reason := absent(sizes, config.target_modules):
+        return reason
+    for name, (inputs, outputs) in targeted(sizes, config.target_modules).items():
         if config.r > min(inputs, outputs):
             return f"rank {config.r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
     if config.use_dora and zero_stage == 3:
@@ -69,9 +53,9 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with DoRA its out."""
-    from finrepro.layers.linear import block_sizes, depth
+    from finrepro.layers.linear import block_sizes, depth, targeted
 
-    sizes = _adapted(block_sizes(model), config).values()
+    sizes = targeted(block_sizes(model), config.target_modules).values()
     return depth(model) * sum(config.r * (i + o) + (o if config.use_dora else 0) for i, o in sizes)
 
 
@@ -89,12 +73,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.layers.linear import is_conv1d, linear_layers
+    from finrepro.layers.linear import is_conv1d, linear_layers, targeted_or_fail
 
-    layers = linear_layers(model)
-    if absent := _absent(layers, config):
-        raise ValueError(absent)
-    adapted = _adapted(layers, config)
+    adapted = targeted_or_fail(linear_layers(model), config.target_modules)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,

@@ -28,6 +28,29 @@ def linear_layers(model: "nn.Module") -> dict[str, Any]:
     }
 
 
+def targeted(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
+    """Those of named layers whose last name is among `targets`; all of them for `all-linear`."""
+    return {
+        name: each for name, each in layers.items() if targets == "all-linear" or name.rpartition(".")[2] in targets
+    }
+
+
+def absent(layers: dict[str, Any], targets: str | tuple[str, ...]) -> str | None:
+    """Which of `targets` no layer bears, in one line with the names that there are; None if each is somewhere."""
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    missing = sorted(set(() if targets == "all-linear" else targets) - set(known))
+    if targets and not missing:
+        return None
+    return f"no linear layer of the model is named {', '.join(missing) or 'anything'}; there are {', '.join(known)}"
+
+
+def targeted_or_fail(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
+    """As `targeted`. Raises `ValueError` as `absent` says."""
+    if reason := absent(layers, targets):
+        raise ValueError(reason)
+    return targeted(layers, targets)
+
+
 def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
     """Name within a block -> (in, out) of its linear layers, from a catalogue entry's architecture; every block is alike."""
     shape = model.architecture
