@@ -3,7 +3,7 @@
 Both average gradients over the ranks, so the loop scales each rank's share of the loss to make the average the sum over the global batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from finrepro import runtime
+from finrepro import rates, runtime
 from finrepro.batches import Batch
 from finrepro.catalogue import deepspeed_config
 from finrepro.errors import CellFailed, UsageError
@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, whose `lr` the loop sets."""
+        """The optimizer's groups, whose `lr` the loop sets; each has its `lr_scale`."""
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks exchange gradients at the last one."""
@@ -45,11 +45,17 @@ class Engine(Protocol):
         """Let go of the model, which keeps what was learned; at ZeRO stage 3 it stays in parts."""
 
 
-def start_engine(model: nn.Module, settings: Train, device: torch.device) -> Engine:
-    """The model under the engine asked for, with the optimizer of the settings, in the cell's process group."""
+def start_engine(
+    model: nn.Module, settings: Train, device: torch.device, lr_scale: Callable[[str], float] = lambda _: 1.0
+) -> Engine:
+    """The model under the engine asked for, with the optimizer of the settings, in the cell's process group.
+
+    `lr_scale` is the factor to the learning rate of a parameter of this name.
+    """
     runtime.start_process_group(device)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = settings.optimizer.module("optimizers").build(named, settings.lr, settings.optimizer.config)
+    rates.split(optimizer, named, lr_scale)
     kind = PlainDDP if settings.engine == "ddp" else DeepSpeed
     return kind(model, named, optimizer, settings, device)
 

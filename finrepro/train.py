@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from finrepro import packing, runtime
+from finrepro import packing, rates, runtime
 from finrepro.batches import COLLATE, Batch, empty
 from finrepro.checkpoint import Control, Trained, resume, save_checkpoint
 from finrepro.engine import Engine, make_whole, start_engine
@@ -60,15 +60,14 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             runtime.start_process_group(device)
         return Trained()
     lengths = [len(example.ids) for example in data]
-    engine = start_engine(model, settings, device)
+    engine = start_engine(model, settings, device, rates.scale_of(spec.adapter))
     trained = Trained()
     first = resume(engine, control, trained)
     last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
     try:
         for step, rows in steps_from(first, lengths, settings, spec.seed):
             rate = learning_rate(step, settings)
-            for group in engine.param_groups:
-                group["lr"] = rate
+            rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
             batches = micro_batches(rows, data, lengths, settings, here)
             loss, norm = optimizer_step(engine, batches, supervised, device)

@@ -3,6 +3,7 @@ kinds on a miniature of each family, under --slow for the whole product. What ea
 method: it changes nothing at first, trains its own parameters and no other, is read back from its files bit by bit by plain PEFT or
 Transformers, counts as the closed forms say, and draws from a generator of its own."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -53,8 +54,14 @@ class Claims:
     trains: bool = True
     entry: bool = True  # stands in the catalogue; what does not has a test file of its own
     starts_at_zero: bool = False  # y = W x + s B A x with B = 0: the first gradient of A is zero, that of B is not
-    merges: bool = False
+    merged: Callable[[Tensor, dict[str, Tensor], Any], Tensor] | None = (
+        None  # W (out, in), a layer's own tensors, settings -> W'
+    )
     exports: frozenset[str] = frozenset()
+    zero_stages: tuple[int, ...] = (0, 1, 2, 3)
+    frozen: Callable[[list[tuple[int, int]], Any], int] = lambda _layers, _config: (
+        0
+    )  # numbers in the file that are not trained
 
 
 def read_model(base: Any, folder: Path) -> nn.Module:
@@ -67,6 +74,25 @@ def read_adapter(base: Any, folder: Path) -> nn.Module:
     import peft
 
     return peft.PeftModel.from_pretrained(base, folder)
+
+
+def lora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """W + s B A (arXiv 2106.09685); s = alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    return weight + scale * own["lora_B.default.weight"] @ own["lora_A.default.weight"]
+
+
+def dora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """m V / ||V||, V = W + s B A, row by row of (out, in) (arXiv 2402.09353, equation 5)."""
+    direction = lora_weight(weight, own, config)
+    return own["lora_magnitude_vector.default.weight"][:, None] * direction / direction.norm(dim=1, keepdim=True)
+
+
+def vera_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """W + diag(b) B diag(d) A, of A and B the part of the layer's size (arXiv 2310.11454, equation 2)."""
+    a, b = own["vera_A.default"][:, : weight.shape[1]], own["vera_B.default"][: weight.shape[0]]
+    assert a.shape[0] == b.shape[1] == config.r
+    return weight + torch.diag(own["vera_lambda_b.default"]) @ b @ torch.diag(own["vera_lambda_d.default"]) @ a
 
 
 CLAIMS = {
@@ -83,8 +109,25 @@ CLAIMS = {
         count=lambda layers, _whole, config: config.r * sum(i + o for i, o in layers),
         read_back=read_adapter,
         starts_at_zero=True,
-        merges=True,
+        merged=lora_weight,
         exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
+    ),
+    "vera": Claims(
+        quantized=True,
+        count=lambda layers, _whole, config: sum(config.r + o for _, o in layers),
+        read_back=read_adapter,
+        merged=vera_weight,
+        exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
+        zero_stages=(0, 1, 2),
+        frozen=lambda layers, config: config.r * (max(i for i, _ in layers) + max(o for _, o in layers)),
+    ),
+}
+VARIANTS = {  # methods that are settings of a kind
+    "dora": dataclasses.replace(
+        CLAIMS["lora"],
+        count=lambda layers, _whole, config: sum(config.r * (i + o) + o for i, o in layers),
+        merged=dora_weight,
+        zero_stages=(0, 1, 2),
     ),
 }
 QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True}  # whether a kind rounds the weights
@@ -99,16 +142,21 @@ def unclaimed(found: Iterable[str], claimed: Iterable[str]) -> set[str]:
 def test_every_discovered_kind_has_its_claims_and_an_entry() -> None:
     assert not unclaimed(kinds("adapters"), CLAIMS)
     assert not unclaimed(kinds("quantizers"), QUANTIZED)
-    assert {catalogue.adapter(name).kind for name in ADAPTERS} == {
-        kind for kind, claims in CLAIMS.items() if claims.entry
+    assert {method(catalogue.adapter(name)) for name in ADAPTERS} == {
+        kind for kind, claims in (CLAIMS | VARIANTS).items() if claims.entry
     }
     assert {catalogue.quantizer(name, "float32").kind for name in QUANTIZERS} == set(QUANTIZED)
     assert unclaimed([*kinds("adapters"), "brand_new"], CLAIMS) == {"brand_new"}
     broken(unclaimed, (), CLAIMS)
 
 
-def claims_of(adapter: str) -> Claims:
-    return CLAIMS[catalogue.adapter(adapter).kind]
+def method(adapter: Choice) -> str:
+    """Whose claims hold for an entry: its kind's, or those of a variant that its settings choose."""
+    return "dora" if getattr(adapter.config, "use_dora", False) else adapter.kind
+
+
+def claims_of(adapter: str | Choice) -> Claims:
+    return (CLAIMS | VARIANTS)[method(catalogue.adapter(adapter) if isinstance(adapter, str) else adapter)]
 
 
 def legal(adapter: str, quantizer: str) -> bool:
@@ -116,7 +164,7 @@ def legal(adapter: str, quantizer: str) -> bool:
 
 
 def kinds_of(adapter: str, quantizer: str) -> tuple[str, str]:
-    return catalogue.adapter(adapter).kind, catalogue.quantizer(quantizer, "float32").kind
+    return method(catalogue.adapter(adapter)), catalogue.quantizer(quantizer, "float32").kind
 
 
 PAIRS = [pair for pair in itertools.product(ADAPTERS, QUANTIZERS) if legal(*pair)]
@@ -141,14 +189,15 @@ every_pair = over(PAIRS)
 training = over(pair for pair in PAIRS if claims_of(pair[0]).trains)
 resting = over(pair for pair in PAIRS if not claims_of(pair[0]).trains)
 starting_at_zero = over(pair for pair in PAIRS if claims_of(pair[0]).starts_at_zero)
-merging = over(pair for pair in PAIRS if claims_of(pair[0]).merges and pair[1] == "none")
+merging = over(pair for pair in PAIRS if claims_of(pair[0]).merged and pair[1] == "none")
 
 
 def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() -> None:
     families = [{catalogue.model(name).family for name in names} for names in (MINIATURES, ALL_MINIATURES)]
     assert set(MINIATURES) <= set(ALL_MINIATURES) and families[0] == families[1]
     assert FIRST.keys() == {kinds_of(*pair) for pair in PAIRS}
-    assert len(FIRST) == sum(len(QUANTIZED) if claims.quantized else 1 for claims in CLAIMS.values() if claims.entry)
+    claimed = (CLAIMS | VARIANTS).values()
+    assert len(FIRST) == sum(len(QUANTIZED) if claims.quantized else 1 for claims in claimed if claims.entry)
     assert {catalogue.model(name).miniature_of for name in ALL_MINIATURES} == set(LORA_COUNTS)
 
 
@@ -157,9 +206,11 @@ def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() 
 def test_what_an_adapter_refuses_is_what_is_claimed(adapter: str, quantizer: str) -> None:
     spec = spec_of(MINIATURES[0], adapter, quantizer)
     supports = spec.adapter.module("adapters").supports
-    reasons = [supports(spec.model, spec.quantizer, stage, spec.adapter.config) for stage in (0, 1, 2, 3)]
-    assert all((reason is None) is legal(adapter, quantizer) for reason in reasons)
-    assert legal(adapter, quantizer) or all(quantizer in reason for reason in reasons)
+    for stage in (0, 1, 2, 3):
+        reason = supports(spec.model, spec.quantizer, stage, spec.adapter.config)
+        divided = stage in claims_of(adapter).zero_stages
+        assert (reason is None) is (legal(adapter, quantizer) and divided)
+        assert reason is None or (f"ZeRO-{stage}" if legal(adapter, quantizer) else quantizer) in reason
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -208,7 +259,7 @@ def count_is_the_closed_form(model: nn.Module, spec: RunSpec, reported: int) -> 
     """As many trainable parameters as the method's formula gives for the layers of the blocks, and as the build reports."""
     plain = load(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", spec.model.dtype)), None)
     whole = sum(parameter.numel() for parameter in plain.parameters())
-    expected = CLAIMS[spec.adapter.kind].count(layer_sizes(plain), whole, spec.adapter.config)
+    expected = claims_of(spec.adapter).count(layer_sizes(plain), whole, spec.adapter.config)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trainable == reported == expected
 
@@ -227,14 +278,14 @@ def test_trainable_parameters_are_counted_by_the_closed_form(name: str, adapter:
     broken(count_is_the_closed_form, built.model, spec, built.trainable_parameters)
 
 
-# reference/methods.md 1.1: adapted modules, and LoRA parameters a unit of rank
+# reference/methods.md 1.1: adapted modules, LoRA parameters a unit of rank, and what DoRA adds
 LORA_COUNTS = {
-    "gpt2_127m": (48, 147_456),
-    "gpt2_1_5b": (192, 1_228_800),
-    "llama2_7b": (224, 2_498_560),
-    "llama2_13b": (280, 3_911_680),
-    "llama3_1_8b": (224, 2_621_440),
-    "llama3_1_70b": (560, 12_943_360),
+    "gpt2_127m": (48, 147_456, 82_944),
+    "gpt2_1_5b": (192, 1_228_800, 691_200),
+    "llama2_7b": (224, 2_498_560, 1_359_872),
+    "llama2_13b": (280, 3_911_680, 2_129_920),
+    "llama3_1_8b": (224, 2_621_440, 1_376_256),
+    "llama3_1_70b": (560, 12_943_360, 6_717_440),
 }
 
 
@@ -249,19 +300,12 @@ def test_lora_on_the_real_models_counts_as_in_the_table(name: str, adapter: str)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration(catalogue.model(name)))
         adapted = choice.module("adapters").apply(model, choice.config, 0)
-    modules, parameters = LORA_COUNTS[name]
+    modules, per_rank, magnitudes = LORA_COUNTS[name]
+    expected = choice.config.r * per_rank + (magnitudes if choice.config.use_dora else 0)
     factors = [p for p in adapted.parameters() if p.requires_grad]
-    assert (len(factors) // 2, sum(p.numel() for p in factors)) == (modules, choice.config.r * parameters)
-    assert (
-        choice.module("adapters").trainable_parameters(catalogue.model(name), choice.config)
-        == choice.config.r * parameters
-    )
-
-
-def test_loras_update_is_scaled_alike_at_every_rank() -> None:
-    configs = [catalogue.adapter(name).config for name in ADAPTERS if catalogue.adapter(name).kind == "lora"]
-    assert {config.r for config in configs} == {4, 8}
-    assert {config.lora_alpha / config.r for config in configs} == {2}
+    assert len(factors) == (3 if choice.config.use_dora else 2) * modules
+    assert sum(p.numel() for p in factors) == expected
+    assert choice.module("adapters").trainable_parameters(catalogue.model(name), choice.config) == expected
 
 
 def descend(model: nn.Module, spec: RunSpec, steps: int = 3, watch: Iterable[nn.Parameter] | None = None) -> None:
@@ -340,7 +384,7 @@ def exported(model: nn.Module, spec: RunSpec, folder: Path) -> Path:
 
 def is_read_back(model: nn.Module, spec: RunSpec, folder: Path) -> None:
     """The model made of the exported files on an untouched base computes the same, bit by bit."""
-    read_back = CLAIMS[spec.adapter.kind].read_back
+    read_back = claims_of(spec.adapter).read_back
     assert read_back is not None
     again = read_back(base_of(spec), folder)
     assert torch.equal(logits(again.eval()), logits(model))
@@ -358,12 +402,12 @@ def test_what_is_exported_is_read_back_bit_by_bit(name: str, adapter: str, quant
     broken(is_read_back, model.eval(), spec, folder)  # files of an earlier step
 
 
-def file_holds_only_the_adapter(folder: Path, trainable: int) -> None:
-    """The tensors of the exported file are as many numbers as were trained."""
+def file_holds_only_the_adapter(folder: Path, numbers: int) -> None:
+    """The tensors of the exported file are as many numbers as were trained, with what the method says that it needs beside."""
     from safetensors.torch import load_file
 
     sizes = [tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
-    assert sum(sizes) == trainable
+    assert sum(sizes) == numbers
 
 
 @training
@@ -373,8 +417,9 @@ def test_the_exported_file_holds_what_was_trained_and_no_more(
     spec = spec_of(name, adapter, quantizer)
     built = make(spec)
     folder = exported(built.model, spec, tmp_path / "weights")
-    file_holds_only_the_adapter(folder, built.trainable_parameters)
-    broken(file_holds_only_the_adapter, folder, built.trainable_parameters + 1)
+    frozen = claims_of(adapter).frozen(layer_sizes(load(spec, None)), spec.adapter.config)
+    file_holds_only_the_adapter(folder, built.trainable_parameters + frozen)
+    broken(file_holds_only_the_adapter, folder, built.trainable_parameters + frozen + 1)
 
 
 def merged_equals_unmerged(model: Any) -> None:
@@ -388,46 +433,42 @@ def merged_equals_unmerged(model: Any) -> None:
 def test_merged_equals_unmerged(name: str, adapter: str, quantizer: str) -> None:
     spec = spec_of(name, adapter, quantizer)
     merged_equals_unmerged(stir(make(spec).model))
-    mutant = stir(make(spec).model)
-    layer = next(module for module in mutant.modules() if hasattr(module, "fan_in_fan_out"))
-    layer.scaling = {key: 1.01 * value for key, value in layer.scaling.items()}
+    mutant: Any = stir(make(spec).model)
+    with torch.no_grad():
+        next(each for each in mutant.parameters() if each.requires_grad).mul_(1.01)
     reference = logits(stir(make(spec).model))
     with pytest.raises(AssertionError):
         assert_close(logits(mutant.merge_and_unload()), reference)
 
 
-def delta_is_scaled_product(merged: nn.Module, model: Any, base: nn.Module, config: Any) -> None:
-    """W' = W + (alpha / r) B A, from the method's definition, in whichever orientation the layer stores W."""
-    factors = dict(model.named_parameters())
+def merged_weight_is_the_methods(merged: nn.Module, model: Any, base: nn.Module, spec: RunSpec) -> None:
+    """W' is what the method's definition says, in whichever orientation the layer stores W."""
+    formula = claims_of(spec.adapter).merged
+    assert formula is not None
     old, new = linear_layers(base), linear_layers(merged)
     assert old.keys() == new.keys()
     for name in old:
-        first = factors[f"base_model.model.{name}.lora_A.default.weight"]
-        second = factors[f"base_model.model.{name}.lora_B.default.weight"]
-        assert first.shape[0] == second.shape[1] == config.r
-        delta = config.lora_alpha / config.r * (second @ first)
-        delta = delta.T if is_conv1d(old[name]) else delta
-        assert_close(new[name].weight - old[name].weight, delta, 1e-4, what=name)
-        assert torch.linalg.matrix_rank(delta) <= config.r
+        layer = model.get_submodule(f"base_model.model.{name}")
+        own = {n: each.detach() for n, each in [*layer.named_parameters(), *layer.named_buffers()]}
+        before, after = (each[name].weight.T if is_conv1d(each[name]) else each[name].weight for each in (old, new))
+        assert_close(after - before, formula(before, own, spec.adapter.config) - before, 1e-4, what=name)
 
 
 @merging
-def test_lora_adds_alpha_over_r_times_b_a(name: str, adapter: str, quantizer: str) -> None:
-    import copy
-
+def test_the_merged_weight_is_what_the_methods_definition_says(name: str, adapter: str, quantizer: str) -> None:
     spec = spec_of(name, adapter, quantizer)
     model = stir(make(spec).model)
-    merged = copy.deepcopy(model).merge_and_unload()
-    delta_is_scaled_product(merged, model, load(spec, None), spec.adapter.config)
-    wrong = dataclasses.replace(spec.adapter.config, lora_alpha=spec.adapter.config.lora_alpha + 1)
-    broken(delta_is_scaled_product, merged, model, load(spec, None), wrong)
+    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    base = load(spec, None)
+    merged_weight_is_the_methods(merged, model, base, spec)
+    broken(merged_weight_is_the_methods, merged, stir(model, seed=2), base, spec)
 
 
 def only_b_has_a_first_gradient(model: nn.Module) -> None:
-    """B = 0 at first, so grad A = s B^T ... = 0, while grad B is not."""
+    """B = 0 at first, so grad A = s B^T ... = 0, while that of B (and of DoRA's m) is not."""
     answer_log_likelihood(model, random_examples(0, count=1)[0]).backward()
     for name, slope in gradients(model).items():
-        assert bool(slope.any()) is ("lora_B" in name), name
+        assert bool(slope.any()) is ("lora_A" not in name), name
 
 
 @starting_at_zero
@@ -520,7 +561,7 @@ def test_named_layers_alone_are_adapted_and_no_match_is_an_error() -> None:
     (gpt2,) = [name for name in MINIATURES if catalogue.model(name).family == "gpt2"][:1]
     model = lora_on(gpt2, ("c_attn",))
     assert {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if hasattr(module, "lora_A")} == {"c_attn"}
-    with pytest.raises(ValueError, match="no linear layer of the model is named q_proj, v_proj"):
+    with pytest.raises(ValueError, match=r"named q_proj, v_proj; there are c_attn, c_fc, c_proj$"):
         lora_on(gpt2, ("q_proj", "v_proj"))
     with pytest.raises(ValueError, match="named c_proy"):
         lora_on(gpt2, ("c_attn", "c_proy"))

@@ -1,4 +1,9 @@
-"""LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x with A (r, in) and B (out, r) trained, W frozen.
+"""LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + s B A x with A (r, in) and B (out, r) trained, W frozen, s = alpha / r.
+
+Variants are settings. rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732): s = alpha / sqrt(r). LoRA+ (Hayou et al., 2024, arXiv 2402.12354): B
+learns `lr_ratio_b` times as fast as A. DoRA (Liu et al., 2024, arXiv 2402.09353, section 4): y = W' x with W' = m (W + s B A) /
+||W + s B A||, the norm taken over each row of W as (out, in) and m (out,) trained, at first ||W||; no gradient flows through the norm
+(section 4.3).
 
 Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero: the adapted model equals its base at first.
 """
@@ -23,25 +28,44 @@ class Config:
     lora_alpha: Positive
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+    lr_ratio_b: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None) -> str | None:
-    """None: LoRA goes with every quantizer and every ZeRO stage, since it only calls the base layer."""
+def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
+    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's base is in parts.
+
+    LoRA only calls the base layer. DoRA reads its weight, also a quantized one, and ZeRO-3 has taken that away by then.
+    """
+    from finrepro.layers.linear import absent, block_sizes, targeted
+
+    sizes = block_sizes(model)
+    if reason := absent(sizes, config.target_modules):
+        return reason
+    for name, (inputs, outputs) in targeted(sizes, config.target_modules).items():
+        if config.r > min(inputs, outputs):
+            return f"rank {config.r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
+    if config.use_dora and zero_stage == 3:
+        return "DoRA reads the base's weights, which ZeRO-3 keeps in parts"
     return None
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: r (in + out) for each linear layer of the blocks, when all of them are adapted."""
-    shape = model.architecture
-    if model.family == "gpt2":
-        return int(config.r * shape["n_layer"] * 16 * shape["n_embd"])
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    return int(config.r * shape["num_hidden_layers"] * (4 * width + 2 * (width + kv) + 3 * (width + inner)))
+    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with DoRA its out."""
+    from finrepro.layers.linear import block_sizes, depth, targeted
+
+    sizes = targeted(block_sizes(model), config.target_modules).values()
+    return depth(model) * sum(config.r * (i + o) + (o if config.use_dora else 0) for i, o in sizes)
+
+
+def lr_scale(name: str, config: Config) -> float:
+    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A, and for DoRA's m, of which LoRA+ says nothing."""
+    return config.lr_ratio_b if ".lora_B." in name else 1.0
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with A and B added beside each target and everything else frozen.
+    """The model with A and B (and m) added beside each target and everything else frozen.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (PEFT's and loralib's initialisation) under a private generator state.
     Raises `ValueError` when a target names no layer.
@@ -49,22 +73,19 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.layers.linear import is_conv1d, linear_layers
+    from finrepro.layers.linear import is_conv1d, linear_layers, targeted_or_fail
 
-    layers = linear_layers(model)
-    wanted = None if config.target_modules == "all-linear" else set(config.target_modules)
-    names = [name for name in layers if wanted is None or name.rsplit(".", 1)[-1] in wanted]
-    absent = (wanted or set()) - {name.rsplit(".", 1)[-1] for name in names}
-    if absent or not names:
-        raise ValueError(f"no linear layer of the model is named {', '.join(sorted(absent)) or 'anything'}")
+    adapted = targeted_or_fail(linear_layers(model), config.target_modules)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         bias="none",
-        target_modules=names,
-        fan_in_fan_out=any(is_conv1d(layers[name]) for name in names),
+        target_modules=list(adapted),
+        fan_in_fan_out=any(is_conv1d(layer) for layer in adapted.values()),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
