@@ -24,7 +24,7 @@ from finrepro.train import Interrupted, train
 NAMES = tuple({catalogue.model(name).family: name for name in reversed(MINIATURES)}.values())
 TASKS = {"choices": catalogue.task("tfns", "short"), "text": catalogue.task("tfns_text")}
 METHODS = (("full", "none"), ("lora_r8", "nf4"))
-OWN = (("iec_r8", "nf4"),)  # the adapters that are our own layers
+OWN = (("iec_r8", "nf4"), ("houlsby_m64", "nf4"))  # the adapters that are our own layers
 STEPS = 4
 FEW = {
     "max_steps": STEPS,
