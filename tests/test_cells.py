@@ -286,9 +286,14 @@ def others(value: Any) -> list[Any]:
 
 
 def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """The leaves to change: of a table, its training settings only, since its axes decide which cells there are."""
+    """The leaves to change: of a table, its training settings only, since its axes decide which cells there are. An adapter or quantizer
+    that is on no axis is in no cell."""
     kept = ("train", "evaluation", "threads", "template")
     inside = leaves(content)
+    if name in ("adapters", "quantizers"):
+        grids = [getattr(catalogue.table(each), scale) for each in catalogue.tables() for scale in SCALES]
+        on_axes = {each for grid in grids for each in getattr(grid.axes, name.removesuffix("s"))}
+        inside = [(path, value) for path, value in inside if path[0] in on_axes]
     if not name.startswith("tables"):  # entries of one kind are read by one class: each of its settings once
         like = {
             key: tuple(str(entry.get(part)) for part in ("kind", "family", "scale")) for key, entry in content.items()
