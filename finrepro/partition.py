@@ -23,3 +23,13 @@ def partition(part: "nn.Module", device: "torch.device") -> None:
         "gradient_accumulation_steps": 1,
     }
     deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=next(part.parameters()).dtype)
+
+
+def whole(parameter: "nn.Parameter") -> "torch.Tensor":
+    """A copy of all of a parameter, also of one that lies in parts: then every rank calls it, in the same order."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()

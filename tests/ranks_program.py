@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fixtures_model import CPU, EVALUATION, MINIATURES, make, random_examples, real_examples, spec_of, stir, tokenizer
+from safetensors.torch import load_file
 from torch import nn
 
 from finrepro import catalogue, runtime, scoring
@@ -23,6 +24,7 @@ from finrepro.train import Interrupted, train
 NAMES = tuple({catalogue.model(name).family: name for name in reversed(MINIATURES)}.values())
 TASKS = {"choices": catalogue.task("tfns", "short"), "text": catalogue.task("tfns_text")}
 METHODS = (("full", "none"), ("lora_r8", "nf4"))
+OWN = (("iec_r8", "nf4"), ("houlsby_m64", "nf4"))  # the adapters that are our own layers
 STEPS = 4
 FEW = {
     "max_steps": STEPS,
@@ -134,6 +136,30 @@ def training(folder: Path) -> dict[Any, Any]:
     return found
 
 
+def own(folder: Path) -> dict[Any, Any]:
+    """Losses, and what the first rank exports, of our own adapters at every ZeRO stage and under DDP."""
+    found: dict[Any, Any] = {}
+    for name in NAMES:
+        for adapter, quantizer in OWN:
+            for engine, stage in (("ddp", 0), *(("deepspeed", stage) for stage in range(4))):
+                spec = spec_of(name, adapter, quantizer, **FEW, engine=engine, zero_stage=stage)
+                model = make(spec).model
+                steps = train(model, random_examples(0, 30), spec, CPU, control(folder / "checkpoints")).losses
+                with inference(model, spec.train, CPU):
+                    result = generate(model, [example.ids for example in random_examples(3, count=3)], [4] * 3, -1, 100)
+                collect_trained(model)
+                tensors: dict[str, Any] = {}
+                if runtime.ranks().is_main:
+                    where = folder / f"{name}-{adapter}-{engine}-{stage}"
+                    where.mkdir(parents=True)
+                    spec.adapter.module("adapters").export(model, where)
+                    (file,) = where.glob("*.safetensors")
+                    tensors = load_file(file)
+                losses = [row["loss"] for row in steps]
+                found[name, adapter, engine, stage] = {"losses": losses, "tokens": result, "tensors": tensors}
+    return found
+
+
 def trained(spec: RunSpec, how: Control) -> dict[str, Any]:
     """One training run."""
     model = make(spec).model
@@ -156,7 +182,7 @@ def main(part: str, folder: Path) -> None:
     found = (
         evaluation()
         if part == "evaluation"
-        else {"zero": zero, "training": training}[part](folder / str(here.world_size))
+        else {"zero": zero, "training": training, "own": own}[part](folder / str(here.world_size))
     )
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
 

@@ -35,7 +35,12 @@ from finrepro.scoring import choice_log_likelihoods, text_log_likelihoods
 from finrepro.tokens import IGNORE, Encoded
 
 LAYOUTS = tuple(COLLATE)
-METHODS = (("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4"))
+METHODS = (
+    ("full", "none"),
+    ("lora_r8", "none"),
+    ("lora_r8", "nf4"),
+    ("houlsby_m64", "nf4"),
+)
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 with_every_method = pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
 

@@ -22,7 +22,13 @@ from finrepro import generation
 from finrepro.generation import Tokens, generate
 from finrepro.layers.supervised import backbone_and_head
 
-METHODS = (("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4"))
+METHODS = (
+    ("full", "none"),
+    ("lora_r8", "none"),
+    ("lora_r8", "nf4"),
+    ("iec_r8", "nf4"),
+    ("houlsby_m64", "nf4"),
+)
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 with_every_method = pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
 NEW = 8

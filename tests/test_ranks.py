@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_model import broken
-from ranks_program import NAMES, STEPS
+from ranks_program import NAMES, OWN, STEPS
 
 from finrepro import PROJECT, runtime
 from finrepro.shares import share_out
@@ -120,6 +120,30 @@ def test_ddp_on_two_ranks_computes_what_it_computes_on_one(found: Callable[[str]
     one, two = found("training")["1-0"], found("training")["2-0"]
     for key in one:
         np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.slow
+@everywhere
+@pytest.mark.parametrize("adapter", [adapter for adapter, _ in OWN])
+@pytest.mark.parametrize(("engine", "stage"), [("ddp", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_our_own_layers_compute_on_two_ranks_what_they_compute_on_one(
+    name: str, adapter: str, engine: str, stage: int, found: Callable[[str], Found]
+) -> None:
+    one, first, second = (found("own")[rank][name, adapter, engine, stage] for rank in ("1-0", "2-0", "2-1"))
+    are_trained_alike(first, one)
+    assert first["losses"] == second["losses"] and len(set(one["losses"])) == STEPS
+    assert first["tokens"] == second["tokens"] and not second["tensors"]
+    last = max(one["tensors"])
+    broken(are_trained_alike, first, one | {"tensors": {**one["tensors"], last: 1.1 * one["tensors"][last]}})
+    broken(are_trained_alike, first | {"losses": first["losses"][::-1]}, one)
+
+
+def are_trained_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same losses within 1e-4, the same answers, and exported tensors within a hundredth of their length."""
+    np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-4)
+    assert one["tokens"] == other["tokens"] and one["tensors"].keys() == other["tensors"].keys() != set()
+    for key, value in other["tensors"].items():
+        assert value.any() and (one["tensors"][key] - value).norm() <= 1e-2 * value.norm(), key
 
 
 WITHOUT_DEEPSPEED = """

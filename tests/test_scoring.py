@@ -27,7 +27,13 @@ from finrepro.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.scoring import SHORTEST_PREFIX, choice_log_likelihoods, text_log_likelihoods
 from finrepro.tokens import Encoded
 
-METHODS = (("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4"))
+METHODS = (
+    ("full", "none"),
+    ("lora_r8", "none"),
+    ("lora_r8", "nf4"),
+    ("iec_r8", "nf4"),
+    ("houlsby_m64", "nf4"),
+)
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 with_every_method = pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
 Items = list[list[Encoded]]

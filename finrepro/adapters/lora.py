@@ -38,16 +38,21 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
     LoRA only calls the base layer. DoRA reads its weight, also a quantized one, and ZeRO-3 has taken that away by then.
     """
+    if config.use_dora and zero_stage == 3:
+        return "DoRA reads the base's weights, which ZeRO-3 keeps in parts"
+    return misfit(model, config.r, config.target_modules)
+
+
+def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | None:
+    """Why factors of rank `r` cannot stand beside these layers of a catalogue entry, or None."""
     from finrepro.layers.linear import absent, block_sizes, targeted
 
     sizes = block_sizes(model)
-    if reason := absent(sizes, config.target_modules):
+    if reason := absent(sizes, target_modules):
         return reason
-    for name, (inputs, outputs) in targeted(sizes, config.target_modules).items():
-        if config.r > min(inputs, outputs):
-            return f"rank {config.r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
-    if config.use_dora and zero_stage == 3:
-        return "DoRA reads the base's weights, which ZeRO-3 keeps in parts"
+    for name, (inputs, outputs) in targeted(sizes, target_modules).items():
+        if r > min(inputs, outputs):
+            return f"rank {r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
     return None
 
 
@@ -73,32 +78,45 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.layers.linear import is_conv1d, linear_layers, targeted_or_fail
+    from finrepro.layers.linear import linear_layers, targeted_or_fail
 
-    adapted = targeted_or_fail(linear_layers(model), config.target_modules)
-    settings = peft.LoraConfig(
+    layers = targeted_or_fail(linear_layers(model), config.target_modules)
+    adapted = peft_settings(layers, config, use_rslora=config.use_rslora, use_dora=config.use_dora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, adapted)
+
+
+def peft_settings(layers: dict[str, Any], config: Any, **variants: bool) -> Any:
+    """PEFT's settings for LoRA on these layers, with the rank, scale and dropout of `config`."""
+    import peft
+
+    from finrepro.layers.linear import is_conv1d
+
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
         bias="none",
-        target_modules=list(adapted),
-        fan_in_fan_out=any(is_conv1d(layer) for layer in adapted.values()),
+        target_modules=list(layers),
+        fan_in_fan_out=any(is_conv1d(layer) for layer in layers.values()),
+        **variants,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return peft.get_peft_model(model, settings)
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """A plain PEFT folder. Its JSON is sorted: PEFT writes sets, whose order changes from process to process.
+    """A plain PEFT folder.
 
     The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model card is a form that nobody filled in.
     """
     model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)
+    sort_settings(folder)
+
+
+def sort_settings(folder: Path) -> None:
+    """Write a PEFT folder's JSON in a fixed order: PEFT writes sets, whose order changes from process to process."""
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     values["target_modules"] = sorted(values["target_modules"])

@@ -13,6 +13,11 @@ def is_conv1d(layer: "nn.Module") -> bool:
     return isinstance(layer, Conv1D)
 
 
+def features(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, whichever way, rounded or in parts, it holds its weight."""
+    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+
+
 def linear_layers(model: "nn.Module") -> dict[str, Any]:
     """Name -> layer for every linear layer inside the blocks; the output head and the embeddings are not among them.
 

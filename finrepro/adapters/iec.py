@@ -1,0 +1,81 @@
+"""The adapter of IR-QLoRA (Qin et al., 2024, arXiv 2402.05445, section 3.3): LoRA whose two factors have a shortcut each.
+
+Means of neighbouring channels go past A and past B, each times a trained scalar that starts at zero: two parameters a layer beside
+LoRA's. IR-QLoRA is this on the quantizer `icq`; it goes with every other one as well. `finrepro.layers.iec` has the equations.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from finrepro.adapters import lora
+from finrepro.schema import Choice, Positive, settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings
+class Config:
+    """LoRA's settings, with PEFT's names; the scalars need none."""
+
+    r: Positive
+    lora_alpha: Positive
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+
+
+def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
+    """None for every quantizer and ZeRO stage, since it only calls the base layer; or that rank or targets do not fit the model."""
+    return lora.misfit(model, config.r, config.target_modules)
+
+
+def trainable_parameters(model: Any, config: Config) -> int:
+    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, LoRA's, and two."""
+    from finrepro.layers.linear import block_sizes, depth, targeted
+
+    sizes = targeted(block_sizes(model), config.target_modules).values()
+    return depth(model) * sum(config.r * (i + o) + 2 for i, o in sizes)
+
+
+def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
+    """The model with each target replaced, in place, by a layer that wraps it, and everything else frozen.
+
+    A is drawn as LoRA's, from a generator of its own. Raises `ValueError` when a target names no layer.
+    """
+    import torch
+
+    from finrepro.layers.iec import IECLinear
+    from finrepro.layers.linear import linear_layers, targeted_or_fail
+
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for name, layer in targeted_or_fail(linear_layers(model), config.target_modules).items():
+        parent, _, child = name.rpartition(".")
+        wrapped = IECLinear(layer, config.r, config.lora_alpha, config.lora_dropout, generator)
+        setattr(model.get_submodule(parent), child, wrapped)
+    return model
+
+
+def export(model: "nn.Module", folder: Path) -> None:
+    """A plain PEFT folder with the folded factors, which needs nothing of this package to be loaded.
+
+    It computes what the model computes in evaluation, up to the rounding of a sum in float32; the scalars are part of the factors there.
+    """
+    from safetensors.torch import save_file
+
+    from finrepro.layers.iec import IECLinear
+
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, IECLinear)}
+    tensors: dict[str, Any] = {}
+    for name, layer in layers.items():
+        first, second = layer.folded()
+        tensors |= {f"base_model.model.{name}.lora_A.weight": first, f"base_model.model.{name}.lora_B.weight": second}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = lora.peft_settings(
+        {name: layer.base_layer for name, layer in layers.items()}, next(iter(layers.values()))
+    )
+    settings.base_model_name_or_path, settings.inference_mode = str(model.name_or_path), True
+    settings.save_pretrained(folder)
+    lora.sort_settings(folder)
