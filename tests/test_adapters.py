@@ -87,7 +87,7 @@ CLAIMS = {
         exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
     ),
 }
-QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True}  # whether a kind rounds the weights
+QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True, "icq": True}  # whether a kind rounds the weights
 
 
 def unclaimed(found: Iterable[str], claimed: Iterable[str]) -> set[str]:
