@@ -28,7 +28,7 @@ from finrepro import catalogue
 from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers.linear import linear_layers
-from finrepro.layers.shift import block_sums, dequantized
+from finrepro.layers.shift import Shifted, block_sums, dequantized
 from finrepro.quantizers import bnb_4bit, icq
 from finrepro.schema import Choice, build
 from finrepro.spec import RunSpec
@@ -414,12 +414,18 @@ def test_tau_takes_as_many_bytes_of_a_file_as_the_formula_says(tmp_path: Path) -
     assert 8 * icq.stored_bytes(icq.encode(weight, config)) == icq.weight_bits(config, 16) * weight.numel()
 
 
-def test_no_cast_of_a_model_touches_what_tau_is_stored_in() -> None:
-    layer, _ = saved_layer()
+def casts_leave_tau_alone(layer: Any) -> None:
     before = images(layer.named_buffers())
     for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
         assert images(cast(layer).named_buffers()) == before
+
+
+def test_no_cast_of_a_model_touches_what_tau_is_stored_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = saved_layer()
+    casts_leave_tau_alone(layer)
     assert copy.deepcopy(layer).tau().equal(layer.tau())
+    monkeypatch.delattr(Shifted, "_apply")
+    broken(casts_leave_tau_alone, layer)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------------------------
