@@ -6,6 +6,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch is loaded: its threads are to sleep while they wait. Spinning, a busy machine runs the tests many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 from fixtures_process import forget, python
 
