@@ -169,11 +169,10 @@ def refusal(spec: RunSpec) -> str | None:
     stage = spec.train.zero_stage
     if not spec.train.max_steps and len(spec.train_on.parts) > 1:
         return "an untrained model is scored on each task of a mix by itself"
-    if stage == 3 and spec.quantizer.kind == "bnb_int8":
-        return f"{spec.quantizer.name} weights cannot be divided over devices (ZeRO-3)"
+    storable = getattr(spec.quantizer.module("quantizers"), "supports", None)
+    reason: str | None = storable(spec.model, spec.quantizer, stage) if storable else None
     choice = spec.adapter
-    reason: str | None = choice.module("adapters").supports(spec.model, spec.quantizer, stage, choice.config)
-    return reason
+    return reason or choice.module("adapters").supports(spec.model, spec.quantizer, stage, choice.config)
 
 
 @cache

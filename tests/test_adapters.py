@@ -64,6 +64,7 @@ class Claims:
         None  # W (out, in), a layer's own tensors, settings -> W'
     )
     exports: frozenset[str] = frozenset()
+    reads_weights: bool = False  # of the base, which is then to be whole
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     frozen: Callable[[list[tuple[int, int]], Any], int] = lambda _layers, _config: (
         0
@@ -142,6 +143,7 @@ VARIANTS = {  # methods that are settings of a kind
         CLAIMS["lora"],
         count=lambda layers, _whole, config: sum(config.r * (i + o) + o for i, o in layers),
         merged=dora_weight,
+        reads_weights=True,
         zero_stages=(0, 1, 2),
     ),
 }
@@ -161,7 +163,8 @@ CLAIMS["bottleneck"] = Claims(
     draws=True,
     exports=frozenset(["bottleneck.json", "bottleneck.safetensors"]),
 )
-QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True}  # whether a kind rounds the weights
+QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True, "icq": True}  # whether a kind rounds the weights
+KEPT_APART = ("icq",)  # kinds that keep a part of the weight beside it
 ACTIVATION_STEP = 20  # a small change of an activation that is rounded to 8 bits becomes a whole step, or nothing
 
 
@@ -192,7 +195,10 @@ def claims_of(adapter: str | Choice) -> Claims:
 
 
 def legal(adapter: str, quantizer: str) -> bool:
-    return claims_of(adapter).quantized or not QUANTIZED[catalogue.quantizer(quantizer, "float32").kind]
+    kind = catalogue.quantizer(quantizer, "float32").kind
+    if claims_of(adapter).reads_weights and kind in KEPT_APART:
+        return False
+    return claims_of(adapter).quantized or not QUANTIZED[kind]
 
 
 def kinds_of(adapter: str, quantizer: str) -> tuple[str, str]:
@@ -230,7 +236,12 @@ def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() 
     assert set(MINIATURES) <= set(ALL_MINIATURES) and families[0] == families[1]
     assert FIRST.keys() == {kinds_of(*pair) for pair in PAIRS}
     claimed = (CLAIMS | VARIANTS).values()
-    assert len(FIRST) == sum(len(QUANTIZED) if claims.quantized else 1 for claims in claimed if claims.entry)
+    goes_with = [
+        len(QUANTIZED) - len(KEPT_APART) * claims.reads_weights if claims.quantized else 1
+        for claims in claimed
+        if claims.entry
+    ]
+    assert len(FIRST) == sum(goes_with)
     assert {catalogue.model(name).miniature_of for name in ALL_MINIATURES} == set(LORA_COUNTS)
 
 

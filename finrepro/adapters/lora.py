@@ -36,8 +36,11 @@ class Config:
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's base is in parts.
 
-    LoRA only calls the base layer. DoRA reads its weight, also a quantized one, and ZeRO-3 has taken that away by then.
+    LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not the whole of it, or ZeRO-3 has taken it
+    away by then, it is refused.
     """
+    if config.use_dora and (apart := getattr(quantizer.module("quantizers"), "KEPT_APART", None)):
+        return f"DoRA reads the base's weights, from which {quantizer.name} keeps {apart} apart"
     if config.use_dora and zero_stage == 3:
         return "DoRA reads the base's weights, which ZeRO-3 keeps in parts"
     return misfit(model, config.r, config.target_modules)

@@ -55,15 +55,15 @@ def decode(stored: Stored) -> "Tensor":
     return functional.dequantize_4bit(stored.codes, stored.state)
 
 
-def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
-    """A frozen bitsandbytes layer around the stored weight; PEFT takes it for the linear layer that it is."""
+def linear(stored: Stored, bias: "Tensor | None", layer_class: Any = None) -> "nn.Module":
+    """A frozen bitsandbytes layer around the stored weight, or one of a class made of it; PEFT takes it for the linear layer that it is."""
     import bitsandbytes
     import torch
     from torch import nn
 
     out_features, in_features = stored.state.shape
     config = stored.config
-    layer = bitsandbytes.nn.Linear4bit(
+    layer = (layer_class or bitsandbytes.nn.Linear4bit)(
         in_features,
         out_features,
         bias=bias is not None,

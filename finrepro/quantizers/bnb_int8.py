@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from finrepro.schema import settings
+from finrepro.schema import Choice, settings
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -33,6 +33,11 @@ class Stored:
     scales: "Tensor"
     dtype: "dtype"
     config: Config
+
+
+def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
+    """None, or that ZeRO-3 cannot divide such a weight, whose scales are no part of the parameter."""
+    return f"{quantizer.name} weights cannot be divided over devices (ZeRO-3)" if zero_stage == 3 else None
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
