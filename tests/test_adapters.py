@@ -211,14 +211,23 @@ FIRST = {
 }  # the first legal pair of each pair of kinds: run by default
 
 
+# Of the miniatures that repeat a family, these alone are tried: their widths are what differs.
+EVERYWHERE = [("lora_r8", "none"), ("lora_r8", "nf4")]
+
+
+def by_default(name: str, pair: tuple[str, str]) -> bool:
+    """One entry of each pair of kinds, on both families where the base is plain or in 4 bits, else on Llama's grouped queries."""
+    return pair in FIRST.values() and (name == MINIATURES[1] or kinds_of(*pair)[1] in ("none", "bnb_4bit"))
+
+
 def over(pairs: Iterable[tuple[str, str]]) -> Any:
-    """Parameters `name`, `adapter`, `quantizer` over every miniature; all but the representative ones are slow."""
+    """Parameters `name`, `adapter`, `quantizer`: every pair on a miniature of each family; most of it is slow."""
     return pytest.mark.parametrize(
         ("name", "adapter", "quantizer"),
         [
-            pytest.param(name, *pair, marks=() if name in MINIATURES and pair in FIRST.values() else pytest.mark.slow)
-            for name in ALL_MINIATURES
+            pytest.param(name, *pair, marks=() if by_default(name, pair) else pytest.mark.slow)
             for pair in pairs
+            for name in (ALL_MINIATURES if pair in EVERYWHERE else MINIATURES)
         ],
     )
 

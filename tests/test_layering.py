@@ -203,7 +203,7 @@ def test_a_new_adapter_is_a_file_and_an_entry(copy: Path):
     (copy / "finrepro" / "adapters" / "bitfit.py").write_text(ADAPTER)
     add(copy / "configs" / "adapters.yaml", {"bitfit": {"kind": "bitfit", "also_norms": True}})
     table = copy / "configs" / "tables" / "table3.yaml"
-    table.write_text(table.read_text().replace("lora_r4, lora_r8]", "lora_r4, lora_r8, bitfit]"))
+    table.write_text(re.sub(r"(adapter: \[.*)\]", r"\1, bitfit]", table.read_text()))
     after = listed(copy, "cells", "--scale", "smoke", "--full")
     lines = {line.split()[0]: line for line in after.splitlines() if "bitfit" in line and "-s0" in line}
     assert "gpt2_127m_mini-none-bitfit-tfns-s0" in lines
