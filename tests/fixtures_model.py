@@ -3,6 +3,7 @@ hold the project's own against: one example at a time, every logit, no cache, no
 
 import copy
 import dataclasses
+import hashlib
 import os
 import subprocess
 import sys
@@ -194,11 +195,12 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert_close(actual[name], value, tolerance, 1e-3 * whole, name)
 
 
-def images(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
-    """The bytes of named tensors as they lie in memory, quantized ones with their scales: for comparing bit by bit."""
+def images(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """The sha256 of named tensors as they lie in memory, quantized ones with their scales: for comparing bit by bit."""
     found = {}
     for name, tensor in tensors:
-        found[name] = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        content = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        found[name] = hashlib.sha256(content).hexdigest()
         scales, state = getattr(tensor, "SCB", None), getattr(tensor, "quant_state", None)  # of 8 bits, of 4
         if scales is not None:
             found |= images([(f"{name}.SCB", scales)])

@@ -107,7 +107,7 @@ def test_the_dtype_is_the_catalogues_and_not_the_checkpoints(
         assert {p.dtype for p in load(spec_of(model), place).parameters()} == {getattr(torch, wanted)}
 
 
-def tensors_of(model: nn.Module) -> dict[str, bytes]:
+def tensors_of(model: nn.Module) -> dict[str, str]:
     return images(model.state_dict().items())
 
 
