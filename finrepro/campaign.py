@@ -182,8 +182,11 @@ class _Campaign:
             if step.base is not None:
                 if step.base.run_id in ready:
                     ready[step.base.run_id].wait()
-                if self.place.store.state(step.base) not in (store.DONE, store.STALE):
-                    self._pass_on(step, {"event": "died", "reason": f"its base {step.base.label} failed"})
+                state = self.place.store.state(step.base)
+                if state not in (store.DONE, store.STALE):
+                    status = store.SKIPPED if state == store.SKIPPED else store.FAILED
+                    reason = f"its base {step.base.label} {'was skipped' if state == store.SKIPPED else 'failed'}"
+                    self._pass_on(step, {"event": "died", "status": status, "reason": reason})
                     continue
             self._pass_on(step, {"event": "phase", "phase": "start"})
             try:
@@ -206,7 +209,7 @@ class _Campaign:
             raise KeyboardInterrupt
         status, reason = event.get("status", store.FAILED), event.get("reason") or ""
         if event["event"] in ("died", "fault"):
-            seal_unfinished(step.spec, self.place.store, store.FAILED, reason, time.time())
+            seal_unfinished(step.spec, self.place.store, status, reason, time.time())
         self.display.finished(step, status, reason, self.place.store.result(step.spec.run_id))
         if status == store.SKIPPED:  # found out only when its base was opened
             self._note(step, "skipped", status)

@@ -1,12 +1,14 @@
 """What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue, data, weights
 from finrepro.data import Dataset
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.place import Place
 from finrepro.spec import RunSpec
 
@@ -53,24 +55,34 @@ def data_facts(datasets: dict[str, Dataset]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def of_this_cell() -> Iterator[None]:
+    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
+    try:
+        yield
+    except EnvironmentFault as error:
+        raise Unavailable(str(error)) from error
+
+
 def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizerFast", str]:
     """The base's folder (None: random weights), its tokenizer, and where that comes from.
 
-    Raises `EnvironmentFault` when the run that makes the base, or the checkpoint, is not there.
+    Raises `Unavailable` when the run that makes the base, or the checkpoint, is not there or is faulty.
     """
     from finrepro.model import load_tokenizer
 
-    if spec.base_run is not None:
-        folder = place.store.run_folder(spec.base_run) / "weights"
-        if place.store.result(spec.base_run) is None:
-            raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
-        return folder, load_tokenizer(folder), f"run {spec.base_run}"
-    found = weights.locate(spec.model, place.models_dir)
-    if found is None and spec.weights == "pretrained":
-        found = weights.fetch(spec.model)
-    if found is not None:
-        weights.check(spec.model, found)
-        return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
+    with of_this_cell():
+        if spec.base_run is not None:
+            folder = place.store.run_folder(spec.base_run) / "weights"
+            if place.store.result(spec.base_run) is None:
+                raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
+            return folder, load_tokenizer(folder), f"run {spec.base_run}"
+        found = weights.locate(spec.model, place.models_dir)
+        if found is None and spec.weights == "pretrained":
+            found = weights.fetch(spec.model)
+        if found is not None:
+            weights.check(spec.model, found)
+            return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 
 
@@ -80,7 +92,8 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
         made = (place.store.result(spec.base_run) or {})["environment"]
         digests = {key: made[key] for key in ("source_digest", "lock_digest")}
         return {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run), **digests}
-    return {"files": weights.digests(folder) if folder else {}}
+    with of_this_cell():
+        return {"files": weights.digests(folder) if folder else {}}
 
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":

@@ -6,8 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,13 +65,12 @@ def walk(
 
     report({"event": "phase", "phase": "data"})
     datasets = inputs.load_data(spec, place)
-    with of_this_cell():
-        folder, tokenizer, origin = inputs.base(spec, place)
-        made_from = inputs.base_facts(spec, place, folder)
+    folder, tokenizer, origin = inputs.base(spec, place)
+    made_from = inputs.base_facts(spec, place, folder)
     encoded = inputs.training_examples(spec, datasets, tokenizer)
 
     report({"event": "phase", "phase": "model"})
-    with of_this_cell():
+    with inputs.of_this_cell():
         built = build(spec, folder, device)
 
     report({"event": "phase", "phase": "train"})
@@ -144,15 +142,6 @@ def walk(
         store.write_json(target / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
-
-
-@contextmanager
-def of_this_cell() -> Iterator[None]:
-    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
-    try:
-        yield
-    except EnvironmentFault as error:
-        raise Unavailable(str(error)) from error
 
 
 def scored(report: Report, done: int, total: int) -> None:

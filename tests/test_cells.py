@@ -269,6 +269,7 @@ PATTERNS = (
     "gpt2_127m*-lora_r8*-tfns-s0",
     "gpt2_127m*-none-lora_r8*-s0",
     "llama*-none-full-tfns-s0",
+    "llama3_1_70b*-none-*-tfns-s0",
 )
 
 
