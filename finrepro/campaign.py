@@ -68,7 +68,7 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     if all(cell.refusal for cell in cells):
         raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
     steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
-    check_jobs(options.jobs, steps)
+    planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
     # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -82,15 +82,6 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
             campaign.finish()
     display.table(rendered, place.store.results / "tables" / scale)
     return campaign.exit_code(cells)
-
-
-def check_jobs(jobs: int, steps: list[planning.Step]) -> None:
-    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of its own."""
-    cards = planning.machine().gpus
-    widest = max((step.spec.world_size for step in steps if step.action == "run"), default=1)
-    if cards and jobs > 1 and (jobs > cards or widest > 1):
-        reason = f"this machine has {cards} GPU(s)" if jobs > cards else f"one of the cells takes {widest}"
-        raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {reason}.")
 
 
 class _Campaign:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from finrepro import catalogue, data, store, weights
 from finrepro.cells import Cell
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.place import Place
 from finrepro.spec import Model, RunSpec, Scale
 
@@ -60,6 +60,15 @@ def machine() -> Machine:
             smallest = min(lines, key=lambda line: float(line[0]))
             return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip(), len(lines))
     return Machine(host, 0)
+
+
+def check_jobs(jobs: int, steps: list[Step]) -> None:
+    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of its own."""
+    cards = machine().gpus
+    widest = max((step.spec.world_size for step in steps if step.action == "run"), default=1)
+    if cards and jobs > 1 and (jobs > cards or widest > 1):
+        reason = f"this machine has {cards} GPU(s)" if jobs > cards else f"one of the cells takes {widest}"
+        raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {reason}.")
 
 
 def cards(jobs: int) -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ from typing import Literal
 import pytest
 
 from finrepro import data, plan, provenance, store
-from finrepro.campaign import check_jobs
 from finrepro.cells import Selection, expand
 from finrepro.errors import FinreproError, UsageError
 from finrepro.launch import command, parse, request, resolve
@@ -172,17 +171,17 @@ def test_jobs_at_a_time_get_a_card_each_or_are_refused(
 ):
     gpu()
     steps = plan.plan(QUICK, place, False)
-    check_jobs(8, steps)
+    plan.check_jobs(8, steps)
     assert plan.cards(2) == [{}, {}]
     gpu(81559, 81559)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    check_jobs(2, steps)
+    plan.check_jobs(2, steps)
     assert plan.cards(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     with pytest.raises(UsageError, match="has 2 GPU"):
-        check_jobs(3, steps)
+        plan.check_jobs(3, steps)
     wide = [dataclasses.replace(steps[0], spec=dataclasses.replace(steps[0].spec, world_size=2))]
     with pytest.raises(UsageError, match="takes 2"):
-        check_jobs(2, wide)
+        plan.check_jobs(2, wide)
 
 
 def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None]):
