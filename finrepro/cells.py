@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import itertools
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,22 +53,18 @@ class Point:
     """One combination of a grid's axes, by catalogue names."""
 
     names: dict[str, str]
-    batch: int | None
     seed: int
-
-    @property
-    def label(self) -> str:
-        """The label of the cell that it becomes."""
-        return label_of([self.names[axis] for axis in AXES], self.batch, self.seed)
+    batch: int | None
+    label: str  # of the cell that it becomes
 
 
 def expand(selection: Selection, scale: Scale) -> list[Cell]:
     """Every selected cell of the table at `scale`, in the order of the axes. Raises `UsageError` if none is left."""
     grid = _grid(selection, scale)
-    points = _points(grid, selection)
-    chosen = [point for point in points if _group(grid, selection, point.label) is not None]
-    if selection.only is not None:
-        chosen = [point for point in chosen if fnmatch.fnmatchcase(point.label, selection.only)]
+    points = _points(selection, scale)
+    only = ("*" if selection.only is None else selection.only,)
+    wanted = [point for point in points if _matches(only, point.label)]
+    chosen = [point for point in wanted if _group(grid, selection, point.label) is not None]
     if not chosen:
         raise _no_match(selection, [point.label for point in points])
     cells = [_cell(grid, selection, point) for point in chosen]
@@ -95,13 +92,34 @@ def _checked_grid(name: str, scale: Scale) -> Grid:
     return grid
 
 
-def _points(grid: Grid, selection: Selection) -> list[Point]:
+def _points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
     """The axes crossed; `selection` replaces the seeds and the adapters."""
-    axes = grid.axes
-    seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or axes.seed
-    adapters = (Path(selection.adapter).name,) if selection.adapter else axes.adapter
+    grid = _grid(selection, scale)
+    seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or grid.axes.seed
+    adapters = (Path(selection.adapter).name,) if selection.adapter else grid.axes.adapter
+    return _crossed(selection.table, scale, adapters, seeds)
+
+
+@cache
+def _crossed(name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Point, ...]:
+    """Thousands of points, made once for however many selections."""
+    axes = _checked_grid(name, scale).axes
     crossed = itertools.product(axes.model, axes.quantizer, adapters, axes.train_on, axes.batch or (None,), seeds)
-    return [Point(dict(zip(AXES, names, strict=True)), batch, seed) for *names, batch, seed in crossed]
+    return tuple(
+        Point(dict(zip(AXES, names, strict=True)), seed, batch, label_of(names, batch, seed))
+        for *names, batch, seed in crossed
+    )
+
+
+@cache
+def _pattern(globs: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for several patterns: a table has thousands of labels."""
+    return re.compile("|".join(map(fnmatch.translate, globs)))
+
+
+def _matches(globs: tuple[str, ...], label: str) -> bool:
+    """Whether any of the patterns fits the label, letter case included."""
+    return _pattern(globs).match(label) is not None
 
 
 def _group(grid: Grid, selection: Selection, label: str) -> Group | None:
@@ -109,7 +127,7 @@ def _group(grid: Grid, selection: Selection, label: str) -> Group | None:
     groups = grid.quick if selection.quick else () if selection.full or selection.adapter else grid.default
     if not groups:
         return Group(cells=("*",))
-    return next((group for group in groups if any(fnmatch.fnmatchcase(label, each) for each in group.cells)), None)
+    return next((group for group in groups if _matches(group.cells, label)), None)
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:
@@ -118,7 +136,7 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
     hint = f" Nearest: {near[0]}." if near else ""
     if selection.only is None:
         return UsageError(f"no cell of table {selection.table} is left with --quick and these seeds.")
-    if not (selection.full or selection.quick) and any(fnmatch.fnmatchcase(each, selection.only) for each in labels):
+    if not (selection.full or selection.quick) and any(_matches((selection.only,), each) for each in labels):
         return UsageError(
             f"the cells of table {selection.table} that match --only '{selection.only}' are not among its default ones: add --full."
         )
@@ -214,7 +232,7 @@ def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tupl
 def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if none has."""
     grid = _grid(selection, scale)
-    points = {point.label: point for point in _points(grid, selection)}
+    points = {point.label: point for point in _points(selection, scale)}
     if label in points:
         return _cell(grid, selection, points[label]).spec
     bases = {base.label: base for name in grid.axes.model if model(name).pretrain for base in (_base(name),)}

@@ -8,21 +8,7 @@ from pathlib import Path
 from finrepro import PROJECT, catalogue, cells
 from finrepro.errors import FinreproError
 
-CACHED = (
-    catalogue.catalogue,
-    catalogue.model,
-    catalogue.adapter,
-    catalogue.quantizer,
-    catalogue.dataset,
-    catalogue.task,
-    catalogue.tables,
-    catalogue.table,
-    catalogue.train_set,
-    catalogue.published,
-    cells._base,
-    cells._checked_grid,
-    cells.foreign_adapter,
-)
+CACHED = [each for module in (catalogue, cells) for each in vars(module).values() if hasattr(each, "cache_clear")]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -244,7 +244,8 @@ def test_run_ids_are_the_same_in_every_process_and_for_every_hash_seed(tmp_path:
 
 PATTERNS = (
     "*-nf4*-lora_r8*-tfns-s0",
-    "gpt2_127m*-tfns-s0",
+    "gpt2_127m*-none-*-tfns-s0",
+    "gpt2_127m*-lora_r8*-tfns-s0",
     "gpt2_127m*-none-lora_r8*-s0",
     "llama*-none-full-tfns-s0",
     "llama3_1_70b*-none-*-tfns-s0",
