@@ -60,7 +60,7 @@ class Point:
 
 def expand(selection: Selection, scale: Scale) -> list[Cell]:
     """Every selected cell of the table at `scale`, in the order of the axes. Raises `UsageError` if none is left."""
-    grid = _grid(selection, scale)
+    grid = _checked_grid(selection.table, scale)
     points = _points(selection, scale)
     only = ("*" if selection.only is None else selection.only,)
     wanted = [point for point in points if _matches(only, point.label)]
@@ -70,10 +70,6 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
     cells = [_cell(grid, selection, point) for point in chosen]
     fitting = [cell for cell in cells if not cell.refusal]
     return fitting if selection.adapter and fitting else cells  # an adapter from elsewhere is asked for on its own base
-
-
-def _grid(selection: Selection, scale: Scale) -> Grid:
-    return _checked_grid(selection.table, scale)
 
 
 @cache
@@ -94,7 +90,7 @@ def _checked_grid(name: str, scale: Scale) -> Grid:
 
 def _points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
     """The axes crossed; `selection` replaces the seeds and the adapters."""
-    grid = _grid(selection, scale)
+    grid = _checked_grid(selection.table, scale)
     seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or grid.axes.seed
     adapters = (Path(selection.adapter).name,) if selection.adapter else grid.axes.adapter
     return _crossed(selection.table, scale, adapters, seeds)
@@ -230,7 +226,7 @@ def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tupl
 
 def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if none has."""
-    grid = _grid(selection, scale)
+    grid = _checked_grid(selection.table, scale)
     points = {point.label: point for point in _points(selection, scale)}
     if label in points:
         return _cell(grid, selection, points[label]).spec

@@ -47,7 +47,7 @@ def quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A thread that waits for the others looks this often before it sleeps. OpenMP's own 300,000 keeps a core from whoever would let it go
-    # on: beside one other busy process a cell takes ten times as long. No bit of a result depends on it.
+    # on: two cells side by side on two cores took five times as long as one. No bit of a result depends on it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     world_size = os.environ.get("WORLD_SIZE", "1")
     if os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size:  # one machine: gloo stays on the loopback device
