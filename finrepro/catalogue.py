@@ -4,6 +4,7 @@ Cells are listed and planned in well under a second, and every mistake in a file
 """
 
 import dataclasses
+import fnmatch
 import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finrepro import PROJECT
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, build, choose, kind_module, read_yaml
-from finrepro.spec import Mix, Model, Part, RunSpec, TableFile, TaskSpec, Train, TrainSet, label_of
+from finrepro.spec import Grid, Mix, Model, Part, RunSpec, TableFile, TaskSpec, Train, TrainSet, label_of
 
 if TYPE_CHECKING:
     from finrepro.published import Published
@@ -126,10 +127,23 @@ def table(name: str) -> TableFile:
         numbers = [known.removeprefix("table") for known in tables()]
         raise unknown("table", name, numbers)
     found = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
+    found = dataclasses.replace(found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper))
     kind_module("report", found.report, f"tables.{full_name}.report")
     if found.beside and found.beside not in tables():
         raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
     return found
+
+
+def _with_entries(grid: Grid) -> Grid:
+    """A grid whose axes of adapters and quantizers say `*_*` and the like for every entry of that pattern, in the catalogue's order."""
+    named = {}
+    for axis in ("adapter", "quantizer"):
+        known = catalogue(f"{axis}s")
+        found = [
+            fnmatch.filter(known, each) or [each] for each in getattr(grid.axes, axis)
+        ]  # no match: unknown, and said later
+        named[axis] = tuple(dict.fromkeys(name for each in found for name in each))
+    return dataclasses.replace(grid, axes=dataclasses.replace(grid.axes, **named))
 
 
 def pretraining(base: Model, seed: int = 0) -> RunSpec:

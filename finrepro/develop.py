@@ -1,5 +1,6 @@
 """What the commands for developers do: tests, checks and benchmarks, each a process of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,14 @@ CHECKS = (("ruff", "format", "--check"), ("ruff", "check"), ("mypy",), ("lint-im
 
 
 def run_tests(slow: bool, only: str) -> int:
-    """pytest over the default or the slow tests; its exit status."""
+    """pytest over the default or the slow tests, a process a core and four at most; its exit status.
+
+    A file's tests stay in one process, which makes what they share once.
+    """
     marks = f"{'' if slow else 'not '}slow and not container and not gpu"
-    return subprocess.call([sys.executable, "-m", "pytest", "-m", marks, *(["-k", only] if only else [])], cwd=PROJECT)
+    workers = ["-n", str(min(4, len(os.sched_getaffinity(0)))), "--dist", "loadfile"]
+    selected = ["-m", marks, *(["-k", only] if only else workers)]
+    return subprocess.call([sys.executable, "-m", "pytest", *selected], cwd=PROJECT)
 
 
 def run_checks() -> int:

@@ -110,7 +110,10 @@ class Model:
 
 @settings
 class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`; without it a table has one, in its `train`."""
+    """The values that a table crosses. `batch` sets `global_batch_size`; without it a table has one, in its `train`.
+
+    Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
+    """
 
     model: tuple[str, ...]
     quantizer: tuple[str, ...]

@@ -226,19 +226,20 @@ def test_ranks_on_a_host_share_its_memory(place: Place, gpu: Callable[..., None]
 
 
 @pytest.mark.parametrize("scale", ["smoke", "paper"])
-def test_the_launch_command_of_every_cell_runs_that_cell(place: Place, scale: Literal["smoke", "paper"]):
+def test_the_launch_command_of_a_cell_runs_that_cell(place: Place, scale: Literal["smoke", "paper"]):
     for selection in (
         Selection("3"),
         Selection("3", quick=True),
         Selection("3", seeds=(5,), world_size=2, weights="random"),
     ):
-        for cell in expand(selection, scale)[::17]:
+        cells = expand(selection, scale)
+        for cell in cells[:: max(1, len(cells) // 30)]:
             line = command(cell.spec, selection, scale, place)
             assert ("torch.distributed.run" in line) == (cell.spec.world_size > 1)
             message, where = parse(line[line.index("finrepro.run") + 1 :])
             assert resolve(message) == cell.spec and where == place
-            with pytest.raises(FinreproError, match="unknown cell"):
-                resolve(message | {"label": cell.label + "0"})
+        with pytest.raises(FinreproError, match="unknown cell"):
+            resolve(message | {"label": cell.label + "0"})
 
 
 def test_the_largest_model_is_planned_over_devices_that_hold_it():

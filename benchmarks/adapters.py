@@ -1,0 +1,147 @@
+"""What each adapter costs beside LoRA of rank 8: seconds an optimizer step, and the most memory of tensors within one.
+
+One miniature with random weights and the same real batches for all, on a base in float32 and on one in NF4; forward, backward, update and
+whatever an adapter does around a step (AdaLoRA's allocation), in turn. ROSA's factorization, which comes once a period, is timed by itself.
+Memory is what torch's MemTracker counts: every tensor's storage, so that it does not depend on an allocator.
+"""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+import torch  # noqa: E402
+from _measure import interleaved, write  # noqa: E402
+from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
+
+from finrepro import catalogue, data, rates  # noqa: E402
+from finrepro.batches import side_by_side  # noqa: E402
+from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.engine import Engine, start_engine  # noqa: E402
+from finrepro.hooks import Hooks  # noqa: E402
+from finrepro.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.model import build  # noqa: E402
+from finrepro.place import Place  # noqa: E402
+from finrepro.spec import RunSpec  # noqa: E402
+from finrepro.store import open_store  # noqa: E402
+from finrepro.tokens import Encoded, encode  # noqa: E402
+from finrepro.train import optimizer_step  # noqa: E402
+
+MODEL, BASES, BASELINE = "llama3_1_8b_mini", ("none", "nf4"), "lora_r8"
+BATCH, STEPS, REPEATS = 32, 4, 5  # examples a step, steps a timing, timings
+
+
+def specs(quantizer: str) -> dict[str, RunSpec]:
+    """Adapter -> its cell on this base, of every adapter that can be trained there."""
+    found = {}
+    for name in catalogue.table("table3").smoke.axes.adapter:
+        only = f"{MODEL}-{quantizer}-{name}-tfns-s0"
+        (cell,) = expand(Selection("3", full=True, seeds=(0,), only=only, weights="random"), "smoke")
+        if cell.refusal is None and cell.spec.train.max_steps:
+            found[name] = cell.spec
+    return found
+
+
+def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
+    """Enough of the real training set for a timing."""
+    tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
+    module, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
+    train = data.load(spec.train_on.dataset, None).splits["train"][: BATCH * STEPS]
+    pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
+    return encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
+
+
+class Training:
+    """A cell's training, to be driven a step at a time."""
+
+    def __init__(self, spec: RunSpec, rows: Sequence[Encoded]) -> None:
+        self.device = torch.device("cpu")
+        built = build(spec, None, self.device)
+        self.trained, self.rows, self.step = built.trainable_parameters, rows, 0
+        # Long enough for every schedule, and a long way from its end.
+        settings = spec.train
+        self.hooks = Hooks(spec.adapter, built.model, settings.max_steps)
+        scale = rates.scale_of(spec.adapter)
+        self.engine: Engine = start_engine(built.model, settings, self.device, scale, self.hooks.extra_loss)
+        self.hooks.start(self.engine)
+
+    def one(self, index: int) -> None:
+        """One optimizer step."""
+        batch = side_by_side(self.rows[index * BATCH : (index + 1) * BATCH])
+        supervised = sum(each.num_supervised for each in self.rows[index * BATCH : (index + 1) * BATCH])
+        optimizer_step(self.engine, [batch], supervised, self.device, partial(self.hooks.before_step, self.step))
+        self.hooks.after_step(self.step)
+        self.step += 1
+
+    def several(self) -> None:
+        """As many as are timed at once."""
+        for index in range(STEPS):
+            self.one(index)
+
+    def peak_bytes(self) -> int:
+        """The most that tensors take within a step, weights, gradients and moments included."""
+        gc.collect()
+        tracker = MemTracker()
+        tracker.track_external(self.engine.module, *_stepped(self.engine))  # type: ignore[attr-defined]
+        with tracker:
+            self.one(0)
+        return int(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
+
+
+def _stepped(engine: Engine) -> list[Any]:
+    return [engine.stepped_by]
+
+
+def main() -> None:
+    """Both bases."""
+    runtime.setup(0, 2)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for base in BASES:
+            wanted = specs(base)
+            rows = examples(wanted[BASELINE], Path(folder))
+            began = time.perf_counter()
+            training = {name: Training(spec, rows) for name, spec in wanted.items()}
+            print(f"{base}: {len(training)} models built in {time.perf_counter() - began:.0f} s")
+            runs: dict[str, Callable[[], object]] = {name: each.several for name, each in training.items()}
+            seconds = {name: [total / STEPS for total in each] for name, each in interleaved(runs, REPEATS).items()}
+            peaks = {name: each.peak_bytes() for name, each in training.items()}
+            results[base] = {
+                name: {
+                    "trained_parameters": each.trained,
+                    "seconds_a_step": seconds[name],
+                    "peak_bytes": peaks[name],
+                    "times_the_seconds": statistics.median(
+                        own / lora for own, lora in zip(seconds[name], seconds[BASELINE], strict=True)
+                    ),
+                    "times_the_memory": peaks[name] / peaks[BASELINE],
+                }
+                for name, each in training.items()
+            }
+            for each in training.values():
+                each.engine.close()
+    summary = {
+        base: {
+            name: {
+                "ms_a_step": round(1000 * statistics.median(each["seconds_a_step"])),
+                "times_lora_r8": round(each["times_the_seconds"], 2),
+                "peak_MiB": round(each["peak_bytes"] / 2**20),
+                "times_memory": round(each["times_the_memory"], 2),
+            }
+            for name, each in found.items()
+        }
+        for base, found in results.items()
+    }
+    write("adapters", {"model": MODEL, "batch": BATCH, "results": results, "summary": summary})
+
+
+if __name__ == "__main__":
+    main()
