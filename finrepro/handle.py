@@ -151,10 +151,10 @@ class Handle:
                 return Share(unit, owner, 0, 0, 0)
             inside = there.hp_fragment_address
             return Share(unit, owner, inside.start, there.lp_fragment_address.start, inside.numel)
-        if hasattr(kept, "fp32_groups_flat"):  # bfloat16 weights at stage 0
+        if hasattr(kept, "fp32_groups"):  # bfloat16 weights at stage 0: a float32 copy of each
             unit = _group_of(parameter, kept.fp16_groups)
-            before = [each.numel() for each in kept.fp16_groups[unit][: _place(parameter, kept.fp16_groups[unit])]]
-            return Share(unit, kept.fp32_groups_flat[unit], sum(before), 0, parameter.numel())
+            copy = kept.fp32_groups[unit][_place(parameter, kept.fp16_groups[unit])]
+            return Share(unit, copy, 0, 0, parameter.numel())
         unit = _group_of(parameter, [group["params"] for group in kept.param_groups])
         return Share(unit, parameter, 0, 0, parameter.numel())
 
@@ -175,11 +175,11 @@ def _zero_step(states: dict[str, Any], step: Any) -> None:
         states["step"] = 0
 
 
-def _place(parameter: nn.Parameter, group: Iterable[nn.Parameter]) -> int:
+def _place(parameter: nn.Parameter, group: Iterable[Tensor]) -> int:
     return next((place for place, each in enumerate(group) if each is parameter), -1)
 
 
-def _group_of(parameter: nn.Parameter, groups: Iterable[Iterable[nn.Parameter]]) -> int:
+def _group_of(parameter: nn.Parameter, groups: Iterable[Iterable[Tensor]]) -> int:
     return next(unit for unit, group in enumerate(groups) if _place(parameter, group) >= 0)
 
 
