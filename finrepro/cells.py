@@ -185,8 +185,10 @@ def refusal(spec: RunSpec) -> str | None:
         return "an untrained model is scored on each task of a mix by itself"
     storable = getattr(spec.quantizer.module("quantizers"), "supports", None)
     reason: str | None = storable(spec.model, spec.quantizer, stage) if storable else None
-    choice = spec.adapter
-    return reason or choice.module("adapters").supports(spec.model, spec.quantizer, stage, choice.config)
+    choice, module = spec.adapter, spec.adapter.module("adapters")
+    reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
+    trainable = getattr(module, "supports_training", None)
+    return reason or (trainable(spec.train, choice.config) if trainable else None)
 
 
 @cache

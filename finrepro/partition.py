@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
@@ -33,3 +35,29 @@ def whole(parameter: "nn.Parameter") -> "torch.Tensor":
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
+    """Give a parameter of the model this value, in place, also one that lies in parts; all ranks call it, with the same value.
+
+    Of a trained one an engine may keep a copy of its own, from which it is overwritten: `finrepro.handle` sets both.
+    """
+    import torch
+
+    with torch.no_grad():
+        if not hasattr(parameter, "ds_id"):
+            parameter.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+
+def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> None:
+    """Have DeepSpeed gather these parameters for the whole forward and backward pass of the module `inside`, where they lie in parts."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(inside, parameter)

@@ -65,6 +65,7 @@ class Claims:
     )
     exports: frozenset[str] = frozenset()
     reads_weights: bool = False  # of the base, which is then to be whole
+    constants: str | None = None  # in the name of what is neither trained nor the base's
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     frozen: Callable[[list[tuple[int, int]], Any], int] = lambda _layers, _config: (
         0
@@ -100,6 +101,12 @@ def vera_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
     a, b = own["vera_A.default"][:, : weight.shape[1]], own["vera_B.default"][: weight.shape[0]]
     assert a.shape[0] == b.shape[1] == config.r
     return weight + torch.diag(own["vera_lambda_b.default"]) @ b @ torch.diag(own["vera_lambda_d.default"]) @ a
+
+
+def adalora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """W + s P Lambda Q, s = alpha / init_r (arXiv 2303.10512, equation 3); PEFT adds 1e-5 to the divisor."""
+    p, diagonal, q = (own[f"lora_{part}.default"] for part in "BEA")
+    return weight + config.lora_alpha / config.init_r * p @ torch.diag(diagonal.flatten()) @ q
 
 
 def bottleneck_count(layers: list[tuple[int, int]], _whole: int, config: Any) -> int:
@@ -154,6 +161,15 @@ CLAIMS["iec"] = dataclasses.replace(
     scalars=2,
     merged=None,  # it is folded, not merged: tests/test_iec.py
     read_back_within=1e-5,
+)
+CLAIMS["adalora"] = Claims(
+    quantized=True,
+    count=lambda layers, _whole, config: config.init_r * sum(i + o + 1 for i, o in layers),
+    read_back=read_adapter,
+    merged=adalora_weight,
+    draws=True,
+    constants="ranknum",  # init_r, by which PEFT divides
+    exports=frozenset(["adapter_config.json", "adapter_model.safetensors"]),
 )
 CLAIMS["bottleneck"] = Claims(
     quantized=True,
@@ -568,11 +584,11 @@ def test_adapter_weights_are_float32_whatever_the_base(name: str, adapter: str, 
     half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
     built = make(spec_of(half, adapter, quantizer))
     assert {p.dtype for p in built.model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in built.model.parameters() if not p.requires_grad} <= {
-        torch.bfloat16,
-        torch.uint8,
-        torch.int8,
+    constants = claims_of(adapter).constants
+    frozen = {
+        n: p for n, p in built.model.named_parameters() if not (p.requires_grad or (constants and constants in n))
     }
+    assert {p.dtype for p in frozen.values()} <= {torch.bfloat16, torch.uint8, torch.int8}
 
 
 def draws_from_its_own_generator(apply: Callable[[int], nn.Module]) -> None:
