@@ -1,6 +1,7 @@
 """The first stage: what a method makes of a layer's weight before it is quantized; the decomposition that PiSSA and LoftQ start from."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -192,8 +193,6 @@ def test_at_stage_3_two_ranks_start_from_the_same_and_train_as_one(adapter: str,
         env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
-    import json
-
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank in found:
         assert rank["3"]["losses"] == pytest.approx(rank["0"]["losses"], rel=1e-5) and len(rank["0"]["losses"]) == 3

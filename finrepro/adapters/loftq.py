@@ -41,10 +41,9 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
     LLM.int8 also rounds every input, about as coarsely as its weights; no fixed factors can make up for that.
     """
-    if quantizer.kind == "none":
-        return f"LoftQ makes up for what rounding takes from the weights, and {quantizer.name} takes nothing"
-    if quantizer.kind == "bnb_int8":
-        return f"LoftQ makes up for the rounding of weights; {quantizer.name} rounds every input as well"
+    unfit = {"none": "takes nothing", "bnb_int8": "rounds every input as well"}
+    if quantizer.kind in unfit:
+        return f"LoftQ makes up for what a quantizer takes from the weights; {quantizer.name} {unfit[quantizer.kind]}"
     return lora.misfit(model, config.r, config.target_modules)
 
 

@@ -96,9 +96,11 @@ def export(model: "nn.Module", folder: Path) -> None:
         tensors |= {f"{lora.PREFIX}{name}.lora_A.weight": a, f"{lora.PREFIX}{name}.lora_B.weight": b}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     first: Any = next(iter(layers.values()))
+    base: Any = model.config
     both = lora.plain(2 * first.r["default"], 2 * first.lora_alpha["default"], tuple(layers))
     written = lora.peft_settings({name: layer.base_layer for name, layer in layers.items()}, both)
     written.base_model_name_or_path, written.inference_mode = str(model.name_or_path), True
+    written.fan_in_fan_out = base.model_type == "gpt2"  # as the original layers lie, whatever the base was stored as
     written.save_pretrained(folder)
     lora.sort_settings(folder)
 
