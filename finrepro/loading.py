@@ -70,13 +70,16 @@ def stream(
     quantizer: Choice | None,
     device: torch.device,
     finish: Callable[[nn.Module], None] | None = None,
+    prepare: Callable[[str], None] | None = None,
 ) -> int:
     """Fill a `skeleton` in place; the bytes of its parameters as stored, quantized layers with their scales.
 
-    Tied weights are one parameter afterwards. Raises what the source raises.
+    `prepare` is called with the name of each linear layer of the blocks when its weight is there and not yet quantized; it may change the
+    weight's values. Tied weights are one parameter afterwards. Raises what the source and `prepare` raise.
     """
     tied: dict[str, str] = dict(model.all_tied_weights_keys)  # target -> source of the same tensor
-    layers = list(linear_layers(model)) if quantizer and quantizer.module("quantizers").linear else []
+    layers = list(linear_layers(model))
+    rounds = quantizer is not None and quantizer.module("quantizers").linear is not None
     total = 0
     for prefix, part in parts(model):
         for target in [target for target in tied if target.startswith(f"{prefix}.")]:
@@ -86,6 +89,10 @@ def stream(
         part.to(device)
         total += sum(parameter.numel() * parameter.element_size() for parameter in new)
         for name in [name for name in layers if name.startswith(f"{prefix}.")]:
+            if prepare is not None:
+                prepare(name)
+            if not rounds:
+                continue
             weight = model.get_submodule(name).weight
             total -= weight.numel() * weight.element_size()
             del weight

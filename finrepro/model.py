@@ -1,4 +1,4 @@
-"""Building a cell's model: load, quantize, adapt, freeze - always in this order, for every method alike."""
+"""Building a cell's model: load, prepare, quantize, adapt, freeze - always in this order, for every method alike."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from torch import nn
 
 from finrepro import loading, runtime, shards
 from finrepro.errors import EnvironmentFault
+from finrepro.first_stage import first_stage
 from finrepro.layers.linear import linear_layers
 from finrepro.partition import partition
 from finrepro.schema import Choice
@@ -42,9 +43,11 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
     base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
     split = spec.train.zero_stage == 3 and runtime.ranks().world_size > 1
     finish = partial(partition, device=device) if split else None
-    base_bytes = loading.stream(model, source(spec, model, base_folder), spec.quantizer, device, finish)
+    first = first_stage(spec, model)
+    base_bytes = loading.stream(model, source(spec, model, base_folder), spec.quantizer, device, finish, first)
     model.requires_grad_(False)
-    model = spec.adapter.module("adapters").apply(model, spec.adapter.config, spec.seed)
+    prepared = [first.prepared] if first else []
+    model = spec.adapter.module("adapters").apply(model, spec.adapter.config, spec.seed, *prepared)
     if spec.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -35,7 +35,7 @@ from fixtures_model import (
 from torch import Tensor, nn
 
 from finrepro import catalogue
-from finrepro.adapters import bottleneck
+from finrepro.adapters import bottleneck, lora
 from finrepro.errors import UsageError
 from finrepro.layers.linear import is_conv1d, linear_layers
 from finrepro.model import load, quantize
@@ -51,7 +51,10 @@ class Claims:
 
     quantized: bool  # goes with a quantized base
     count: Callable[[list[tuple[int, int]], int, Any], int]
-    read_back: Callable[[Any, Path], nn.Module] | None = None  # an untouched base and the exported folder -> the model
+    read_back: Callable[[RunSpec, Path], nn.Module] | None = None  # the cell and the exported folder -> the model
+    refuses: frozenset[str] = frozenset()  # kinds of quantizers that it does not go with
+    prepares: bool = False  # starts from the weights before they are quantized: nearer to them than rounding is
+    nearer_logits: bool = False  # and so are the logits, not only the weights
     trains: bool = True
     entry: bool = True  # stands in the catalogue; what does not has a test file of its own
     starts_at_zero: bool = False  # y = W x + s B A x with B = 0: the first gradient of A is zero, that of B is not
@@ -72,16 +75,50 @@ class Claims:
     )  # numbers in the file that are not trained
 
 
-def read_model(base: Any, folder: Path) -> nn.Module:
+def read_model(spec: RunSpec, folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype, attn_implementation="sdpa")
+    dtype = getattr(torch, spec.model.dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
 
-def read_adapter(base: Any, folder: Path) -> nn.Module:
+def read_adapter(spec: RunSpec, folder: Path) -> nn.Module:
     import peft
 
-    return peft.PeftModel.from_pretrained(base, folder)
+    return peft.PeftModel.from_pretrained(base_of(spec), folder)
+
+
+def read_bottleneck(spec: RunSpec, folder: Path) -> nn.Module:
+    return bottleneck.read(base_of(spec), folder)
+
+
+def read_beside_its_base(spec: RunSpec, folder: Path) -> nn.Module:
+    """On the base that the first stage makes, again."""
+    import peft
+
+    made: Any = make(spec).model
+    return peft.PeftModel.from_pretrained(made.unload(), folder)
+
+
+def read_change(spec: RunSpec, folder: Path) -> nn.Module:
+    """A change of the weights in full precision, W + s [B, -B_0] [A; A_0]. Where the base was quantized: q(W - s B_0 A_0) + s B A."""
+    from safetensors.torch import load_file
+
+    if not QUANTIZED[spec.quantizer.kind]:
+        return read_adapter(spec, folder)
+    settings, file = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
+    r, scale, base, trained = settings["r"] // 2, settings["lora_alpha"] / settings["r"], load(spec, None), {}
+    for name, layer in linear_layers(base).items():
+        a, b = (file[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
+        took = scale * (-b[:, r:].contiguous() @ a[r:])
+        layer.weight.data -= took.T if is_conv1d(layer) else took
+        trained[name] = {"lora_A": a[:r], "lora_B": b[:, :r]}
+    quantize(base, spec.quantizer)
+    plain = lora.plain(r, settings["lora_alpha"] // 2, "all-linear")
+    return lora.apply_from(base.requires_grad_(False), plain, 0, trained, "PiSSA")
 
 
 def lora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
@@ -107,6 +144,12 @@ def adalora_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tenso
     """W + s P Lambda Q, s = alpha / init_r (arXiv 2303.10512, equation 3); PEFT adds 1e-5 to the divisor."""
     p, diagonal, q = (own[f"lora_{part}.default"] for part in "BEA")
     return weight + config.lora_alpha / config.init_r * p @ torch.diag(diagonal.flatten()) @ q
+
+
+def pissa_weight(weight: Tensor, own: dict[str, Tensor], config: Any) -> Tensor:
+    """W + s (B A - B_0 A_0): W_res + s B A (arXiv 2404.02948)."""
+    change = own["lora_B.default.weight"] @ own["lora_A.default.weight"] - own["initial_lora_B"] @ own["initial_lora_A"]
+    return weight + config.lora_alpha / config.r * change
 
 
 def bottleneck_count(layers: list[tuple[int, int]], _whole: int, config: Any) -> int:
@@ -174,10 +217,32 @@ CLAIMS["adalora"] = Claims(
 CLAIMS["bottleneck"] = Claims(
     quantized=True,
     count=bottleneck_count,
-    read_back=bottleneck.read,
+    read_back=read_bottleneck,
     at_first=1e-3,
     draws=True,
     exports=frozenset(["bottleneck.json", "bottleneck.safetensors"]),
+)
+CLAIMS["pissa"] = Claims(
+    quantized=True,
+    count=CLAIMS["lora"].count,
+    read_back=read_change,
+    prepares=True,
+    still=(),
+    at_first=1e-5,
+    read_back_within=1e-5,
+    merged=pissa_weight,
+    exports=CLAIMS["lora"].exports,
+    frozen=lambda layers, config: config.r * sum(i + o for i, o in layers),
+)
+CLAIMS["loftq"] = Claims(
+    quantized=True,
+    refuses=frozenset(["none", "bnb_int8"]),
+    count=CLAIMS["lora"].count,
+    read_back=read_beside_its_base,
+    prepares=True,
+    nearer_logits=True,
+    still=(),
+    exports=CLAIMS["lora"].exports,
 )
 QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True, "icq": True}  # whether a kind rounds the weights
 KEPT_APART = ("icq",)  # kinds that keep a part of the weight beside it
@@ -212,7 +277,7 @@ def claims_of(adapter: str | Choice) -> Claims:
 
 def legal(adapter: str, quantizer: str) -> bool:
     kind = catalogue.quantizer(quantizer, "float32").kind
-    if claims_of(adapter).reads_weights and kind in KEPT_APART:
+    if (claims_of(adapter).reads_weights and kind in KEPT_APART) or kind in claims_of(adapter).refuses:
         return False
     return claims_of(adapter).quantized or not QUANTIZED[kind]
 
@@ -229,11 +294,13 @@ FIRST = {
 
 # Of the miniatures that repeat a family, these alone are tried: their widths are what differs.
 EVERYWHERE = [("lora_r8", "none"), ("lora_r8", "nf4")]
+SEARCHING = {("loftq", "icq")}  # pairs of kinds that search five times a layer before they begin: slow
 
 
 def by_default(name: str, pair: tuple[str, str]) -> bool:
-    """One entry of each pair of kinds, on both families where the base is plain or in 4 bits, else on Llama's grouped queries."""
-    return pair in FIRST.values() and (name == MINIATURES[1] or kinds_of(*pair)[1] in ("none", "bnb_4bit"))
+    """One entry of each pair of kinds but those that search, on both families where the base is plain or in 4 bits, else on Llama's."""
+    both = kinds_of(*pair)[1] in ("none", "bnb_4bit")
+    return pair in FIRST.values() and kinds_of(*pair) not in SEARCHING and (both or name == MINIATURES[1])
 
 
 def over(pairs: Iterable[tuple[str, str]]) -> Any:
@@ -252,6 +319,8 @@ every_pair = over(PAIRS)
 training = over(pair for pair in PAIRS if claims_of(pair[0]).trains)
 resting = over(pair for pair in PAIRS if not claims_of(pair[0]).trains)
 starting_at_zero = over(pair for pair in PAIRS if claims_of(pair[0]).starts_at_zero)
+in_factors = over(pair for pair in PAIRS if claims_of(pair[0]).starts_at_zero or claims_of(pair[0]).prepares)
+in_float32 = over(pair for pair in PAIRS if claims_of(pair[0]).draws or claims_of(pair[0]).prepares)
 drawing = over(pair for pair in PAIRS if claims_of(pair[0]).draws)
 merging = over(pair for pair in PAIRS if claims_of(pair[0]).merged and pair[1] == "none")
 
@@ -262,7 +331,7 @@ def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() 
     assert FIRST.keys() == {kinds_of(*pair) for pair in PAIRS}
     claimed = (CLAIMS | VARIANTS).values()
     goes_with = [
-        len(QUANTIZED) - len(KEPT_APART) * claims.reads_weights if claims.quantized else 1
+        len(QUANTIZED) - len(KEPT_APART) * claims.reads_weights - len(claims.refuses) if claims.quantized else 1
         for claims in claimed
         if claims.entry
     ]
@@ -311,7 +380,40 @@ def nothing_changes_at_first(model: nn.Module, base: nn.Module, within: float) -
         assert torch.equal(logits(model), logits(base))
 
 
-@every_pair
+@torch.no_grad()
+def weight_of(layer: Any) -> Tensor:
+    """The matrix (in, out) that a layer multiplies with, whatever its class, with its adapter: what it makes of unit vectors."""
+    base = getattr(layer, "base_layer", layer)
+    outputs: Tensor = layer(torch.eye(base.nx if is_conv1d(base) else base.in_features))
+    return outputs - (0 if base.bias is None else base.bias)
+
+
+def is_nearer(model: nn.Module, rounded: nn.Module, dense: nn.Module, logits_too: bool) -> None:
+    """Every weight of the adapted model is nearer to the one in full precision than the rounded one is; the logits too."""
+    for name, layer in linear_layers(dense).items():
+        truth, ours = weight_of(layer), weight_of(model.get_submodule(f"base_model.model.{name}"))
+        assert (ours - truth).norm() < 0.99 * (weight_of(rounded.get_submodule(name)) - truth).norm(), name
+    if logits_too:
+        truth = logits(dense)
+        assert (logits(model) - truth).norm() < (logits(rounded) - truth).norm()
+
+
+preparing = over(pair for pair in PAIRS if claims_of(pair[0]).prepares and QUANTIZED[kinds_of(*pair)[1]])
+
+
+@preparing
+def test_at_initialisation_what_was_prepared_is_nearer_to_the_weights_in_full_precision_than_rounding(
+    name: str, adapter: str, quantizer: str
+) -> None:
+    spec, too = spec_of(name, adapter, quantizer), claims_of(adapter).nearer_logits
+    model, rounded, dense = make(spec).model, base_of(spec), load(spec, None)
+    is_nearer(model, rounded, dense, too)
+    broken(is_nearer, stir(model), rounded, dense, too)
+    forgotten = make(spec_of(name, "lora_r8", quantizer)).model  # its base has not been through a first stage
+    broken(is_nearer, forgotten, rounded, dense, too)
+
+
+@over(pair for pair in PAIRS if not (claims_of(pair[0]).prepares and QUANTIZED[kinds_of(*pair)[1]]))
 def test_at_initialisation_the_model_equals_its_base(name: str, adapter: str, quantizer: str) -> None:
     spec = spec_of(name, adapter, quantizer)
     model = make(spec).model
@@ -459,7 +561,7 @@ def is_read_back(model: nn.Module, spec: RunSpec, folder: Path) -> None:
     """The model made of the exported files on an untouched base computes the same: bit by bit, or up to the rounding that is claimed."""
     claims = claims_of(spec.adapter)
     assert claims.read_back is not None
-    again = logits(claims.read_back(base_of(spec), folder).eval())
+    again = logits(claims.read_back(spec, folder).eval())
     if claims.read_back_within:
         assert_close(again, logits(model), claims.read_back_within)
     else:
@@ -550,11 +652,16 @@ def only_what_reads_a_has_a_first_gradient(model: nn.Module, still: tuple[str, .
         assert bool(slope.any()) is not any(part in name for part in still), name
 
 
-@starting_at_zero
-def test_at_the_first_step_a_has_no_gradient_and_b_has(name: str, adapter: str, quantizer: str) -> None:
+@in_factors
+def test_at_the_first_step_a_has_no_gradient_where_b_is_zero_and_b_has(name: str, adapter: str, quantizer: str) -> None:
     still = claims_of(adapter).still
     only_what_reads_a_has_a_first_gradient(make(spec_of(name, adapter, quantizer)).model, still)
-    broken(only_what_reads_a_has_a_first_gradient, stir(make(spec_of(name, adapter, quantizer)).model), still)
+    mutant = stir(make(spec_of(name, adapter, quantizer)).model)
+    with torch.no_grad():
+        for each, parameter in mutant.named_parameters():
+            if "lora_B" in each and not still:
+                parameter.zero_()
+    broken(only_what_reads_a_has_a_first_gradient, mutant, still)
 
 
 def a_is_uniform_within_its_bound(model: nn.Module) -> None:
@@ -579,7 +686,7 @@ def test_a_is_drawn_within_one_over_root_in(name: str, adapter: str, quantizer: 
     broken(a_is_uniform_within_its_bound, model)
 
 
-@drawing
+@in_float32
 def test_adapter_weights_are_float32_whatever_the_base(name: str, adapter: str, quantizer: str) -> None:
     half = dataclasses.replace(spec_of(name).model, dtype="bfloat16")
     built = make(spec_of(half, adapter, quantizer))
@@ -619,7 +726,7 @@ def test_an_adapter_draws_from_a_generator_of_its_own(name: str, adapter: str, q
         broken(draws_from_its_own_generator, shared)
 
 
-@starting_at_zero
+@in_factors
 def test_all_linear_means_every_linear_layer_of_the_blocks_conv1d_too(name: str, adapter: str, quantizer: str) -> None:
     spec = spec_of(name, adapter, quantizer)
     wanted = set(linear_layers(load(spec, None)))
@@ -687,7 +794,7 @@ def test_exported_files_are_the_same_in_every_process_and_name_no_place_on_the_m
     places = [tmp_path / "here", tmp_path / "elsewhere"]
     for place in places:
         place.mkdir()
-    pairs = [pair for pair in FIRST.values() if claims_of(pair[0]).trains]
+    pairs = [pair for kind, pair in FIRST.items() if claims_of(pair[0]).trains and kind not in SEARCHING]
     in_processes(EXPORT, [(str(place), json.dumps(pairs)) for place in places], ["0", "31337"])
     weights = [place / "weights" for place in places]
     assert len(list(weights[0].iterdir())) == len(MINIATURES) * len(pairs)

@@ -1,5 +1,5 @@
 """One of two ranks: loads and trains a tiny cell at ZeRO stage 3 and at stage 0, and writes down what it held and the losses. A program of
-test_loading.py, started by torchrun with a quantizer and a folder."""
+test_loading.py and test_first_stage.py, started by torchrun with a quantizer, a folder, and an adapter if it is not LoRA."""
 
 import json
 import sys
@@ -17,10 +17,11 @@ from finrepro.model import build  # noqa: E402
 from finrepro.train import train  # noqa: E402
 
 device = runtime.setup(0, 1)
+adapter = sys.argv[3] if len(sys.argv) > 3 else "lora_r8"
 found: dict[str, Any] = {}
 for stage in (3, 0):
     spec = spec_of(
-        "llama3_1_8b_mini", "lora_r8", sys.argv[1], zero_stage=stage, max_steps=3, global_batch_size=4, warmup_steps=0, lr=1e-2
+        "llama3_1_8b_mini", adapter, sys.argv[1], zero_stage=stage, max_steps=3, global_batch_size=4, warmup_steps=0, lr=1e-2
     )  # fmt: skip
     built = build(spec, None, device)
     base = [getattr(p, "ds_tensor", p) for p in built.model.parameters() if not p.requires_grad]

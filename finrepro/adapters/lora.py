@@ -19,6 +19,8 @@ from finrepro.schema import Choice, Positive, settings
 if TYPE_CHECKING:
     from torch import nn
 
+PREFIX = "base_model.model."  # PEFT's, before the name that a layer has in the model
+
 
 @settings
 class Config:
@@ -88,6 +90,36 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(model, adapted)
+
+
+def plain(r: int, lora_alpha: int, target_modules: str | tuple[str, ...]) -> Config:
+    """Settings of LoRA without dropout and without a variant."""
+    variants: Any = {"use_rslora": False, "use_dora": False, "lr_ratio_b": 1.0}
+    targets: Any = target_modules
+    return Config(r=r, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets, **variants)
+
+
+def apply_from(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any], method: str) -> "nn.Module":
+    """As `apply`, but A and B of each target begin as the `lora_A` (r, in) and `lora_B` (out, r) that a first stage `prepared` for it.
+
+    Raises `ValueError` with the name of the `method` when the first stage has left out a target: its base is not the method's.
+    """
+    import torch
+
+    from finrepro.layers.linear import linear_layers, targeted_or_fail
+
+    layers = targeted_or_fail(linear_layers(model), config.target_modules)
+    missing = [name for name in layers if name not in prepared]
+    if missing:
+        what = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
+        raise ValueError(f"{method} on a {what} without the first stage: {missing[0]} and {len(missing) - 1} more")
+    adapted: Any = apply(model, config, seed)
+    with torch.no_grad():
+        for name in layers:
+            layer = adapted.get_submodule(f"{PREFIX}{name}")
+            for key in ("lora_A", "lora_B"):
+                getattr(layer, key).default.weight.copy_(prepared[name][key])
+    return adapted
 
 
 def peft_settings(layers: dict[str, Any], config: Any, **variants: bool) -> Any:
