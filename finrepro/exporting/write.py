@@ -20,10 +20,15 @@ SETTINGS = "adapter_config.json"
 
 
 def write_adapter(recorded: Recorded, folder: Path) -> None:
-    """Copy what the run has trained: it is a PEFT folder already."""
+    """Copy what the run has trained, a PEFT folder already; what it calls its base is the model's name."""
     folder.mkdir(exist_ok=True)
     for path in sorted(recorded.weights.iterdir()):
         shutil.copyfile(path, folder / path.name)
+    values, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), recorded.spec.model
+    name = model.hub.id if model.hub else model.name
+    if values["base_model_name_or_path"] != name:  # a path on the machine that trained it means nothing to anybody
+        text = json.dumps(values | {"base_model_name_or_path": name}, indent=2, sort_keys=True)
+        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def check_adapter(recorded: Recorded, layout: Layout) -> None:
