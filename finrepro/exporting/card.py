@@ -22,14 +22,14 @@ K5 = {
 }
 
 
-def card(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None) -> str:
+def card(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str) -> str:
     """The text, in Markdown with the hub's YAML in front."""
     parts = [
         f"---\n{yaml.safe_dump(front_matter(recorded, planned), sort_keys=False)}---",
         f"# {recorded.result['label']} ({planned.format})",
         _what(recorded, planned),
         f"## Loading\n\n```python\n{snippet(recorded, planned)}```",
-        _loading_notes(recorded, planned, apart, effect),
+        _loading_notes(recorded, planned, apart, effect, held),
         _scores(recorded, planned),
         _data(recorded),
         _made(recorded),
@@ -114,7 +114,7 @@ def snippet(recorded: Recorded, planned: Layout) -> str:
     return "\n".join([*lines, "model.eval()", ""])
 
 
-def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None) -> str:
+def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str) -> str:
     versions = recorded.result["environment"].get("packages") or {}
     names = ["torch", "transformers", "peft", *(["bitsandbytes"] if loading_settings(recorded.spec) else [])]
     known = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
@@ -131,6 +131,7 @@ def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effec
     lines.append(
         f"Checked when it was exported: loaded this way it gives the logits of the run's {model}, to {apart.relative:.2g} of their length "
         f"(allowed: {TOLERANCE[recorded.spec.model.dtype]:g}; largest difference {apart.largest:.2g}).{moved}"
+        + (f" {held[0].upper()}{held[1:]}." if held else "")
     )
     if loading_settings(recorded.spec).get("load_in_4bit") and planned.format != "merged":
         lines.append(

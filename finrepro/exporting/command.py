@@ -44,7 +44,7 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     runtime.quiet_environment()
     device = runtime.setup(spec.seed, spec.threads)
     logging.getLogger("bitsandbytes").setLevel("ERROR")  # a notice at each int8 layer
-    from finrepro.exporting import rebuild, verify, write
+    from finrepro.exporting import answers, rebuild, verify, write
     from finrepro.exporting.card import card
 
     print(f"{recorded.run_id} {spec.label}: as {planned.format}")
@@ -56,6 +56,7 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     model: Any = None
     if planned.format == "base" or not recorded.is_whole_model:
         model = rebuild.base_model(recorded, begun, device)
+    held = ""
     expected = untrained = rebuild.logits(model, prompts) if model is not None else None
     if planned.base is not None and planned.format != "merged":
         print("writing the base" + (f": {planned.why_own}" if planned.why_own else ""))
@@ -65,6 +66,8 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     if planned.format != "base":
         model = rebuild.trained_model(recorded, model, device)
         expected = rebuild.logits(model, prompts)
+        held = answers.check(recorded, place, model, begun.tokenizer)
+        print(held)
     if planned.format == "merged":
         print("merging, a layer at a time")
         write.write_merged(recorded, begun, model, partial)
@@ -81,7 +84,7 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     print(said + (f" (what was trained moves them by {effect:.3g})" if effect is not None else ""))
     if effect is not None and effect <= verify.TOLERANCE[spec.model.dtype]:
         print("note: the run's training moves them by no more than rounding may: this comparison says little of it")
-    (partial / "README.md").write_text(card(recorded, planned, apart, effect), encoding="utf-8")
+    (partial / "README.md").write_text(card(recorded, planned, apart, effect, held), encoding="utf-8")
     write_manifest(partial)
 
 
