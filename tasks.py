@@ -154,12 +154,7 @@ def cells(
     return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 
-@command(
-    help={
-        "fetch": "download this dataset from the hub, checked against its sha256",
-        "data-dir": SELECT_HELP["data-dir"],
-    }
-)
+@command(help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"]})
 def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
     """List the datasets: licence, source, and whether each is here; or fetch one."""
     from finrepro import catalogue
@@ -190,6 +185,20 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
         with place.store.lock():
             print(f"{recording.rebuild(place.store)} cells in {recording.database(place.store)}")
     return 4 if damaged else 0
+
+
+@command(help={
+    "run": "id of a finished run: 12 digits, as invoke cells lists them",
+    "format": "peft (default): the adapter; merged: one dense model; base: what it was trained on",
+    "out": "the folder to make; default exports/RUN-FORMAT in the store",
+    **{name: SELECT_HELP[name] for name in ("store", "data-dir", "models-dir")},
+})  # fmt: skip
+def export(context: Context, run: str = "", format: str = "peft", out: str | None = None, store: str | None = None,
+           data_dir: str | None = None, models_dir: str | None = None) -> None:  # fmt: skip
+    """Write a finished run as files that PEFT and Transformers load, checked against the run's own logits."""
+    from finrepro.exporting.command import export as make
+
+    make(run, format, _folder(out), _place(store, data_dir, models_dir))
 
 
 @command(
@@ -245,4 +254,4 @@ def bench(context: Context, only: str = "", store: str | None = None) -> int:
     return run_benchmarks(only, _folder(store))
 
 
-namespace = Collection(reproduce, cells, data, record, ui, paper, test, check, bench)
+namespace = Collection(reproduce, cells, data, record, export, ui, paper, test, check, bench)

@@ -38,6 +38,7 @@ OUTSIDE_A_CELL = (
     "cells.py",
     "develop.py",
     "errors.py",
+    "exporting/",
     "fetch.py",
     "figure.py",
     "launch.py",

@@ -49,6 +49,9 @@ USAGE = {
     "port": (("ui", "--port", "http"), "--port 'http'"),
     "port as a superscript": (("ui", "--port", "²"), "--port '²'"),
     "port out of range": (("ui", "--port", "65536"), "--port '65536'"),
+    "no run": (("export",), "--run is needed"),
+    "run": (("export", "--run", "0123456789ab"), "unknown run '0123456789ab': there is no run in"),
+    "format": (("export", "--run", "0123456789ab", "--format", "merge"), "Did you mean 'merged'?"),
     "benchmark": (("bench", "--only", "nothing"), "unknown benchmark 'nothing'"),
 }
 
@@ -80,6 +83,7 @@ def test_folders_that_are_not_there_are_one_line_and_exit_code_3(invoke: Invoke,
         (RUN, "/dev/null/below"),
         (("cells",), "/sys/finrepro"),
         (("record",), "/dev/null"),
+        (("export", "--run", "0123456789ab"), "/proc/finrepro"),
         (("ui",), "/proc/finrepro"),
     ],
 )

@@ -8,6 +8,8 @@ from finrepro.schema import Choice, settings
 if TYPE_CHECKING:
     from torch import nn
 
+NOT_EXPORTED = dict.fromkeys(("peft", "merged"), "nothing was trained")
+
 
 @settings
 class Config:

@@ -16,6 +16,10 @@ from finrepro.schema import Choice, Positive, PositiveFloat, build, settings
 if TYPE_CHECKING:
     from torch import nn
 
+NOT_EXPORTED = {
+    "peft": "PEFT has no bottleneck adapters (the run's weights/ is read by finrepro.adapters.bottleneck alone)",
+    "merged": "a bottleneck is not linear, and nothing folds it into the weights",
+}
 SETTINGS, WEIGHTS, FORMAT = "bottleneck.json", "bottleneck.safetensors", "finrepro bottleneck 1"
 
 

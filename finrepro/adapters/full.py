@@ -8,6 +8,9 @@ from finrepro.schema import Choice, settings
 if TYPE_CHECKING:
     from torch import nn
 
+WHOLE_MODEL = True  # what is exported is a model by itself
+NOT_EXPORTED = {"peft": "full fine-tuning changes every weight, which no adapter holds"}
+
 
 @settings
 class Config:

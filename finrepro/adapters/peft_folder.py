@@ -20,6 +20,9 @@ from finrepro.schema import Choice, settings
 if TYPE_CHECKING:
     from torch import nn
 
+NOT_EXPORTED = dict.fromkeys(
+    ("peft", "merged", "base"), "its adapter was made elsewhere, and its own folder is what others load"
+)
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -131,11 +134,11 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise EnvironmentFault(f"{path}: the adapter does not fit the model: {' '.join(lines[:2])}") from None
-    _check_every_tensor_is_used(adapted, path)
+    check_every_tensor_is_used(adapted, path)
     return adapted.requires_grad_(False)
 
 
-def _check_every_tensor_is_used(adapted: Any, path: Path) -> None:
+def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
     """Raises `EnvironmentFault` when the file lacks a tensor of the adapted model or holds one that the model has no place for."""
     import peft
     from safetensors import safe_open

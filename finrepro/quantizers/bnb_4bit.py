@@ -93,6 +93,29 @@ def linear(stored: Stored, bias: "Tensor | None", layer_class: Any = None) -> "n
     return layer
 
 
+def weight(layer: Any) -> "Tensor":
+    """The weight (out, in) that a layer of `linear` computes with, in the dtype it had."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def loading(config: Config) -> dict[str, Any]:
+    """Transformers' BitsAndBytesConfig for such layers."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_compute_dtype": config.compute_dtype,
+        "bnb_4bit_quant_storage": config.quant_storage,
+    }
+
+
+def own_base(config: Config) -> str | None:
+    """Why Transformers would make another base of the same weights: it knows blocks of 64 alone."""
+    return None if config.block_size == 64 else f"its blocks are of {config.block_size} weights, Transformers' of 64"
+
+
 def weight_bits(config: Config, dtype_bits: int) -> float:
     """Bits per weight of a linear layer in the blocks, scales included."""
     if config.double_quant:

@@ -17,6 +17,8 @@ from finrepro.schema import Choice, settings
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
+NOT_EXPORTED = {"merged": "int8 rounds the activations too, so that no dense model computes what was evaluated"}
+
 
 @settings
 class Config:
@@ -74,6 +76,11 @@ def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return layer
+
+
+def loading(config: Config) -> dict[str, Any]:
+    """Transformers' BitsAndBytesConfig for such layers."""
+    return {"load_in_8bit": True, "llm_int8_threshold": config.threshold}
 
 
 def weight_bits(config: Config, dtype_bits: int) -> float:

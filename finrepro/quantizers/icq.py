@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SIGMA = 0.5410872  # 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its last level is 1
 KEPT_APART = "the shifts of its blocks"  # what a method that reads a layer's weight would miss
+BESIDE = ("icq_tau_code", "icq_tau_scale", "icq_weight_sha256")  # a layer's tensors that only this package reads
 AT_ONCE = 2**20  # candidates that are looked at together: about 100 MB, however large the weight
 
 
@@ -120,6 +121,21 @@ def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
     layer = bnb_4bit.linear(stored.moved, bias, _layer_class())
     layer.keep_shift(stored.codes, stored.scales, stored.levels)  # type: ignore[operator]
     return layer
+
+
+def weight(layer: Any) -> "Tensor":
+    """The weight (out, in) that a layer of `linear` stands for, shifts included, in the dtype it had."""
+    moved = bnb_4bit.weight(layer)
+    tau = layer.tau()
+    return (moved + tau.repeat_interleave(moved.shape[1] // tau.shape[1], 1)).to(moved.dtype)
+
+
+loading = bnb_4bit.loading  # of the layers around W'
+
+
+def own_base(config: Config) -> str:
+    """Why Transformers would make another base of the same weights."""
+    return "its blocks are moved before they are rounded (ICQ), which Transformers does not do"
 
 
 def weight_bits(config: Config, dtype_bits: int) -> float:

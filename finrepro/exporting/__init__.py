@@ -1,0 +1,1 @@
+"""A finished run as files for others: rebuilt, written, loaded again with Transformers and PEFT alone, and compared."""

@@ -1,0 +1,113 @@
+"""`invoke export`: find the run, make its model again, write, load what was written, compare, and only then give it its name."""
+
+import gc
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.exporting.layout import Layout, layout
+from finrepro.exporting.recorded import FORMATS, Recorded, find
+from finrepro.manifest import write_manifest
+from finrepro.place import Place
+
+
+def export(run_id: str, wanted: str, out: Path | None, place: Place) -> Path:
+    """Export a run of the store; the folder that was made.
+
+    It is written under another name beside its place, and renamed when its logits equal the run's; whatever happens before, nothing is
+    left. Raises the errors of `find`, `rebuild.start` and `verify.check`; `UsageError` when the place is taken.
+    """
+    if wanted not in FORMATS:
+        raise unknown("--format", wanted, FORMATS)
+    if not run_id:
+        raise UsageError("--run is needed: the id of a finished run.")
+    recorded = find(place.store, run_id, wanted)
+    target = out or place.store.root / "exports" / f"{run_id}-{wanted}"
+    if os.path.lexists(target):
+        raise UsageError(f"{target} is there already: say another with --out, or move it away.")
+    with _new_folder(target) as partial:
+        _fill(recorded, layout(recorded.spec, wanted), partial, place)
+    print(f"exported to {target}")
+    return target
+
+
+def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> None:
+    """Write everything into `partial`, verified."""
+    spec = recorded.spec
+    runtime.quiet_environment()
+    device = runtime.setup(spec.seed, spec.threads)
+    logging.getLogger("bitsandbytes").setLevel("ERROR")  # a notice at each int8 layer
+    from finrepro.exporting import answers, rebuild, verify, write
+    from finrepro.exporting.card import card
+
+    print(f"{recorded.run_id} {spec.label}: as {planned.format}")
+    begun = rebuild.start(recorded, place, planned.format)
+    if planned.format == "peft":
+        write.check_adapter(recorded, planned)
+    prompts = rebuild.encoded_prompts(begun.tokenizer)
+    print("making the run's model again")
+    model: Any = None
+    if planned.format == "base" or not recorded.is_whole_model:
+        model = rebuild.base_model(recorded, begun, device)
+    held = ""
+    expected = untrained = rebuild.logits(model, prompts) if model is not None else None
+    if planned.base is not None and planned.format != "merged":
+        print("writing the base" + (f": {planned.why_own}" if planned.why_own else ""))
+        write.write_base(spec, model, begun.tokenizer, partial / planned.base)
+    if planned.shift:
+        write.write_shift(model, partial / planned.shift)
+    if planned.format != "base":
+        model = rebuild.trained_model(recorded, model, device)
+        expected = rebuild.logits(model, prompts)
+        held = answers.check(recorded, place, model, begun.tokenizer)
+        print(held)
+    if planned.format == "merged":
+        print("merging, a layer at a time")
+        write.write_merged(recorded, begun, model, partial)
+    elif planned.adapter:
+        write.write_adapter(recorded, partial / planned.adapter)
+    assert expected is not None
+    effect = verify.difference(expected, untrained).relative if untrained and planned.format != "base" else None
+    del model
+    gc.collect()
+    print("loading what was written with Transformers and PEFT alone")
+    found = verify.reload(spec, partial, planned, begun.folder, device, prompts)
+    apart = verify.check(spec, expected, found)
+    said = f"logits equal the run's: largest difference {apart.largest:.3g}, {apart.relative:.3g} of their length"
+    print(said + (f" (what was trained moves them by {effect:.3g})" if effect is not None else ""))
+    if effect is not None and effect <= verify.TOLERANCE[spec.model.dtype]:
+        print("note: the run's training moves them by no more than rounding may: this comparison says little of it")
+    (partial / "README.md").write_text(card(recorded, planned, apart, effect, held), encoding="utf-8")
+    write_manifest(partial)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, renamed to it at the end; removed on any error, and on SIGTERM as on Ctrl-C."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if os.path.lexists(target):
+                raise UsageError(f"{target} has come into being in the meantime: say another with --out.")
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        said = error.strerror or str(error).splitlines()[0]
+        raise EnvironmentFault(f"{target}: cannot be made: {said}.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,121 @@
+"""A finished run in the store, checked against its manifest, and as much of its `RunSpec` as its model is made of.
+
+Settings are those that the result recorded, not today's catalogue; the catalogue gives the names and the hub's address alone.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finrepro import catalogue, store
+from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
+from finrepro.manifest import damaged_files
+from finrepro.schema import build, choose, kind_module, plain
+from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet, without
+from finrepro.store import Store
+
+FORMATS = ("peft", "merged", "base")
+RUN_ID = re.compile(r"[0-9a-f]{12}")
+
+
+class Damaged(FinreproError):
+    """What a run has left is no longer what it sealed."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished run: its result.json, its folder, and its spec without the tasks, which no model is made of."""
+
+    result: dict[str, Any]
+    folder: Path
+    spec: RunSpec
+
+    @property
+    def run_id(self) -> str:
+        """The run's id; that of `spec`, which lacks the tasks, is another."""
+        return str(self.result["run_id"])
+
+    @property
+    def weights(self) -> Path:
+        """What the run has trained."""
+        return self.folder / "weights"
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether the weights are a model and not an adapter."""
+        return bool(getattr(self.spec.adapter.module("adapters"), "WHOLE_MODEL", False))
+
+
+def find(place: Store, run_id: str, wanted: str) -> Recorded:
+    """The run of that id, to be exported in the format `wanted`.
+
+    Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not go into the format; `EnvironmentFault`
+    when its weights are missing or its settings are another version's; `Damaged` when a file is not the one that was sealed.
+    """
+    done = sorted(path.name for path in (place.results / "runs").iterdir() if RUN_ID.fullmatch(path.name))
+    if run_id not in done:
+        if not done:
+            raise UsageError(f"unknown run '{run_id}': there is no run in {place.root}.")
+        raise unknown("run", run_id, done) if len(done) <= 20 else _nearest(run_id, done)
+    folder, result = place.run_folder(run_id), place.result(run_id)
+    wrong = damaged_files(folder)
+    if wrong:
+        raise Damaged(f"run {run_id} is damaged, and is not exported: {', '.join(wrong)} differ from its manifest.")
+    if result is None:
+        raise Damaged(f"run {run_id} has no result.json that can be read.")
+    if result["status"] != store.DONE:
+        raise UsageError(f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}.")
+    if reason := refusal(result["spec"], wanted):
+        raise UsageError(f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}.")
+    if wanted != "base" and not any((folder / "weights").glob("*.safetensors")):
+        raise EnvironmentFault(f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}.")
+    return Recorded(result, folder, specified(result))
+
+
+def _nearest(run_id: str, known: list[str]) -> UsageError:
+    """As `unknown`, without the list: a store may hold hundreds of runs."""
+    text = str(unknown("run", run_id, known)).partition(" Allowed:")[0]
+    return UsageError(f"{text} `invoke cells` lists the ids of {len(known)} runs.")
+
+
+def refusal(spec: dict[str, Any], wanted: str) -> str | None:
+    """Why a run's adapter or quantizer does not go into a format, with the formats that are possible; None if it does."""
+    modules = [kind_module("adapters", spec["adapter"]["kind"]), kind_module("quantizers", spec["quantizer"]["kind"])]
+    refused: dict[str, str] = {}
+    for module in modules:
+        refused = getattr(module, "NOT_EXPORTED", {}) | refused
+    if wanted not in refused:
+        return None
+    possible = [each for each in FORMATS if each not in refused]
+    return f"{refused[wanted]}; possible: {' or '.join(possible) or 'nothing'}"
+
+
+def specified(result: dict[str, Any]) -> RunSpec:
+    """The spec of a result. Raises `EnvironmentFault` when the model of that name is another by now, or this version has other settings."""
+    cell, values = result["cell"], result["spec"]
+    try:
+        model = catalogue.model(cell["model"])
+        adapter = choose("adapters", cell["adapter"], values["adapter"], "adapter")
+        quantizer = choose("quantizers", cell["quantizer"], values["quantizer"], "quantizer")
+        train = catalogue.train_settings(values["train"], "train")
+        evaluation = build(Evaluation, values["evaluation"], "evaluation")
+    except UsageError as error:
+        raise EnvironmentFault(f"run {result['run_id']} was made with settings of another version: {error}") from None
+    if without(plain(model), DESCRIPTIVE) != values["model"]:
+        raise EnvironmentFault(
+            f"run {result['run_id']} was made with another '{model.name}' than the catalogue's: use the version that made it "
+            f"(commit {result['environment'].get('git_commit') or 'not recorded'})."
+        )
+    names = ("weights", "base_checkpoint", "base_run", "seed", "threads", "world_size")
+    return RunSpec(
+        label=result["label"],
+        model=model,
+        quantizer=quantizer,
+        adapter=adapter,
+        train_on=TrainSet(name=cell["train_on"], parts=()),
+        tasks=(),
+        train=train,
+        evaluation=evaluation,
+        **{name: values[name] for name in names},
+    )

@@ -1,0 +1,109 @@
+"""Writing an export's folders: safetensors and JSON alone, names of models and never a path on this machine."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finrepro.adapters import lora
+from finrepro.errors import UsageError
+from finrepro.exporting.layout import Layout, loading_settings
+from finrepro.exporting.rebuild import Start, densify, read_peft, stripped
+from finrepro.exporting.recorded import Recorded
+from finrepro.layers.linear import linear_layers
+from finrepro.spec import RunSpec
+
+SHARD = "5GB"
+SETTINGS = "adapter_config.json"
+
+
+def write_adapter(recorded: Recorded, folder: Path) -> None:
+    """Copy what the run has trained, a PEFT folder already; what it calls its base is the model's name."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(recorded.weights.iterdir()):
+        shutil.copyfile(path, folder / path.name)
+    values, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), recorded.spec.model
+    name = model.hub.id if model.hub else model.name
+    if values["base_model_name_or_path"] != name:  # a path on the machine that trained it means nothing to anybody
+        text = json.dumps(values | {"base_model_name_or_path": name}, indent=2, sort_keys=True)
+        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def check_adapter(recorded: Recorded, layout: Layout) -> None:
+    """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that belongs to its base."""
+    kind = json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
+    if layout.shift and kind != "LORA":
+        raise UsageError(
+            f"run {recorded.run_id} cannot be exported as peft: PEFT does not put {kind} beside a LoRA, and the base needs one "
+            f"for its shifts; possible: merged or base."
+        )
+
+
+def write_base(spec: RunSpec, model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Transformers checkpoint of the base as it is stored: quantized layers as bitsandbytes keeps them, with their configuration."""
+    beside = getattr(spec.quantizer.module("quantizers"), "BESIDE", ())
+    state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in beside}
+    _save(model, tokenizer, folder, spec, state)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
+    """`save_pretrained`, with a cache again for whoever generates; with a `state`, as a quantized model where the run's was."""
+    from transformers import BitsAndBytesConfig
+
+    model.config.use_cache = True
+    if state is not None and (settings := loading_settings(spec)):
+        model.config.quantization_config = BitsAndBytesConfig(**settings)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
+
+
+def write_shift(model: Any, folder: Path) -> None:
+    """What each layer adds to the plain one of Transformers, as a PEFT folder with a frozen LoRA of scaling 1."""
+    import peft
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    ranks = {}
+    for name, layer in linear_layers(model).items():
+        first, second = layer.as_frozen_lora()
+        ranks[name] = int(first.shape[0])
+        for key, factor in (("A", first), ("B", second)):
+            tensors[f"base_model.model.{name}.lora_{key}.weight"] = factor.detach().float().cpu().contiguous()
+    rank = max(ranks.values())
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,  # each layer's scaling is alpha / r = 1
+        inference_mode=True,
+        base_model_name_or_path=str(model.name_or_path),
+    )
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(folder)
+    lora.sort_settings(folder)
+
+
+def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> None:
+    """A dense checkpoint in the run's dtype: the base's weights, dequantized where they were quantized, plus what was trained.
+
+    Layers are taken one at a time, in place: `model`, the run's, is used up.
+    """
+    spec = recorded.spec
+    if not recorded.is_whole_model:
+        dense = densify(spec, stripped(model))
+        merge = getattr(spec.adapter.module("adapters"), "merge", None)
+        model = merge(dense, recorded.weights) if merge else merge_peft(dense, recorded.weights)
+    _save(model, begun.tokenizer, folder, spec)
+
+
+@torch.no_grad()
+def merge_peft(dense: Any, folder: Path) -> Any:
+    """`dense` with a PEFT folder put into its weights, by PEFT's own arithmetic."""
+    return read_peft(dense, folder).merge_and_unload(progressbar=False, safe_merge=True)
