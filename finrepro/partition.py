@@ -33,3 +33,20 @@ def whole(parameter: "nn.Parameter") -> "torch.Tensor":
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
+    """Give a parameter of the model this value, in place, also one that lies in parts; all ranks call it, with the same value.
+
+    Of a trained one an engine may keep a copy of its own, from which it is overwritten: `finrepro.handle` sets both.
+    """
+    import torch
+
+    with torch.no_grad():
+        if not hasattr(parameter, "ds_id"):
+            parameter.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
