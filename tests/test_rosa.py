@@ -1,8 +1,9 @@
-"""ROSA. The law: the layer computes y = (W_f + B A) x, where a resample (arXiv 2407.07802) changes W_f, A and B but not their sum, and draws
-new singular directions of it; all periods together are one LoRA. The references are NumPy, in float64."""
+"""ROSA. The law: the layer computes y = (W_f + B A) x, where a resample (arXiv 2407.07802) changes the parts and not the sum, and draws new
+singular directions of it; all periods together are one LoRA. The references are NumPy, in float64."""
 
 import copy
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,7 +96,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def originals(spec: RunSpec) -> dict[str, Tensor]:
     layers = linear_layers(load(spec, None))
-    return {name: (l.weight.T if is_conv1d(l) else l.weight).detach().double() for name, l in layers.items()}
+    return {
+        name: (each.weight.T if is_conv1d(each) else each.weight).detach().double() for name, each in layers.items()
+    }
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -296,7 +299,13 @@ def follows_the_equations(name: str, changes: dict[str, Any], rate: float = 0.01
 @both
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gauge": "code"}, {"selection": "top"}, {"selection": "bottom"}, {"r": 32}],  # k_proj has 32 directions: all of them
+    [
+        {},
+        {"gauge": "code"},
+        {"selection": "top"},
+        {"selection": "bottom"},
+        {"r": 32},
+    ],  # k_proj has 32 directions: all of them
     ids=str,
 )
 def test_three_periods_follow_the_equations(name: str, changes: dict[str, Any]) -> None:
@@ -304,7 +313,7 @@ def test_three_periods_follow_the_equations(name: str, changes: dict[str, Any]) 
 
 
 def test_the_equations_are_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rosa, "factors", lambda weight, chosen, gauge: factors(weight, chosen.flip(0), "code"))
+    monkeypatch.setattr(rosa, "factors", lambda weight, chosen, _: factors(weight, chosen, "code"))
     broken(follows_the_equations, MINIATURES[1], {})
     monkeypatch.undo()
     monkeypatch.setattr(RosaLinear, "opened", not_merged)
@@ -340,9 +349,9 @@ def test_the_top_directions_once_are_pissas(name: str) -> None:
     )  # fmt: skip
     pissa = peft.get_peft_model(base, settings)
     expected = {
-        each.removeprefix("base_model.model."): product(l.lora_A["default"].weight, l.lora_B["default"].weight)
-        for each, l in pissa.named_modules()
-        if hasattr(l, "lora_A")
+        each.removeprefix("base_model.model."): product(own.lora_A["default"].weight, own.lora_B["default"].weight)
+        for each, own in pissa.named_modules()
+        if hasattr(own, "lora_A")
     }
     is_the_principal_part(make(spec_with(name, selection="top")).model, expected)
     is_the_principal_part(make(spec_with(name, selection="top", gauge="code")).model, expected)
@@ -350,8 +359,9 @@ def test_the_top_directions_once_are_pissas(name: str) -> None:
 
 
 def rank_is_between(model: nn.Module, spec: RunSpec, least: int, most: int) -> None:
+    before = originals(spec)
     for name, weight in effective(model).items():
-        ranks = torch.linalg.svdvals(weight - originals(spec)[name])
+        ranks = torch.linalg.svdvals(weight - before[name])
         rank = int((ranks > 1e-4 * ranks[0]).sum())
         assert least < rank <= most, f"{name}: {rank}"
 
@@ -364,3 +374,245 @@ def test_the_rank_of_what_is_learned_grows_with_the_periods(name: str) -> None:
         rank_is_between(after(spec, periods), spec, 2 if periods > 1 else 1, 4 * periods)
     broken(rank_is_between, after(spec, 4), spec, 2, 15)
     broken(rank_is_between, after(spec, 1), spec, 4, 8)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------------------------
+
+PERIODS = 10
+
+
+def drifts(spec: RunSpec) -> tuple[list[float], list[float]]:
+    """After each period, how far the sum in float32, and the stored weight, are from W_f as float64 gives it from W and all factors.
+
+    The first relative to W, the second to W_f, which grows.
+    """
+    model, of, stored = make(spec).model, originals(spec), []
+    exact: list[float] = []
+    for period in range(PERIODS):
+        if period:
+            resample(model, spec)
+        stir(model, seed=period)
+        layer = method.layers_of(model)[0]
+        weight, learned = of[layer.name], product(*layer.as_lora())
+        frozen = layer.frozen(layer.base_layer.weight.detach()).double()
+        wanted = weight + learned - product(layer.lora_A, layer.lora_B)
+        exact.append(float((frozen - wanted).norm() / weight.norm()))
+        stored.append(float((effective(model)[layer.name] - weight - learned).norm() / wanted.norm()))
+    return exact, stored
+
+
+def errors_do_not_grow(spec: RunSpec) -> None:
+    """The sum within 1e-6 after ten periods; what is stored in bfloat16 as near as after the first."""
+    exact, stored = drifts(spec)
+    assert max(exact) < 1e-6, exact
+    limit = 1e-6 if spec.model.dtype == "float32" else 2e-3
+    assert 0 < max(stored) < limit, stored
+    if spec.model.dtype != "float32":
+        assert stored[-1] < 1.1 * stored[0], stored
+
+
+def without_the_copy(layer: RosaLinear, opened: Any, dtype: torch.dtype) -> Any:
+    """A mutant: the weight itself is the sum, whatever its dtype."""
+    kept = KEPT(layer, opened, dtype)
+    layer.exact = None
+    return kept
+
+
+KEPT = RosaLinear.kept
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_errors_do_not_grow_with_the_periods(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_with(name, dtype, target_modules=("c_attn",) if "gpt2" in name else ("v_proj",))
+    errors_do_not_grow(spec)
+    if dtype == "bfloat16":
+        monkeypatch.setattr(RosaLinear, "kept", without_the_copy)
+        broken(errors_do_not_grow, spec)
+
+
+@both
+def test_a_base_in_bfloat16_begins_as_near_to_itself_as_rounding_puts_it(name: str) -> None:
+    """Rounding W_f moves the logits no further than twice what rounding W does."""
+    half, single = spec_with(name, "bfloat16"), spec_with(name)
+    rounded, exact = (logits(load(each, None)) for each in (half, single))
+    assert_close(logits(make(half).model), rounded, 2 * float((rounded - exact).norm() / rounded.norm()))
+    (layer, *_) = method.layers_of(make(half).model)
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert layer(torch.randn(2, layer.lora_A.shape[1], dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# --- what a checkpoint keeps, and what is exported --------------------------------------------------------------------------------------
+
+
+def is_taken_up(model: nn.Module, spec: RunSpec) -> None:
+    """W_f, the history and the factors at the beginning of the period, to the last bit, through a file; and so is the next resample."""
+    again = make(spec).model
+    method.load_state(again, through_a_file(method.state(model)))
+    for one, other in zip(method.layers_of(model), method.layers_of(again), strict=True):
+        other.lora_A.data.copy_(one.lora_A)  # the engine's part
+        other.lora_B.data.copy_(one.lora_B)
+    whole = copy.deepcopy(model)
+    for _ in range(2):
+        assert images(whole.named_parameters()) == images(again.named_parameters())
+        for one, other in zip(method.layers_of(whole), method.layers_of(again), strict=True):
+            assert (one.exact is None) is (other.exact is None)
+            assert one.exact is None or torch.equal(one.exact, other.exact)
+            assert all(torch.equal(*pair) for pair in zip(one.as_lora(), other.as_lora(), strict=True))
+        resample(whole, spec)
+        resample(again, spec)
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def in_another_order(layer: RosaLinear, first: Tensor) -> Any:
+    """A mutant: what was learned is summed before it is added."""
+    assert layer.start is not None
+    learned = sum(end.b @ end.a - start.b @ start.a for start, end in layer.history)
+    whole = first + product(*layer.history[0].start).float() + learned
+    return rosa.without(whole, layer.start)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_gives_the_same_bits_again(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_with(name, dtype)
+    for periods in (1, 3):
+        is_taken_up(after(spec, periods), spec)
+    monkeypatch.setattr(RosaLinear, "replayed", in_another_order)
+    broken(is_taken_up, after(spec, 3), spec)
+
+
+def test_a_checkpoint_of_other_singular_vectors_is_refused() -> None:
+    spec = spec_with(MINIATURES[0])
+    kept = method.state(after(spec, 2))
+    other = make(dataclasses.replace(spec, seed=1)).model
+    with pytest.raises(RuntimeError, match=r"^transformer.h.0.attn.c_attn has other singular vectors [^\n]*$"):
+        method.load_state(other, kept)
+
+
+def exported(model: nn.Module, folder: Path) -> Path:
+    folder.mkdir()
+    method.export(model, folder)
+    return folder
+
+
+def is_one_lora(model: nn.Module, spec: RunSpec, folder: Path, periods: int) -> None:
+    """S8: PEFT alone, on the untouched base, gives the logits; rank 2 R T, scale 1."""
+    import peft
+
+    again = peft.PeftModel.from_pretrained(load(spec, None), folder)
+    assert_close(logits(again.eval()), logits(model.eval()), 1e-5)
+    values = json.loads((folder / "adapter_config.json").read_text())
+    assert values["r"] == values["lora_alpha"] == 2 * spec.adapter.config.r * periods and not values["use_rslora"]
+    merged = linear_layers(again.merge_and_unload())
+    for name, weight in effective(model).items():
+        layer = merged[name]
+        assert_close((layer.weight.T if is_conv1d(layer) else layer.weight).detach().double(), weight, 1e-6, what=name)
+
+
+@both
+@pytest.mark.parametrize("periods", [1, 3, 6])  # of rank 16, 48, and 96: more than the layers' 64 and 32
+def test_all_periods_are_one_lora_on_the_original_base(name: str, periods: int, tmp_path: Path) -> None:
+    spec = spec_with(name)
+    model = after(spec, periods)
+    is_one_lora(model, spec, exported(model, tmp_path / "whole"), periods)
+    if periods == 3:
+        forgetful = copy.deepcopy(model)
+        for layer in method.layers_of(forgetful):
+            layer.history.pop(0)
+        broken(is_one_lora, model, spec, exported(forgetful, tmp_path / "forgetful"), periods)
+        unmoved = copy.deepcopy(model)
+        for layer in method.layers_of(unmoved):
+            layer.start = Factors(layer.start.a, -layer.start.b)
+        broken(is_one_lora, model, spec, exported(unmoved, tmp_path / "unmoved"), periods)
+
+
+# --- the layer, the settings, what is refused -------------------------------------------------------------------------------------------
+
+
+def test_the_slopes_are_those_of_finite_differences() -> None:
+    base = nn.Linear(5, 3).requires_grad_(False)
+    layer = RosaLinear(base, "layer", 2, "random", "sqrt", 0)
+    start = layer.opened(layer.frozen(base.weight), None).start
+    layer.lora_A.data, layer.lora_B.data = start.a, start.b
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    layer.double()
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_A, layer.lora_B))
+    layer(x).sum().backward()
+    assert layer.lora_A.grad.any() and layer.lora_B.grad.any() and base.weight.grad is None  # G5: both, at once
+
+
+class Counting(Bare):
+    """Counts the resamples, and makes none."""
+
+    @property
+    def model(self) -> Any:
+        raise RuntimeError("resampled")
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "after_steps"),
+    [(5, 2, [1, 3]), (4, 2, [1]), (6, 3, [2]), (7, 3, [2, 5]), (3, 3, []), (2, 9, []), (3, 1, [0, 1]), (1, 1, [])],
+)
+def test_a_period_is_so_many_steps_and_none_begins_after_the_last(
+    steps: int, every: int, after_steps: list[int]
+) -> None:
+    """S3: ceil(steps / K) factorizations, the first of them before step 0."""
+    config = spec_with(MINIATURES[0], resample_every=every).adapter.config
+    found = []
+    for step in range(steps):
+        try:
+            method.after_step(Counting(nn.Module()), config, step, steps)
+        except RuntimeError:
+            found.append(step)
+    assert found == after_steps and len(found) + 1 == -(-steps // every)
+
+
+def test_every_moment_of_the_factors_is_reset_and_of_nothing_else() -> None:
+    spec = spec_with(MINIATURES[0])
+    model = make(spec).model
+    handle = Bare(model)
+    method.after_step(handle, spec.adapter.config, spec.adapter.config.resample_every - 1, FOREVER)
+    (reset,) = handle.reset
+    assert {id(each) for each in reset} == {id(each) for each in model.parameters() if each.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("r", 0),
+        ("resample_every", 0),
+        ("selection", "middle"),
+        ("gauge", "svd"),
+        ("resample_every", 1.5),
+        ("gauge", None),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(setting: str, value: Any) -> None:
+    values = dataclasses.asdict(catalogue.adapter("rosa_r8").config) | {setting: value}
+    with pytest.raises(UsageError, match=rf"^adapters\.x\.{setting}: [^\n]*$"):
+        build(method.Config, values, "adapters.x")
+
+
+def test_what_cannot_run_is_refused_with_its_reason() -> None:
+    spec = spec_with(MINIATURES[1])
+    config, none = spec.adapter.config, spec.quantizer
+    for quantizer in ("int8", "nf4", "icq"):
+        reason = method.supports(spec.model, catalogue.quantizer(quantizer, "float32"), 0, config)
+        assert reason == f"ROSA on {quantizer}: it needs the dense weight at every resample"
+    assert method.supports(spec.model, none, 0, config) is None
+    wide = dataclasses.replace(config, r=33)  # grouped keys have 32
+    assert "rank 33 is more than" in method.supports(spec.model, none, 0, wide)
+    assert "named c_attn" in method.supports(
+        spec.model, none, 0, dataclasses.replace(config, target_modules=("c_attn",))
+    )
