@@ -38,10 +38,13 @@ class Control:
     checkpoint_seconds: float = 60.0
 
 
-def save_checkpoint(engine: Engine, control: Control, trained: Trained) -> None:
-    """Weights, optimizer and generators after the last finished step; the older checkpoint goes when the new one is whole."""
+def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter: Any = None) -> None:
+    """Weights, optimizer, generators and what the adapter's own `state` gave, after the last finished step.
+
+    The older checkpoint goes when the new one is whole.
+    """
     folder, tag = control.checkpoints, f"step{len(trained.losses)}"
-    state = {"trained": vars(trained), "torch_rng": torch.get_rng_state()}
+    state = {"trained": vars(trained), "adapter": adapter, "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     engine.save(folder, tag, state)
@@ -59,9 +62,12 @@ def save_checkpoint(engine: Engine, control: Control, trained: Trained) -> None:
         dist.barrier()
 
 
-def resume(engine: Engine, control: Control, trained: Trained) -> int:
+def resume(
+    engine: Engine, control: Control, trained: Trained, load_adapter: Callable[[Any], None] = lambda _: None
+) -> int:
     """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint of the same maker.
 
+    `load_adapter` gets what the adapter's `state` gave, once the weights are there.
     Raises `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
     """
     try:
@@ -78,6 +84,7 @@ def resume(engine: Engine, control: Control, trained: Trained) -> int:
         raise CellFailed(
             f"its checkpoint was damaged ({type(error).__name__}) and has been removed: run again."
         ) from None
+    load_adapter(state["adapter"])
     torch.set_rng_state(state["torch_rng"].cpu())
     if "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"].cpu())

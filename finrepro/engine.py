@@ -15,7 +15,8 @@ from finrepro import rates, runtime
 from finrepro.batches import Batch
 from finrepro.catalogue import deepspeed_config
 from finrepro.errors import CellFailed, UsageError
-from finrepro.layers.supervised import SupervisedLM, backbone_and_head
+from finrepro.layers.supervised import ExtraLoss, SupervisedLM, backbone_and_head, objective
+from finrepro.partition import keep_whole
 from finrepro.spec import Train
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -25,12 +26,18 @@ Named = Sequence[tuple[str, nn.Parameter]]
 class Engine(Protocol):
     """The part of a training engine that the loop and the checkpoints know."""
 
+    stepped_by: Any  # the optimizer as the engine has it: torch's, or DeepSpeed's around it
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, whose `lr` the loop sets; each has its `lr_scale`."""
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks exchange gradients at the last one."""
+        """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks exchange gradients at the last one, where that of
+        the adapter's extra loss is added once, which is no part of what is returned."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """A trained parameter's whole gradient, after the last `backward` and before `update`; all ranks call it."""
 
     def update(self) -> Tensor | float:
         """Clip, take one optimizer step, forget the gradients; the gradient's norm before clipping."""
@@ -46,18 +53,22 @@ class Engine(Protocol):
 
 
 def start_engine(
-    model: nn.Module, settings: Train, device: torch.device, lr_scale: Callable[[str], float] = lambda _: 1.0
+    model: nn.Module,
+    settings: Train,
+    device: torch.device,
+    lr_scale: Callable[[str], float] = lambda _: 1.0,
+    extra_loss: ExtraLoss | None = None,
 ) -> Engine:
     """The model under the engine asked for, with the optimizer of the settings, in the cell's process group.
 
-    `lr_scale` is the factor to the learning rate of a parameter of this name.
+    `lr_scale` is the factor to the learning rate of a parameter of this name; `extra_loss` is added to the objective once a step.
     """
     runtime.start_process_group(device)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = settings.optimizer.module("optimizers").build(named, settings.lr, settings.optimizer.config)
     rates.split(optimizer, named, lr_scale)
     kind = PlainDDP if settings.engine == "ddp" else DeepSpeed
-    return kind(model, named, optimizer, settings, device)
+    return kind(SupervisedLM(model, extra_loss), named, optimizer, settings, device)
 
 
 class PlainDDP:
@@ -66,15 +77,16 @@ class PlainDDP:
     Raises `UsageError` for bfloat16 weights that are trained: nobody here keeps the float32 copy that small updates need.
     """
 
-    def __init__(self, model: nn.Module, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+    def __init__(self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
         if any(parameter.dtype != torch.float32 for _, parameter in named):
             raise UsageError(
                 "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or engine 'deepspeed'."
             )
         self.named, self.optimizer, self.device = named, optimizer, device
-        self.max_grad_norm = settings.max_grad_norm
+        self.stepped_by = optimizer
+        self.max_grad_norm, self.extra = settings.max_grad_norm, lm.extra_loss is not None
         self.module = nn.parallel.DistributedDataParallel(
-            SupervisedLM(model),
+            lm,
             device_ids=[device] if device.type == "cuda" else None,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
@@ -86,9 +98,12 @@ class PlainDDP:
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: D102
         with nullcontext() if last else self.module.no_sync():
-            loss = self.module(batch) * scale
-            loss.backward()
-        return loss.detach()
+            aim, loss = objective(self.module, batch, scale, self.extra and last)
+            aim.backward()
+        return loss
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:  # noqa: D102
+        return parameter.grad
 
     def update(self) -> Tensor | float:  # noqa: D102
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.max_grad_norm)
@@ -119,13 +134,17 @@ class PlainDDP:
 class DeepSpeed:
     """DeepSpeed at the ZeRO stage of the settings."""
 
-    def __init__(self, model: nn.Module, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+    def __init__(self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
         bf16 = any(parameter.dtype == torch.bfloat16 for _, parameter in named)
         # At stage 0 in float32 DeepSpeed clips and throws the norm away: we do it there, its optimizer wrappers elsewhere.
         self.clips = settings.zero_stage > 0 or bf16
         self.named, self.max_grad_norm, self.device = named, settings.max_grad_norm, device
+        self.extra = lm.extra_loss is not None
         config = {"gradient_clipping": settings.max_grad_norm if self.clips else 0.0}
-        self.engine = _initialize(SupervisedLM(model), optimizer, settings, device, config | _bf16(bf16))
+        self.engine = _initialize(lm, optimizer, settings, device, config | _bf16(bf16))
+        self.stepped_by = self.engine.optimizer
+        if self.extra:
+            keep_whole([parameter for _, parameter in named], lm)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # noqa: D102
@@ -133,9 +152,15 @@ class DeepSpeed:
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:  # noqa: D102
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(batch) * scale
-        self.engine.backward(loss, scale_wrt_gas=False)
-        return loss.detach()
+        aim, loss = objective(self.engine, batch, scale, self.extra and last)
+        self.engine.backward(aim, scale_wrt_gas=False)
+        return loss
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:  # noqa: D102
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient: Tensor | None = safe_get_full_grad(parameter)
+        return gradient
 
     def update(self) -> Tensor | float:
         """Raises `CellFailed` when there is no norm."""

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
@@ -50,3 +52,12 @@ def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
+
+
+def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> None:
+    """Have DeepSpeed gather these parameters for the whole forward and backward pass of the module `inside`, where they lie in parts."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(inside, parameter)

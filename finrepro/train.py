@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from finrepro.batches import COLLATE, Batch, empty
 from finrepro.checkpoint import Control, Trained, resume, save_checkpoint
 from finrepro.engine import Engine, make_whole, start_engine
 from finrepro.errors import CellFailed
+from finrepro.hooks import Hooks
 from finrepro.spec import RunSpec, Train
 from finrepro.tokens import Encoded
 
@@ -60,9 +62,11 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             runtime.start_process_group(device)
         return Trained()
     lengths = [len(example.ids) for example in data]
-    engine = start_engine(model, settings, device, rates.scale_of(spec.adapter))
+    hooks = Hooks(spec.adapter, model, settings.max_steps)
+    engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
     trained = Trained()
-    first = resume(engine, control, trained)
+    first = resume(engine, control, trained, hooks.load_state)
+    hooks.start(engine)
     last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
     try:
         for step, rows in steps_from(first, lengths, settings, spec.seed):
@@ -70,13 +74,14 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
             batches = micro_batches(rows, data, lengths, settings, here)
-            loss, norm = optimizer_step(engine, batches, supervised, device)
+            loss, norm = optimizer_step(engine, batches, supervised, device, partial(hooks.before_step, step))
             trained.seconds = time.monotonic() - began
             trained.tokens += sum(lengths[row] for row in rows)
             trained.supervised_tokens += supervised
             trained.computed_tokens += computed_tokens(rows, lengths, settings, here.world_size)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
+            hooks.after_step(step)
             trained.losses.append(
                 {"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": trained.seconds}
             )
@@ -85,7 +90,7 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             stop = runtime.any_rank(control.stop_requested(), device)
             if stop or runtime.any_rank(time.monotonic() - last_save > pause, device):
                 began_save = time.monotonic()
-                save_checkpoint(engine, control, trained)
+                save_checkpoint(engine, control, trained, hooks.state())
                 last_save = time.monotonic()
                 # Saving takes at most a twentieth of the time, however large the model.
                 pause = max(control.checkpoint_seconds, 20 * (last_save - began_save))
@@ -120,7 +125,11 @@ def computed_tokens(rows: packing.Rows, lengths: Sequence[int], settings: Train,
 
 
 def optimizer_step(
-    engine: Engine, batches: Sequence[Batch], supervised: int, device: torch.device
+    engine: Engine,
+    batches: Sequence[Batch],
+    supervised: int,
+    device: torch.device,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Forward and backward over the micro-batches, one update; the loss of the whole global batch, and its gradient's norm.
 
@@ -130,6 +139,7 @@ def optimizer_step(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
         total += engine.backward(batch.to(device), world_size / supervised, index == len(batches) - 1) / world_size
+    before_update()
     norm = engine.update()
     if world_size > 1:
         dist.all_reduce(total)

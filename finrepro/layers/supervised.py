@@ -4,6 +4,7 @@ With a vocabulary of 128,256 the head is the largest activation of fine-tuning: 
 its rows would be computed only to be ignored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from finrepro.batches import Batch
+
+ExtraLoss = Callable[[nn.Module], Float[Tensor, ""]]
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -37,16 +40,35 @@ def log_likelihood(
 
 
 class SupervisedLM(nn.Module):
-    """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the batch's supervised tokens."""
+    """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the batch's supervised tokens.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `extra` also what `extra_loss` says of the model: computed in here, where ZeRO-3 gathers the parameters that are read.
+    """
+
+    def __init__(self, model: nn.Module, extra_loss: ExtraLoss | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.extra_loss = model, extra_loss
 
-    def forward(self, batch: Batch) -> Float[Tensor, ""]:
+    def forward(
+        self, batch: Batch, extra: bool = False
+    ) -> Float[Tensor, ""] | tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Sum, not mean: the caller divides by the supervised tokens of the global batch, which may span many forwards."""
+        loss = self._loss(batch)
+        return (loss, self.extra_loss(self.model).float()) if extra and self.extra_loss else loss
+
+    def _loss(self, batch: Batch) -> Float[Tensor, ""]:
         hidden = hidden_states(self.model, batch)
         _, head = backbone_and_head(self.model)
         if len(batch.positions) == 0:  # keep the graph whole for collective backward passes
             return (head(hidden[:1]) * 0).sum().float()
         return -log_likelihood(head, hidden[batch.positions], batch.targets).sum()
+
+
+def objective(module: Any, batch: Batch, scale: float, extra: bool) -> tuple[Tensor, Tensor]:
+    """What to differentiate, and the scaled loss. Every rank adds the same extra loss, so that the average over the ranks holds it once."""
+    if not extra:
+        loss = module(batch) * scale
+        return loss, loss.detach()
+    loss, more = module(batch, extra=True)
+    loss = loss * scale
+    return loss + more, loss.detach()
