@@ -100,26 +100,16 @@ def state(model: "nn.Module") -> dict[str, Any]:
 
 
 def load_state(model: "nn.Module", state: dict[str, Any]) -> None:
-    """Take up what `state` gave, in a model that `apply` has just made: W_f goes through the same sums again. Every rank calls it.
-
-    Raises `RuntimeError` where the first factors are not those of the checkpoint, to the last bit: W_f would not be its either.
-    """
-    import torch
-
+    """Take up what `state` gave, in a model that `apply` has just made: W_f goes through the same sums again. Every rank calls it."""
     from finrepro.layers.rosa import Factors, Period
 
     layers = layers_of(model)
+    made = {layer: _started(layer) for layer in layers}
     for layer in layers:
         kept = state[layer.name]
-        history = [Period(Factors(*each[:2]).copy(), Factors(*each[2:]).copy()) for each in kept["history"]]
-        start = Factors(*kept["start"]).copy()
-        first = history[0].start if history else start
-        if not all(torch.equal(*pair) for pair in zip(first, _started(layer), strict=True)):
-            raise RuntimeError(
-                f"{layer.name} has other singular vectors than when the checkpoint was made: start again"
-            )
-        layer.history, layer.start = history, start
-    _open(layers, lambda layer, frozen: layer.replayed(frozen))
+        layer.history = [Period(Factors(*each[:2]).copy(), Factors(*each[2:]).copy()) for each in kept["history"]]
+        layer.start = Factors(*kept["start"]).copy()
+    _open(layers, lambda layer, frozen: layer.replayed(frozen, made[layer]))
 
 
 def export(model: "nn.Module", folder: Path) -> None:

@@ -101,9 +101,8 @@ class RosaLinear(nn.Module):
         # Not buffers: engines would send those to every rank, and they are on the host.
         self.history: list[Period] = []
         self.start: Factors | None = None
-        self.exact: Tensor | None = (
-            None  # W_f in float32 on the host, where the weight is a rounding of it; only where it is factored
-        )
+        # W_f in float32 on the host, where the weight is a rounding of it; only on the rank that factors it
+        self.exact: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """In the input's dtype, rounded once."""
@@ -137,14 +136,21 @@ class RosaLinear(nn.Module):
         chosen = directions(self.selection, min(whole.shape), self.r, self.seed, period, self.name)
         return without(whole, factors(whole, chosen, self.gauge))
 
-    def replayed(self, first: Float[Tensor, "d_out d_in"]) -> Opened:
-        """W_f after the periods of `history`, from that of the first: the same sums in the same order, so the same bits."""
+    def replayed(self, first: Float[Tensor, "d_out d_in"], made: Factors) -> Opened:
+        """W_f after the periods of `history`: of the first, from which `made` was taken out, the same sums in the same order.
+
+        The bits are the same where `made` is what the first period began with. Another machine's SVD may round otherwise: there what
+        was taken out is put back, and W_f is right up to rounding.
+        """
         assert self.start is not None
-        starts = [*(period.start for period in self.history), self.start]
-        opened = Opened(first, starts[0].on(first.device))
+        starts = [each.on(first.device) for each in (*(period.start for period in self.history), self.start)]
+        made = made.on(first.device)
+        opened = Opened(first, starts[0])
+        if not all(torch.equal(*pair) for pair in zip(made, starts[0], strict=True)):
+            opened = without(torch.addmm(first, made.b, made.a), starts[0])
         for period, start in zip(self.history, starts[1:], strict=True):
             end = period.end.on(first.device)
-            opened = without(torch.addmm(opened.frozen, end.b, end.a), start.on(first.device))
+            opened = without(torch.addmm(opened.frozen, end.b, end.a), start)
         return opened
 
     def as_lora(self) -> Factors:
