@@ -171,7 +171,7 @@ CLAIMS["rosa"] = Claims(
     read_back_within=1e-5,
     draws=True,
     exports=CLAIMS["lora"].exports,
-    frozen=CLAIMS["lora"].count,  # the factors that it began with
+    frozen=lambda layers, config: config.r * sum(i + o for i, o in layers),  # the factors that it began with
 )
 QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True, "icq": True}  # whether a kind rounds the weights
 KEPT_APART = ("icq",)  # kinds that keep a part of the weight beside it

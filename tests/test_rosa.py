@@ -43,6 +43,12 @@ SHAPES = ((64, 192), (192, 64), (64, 32), (5, 3))  # (out, in)
 gauges = pytest.mark.parametrize("gauge", ["sqrt", "code"])
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(process: None) -> None:  # noqa: F811
+    """Two threads wait for each other longer than they compute, where other processes want the cores as well: SVDs are small here."""
+    torch.set_num_threads(1)
+
+
 def spec_with(name: str, dtype: str = "float32", **changes: Any) -> RunSpec:
     """A cell with the entry's settings, changed."""
     config = dataclasses.replace(catalogue.adapter("rosa_r8").config, **changes)

@@ -18,6 +18,13 @@ from finrepro import PROJECT, partition, runtime
 from finrepro.adapters import rosa as method
 from finrepro.train import Interrupted, learning_rate
 
+
+@pytest.fixture(autouse=True)
+def _one_thread(process: None) -> None:  # noqa: F811
+    """Two threads wait for each other longer than they compute, where other processes want the cores as well: SVDs are small here."""
+    torch.set_num_threads(1)
+
+
 AFTER_STEP = method.after_step
 BY_DEFAULT = ((LLAMA, "ddp", 0), (GPT2, "deepspeed", 2), (LLAMA, "deepspeed", 3))
 RUNS = [(name, *engine) for name in MINIATURES for engine in ENGINES]
@@ -103,7 +110,7 @@ def cut(spec: Any, steps: int, folder: Path) -> dict[str, Any]:
     seen: list[Any] = []
     with pytest.raises(Interrupted):
         run(spec, folder, stop=lambda: len(seen) >= steps, seen=seen)
-    runtime.setup(123, 2)
+    runtime.setup(123, 1)
     return run(spec, folder)
 
 
@@ -111,12 +118,13 @@ def cut(spec: Any, steps: int, folder: Path) -> dict[str, Any]:
     ("name", "engine", "stage", "dtype", "steps"),
     [
         (GPT2, "ddp", 0, "float32", 4),  # in the middle of the second period
-        (LLAMA, "deepspeed", 2, "bfloat16", 7),  # of the third
+        (LLAMA, "ddp", 0, "bfloat16", 7),  # of the third
         *(
             pytest.param(name, *engine, dtype, steps, marks=pytest.mark.slow)
             for name, engine, dtype, steps in (
                 (LLAMA, ("deepspeed", 0), "float32", 3),  # right after a resample
                 (LLAMA, ("deepspeed", 1), "float32", 7),
+                (LLAMA, ("deepspeed", 2), "bfloat16", 7),
                 (GPT2, ("deepspeed", 3), "float32", 7),
                 (GPT2, ("deepspeed", 3), "bfloat16", 4),
                 (LLAMA, ("ddp", 0), "float32", 8),  # nothing is left to do
