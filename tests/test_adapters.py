@@ -244,6 +244,16 @@ CLAIMS["loftq"] = Claims(
     still=(),
     exports=CLAIMS["lora"].exports,
 )
+CLAIMS["rosa"] = Claims(
+    quantized=False,
+    count=CLAIMS["lora"].count,
+    read_back=read_adapter,
+    at_first=1e-5,  # it splits W, and sums the parts
+    read_back_within=1e-5,
+    draws=True,
+    exports=CLAIMS["lora"].exports,
+    frozen=lambda layers, config: config.r * sum(i + o for i, o in layers),  # the factors that it began with
+)
 QUANTIZED = {"none": False, "bnb_4bit": True, "bnb_int8": True, "icq": True}  # whether a kind rounds the weights
 KEPT_APART = ("icq",)  # kinds that keep a part of the weight beside it
 ACTIVATION_STEP = 20  # a small change of an activation that is rounded to 8 bits becomes a whole step, or nothing
