@@ -202,16 +202,15 @@ def trainable_parameters(model, config):
 def test_a_new_adapter_is_a_file_and_an_entry(copy: Path):
     before = listed(copy, "cells", "--scale", "smoke", "--full")
     (copy / "finrepro" / "adapters" / "bitfit.py").write_text(ADAPTER)
-    add(copy / "configs" / "adapters.yaml", {"bitfit": {"kind": "bitfit", "also_norms": True}})
-    table = copy / "configs" / "tables" / "table3.yaml"
-    table.write_text(re.sub(r"(adapter: \[.*)\]", r"\1, bitfit]", table.read_text()))
+    add(copy / "configs" / "adapters.yaml", {"bitfit_norms": {"kind": "bitfit", "also_norms": True}})
     after = listed(copy, "cells", "--scale", "smoke", "--full")
     lines = {line.split()[0]: line for line in after.splitlines() if "bitfit" in line and "-s0" in line}
-    assert "gpt2_127m_mini-none-bitfit-tfns-s0" in lines
+    assert "gpt2_127m_mini-none-bitfit_norms-tfns-s0" in lines
     assert (
-        "refused" in lines["llama3_1_8b_mini-nf4-bitfit-fpb-s0"]
-        and "has no biases" in lines["llama3_1_8b_mini-nf4-bitfit-fpb-s0"]
+        "refused" in lines["llama3_1_8b_mini-nf4-bitfit_norms-fpb-s0"]
+        and "has no biases" in lines["llama3_1_8b_mini-nf4-bitfit_norms-fpb-s0"]
     )
+    assert "gpt2_127m_mini-none-bitfit_norms-tfns-s0" in listed(copy, "cells", "--scale", "smoke")  # the table runs it
     ids = dict(re.findall(r"^(\S+-s0) +([0-9a-f]{12})", before, re.MULTILINE))
     assert ids and ids.items() <= dict(re.findall(r"^(\S+-s0) +([0-9a-f]{12})", after, re.MULTILINE)).items()
 
