@@ -87,7 +87,11 @@ def once_more(handle: Any, config: Any, step: int, max_steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("mutant", "engine", "stage"),
-    [(keeps_the_moments, "ddp", 0), (sets_the_model_alone, "deepspeed", 2), (once_more, "ddp", 0)],
+    [
+        (keeps_the_moments, "ddp", 0),
+        (once_more, "ddp", 0),
+        pytest.param(sets_the_model_alone, "deepspeed", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_laws_find_a_resample_that_does_less(mutant: Any, engine: Any, stage: int, tmp_path: Path) -> None:
     found = run(cell(LLAMA, engine, stage), tmp_path, mutant)
