@@ -18,7 +18,8 @@ from finrepro.adapters import rosa as method
 from finrepro.batches import COLLATE
 from finrepro.checkpoint import Control
 from finrepro.engine import collect_trained, inference
-from finrepro.layers.rosa import directions, factors
+from finrepro.layers import rosa
+from finrepro.layers.rosa import RosaLinear, directions, factors
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.model import load
 from finrepro.schema import Choice
@@ -169,6 +170,29 @@ def learned(tensors: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def noisy(together: bool) -> Iterator[None]:
+    """Inside, an SVD comes out another way on every rank. Without `together` they do not share the work: a mutant."""
+    rank, kept, shared = runtime.ranks().rank, rosa.factors, method._open
+    rosa.factors = lambda weight, *more: kept(weight * (1 + 1e-4 * rank), *more)
+    method._open = shared if together else alone
+    try:
+        yield
+    finally:
+        rosa.factors, method._open = kept, shared
+
+
+def alone(layers: list[RosaLinear], compute: Callable[..., Any]) -> list[Any]:
+    """Every rank for itself."""
+    starts = []
+    for layer in layers:
+        weight = layer.base_layer.weight
+        frozen, start = layer.kept(compute(layer, layer.frozen(weight.detach().clone())), weight.dtype)
+        partition.fill(weight, frozen)
+        starts.append(start)
+    return starts
+
+
 def main(folder: Path) -> None:
     """Every engine on several ranks."""
     runtime.quiet_environment()
@@ -176,6 +200,9 @@ def main(folder: Path) -> None:
     here, found = runtime.ranks(), {}
     for key in RANKED:
         found[key] = run(cell(*key), folder / str(here.world_size) / "-".join(map(str, key)))
+    for together in (True, False):
+        with noisy(together):
+            found["noisy", together] = run(cell(), folder / str(here.world_size) / f"noisy-{together}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
 
 
