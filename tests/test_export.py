@@ -29,7 +29,7 @@ from finrepro.exporting.command import export
 from finrepro.exporting.layout import Layout, layout
 from finrepro.exporting.recorded import Damaged, find
 from finrepro.manifest import damaged_files
-from finrepro.model import load_tokenizer
+from finrepro.model import load, load_tokenizer
 from finrepro.place import Place
 from finrepro.result import header
 from finrepro.schema import Choice
@@ -538,6 +538,26 @@ def test_a_base_that_a_method_changes_goes_along(
     again = verify.reload(found.spec, place.store.root / "exports" / f"{run_id}-peft", Layout("peft", adapter="."),
                           folder, torch.device("cpu"), prompts)  # fmt: skip
     broken(equal, again, expected)
+
+
+def test_another_kind_of_peft_folder_needs_nothing_of_its_own(tmp_path: Path):
+    """AdaLoRA as PEFT saves it, with ranks that were pruned."""
+    import peft
+
+    ids, spec = [[5, 9, 200, 31]], spec_of(GPT2)
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=6, target_r=2, total_step=4, target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    model: Any = stir(peft.get_peft_model(load(spec, None), config))
+    model(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+    model.base_model.update_and_allocate(3)
+    expected = rebuild.logits(model, ids)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    adapted = rebuild.read_peft(load(spec, None), tmp_path)
+    equal(rebuild.logits(adapted, ids), expected)
+    merged = write.merge_peft(rebuild.stripped(adapted), tmp_path)
+    equal(rebuild.logits(merged, ids), expected)
+    broken(equal, rebuild.logits(load(spec, None), ids), expected)
 
 
 def test_the_card_says_what_the_result_says_and_nothing_else(begun: Place, tmp_path: Path):
