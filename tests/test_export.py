@@ -483,6 +483,14 @@ def from_hub(configs: Path, tmp_path: Path) -> Callable[[str], tuple[Place, RunS
     return make_hub
 
 
+@slow
+def test_random_weights_go_along(place: Place, tmp_path: Path):
+    folder = export(seal(place, miniature(GPT2, "lora_r4", "nf4")), "peft", tmp_path / "out", place)
+    safe(folder)
+    assert (folder / "base" / "tokenizer.json").is_file()
+    assert "**The base has random weights**" in (folder / "README.md").read_text()
+
+
 def unreachable(model: Any) -> Path:
     raise EnvironmentFault(f"could not fetch {model.hub.id}: no network.")
 
