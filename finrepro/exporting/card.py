@@ -46,7 +46,8 @@ def front_matter(recorded: Recorded, planned: Layout) -> dict[str, Any]:
     hubs = [_dataset(name).config.hub for name in _datasets(recorded) if _dataset(name) is not None]
     if ids := sorted({hub.id for hub in hubs if hub}):
         values["datasets"] = ids
-    tags = ["finrepro", spec.adapter.kind, spec.quantizer.name, spec.model.family, f"{spec.model.scale}-scale"]
+    trained = [] if planned.format == "base" else [spec.adapter.kind]
+    tags = ["finrepro", *trained, spec.quantizer.name, spec.model.family, f"{spec.model.scale}-scale"]
     return values | {"library_name": LIBRARY[planned.format], "pipeline_tag": "text-generation", "tags": tags}
 
 
@@ -58,11 +59,12 @@ def _what(recorded: Recorded, planned: Layout) -> str:
         f"- run: `{recorded.run_id}`, cell `{recorded.result['label']}`, seed {spec.seed}",
         f"- base: {spec.model.name}{address}"
         + (f"; {reason}" if (reason := planned.why_own or own_base(spec)) else "")
-        + "; its licence is not recorded here: its own terms hold",
+        + f"; its licence is not in the catalogue{': the terms on its page hold' if hub else ''}",
         f"- base stored as: {spec.quantizer.name} ({_settings(spec.quantizer)}), the rest in {spec.model.dtype}",
         f"- adapter: {spec.adapter.name} ({_settings(spec.adapter)})",
         f"- trained on: {cell['train_on']}, {spec.train.max_steps} steps of {spec.train.global_batch_size} examples, "
-        f"learning rate {spec.train.lr:g}",
+        f"learning rate {spec.train.lr:g}; on {cell['devices']} device(s) of the kind {cell['device_type'] or 'not recorded'}",
+        *(f"- {note}" for note in cell["notes"]),
     ]
     if spec.model.scale == "smoke":
         text = f"**A smoke result: not to be compared with published ones.** {spec.model.name} is a miniature of {spec.model.miniature_of}."
@@ -148,7 +150,8 @@ def _scores(recorded: Recorded, planned: Layout) -> str:
     base = (
         f"on the base as {spec.quantizer.name} stores it" if spec.quantizer.kind != "none" else f"in {spec.model.dtype}"
     )
-    text = f"{trained}, {base}. {K5[planned.format].format(dtype=spec.model.dtype, dequantized=dequantized)}"
+    said = "That is this export." if recorded.is_whole_model and planned.format == "merged" else K5[planned.format]
+    text = f"{trained}, {base}. {said.format(dtype=spec.model.dtype, dequantized=dequantized)}"
     if not found:
         return f"## Scores\n\nNone: this run was not scored. {text}"
     level = f"{spec.evaluation.confidence:.0%}"

@@ -43,6 +43,9 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     spec = recorded.spec
     runtime.quiet_environment()
     device = runtime.setup(spec.seed, spec.threads)
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device.type
+    )  # DeepSpeed, which Transformers imports, then need not say what it found
     logging.getLogger("bitsandbytes").setLevel("ERROR")  # a notice at each int8 layer
     from finrepro.exporting import answers, rebuild, verify, write
     from finrepro.exporting.card import card
@@ -52,7 +55,7 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     if planned.format == "peft":
         write.check_adapter(recorded, planned)
     prompts = rebuild.encoded_prompts(begun.tokenizer)
-    print("making the run's model again")
+    print(f"making the run's model again, on a {device.type}")
     model: Any = None
     if planned.format == "base" or not recorded.is_whole_model:
         model = rebuild.base_model(recorded, begun, device)

@@ -54,6 +54,8 @@ def own_base(spec: RunSpec) -> str | None:
         return str(reason)
     if spec.weights == "random":
         return f"its weights are random, drawn from seed {spec.seed}"
+    if spec.weights == "scratch":
+        return f"it is the model's initialisation, drawn from seed {spec.seed}"
     if spec.base_run is not None:
         return f"it was trained here, in run {spec.base_run}, and is on no hub"
     return None
