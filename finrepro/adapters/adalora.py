@@ -13,8 +13,8 @@ from pydantic import Field
 from finrepro.adapters.lora import export, misfit
 from finrepro.schema import Choice, Count, Positive, Share, settings
 
-# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out (`rank_pattern`); reading such a file it warns,
-# wrongly, that it ignores the pattern.
+# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out (`rank_pattern`), and when it reads such a
+# file it warns, wrongly, that it ignores the pattern.
 __all__ = [
     "Config",
     "after_step",
