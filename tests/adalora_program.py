@@ -28,7 +28,8 @@ SHORT = {
     "tfinal": 3,
     "deltaT": 2,
 }  # chooses after steps 2, 4, 6, 7
-QUANTIZERS = ("none", "nf4")
+# (engine, ZeRO stage, quantizer)
+CELLS = (*((*each, "none") for each in ENGINES), ("ddp", 0, "nf4"), ("deepspeed", 3, "nf4"))
 
 
 def settings(**changes: Any) -> Choice:
@@ -65,11 +66,10 @@ def main(folder: Path) -> None:
     runtime.setup(0, 1)
     here = runtime.ranks()
     found = {
-        (engine, stage, quantizer): run(
-            spec(engine=engine, stage=stage, quantizer=quantizer), folder / str(here.world_size)
-        )[1]
-        for quantizer in QUANTIZERS
-        for engine, stage in ENGINES
+        (engine, stage, quantizer): run(spec(engine=engine, stage=stage, quantizer=quantizer), folder / "checkpoints")[
+            1
+        ]
+        for engine, stage, quantizer in CELLS
     }
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
 

@@ -28,7 +28,6 @@ from fixtures_model import (
     stir,
 )
 from safetensors.torch import load_file
-from steps_program import ENGINES
 
 from finrepro import PROJECT, catalogue, runtime
 from finrepro.adapters import adalora
@@ -313,7 +312,7 @@ def cut(cell: Any, folder: Path, after: int) -> dict[str, Any]:
     [
         ("ddp", 0, 5),
         ("ddp", 0, 8),
-        *(pytest.param("deepspeed", stage, 5, marks=pytest.mark.slow) for stage in range(4)),
+        *(pytest.param("deepspeed", stage, 5, marks=pytest.mark.slow) for stage in (2, 3)),
     ],
 )
 def test_a_run_resumed_within_the_schedule_ends_like_a_whole_one(
@@ -339,22 +338,20 @@ def test_two_ranks_take_away_the_triplets_of_one_on_every_engine(tmp_path: Path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
     environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    for start in ([], launcher):
-        call = [sys.executable, *start, str(PROJECT / "tests" / "adalora_program.py"), str(tmp_path)]
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in ("1-0", "2-0", "2-1"))
-    for quantizer in program.QUANTIZERS:
-        right = one["ddp", 0, quantizer]
-        for engine, stage in ENGINES:
-            for found in (one, first, second):
-                mine = found[engine, stage, quantizer]
-                assert mine["losses"] == pytest.approx(right["losses"], rel=1e-5) and mine["tokens"] == right["tokens"]
-                assert same_choice(mine, right)
-                for name, value in mine["weights"].items():
-                    if value.numel():  # at ZeRO-3 they are collected on the first of several ranks
-                        assert (value - right["weights"][name]).norm() <= 1e-3 * right["weights"][name].norm(), name
-    assert not same_choice(one["ddp", 0, "none"], one["ddp", 0, "nf4"]), "cells that are all alike prove nothing"
+    call = [sys.executable, *launcher, str(PROJECT / "tests" / "adalora_program.py"), str(tmp_path)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=False) for rank in (0, 1))
+    one = {name: trained(spec(quantizer=name), tmp_path / name)[1] for name in ("none", "nf4")}
+    for key in program.CELLS:
+        right = one[key[2]]
+        for mine in (first[key], second[key]):
+            assert mine["losses"] == pytest.approx(right["losses"], rel=1e-5) and mine["tokens"] == right["tokens"]
+            assert same_choice(mine, right)
+            for name, value in mine["weights"].items():
+                if value.numel():  # at ZeRO-3 they are collected on the first of several ranks
+                    assert (value - right["weights"][name]).norm() <= 1e-3 * right["weights"][name].norm(), name
+    assert not same_choice(one["none"], one["nf4"]), "cells that are all alike prove nothing"
 
 
 # --- what is exported --------------------------------------------------------------------------------------------------------------------
