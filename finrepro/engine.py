@@ -16,7 +16,7 @@ from finrepro.batches import Batch
 from finrepro.catalogue import deepspeed_config
 from finrepro.errors import CellFailed, UsageError
 from finrepro.layers.supervised import ExtraLoss, SupervisedLM, backbone_and_head, objective
-from finrepro.partition import keep_whole
+from finrepro.partition import gather_with_their_layer, keep_whole
 from finrepro.spec import Train
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -143,8 +143,7 @@ class DeepSpeed:
         config = {"gradient_clipping": settings.max_grad_norm if self.clips else 0.0}
         self.engine = _initialize(lm, optimizer, settings, device, config | _bf16(bf16))
         self.stepped_by = self.engine.optimizer
-        if self.extra:
-            keep_whole([parameter for _, parameter in named], lm)
+        keep_whole([parameter for _, parameter in named] if self.extra else [], lm)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # noqa: D102
@@ -202,6 +201,7 @@ def _initialize(module: nn.Module, optimizer: Any, settings: Train, device: torc
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config | more, dist_init_required=False)
+    gather_with_their_layer(module)
     return engine
 
 

@@ -61,3 +61,16 @@ def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> Non
             import deepspeed
 
             deepspeed.zero.register_external_parameter(inside, parameter)
+
+
+def gather_with_their_layer(model: "nn.Module") -> None:
+    """Have DeepSpeed gather what a layer holds in a dictionary or list of parameters together with the layer's own.
+
+    Such a container is a module that is never called, and DeepSpeed gathers the parameters of a module when it is called.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ParameterDict | nn.ParameterList):
+                keep_whole(child.parameters(), module)

@@ -6,13 +6,28 @@ paper's equations, for PEFT's own read gradients that are gone under ZeRO. Lambd
 """
 
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from finrepro.adapters import lora
+from finrepro.adapters.lora import export, misfit
 from finrepro.schema import Choice, Count, Positive, Share, settings
+
+# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out (`rank_pattern`), and when it reads such a
+# file it warns, wrongly, that it ignores the pattern.
+__all__ = [
+    "Config",
+    "after_step",
+    "apply",
+    "before_step",
+    "export",
+    "extra_loss",
+    "load_state",
+    "state",
+    "supports",
+    "supports_training",
+    "trainable_parameters",
+]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +65,7 @@ class Config:
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer, since it only calls the base layer, or why the rank does not fit the model's layers."""
-    return lora.misfit(model, config.init_r, config.target_modules)
+    return misfit(model, config.init_r, config.target_modules)
 
 
 def supports_training(train: Any, config: Config) -> str | None:
@@ -209,16 +224,3 @@ def state(model: Any) -> dict[str, Any]:
 def load_state(model: Any, state: dict[str, Any]) -> None:
     """Take up what `state` gave."""
     model.allocation.load(state, {name: parameter.device for name, parameter in model.named_parameters()})
-
-
-def export(model: Any, folder: Path) -> None:
-    """A plain PEFT folder; of a trained model it holds the triplets that are left, and says which they were (`rank_pattern`)."""
-    told, prefix = model.peft_config["default"], "base_model.model."
-    kept = {} if model.allocation.averages else model.allocation.kept  # what is averaged is not pruned for good yet
-    told.rank_pattern = {
-        f"{name.removeprefix(prefix)}.lora_E.default": each.tolist() for name, each in kept.items()
-    } or None
-    try:
-        lora.export(model, folder)
-    finally:
-        told.rank_pattern = None
