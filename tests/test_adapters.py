@@ -304,12 +304,13 @@ FIRST = {
 
 # Of the miniatures that repeat a family, these alone are tried: their widths are what differs.
 EVERYWHERE = [("lora_r8", "none"), ("lora_r8", "nf4")]
+REPEATING = ("loftq",)  # methods that decompose a weight five times before they begin: one family by default
 SEARCHING = {("loftq", "icq")}  # pairs of kinds that search five times a layer before they begin: slow
 
 
 def by_default(name: str, pair: tuple[str, str]) -> bool:
     """One entry of each pair of kinds but those that search, on both families where the base is plain or in 4 bits, else on Llama's."""
-    both = kinds_of(*pair)[1] in ("none", "bnb_4bit")
+    both = kinds_of(*pair)[1] in ("none", "bnb_4bit") and kinds_of(*pair)[0] not in REPEATING
     return pair in FIRST.values() and kinds_of(*pair) not in SEARCHING and (both or name == MINIATURES[1])
 
 

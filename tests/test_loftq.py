@@ -128,7 +128,7 @@ def stores_what_was_compensated(model: Any, dense: Any, choice: Choice) -> None:
 
 
 @pytest.mark.parametrize("name", MINIATURES)
-@pytest.mark.parametrize("quantizer", ["nf4_single", "fp4"])
+@pytest.mark.parametrize("quantizer", ["nf4_single", pytest.param("fp4", marks=pytest.mark.slow)])
 def test_the_base_and_the_factors_are_the_last_iterations(name: str, quantizer: str) -> None:
     spec = spec_of(name, "loftq_r8", quantizer)
     stores_what_was_compensated(make(spec).model, load(spec, None), spec.quantizer)
