@@ -163,7 +163,7 @@ def test_a_plan_prints_every_cell_and_runs_nothing(invoke: Invoke, tmp_path: Pat
 def test_cells_lists_label_run_id_state_and_reason(invoke: Invoke):
     answer = invoke("cells", "--scale", "smoke", "--full", "--seeds", "0", "--only", "gpt2_127m*", HF_HOME="/nowhere")
     rows = {line.split()[0]: line for line in answer.stdout.splitlines() if "-s0 " in line}
-    assert answer.returncode == 0 and len(rows) == 7 * 10 * 9 + 1, "the base as well"
+    assert answer.returncode == 0 and len(rows) == 7 * 14 * 9 + 1, "the base as well"
     assert "not run" in rows["gpt2_127m_mini-none-full-tfns-s0"]
     assert (
         "skipped" in rows["gpt2_127m_mini-none-full-fpb-s0"] and "--data-dir" in rows["gpt2_127m_mini-none-full-fpb-s0"]

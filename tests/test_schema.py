@@ -108,8 +108,8 @@ def test_every_package_of_kinds_has_some_and_each_can_be_imported(package: str):
 
 
 def test_an_unknown_kind_names_the_known_ones():
-    with pytest.raises(UsageError, match=r"^adapters\.x: unknown kind 'lroa'\. Did you mean 'lora'\? Allowed: .*full"):
-        choose("adapters", "x", {"kind": "lroa"}, "adapters.x")
+    with pytest.raises(UsageError, match=r"^adapters\.x: unknown kind 'ful'\. Did you mean 'full'\? Allowed: .*full"):
+        choose("adapters", "x", {"kind": "ful"}, "adapters.x")
 
 
 @pytest.mark.parametrize("entry", [{}, {"kind": 3}, {"kind": None}, {"kind": ["lora"]}, [], "lora", None])
