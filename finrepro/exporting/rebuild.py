@@ -105,7 +105,9 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="Specified to not")  # VeRA's matrices, drawn again from their key
-        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match.*lora_E")  # PEFT's own words for AdaLoRA
+        warnings.filterwarnings(
+            "ignore", message=".*rank_pattern keys did not match.*lora_E"
+        )  # PEFT's own words for AdaLoRA
         yield
 
 
