@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["Config", "apply", "export", "prepare", "supports", "trainable_parameters"]
+__all__ = ["Config", "apply", "export", "own_base", "prepare", "supports", "trainable_parameters"]
 
 
 @settings
@@ -75,6 +75,11 @@ def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any
     Raises `ValueError` when a target names no layer, or has not been through the first stage.
     """
     return lora.apply_from(model, _as_lora(config), seed, prepared, "LoftQ")
+
+
+def own_base(quantizer: Choice, config: Config) -> str:
+    """Why the base of a run is not W as everybody quantizes it."""
+    return "its codes are LoftQ's, which make room for what the adapter starts from"
 
 
 def _as_lora(config: Config) -> lora.Config:

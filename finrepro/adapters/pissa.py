@@ -7,6 +7,7 @@ it has to be made before, in a first stage, which is `prepare`. Dropout is no se
 What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0 A_0) = s [B, -B_0] [A; A_0].
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,6 +104,32 @@ def export(model: "nn.Module", folder: Path) -> None:
     written.fan_in_fan_out = base.model_type == "gpt2"  # as the original layers lie, whatever the base was stored as
     written.save_pretrained(folder)
     lora.sort_settings(folder)
+
+
+def own_base(quantizer: Choice, config: Config) -> str | None:
+    """Why the base of a run is not W as everybody stores it: it is q(W_res). None without rounding: W and the exported change."""
+    if quantizer.module("quantizers").linear is None:
+        return None
+    return "it is what PiSSA's first stage has left of the weights, quantized"
+
+
+def on_own_base(weights: Path, folder: Path) -> None:
+    """Write the trained half of an exported file, a plain PEFT folder of rank r for the base W_res."""
+    from safetensors.torch import load_file, save_file
+
+    settings = json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
+    r = settings["r"] // 2
+    halves = {
+        name: (each[:r] if ".lora_A." in name else each[:, :r]).contiguous()
+        for name, each in load_file(weights / "adapter_model.safetensors").items()
+    }
+    save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings |= {
+        "r": r,
+        "lora_alpha": settings["lora_alpha"] // 2,
+        "fan_in_fan_out": False,
+    }  # quantized layers lie as (out, in)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _as_lora(config: Config) -> lora.Config:

@@ -32,7 +32,9 @@ def export(run_id: str, wanted: str, out: Path | None, place: Place) -> Path:
     target = out or place.store.root / "exports" / f"{run_id}-{wanted}"
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already: say another with --out, or move it away.")
-    with _new_folder(target) as partial:
+    from finrepro.exporting.rebuild import on_its_base
+
+    with _new_folder(target) as partial, on_its_base(recorded) as recorded:
         _fill(recorded, layout(recorded.spec, wanted), partial, place)
     print(f"exported to {target}")
     return target

@@ -6,8 +6,9 @@ A method may say otherwise, by optional names of its module:
 - quantizers: `loading(config)`, Transformers' settings under which it makes or reads such layers; `own_base(config)`, why that gives
   another base than the run's; `weight(layer)`, the (out, in) that a layer stands for; `BESIDE`, the names of a layer's tensors that only
   this package reads, where its method `as_frozen_lora()` gives (A, B) of what it adds to the layer that Transformers makes;
-- adapters: `own_base(quantizer, config)`, why `apply` leaves another base, on which its export stands; `read(model, folder)`, which puts
-  the export on the base; `merge(model, folder)`, which puts it into the weights; `WHOLE_MODEL`, that the export is a model by itself.
+- adapters: `own_base(quantizer, config)`, why `apply` leaves another base, on which its export stands, or on which `on_own_base(weights,
+  folder)` makes it stand; `read(model, folder)`, which puts the export on the base; `merge(model, folder)`, which puts it into the
+  weights; `WHOLE_MODEL`, that the export is a model by itself.
 """
 
 from dataclasses import dataclass

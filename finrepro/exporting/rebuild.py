@@ -1,5 +1,7 @@
 """The model of a finished run, made again: its base as it was stored, and what it has trained on top."""
 
+import dataclasses
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +62,18 @@ def start(recorded: Recorded, place: Place, wanted: str) -> Start:
     if folder is not None and digest and tokenizer_digest(folder) != digest:
         raise EnvironmentFault(f"{folder}: the tokenizer is not the one that run {recorded.run_id} used.")
     return Start(folder, tokenizer)
+
+
+@contextmanager
+def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
+    """The run with its adapter as it stands on the base that it was trained on, where its file is for another one."""
+    written = getattr(recorded.spec.adapter.module("adapters"), "on_own_base", None)
+    if written is None or changed_base(recorded.spec) is None:
+        yield recorded
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written(recorded.weights, Path(folder))
+        yield dataclasses.replace(recorded, elsewhere=Path(folder))
 
 
 def base_model(recorded: Recorded, begun: Start, device: torch.device) -> Any:

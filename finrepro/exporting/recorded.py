@@ -25,11 +25,15 @@ class Damaged(FinreproError):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A finished run: its result.json, its folder, and its spec without the tasks, which no model is made of."""
+    """A finished run: its result.json, its folder, and its spec without the tasks, which no model is made of.
+
+    `elsewhere` is a folder to be taken for its `weights/`.
+    """
 
     result: dict[str, Any]
     folder: Path
     spec: RunSpec
+    elsewhere: Path | None = None
 
     @property
     def run_id(self) -> str:
@@ -39,7 +43,7 @@ class Recorded:
     @property
     def weights(self) -> Path:
         """What the run has trained."""
-        return self.folder / "weights"
+        return self.elsewhere or self.folder / "weights"
 
     @property
     def is_whole_model(self) -> bool:
