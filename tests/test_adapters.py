@@ -314,6 +314,13 @@ def by_default(name: str, pair: tuple[str, str]) -> bool:
     return pair in FIRST.values() and kinds_of(*pair) not in SEARCHING and (both or name == MINIATURES[1])
 
 
+def families_of(pair: tuple[str, str]) -> tuple[str, ...]:
+    """The miniatures that a pair is tried on: one of each family; of a method that repeats itself, only its first pair."""
+    if kinds_of(*pair) in SEARCHING or (kinds_of(*pair)[0] in REPEATING and pair not in FIRST.values()):
+        return MINIATURES[1:]
+    return ALL_MINIATURES if pair in EVERYWHERE else MINIATURES
+
+
 def over(pairs: Iterable[tuple[str, str]]) -> Any:
     """Parameters `name`, `adapter`, `quantizer`: every pair on a miniature of each family; most of it is slow."""
     return pytest.mark.parametrize(
@@ -321,7 +328,7 @@ def over(pairs: Iterable[tuple[str, str]]) -> Any:
         [
             pytest.param(name, *pair, marks=() if by_default(name, pair) else pytest.mark.slow)
             for pair in pairs
-            for name in (ALL_MINIATURES if pair in EVERYWHERE else MINIATURES)
+            for name in families_of(pair)
         ],
     )
 
