@@ -44,6 +44,7 @@ from finrepro.train import Interrupted
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 LAYERS = 14  # of the tiny Llama
 both = pytest.mark.parametrize("name", MINIATURES)
+one_by_default = pytest.mark.parametrize("name", [pytest.param(MINIATURES[0], marks=pytest.mark.slow), MINIATURES[1]])
 
 
 def trained(cell: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -153,7 +154,7 @@ def test_the_regulariser_is_numpys(name: str) -> None:
     broken(is_the_regulariser, model, config, lambda *_: config.orth_reg_weight * mean_distance(pairs[1:]))
 
 
-@both
+@one_by_default
 def test_the_regulariser_is_in_no_loss_that_is_recorded_or_evaluated(name: str, tmp_path: Path) -> None:
     """Recorded: the first loss is the same however much it weighs, the third is not. Evaluated: the likelihood; PEFT's own adds it."""
     light, heavy = (
@@ -267,6 +268,7 @@ def test_the_law_finds_another_score_and_a_regrown_triplet(tmp_path: Path, monke
         broken(chooses_as_numpy, spec(), tmp_path / "set", patch)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_cut_into_smaller_batches_measures_the_same(tmp_path: Path) -> None:
     """The gradient is the whole global batch's."""
     (_, one), (_, many) = (trained(spec(max_tokens=size), tmp_path / str(size)) for size in (512, 40))
@@ -311,7 +313,7 @@ def cut(cell: Any, folder: Path, after: int) -> dict[str, Any]:
     ("engine", "stage", "after"),
     [
         ("ddp", 0, 5),
-        ("ddp", 0, 8),
+        pytest.param("ddp", 0, 8, marks=pytest.mark.slow),
         *(pytest.param("deepspeed", stage, 5, marks=pytest.mark.slow) for stage in (2, 3)),
     ],
 )
@@ -322,6 +324,7 @@ def test_a_run_resumed_within_the_schedule_ends_like_a_whole_one(
     same_bits(cut(cell, tmp_path / "cut", after), trained(cell, tmp_path / "whole")[1])
 
 
+@pytest.mark.slow
 def test_the_law_finds_a_resumed_run_without_its_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(spec(), tmp_path / "whole")[1]
     known = Allocation.load
