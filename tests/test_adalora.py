@@ -399,7 +399,7 @@ def test_it_starts_as_the_paper_says(name: str) -> None:
     assert not any(each.any() for key, each in named(model).items() if "lora_E" in key)
 
 
-# reference/methods.md 1.1: modules, LoRA parameters a unit of rank
+# Modules, LoRA parameters a unit of rank
 COUNTS = {
     "gpt2_127m": (48, 147_456),
     "gpt2_1_5b": (192, 1_228_800),

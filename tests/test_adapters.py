@@ -471,7 +471,7 @@ def test_trainable_parameters_are_counted_by_the_closed_form(name: str, adapter:
     broken(count_is_the_closed_form, built.model, spec, built.trainable_parameters)
 
 
-# reference/methods.md 1.1: adapted modules, LoRA parameters a unit of rank, and what DoRA adds
+# Adapted modules, LoRA parameters a unit of rank, and what DoRA adds
 LORA_COUNTS = {
     "gpt2_127m": (48, 147_456, 82_944),
     "gpt2_1_5b": (192, 1_228_800, 691_200),

@@ -200,7 +200,7 @@ def test_an_empty_batch_has_no_loss_and_a_whole_graph(name: str, adapter: str, q
 
 @everywhere
 def test_transformers_own_packing_leaks_with_a_cache_and_ours_does_not(name: str) -> None:
-    """Trap 1 of reference/stack.md: position ids isolate packed sequences only while no key-value cache is in use."""
+    """Position ids isolate packed sequences only while no key-value cache is in use."""
     examples = random_examples(5, count=3)
     batch = end_to_end(examples)
     spec = spec_of(name)

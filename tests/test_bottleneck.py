@@ -145,7 +145,7 @@ def test_every_block_has_two_adapters_and_its_norms_are_trained_where_asked(name
     assert trained == set(method._tensors(model))
 
 
-# reference/methods.md 1.1, m = 64: 2 (2 m d + m + d) a block, and the blocks' layer norms
+# At m = 64: 2 (2 m d + m + d) a block, and the blocks' layer norms
 COUNTS = {
     "gpt2_127m": (2_379_264, 36_864),
     "gpt2_1_5b": (19_820_544, 307_200),

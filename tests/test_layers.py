@@ -194,7 +194,7 @@ def shapes(layers: dict[str, nn.Module]) -> list[tuple[int, int]]:
     return [tuple(w.weight.shape) if is_conv1d(w) else tuple(w.weight.shape[::-1]) for w in layers.values()]  # type: ignore[union-attr, misc]
 
 
-# reference/methods.md 1.1: adapted modules, linear weights, LoRA parameters per unit of rank
+# Adapted modules, linear weights, LoRA parameters per unit of rank
 CLOSED_FORMS = {
     "gpt2_127m": (48, 12 * 12 * 768**2, 147_456),
     "gpt2_1_5b": (192, 48 * 12 * 1600**2, 1_228_800),

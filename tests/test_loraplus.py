@@ -14,7 +14,7 @@ from fixtures_model import CPU, MINIATURES, broken, make, process, random_exampl
 from torch import Tensor, nn
 
 from finrepro import catalogue, rates, runtime
-from finrepro.adapters import lora
+from finrepro.adapters import iec, lora
 from finrepro.batches import COLLATE
 from finrepro.checkpoint import Control
 from finrepro.errors import UsageError
@@ -35,6 +35,11 @@ over_engines = pytest.mark.parametrize(
 def plus(**changes: Any) -> Choice:
     config = dataclasses.asdict(catalogue.adapter("loraplus_r8").config)
     return Choice(name="changed", kind="lora", config=lora.Config(**config | changes))
+
+
+def iec_plus() -> Choice:
+    config = dataclasses.asdict(catalogue.adapter("iec_r8").config)
+    return Choice(name="changed", kind="iec", config=iec.Config(**config | {"lr_ratio_b": RATIO}))
 
 
 def spec_with(adapter: str | Choice, name: str = MINIATURES[1], quantizer: str = "none", **train: Any) -> RunSpec:
@@ -91,15 +96,20 @@ def computes_alike(one: tuple[list[float], dict[str, Tensor]], two: tuple[list[f
 @over_engines
 @pytest.mark.parametrize(
     ("adapter", "quantizer"),
-    [("loraplus_r8", "none"), pytest.param("loraplus_r8", "nf4", marks=pytest.mark.slow), ("dora", "nf4")],
+    [
+        ("loraplus_r8", "none"),
+        pytest.param("loraplus_r8", "nf4", marks=pytest.mark.slow),
+        ("dora", "nf4"),
+        pytest.param("iec", "nf4", marks=pytest.mark.slow),
+    ],
 )
 def test_every_engine_equals_a_plain_loop_with_two_rates(
     adapter: str, quantizer: str, engine: Any, stage: int, tmp_path: Path
 ) -> None:
-    """Also with DoRA, whose magnitudes keep A's rate, where DoRA can run."""
-    method: str | Choice = plus(use_dora=True) if adapter == "dora" else adapter
+    """Also with DoRA, whose magnitudes keep A's rate, where DoRA can run, and with IEC, whose scalars do."""
+    method: str | Choice = {"dora": plus(use_dora=True), "iec": iec_plus()}.get(adapter, adapter)
     spec = spec_with(method, quantizer=quantizer, engine=engine, zero_stage=stage)
-    if lora.supports(spec.model, spec.quantizer, stage, spec.adapter.config):
+    if spec.adapter.module("adapters").supports(spec.model, spec.quantizer, stage, spec.adapter.config):
         assert (adapter, stage) == ("dora", 3)
         return
     found = trained(spec, tmp_path)
@@ -132,10 +142,11 @@ def test_the_ratio_holds_at_every_step_and_in_a_resumed_run(
     assert seen == [[(1.0, rate), (RATIO, RATIO * rate)] for rate in expected]
 
 
-@pytest.mark.parametrize("adapter", ["loraplus_r8", "dora", "lora_r8", "full"])
+@pytest.mark.parametrize("adapter", ["loraplus_r8", "dora", "iec", "lora_r8", "full"])
 def test_the_groups_hold_every_trained_parameter_once_at_its_rate(adapter: str) -> None:
-    """A and DoRA's magnitudes at the plain rate, B at its multiple; what has one rate keeps the optimizer's own groups."""
-    spec = spec_with(plus(use_dora=True) if adapter == "dora" else adapter)
+    """A, DoRA's magnitudes and IEC's scalars at the plain rate, B at its multiple; what has one rate keeps the optimizer's own groups."""
+    method: str | Choice = {"dora": plus(use_dora=True), "iec": iec_plus()}.get(adapter, adapter)
+    spec = spec_with(method)
     model = make(spec).model
     optimizer = optimizer_of(spec, model, rates.scale_of(spec.adapter))
     held = [id(each) for group in optimizer.param_groups for each in group["params"]]
@@ -144,7 +155,7 @@ def test_the_groups_hold_every_trained_parameter_once_at_its_rate(adapter: str) 
     ratio = spec.adapter.config.lr_ratio_b if adapter != "full" else 1.0
     for name, each in named(model):
         assert factor[id(each)] == (ratio if "lora_B" in name else 1.0), name
-    assert len(optimizer.param_groups) == {"loraplus_r8": 2, "dora": 3, "lora_r8": 1, "full": 2}[adapter]
+    assert len(optimizer.param_groups) == {"loraplus_r8": 2, "dora": 3, "iec": 3, "lora_r8": 1, "full": 2}[adapter]
     assert all(group["lr"] == group["lr_scale"] for group in optimizer.param_groups)
 
 

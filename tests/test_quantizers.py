@@ -37,7 +37,7 @@ from finrepro.quantizers import bnb_4bit, bnb_int8
 from finrepro.schema import Choice, build, kind_module, kinds
 from finrepro.scoring import text_log_likelihoods
 
-# reference/methods.md 2.1: the sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
+# The sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -266,7 +266,7 @@ def test_a_built_models_bytes_are_those_of_its_parts(name: str, quantizer: str) 
     broken(bytes_are_those_of_its_parts, name, quantizer, found + 1)
 
 
-# reference/methods.md 1.2: GB (1e9 bytes) of the whole model, embeddings, head and norms in bfloat16
+# GB (1e9 bytes) of the whole model, embeddings, head and norms in bfloat16
 STORAGE = {
     "gpt2_127m": {"none": 0.25, "int8": 0.16, "nf4": 0.12},
     "gpt2_1_5b": {"none": 3.12, "int8": 1.64, "nf4": 0.93},
@@ -487,7 +487,7 @@ def test_training_and_evaluation_mode_agree_bitwise_and_evaluation_changes_no_we
 
 @pytest.mark.parametrize("name", MINIATURES)
 def test_repacking_for_the_cpu_would_change_weights_and_numbers(name: str) -> None:
-    """The mutant: bitsandbytes' own default on CPUs with AVX512-BF16 (traps 2 and 3 of reference/stack.md)."""
+    """The mutant: bitsandbytes' own default on CPUs with AVX512-BF16."""
     from bitsandbytes.nn import modules
 
     if not modules.has_avx512bf16():
@@ -529,7 +529,7 @@ def llm_int8(weight: np.ndarray, inputs: np.ndarray, threshold: float) -> np.nda
 
 
 def with_an_outlier(seed: int = 1, column: float = 60.0) -> Tensor:
-    """Normal inputs (32, 512), one column of which is large, as methods.md's Q9 has it. Representable in float16."""
+    """Normal inputs (32, 512), one column of which is large. Representable in float16."""
     inputs = gaussian(32, 512, seed=seed).clamp(-5, 5).half().float()
     inputs[:, 7] = column
     return inputs
@@ -587,7 +587,7 @@ def test_an_int8_layer_computes_llm_int8_in_training_and_in_evaluation(threshold
 
 
 def test_outlier_columns_keep_the_error_small() -> None:
-    """methods.md's Q9: one column at 60 costs less than 2 % with the threshold of 6, and more than three times as much without."""
+    """One column at 60 costs less than 2 % with the threshold of 6, and more than three times as much without."""
     weight, inputs = gaussian(96, 512), with_an_outlier()
     exact = inputs @ weight.T
     errors = [

@@ -22,7 +22,7 @@ from finrepro.train import train
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 both = pytest.mark.parametrize("name", MINIATURES)
-# reference/methods.md 1.1: trained at r 256, and what A and B hold, once
+# Trained at r 256, and what A and B hold, once
 COUNTS = {
     "gpt2_127m": (95_232, 1_572_864),
     "gpt2_1_5b": (740_352, 3_276_800),

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @settings
 class Config:
-    """LoRA's settings, with PEFT's names; the scalars need none."""
+    """LoRA's settings, with PEFT's names, and LoRA+'s ratio; the scalars need none."""
 
     r: Positive
     lora_alpha: Positive
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | tuple[str, ...]
+    lr_ratio_b: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
@@ -37,6 +38,11 @@ def trainable_parameters(model: Any, config: Config) -> int:
 
     sizes = targeted(block_sizes(model), config.target_modules).values()
     return depth(model) * sum(config.r * (i + o) + 2 for i, o in sizes)
+
+
+def lr_scale(name: str, config: Config) -> float:
+    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A and for the scalars, of which LoRA+ says nothing."""
+    return config.lr_ratio_b if name.endswith(".lora_B") else 1.0
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
