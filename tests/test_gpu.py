@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from fixtures_model import (
+    ADAPTERS,
     CPU,
     MINIATURES,
+    QUANTIZERS,
     all_logits,
     answer_log_likelihood,
     assert_close,
@@ -23,13 +25,14 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
+from finrepro import catalogue
 from finrepro.batches import COLLATE, Batch
+from finrepro.cells import refusal
 from finrepro.checkpoint import Control
 from finrepro.generation import generate
 from finrepro.layers.isolated_attention import isolated_attention
 from finrepro.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
 from finrepro.model import build
-from finrepro.quantizers import bnb_4bit
 from finrepro.scoring import choice_log_likelihoods
 from finrepro.tokens import Encoded
 from finrepro.train import train
@@ -154,16 +157,19 @@ def test_scoring_on_the_gpu_gives_the_cpus_labels(name: str, adapter: str, quant
     assert len(set(plain.argmax(-1).tolist())) > 1
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(quant_type: str) -> None:
-    config = dataclasses.replace(spec_of(MINIATURES[0], "lora_r8", "nf4").quantizer.config, quant_type=quant_type)
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("none", "int8")])
+def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(name: str) -> None:
+    choice = catalogue.quantizer(name, "float32")
+    module, config = choice.module("quantizers"), choice.config
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(256, 512, generator=generator), torch.randn(7, 512, generator=generator)
-    here, there = bnb_4bit.encode(weight, config), bnb_4bit.encode(weight.to(CUDA), config)
-    assert (here.codes == there.codes.cpu()).float().mean() > 0.999  # ties at mid-points may fall either way
-    assert_close(bnb_4bit.decode(there).cpu(), bnb_4bit.decode(here), 1e-2)
-    layer = bnb_4bit.linear(there, None)
-    assert_close(layer(inputs.to(CUDA)).cpu(), inputs @ bnb_4bit.decode(there).cpu().T, 1e-3)
+    here, there = module.encode(weight, config), module.encode(weight.to(CUDA), config)
+    packed, packed_there = (getattr(each, "moved", each).codes.cpu() for each in (here, there))
+    # Ties at mid-points may fall either way, and so may the searches of ICQ, a block at a time.
+    assert (packed == packed_there).float().mean() > (0.98 if hasattr(here, "moved") else 0.999)
+    assert_close(module.decode(there).cpu(), module.decode(here), 2e-2)
+    layer = module.linear(there, None)
+    assert_close(layer(inputs.to(CUDA)).cpu(), inputs @ module.decode(there).cpu().T, 1e-3)
     with pytest.raises(AssertionError):
         assert_close(layer(inputs.to(CUDA)).cpu(), inputs @ weight.T, 1e-3)
 
@@ -207,12 +213,19 @@ def trained(name: str, device: torch.device, folder: Path, dtype: Any, **changes
     return [row["loss"] for row in losses]
 
 
+METHODS = [
+    (adapter, quantizer) for adapter in ADAPTERS for quantizer in ("none", "nf4") if adapter not in ("base", "full")
+]
+
+
 @everywhere
-@pytest.mark.parametrize("method", [("lora_r8", "none"), ("lora_r8", "nf4")], ids=["lora", "qlora"])
+@pytest.mark.parametrize("method", METHODS, ids="-".join)
 @pytest.mark.parametrize("engine", ["deepspeed", "ddp"])
 def test_a_bfloat16_cell_in_bins_trains_on_the_gpu_as_in_float32_on_the_cpu(
     name: str, method: tuple[str, str], engine: str, tmp_path: Path
 ) -> None:
+    if reason := refusal(spec_of(name, *method)):
+        pytest.skip(reason)
     gpu = trained(name, CUDA, tmp_path / "gpu", "bfloat16", method=method, layout="bins", engine=engine)
     cpu = trained(name, CPU, tmp_path / "cpu", "float32", method=method, layout="padded")
     assert gpu == pytest.approx(cpu, rel=ROUGH)
