@@ -79,6 +79,8 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"] and "ctx" in first:  # settings that do not go together, in the class's own words
+            raise UsageError(f"{where}: {first['ctx'].get('error', first['msg'])}.") from None
         field = ".".join(str(part) for part in first["loc"]) or "settings"
         given = first.get("input")
         raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
