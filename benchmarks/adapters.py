@@ -2,14 +2,16 @@
 
 One miniature with random weights and the same real batches for all, on a base in float32 and on one in NF4; forward, backward, update and
 whatever an adapter does around a step (AdaLoRA's allocation), in turn. ROSA's factorization, which comes once a period, is timed by itself.
-Memory is what torch's MemTracker counts: every tensor's storage, so that it does not depend on an allocator.
+Memory is the storage of every tensor that an operation of torch makes, counted while it lives: it does not depend on an allocator.
 """
 
+import dataclasses
 import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ runtime.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, write  # noqa: E402
-from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from finrepro import catalogue, data, rates  # noqa: E402
 from finrepro.batches import side_by_side  # noqa: E402
@@ -53,10 +56,42 @@ def specs(quantizer: str) -> dict[str, RunSpec]:
 def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
     """Enough of the real training set for a timing."""
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
-    module, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
-    train = data.load(spec.train_on.dataset, None).splits["train"][: BATCH * STEPS]
+    module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
+    train = data.load(spec.tasks[0].dataset, None).splits["train"][: BATCH * STEPS]
     pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
     return encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the bytes of tensors that live, from those it is given and those that operations make; `peak` is the most."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+        for tensor in tensors:
+            self._add(tensor)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor):
+                self._add(each)
+        return made
 
 
 class Training:
@@ -65,9 +100,10 @@ class Training:
     def __init__(self, spec: RunSpec, rows: Sequence[Encoded]) -> None:
         self.device = torch.device("cpu")
         built = build(spec, None, self.device)
-        self.trained, self.rows, self.step = built.trainable_parameters, rows, 0
-        # Long enough for every schedule, and a long way from its end.
-        settings = spec.train
+        self.model, self.trained, self.rows, self.step = built.model, built.trainable_parameters, rows, 0
+        settings = dataclasses.replace(
+            spec.train, engine="ddp"
+        )  # the one that leaves the optimizer's state where it can be counted
         self.hooks = Hooks(spec.adapter, built.model, settings.max_steps)
         scale = rates.scale_of(spec.adapter)
         self.engine: Engine = start_engine(built.model, settings, self.device, scale, self.hooks.extra_loss)
@@ -89,15 +125,12 @@ class Training:
     def peak_bytes(self) -> int:
         """The most that tensors take within a step, weights, gradients and moments included."""
         gc.collect()
-        tracker = MemTracker()
-        tracker.track_external(self.engine.module, *_stepped(self.engine))  # type: ignore[attr-defined]
-        with tracker:
+        states = self.engine.stepped_by.state.values()
+        held = [*self.model.parameters(), *self.model.buffers(), *tree_leaves([dict(each) for each in states])]
+        held += [each.grad for each in self.model.parameters()]
+        with Counted(each for each in held if isinstance(each, torch.Tensor)) as counted:
             self.one(0)
-        return int(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
-
-
-def _stepped(engine: Engine) -> list[Any]:
-    return [engine.stepped_by]
+        return counted.peak
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     device = runtime.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     built = build(spec, None, device)
-    task = spec.train_on
+    (task,) = spec.tasks
     module, config = task.task.module("tasks"), task.task.config
     splits = data.load(task.dataset, None).splits
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in splits["train"]]

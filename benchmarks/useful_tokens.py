@@ -63,8 +63,8 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
     spec = expand(Selection("3", only=CELL.format(task), weights="random"), "smoke")[0].spec
     device = runtime.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
-    module, config = spec.train_on.task.module("tasks"), spec.train_on.task.config
-    train = data.load(spec.train_on.dataset, data_dir).splits["train"]
+    module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
+    train = data.load(spec.tasks[0].dataset, data_dir).splits["train"]
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in train]
     encoded = encode(tokenizer, pairs, MAX_SEQ_LEN, end=True)
     lengths = [len(example.ids) for example in encoded]
