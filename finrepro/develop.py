@@ -17,7 +17,7 @@ def run_tests(slow: bool, only: str) -> int:
     A file's tests stay in one process, which makes what they share once.
     """
     marks = f"{'' if slow else 'not '}slow and not container and not gpu"
-    workers = ["-n", str(min(4, len(os.sched_getaffinity(0)))), "--dist", "loadfile"]
+    workers = ["-n", str(min(4, len(os.sched_getaffinity(0)))), "--dist", "loadfile", "--no-loadscope-reorder"]
     selected = ["-m", marks, *(["-k", only] if only else workers)]
     return subprocess.call([sys.executable, "-m", "pytest", *selected], cwd=PROJECT)
 

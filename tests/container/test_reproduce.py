@@ -85,7 +85,7 @@ def test_any_user_gets_the_same_scores_in_a_store_of_its_own(run: Any, new_store
 
 def test_literal_command_without_a_mount(run: Any) -> None:
     """`docker run finrepro invoke reproduce --table 3`, with nothing but the network taken away."""
-    done = run("invoke", "reproduce", "--table", "3", confined=False, timeout=1800)
+    done = run("invoke", "reproduce", "--table", "3", confined=False, timeout=2700)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "/srv/finrepro" in done.stdout + done.stderr, "it has to say where its results lie"
     assert re.search(r"\bSMOKE\b", done.stdout), done.stdout[-4000:]
