@@ -394,9 +394,16 @@ SLOW = pytest.mark.slow
 )
 def test_every_setting_of_the_files_changes_some_run_id_and_what_is_only_said_changes_none(configs: Path, name: str):
     where = (PATTERNS.get(name, ALL), name not in PATTERNS)  # a table's own settings show in its default cells alone
-    before = identities(*where)
     file = configs / f"{name}.yaml"
     original = yaml.safe_load(file.read_text())
+    if name.startswith("tables"):  # a tenth of the cells, in which every setting still takes part
+        for scale in SCALES:
+            axes = original[scale]["axes"]
+            axes["model"] = [each for each in axes["model"] if re.match("gpt2_127m|llama2_13b|llama3_1_(8b|70b)", each)]
+            axes["quantizer"] = ["none", "int8", "nf4"]
+        file.write_text(yaml.safe_dump(original))
+        forget()
+    before = identities(*where)
     tried = dict.fromkeys(("decides", "said only"), 0)
     for path, value in places(name, original):
         dotted = f"{name}." + ".".join(map(str, path))
