@@ -8,7 +8,7 @@ from typing import Any
 from finrepro.published import LEVELS, Comparison, Published, candidates, comparability
 from finrepro.verdict import Estimate, half_width, judge
 
-Row = dict[str, Any]  # a cell joined with its result: axis names, state, reason, run_id, tasks, scores, costs
+Row = dict[str, Any]  # a cell joined with its result: axis names, state, reason, run_id, tasks, scores, costs or sizes
 SHARES = ("accuracy",)  # metrics that are a share of the test rows; only these have the sampling half-width of a share
 NAMES = ("label", "run_id", "seed", "state", "reason", "weights")
 

@@ -12,6 +12,7 @@ from typing import Literal
 from finrepro import catalogue, data, store, weights
 from finrepro.cells import Cell
 from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.layers.linear import block_sizes, depth
 from finrepro.place import Place
 from finrepro.spec import Model, RunSpec, Scale
 
@@ -81,13 +82,34 @@ def cards(jobs: int) -> list[dict[str, str]]:
 
 def block_linear_parameters(model: Model) -> int:
     """Weights of the linear layers in the blocks: what a quantizer stores in fewer bits."""
-    shape = model.architecture
-    if model.family == "gpt2":
-        return int(12 * shape["n_layer"] * shape["n_embd"] ** 2)
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    head = width // shape["num_attention_heads"]
-    keys = 2 * width * head * shape["num_key_value_heads"]
-    return int(shape["num_hidden_layers"] * (2 * width**2 + keys + 3 * width * inner))
+    return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
+
+
+def base_bytes(spec: RunSpec) -> int:
+    """Bytes of the base as it is stored, quantization constants included: exact, from the architecture."""
+    bits = 16 if spec.model.dtype == "bfloat16" else 32
+    stored = spec.quantizer.module("quantizers").layer_bytes
+    sizes = block_sizes(spec.model).values()
+    blocks = depth(spec.model) * sum(stored(spec.quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes)
+    return int(blocks + (spec.model.parameters - block_linear_parameters(spec.model)) * bits // 8)
+
+
+def sizes(spec: RunSpec) -> dict[str, int]:
+    """What of a cell's costs needs no run: trained parameters, bytes of the base, and of the numbers in the file that training writes.
+
+    The file has a header besides, about a hundred bytes a tensor. A whole model is written in its own dtype, an adapter in float32.
+    """
+    module, bits = spec.adapter.module("adapters"), 16 if spec.model.dtype == "bfloat16" else 32
+    trained = module.trainable_parameters(spec.model, spec.adapter.config)
+    written = getattr(module, "exported_parameters", None)
+    numbers = written(spec.model, spec.adapter.config, spec.train.max_steps) if written else trained
+    width = bits // 8 if getattr(module, "WHOLE_MODEL", False) else 4
+    return {
+        "total_params": spec.model.parameters,
+        "trainable_params": trained,
+        "base_bytes": base_bytes(spec),
+        "trained_file_bytes": numbers * width,
+    }
 
 
 def needed_bytes(spec: RunSpec) -> int:
@@ -96,15 +118,12 @@ def needed_bytes(spec: RunSpec) -> int:
     number of devices, 2 also the gradients, 3 everything but the activations). An estimate for refusing what cannot fit, not a prediction.
     """
     shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
-    layers = block_linear_parameters(spec.model)
-    bits = spec.quantizer.module("quantizers").weight_bits(spec.quantizer.config, dtype_bits)
-    base = layers * bits / 8 + (spec.model.parameters - layers) * dtype_bits / 8
+    base = base_bytes(spec)
     trained = spec.adapter.module("adapters").trainable_parameters(spec.model, spec.adapter.config)
     width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
-    depth = shape["n_layer" if spec.model.family == "gpt2" else "num_hidden_layers"]
     kept = 1 if spec.train.activation_checkpointing else 16
     tokens = spec.train.max_tokens if spec.train.max_steps else spec.evaluation.max_tokens
-    activations = tokens * width * (depth * kept + 20) * dtype_bits / 8
+    activations = tokens * width * (depth(spec.model) * kept + 20) * dtype_bits / 8
     stage, ranks = spec.train.zero_stage, spec.world_size
     weights = 4 * trained / (ranks if stage == 3 else 1)
     gradients = 4 * trained / (ranks if stage >= 2 else 1)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from finrepro import store
+from finrepro import plan, store
 from finrepro.catalogue import published, table
 from finrepro.cells import Cell, Selection, expand, foreign_adapter
 from finrepro.figure import draw, to_png, to_svg
@@ -43,6 +43,7 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "short": cell.spec.train.short,
                 "scores": result.get("scores", []),
                 "costs": result.get("costs", {}),
+                "sizes": {} if cell.refusal or result.get("costs") else plan.sizes(cell.spec),
             }
         )
     return joined

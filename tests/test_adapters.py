@@ -39,6 +39,7 @@ from finrepro.adapters import bottleneck, lora
 from finrepro.errors import UsageError
 from finrepro.layers.linear import is_conv1d, linear_layers
 from finrepro.model import load, quantize
+from finrepro.plan import sizes
 from finrepro.schema import Choice, build, kinds
 from finrepro.spec import RunSpec
 
@@ -617,6 +618,11 @@ def test_the_exported_file_holds_what_was_trained_and_no_more(
     claims, layers = claims_of(adapter), linear_layers(plain)
     written = built.trainable_parameters - claims.scalars * len(layers)
     written += claims.frozen(layer_sizes(plain), spec.adapter.config)
+    if adapter != "full":  # whose size is the model's own
+        counted = sizes(spec_of(name, adapter, quantizer, max_steps=1))
+        assert (
+            counted["trained_file_bytes"] == 4 * written and counted["trainable_params"] == built.trainable_parameters
+        )
     file_holds_only_the_adapter(folder, written)
     broken(file_holds_only_the_adapter, folder, written + 1)
 

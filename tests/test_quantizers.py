@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from finrepro import catalogue
 from finrepro.errors import UsageError
-from finrepro.layers.linear import linear_layers
+from finrepro.layers.linear import block_sizes, depth, linear_layers
 from finrepro.model import load, quantize
-from finrepro.plan import block_linear_parameters
+from finrepro.plan import base_bytes, block_linear_parameters
 from finrepro.quantizers import bnb_4bit, bnb_int8
 from finrepro.schema import Choice, build, kind_module, kinds
 from finrepro.scoring import text_log_likelihoods
@@ -210,6 +210,11 @@ def test_the_same_weight_is_stored_in_the_same_bytes() -> None:
 # --- sizes and errors -----------------------------------------------------------------------------------------------------------------
 
 
+def bits_a_weight(module: Any, config: Any, dtype_bits: int = 32) -> float:
+    """Of a large layer, as a quantizer counts them."""
+    return 8 * float(module.layer_bytes(config, 4096, 4096, dtype_bits)) / 4096**2
+
+
 def bits_are_as_computed(layer: nn.Module, folder: Path, config: bnb_4bit.Config) -> None:
     """A saved layer's bytes, over its weights, are the formula's bits within half a percent."""
     from safetensors.torch import save_file
@@ -217,13 +222,13 @@ def bits_are_as_computed(layer: nn.Module, folder: Path, config: bnb_4bit.Config
     file = folder / "layer.safetensors"
     save_file({key: value.contiguous() for key, value in layer.state_dict().items()}, file)
     weights = layer.in_features * layer.out_features  # type: ignore[operator]
-    assert 8 * file.stat().st_size / weights == pytest.approx(bnb_4bit.weight_bits(config, 32), rel=5e-3)
+    assert 8 * file.stat().st_size / weights == pytest.approx(bits_a_weight(bnb_4bit, config), rel=5e-3)
 
 
 @pytest.mark.parametrize(("double_quant", "bits"), [(True, 4.127), (False, 4.5)])
 def test_bits_per_weight_of_a_saved_layer_are_the_formulas(double_quant: bool, bits: float, tmp_path: Path) -> None:
     config = settings(double_quant=double_quant)
-    assert bnb_4bit.weight_bits(config, 32) == pytest.approx(bits, abs=5e-4)
+    assert bits_a_weight(bnb_4bit, config) == pytest.approx(bits, abs=5e-4)
     layer = bnb_4bit.linear(bnb_4bit.encode(gaussian(2048, 1024), config), None)
     bits_are_as_computed(layer, tmp_path, config)
     broken(bits_are_as_computed, layer, tmp_path, settings(double_quant=not double_quant))
@@ -234,7 +239,7 @@ def test_bits_per_weight_of_a_saved_layer_are_the_formulas(double_quant: bool, b
 def test_stored_bytes_are_the_formulas_to_the_byte(block: int, double_quant: bool) -> None:
     config = settings(block_size=block, double_quant=double_quant)
     stored = bnb_4bit.encode(gaussian(512, 256 * block // 64), config)
-    assert 8 * bnb_4bit.stored_bytes(stored) == bnb_4bit.weight_bits(config, 32) * 512 * 256 * block // 64
+    assert bnb_4bit.stored_bytes(stored) == bnb_4bit.layer_bytes(config, 256 * block // 64, 512, 32)
     assert bnb_4bit.stored_bytes(stored) > stored.codes.numel() * stored.codes.element_size()  # the scales are counted
 
 
@@ -281,11 +286,11 @@ SINGLE = (
 
 
 def storage_is_the_tables(name: str, quantizer: str, expected: float) -> None:
-    """The planner's weights of the blocks, at the quantizer's bits, and the rest in bfloat16."""
-    model, choice = catalogue.model(name), catalogue.quantizer(quantizer, "bfloat16")
-    layers = block_linear_parameters(model)
-    size = layers * choice.module("quantizers").weight_bits(choice.config, 16) / 8 + 2 * (model.parameters - layers)
-    assert size / 1e9 == pytest.approx(expected, abs=0.0051)
+    """The planner's bytes of the base, in bfloat16 what is not quantized; the table leaves out LLM.int8's scales, 4 bytes a row."""
+    spec = spec_of(catalogue.model(name), "base", quantizer)
+    assert spec.model.dtype == "bfloat16"
+    scales = 4 * depth(spec.model) * sum(outputs for _, outputs in block_sizes(spec.model).values())
+    assert (base_bytes(spec) - scales * (quantizer == "int8")) / 1e9 == pytest.approx(expected, abs=0.0051)
 
 
 @pytest.mark.parametrize("name", STORAGE)
@@ -302,19 +307,20 @@ def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_counts_what_it_stores(name: str) -> None:
+    """To the byte, also where a layer does not fill the groups of its scales: 1,600 wide, as GPT-2-1.5B is."""
     choice = catalogue.quantizer(name, "bfloat16")
     module, weight = choice.module("quantizers"), gaussian(512, 1024).bfloat16()
-    bits = 8 * module.stored_bytes(module.encode(weight, choice.config)) / weight.numel()
-    assert bits == pytest.approx(
-        module.weight_bits(choice.config, 16), rel=4e-3
-    )  # a row's scale, of 8 bits and 1,024 weights
+    for each in (weight, gaussian(100, 1600).bfloat16()):
+        outputs, inputs = each.shape
+        counted = module.layer_bytes(choice.config, inputs, outputs, 16)
+        assert module.stored_bytes(module.encode(each, choice.config)) == counted
     assert module.decode(module.encode(weight, choice.config)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_tells_its_bits(name: str) -> None:
     choice = catalogue.quantizer(name, "bfloat16")
-    bits = choice.module("quantizers").weight_bits(choice.config, 16)
+    bits = bits_a_weight(choice.module("quantizers"), choice.config, 16)
     assert bits == 16 if choice.kind == "none" else 0 < bits < 16
 
 

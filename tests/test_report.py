@@ -380,6 +380,27 @@ def test_costs_stand_in_one_line_a_configuration_with_their_units():
     assert "SMOKE" in table.caption and len(cells(table)) == 4
 
 
+def test_at_paper_scale_what_has_not_run_shows_the_sizes_that_need_no_run():
+    known = {
+        "total_params": 8_030_261_248,
+        "trainable_params": 20_971_520,
+        "base_bytes": 5_702_000_000,
+        "trained_file_bytes": 83_886_080,
+    }
+    skipped = [
+        row("lora_r8", state="skipped", reason="no weights", batch=batch, run_id=f"{batch:012d}", sizes=known)
+        for batch in (4, 8)
+    ]
+    table = table5.build(skipped, "paper")
+    (computed, gathered) = ([*line.texts] for line in table.lines)
+    texts = dict(zip(table.columns, computed, strict=True))
+    assert (texts["Trainable"], texts["Base [GB]"], texts["Adapter file [MB]"]) == ("20,971,520", "5.702", "83.89")
+    assert texts["Peak memory [GiB]"] == texts["Tokens/s"] == "-" and "4, 8" in computed
+    assert "2 cells - skipped" in gathered
+    assert any(note.startswith("Computed, not run") for note in table.notes)
+    assert len(table5.build(skipped, "smoke").lines) == 1, "a miniature's are measured"
+
+
 def test_a_run_that_two_tables_share_counts_once_and_cells_without_costs_are_gathered():
     rows = [
         *ROWS,

@@ -40,6 +40,15 @@ def trainable_parameters(model: Any, config: Config) -> int:
     return depth(model) * sum(config.r * (i + o) + 2 for i, o in sizes)
 
 
+def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
+    """Numbers in the exported file: LoRA's, into which the scalars are folded."""
+    from finrepro.layers.linear import block_sizes, depth, targeted
+
+    return trainable_parameters(model, config) - 2 * depth(model) * len(
+        targeted(block_sizes(model), config.target_modules)
+    )
+
+
 def lr_scale(name: str, config: Config) -> float:
     """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A and for the scalars, of which LoRA+ says nothing."""
     return config.lr_ratio_b if name.endswith(".lora_B") else 1.0

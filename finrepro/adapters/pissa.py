@@ -43,6 +43,11 @@ def trainable_parameters(model: Any, config: Config) -> int:
     return lora.trainable_parameters(model, _as_lora(config))
 
 
+def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
+    """Numbers in the exported file: A_0 and B_0 as well."""
+    return 2 * trainable_parameters(model, config)
+
+
 def prepare(
     name: str, weight: "Tensor", quantized: "Callable[[Tensor], Tensor]", config: Config, seed: int
 ) -> tuple["Tensor", dict[str, "Tensor"]]:

@@ -50,6 +50,12 @@ def trainable_parameters(model: Any, config: Config) -> int:
     return depth(model) * sum(config.r * (i + o) for i, o in sizes)
 
 
+def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
+    """Numbers in the exported file: of every period the factors at its beginning and at its end."""
+    periods = max(1, -(-max_steps // config.resample_every))
+    return 2 * periods * trainable_parameters(model, config)
+
+
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with each target replaced, in place, by a layer that wraps it and is in its first period, and everything else frozen.
 

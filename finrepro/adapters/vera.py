@@ -16,7 +16,7 @@ from finrepro.schema import Choice, Count, Positive, PositiveFloat, settings
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Config", "apply", "export", "supports", "trainable_parameters"]
+__all__ = ["Config", "apply", "export", "exported_parameters", "supports", "trainable_parameters"]
 
 
 @settings
@@ -46,6 +46,15 @@ def trainable_parameters(model: Any, config: Config) -> int:
 
     sizes = targeted(block_sizes(model), config.target_modules).values()
     return depth(model) * sum(config.r + outputs for _, outputs in sizes)
+
+
+def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
+    """Numbers in the exported file: A and B once as well, where they are saved."""
+    from finrepro.layers.linear import block_sizes, targeted
+
+    sizes = targeted(block_sizes(model), config.target_modules).values()
+    shared = config.r * (max(i for i, _ in sizes) + max(o for _, o in sizes)) if config.save_projection else 0
+    return trainable_parameters(model, config) + shared
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":

@@ -4,6 +4,7 @@ Each block of `block_size` weights is divided by its largest magnitude and round
 are themselves rounded to 8 bits in groups of 256. Bits per weight: 4 + 32 / block_size, or 4 + 8 / block_size + 32 / (256 block_size).
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,11 +117,11 @@ def own_base(config: Config) -> str | None:
     return None if config.block_size == 64 else f"its blocks are of {config.block_size} weights, Transformers' of 64"
 
 
-def weight_bits(config: Config, dtype_bits: int) -> float:
-    """Bits per weight of a linear layer in the blocks, scales included."""
-    if config.double_quant:
-        return 4 + 8 / config.block_size + 32 / (256 * config.block_size)
-    return 4 + 32 / config.block_size
+def layer_bytes(config: Config, inputs: int, outputs: int, dtype_bits: int) -> int:
+    """`stored_bytes` of a linear layer's weight, from its size: 4 bits a weight, a scale a block of 4 bytes, or of 1 and 4 more for 256."""
+    blocks = math.ceil(inputs * outputs / config.block_size)
+    scales = blocks + 4 * math.ceil(blocks / 256) if config.double_quant else 4 * blocks
+    return math.ceil(inputs * outputs / 2) + scales
 
 
 def stored_bytes(stored: Stored) -> int:

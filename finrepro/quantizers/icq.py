@@ -58,14 +58,11 @@ class Stored:
 
 def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     """None, or that a block would reach over the end of a row, where its tau is no longer a number a row and a block of inputs."""
-    shape, block = model.architecture, quantizer.config.block_size
-    width, inner = (
-        (shape["n_embd"], 4 * shape["n_embd"])
-        if model.family == "gpt2"
-        else (shape["hidden_size"], shape["intermediate_size"])
-    )
-    odd = next((each for each in (width, inner) if each % block), None)
-    return odd and f"{quantizer.name}: blocks of {block} do not divide rows of {odd} weights"
+    from finrepro.layers.linear import block_sizes
+
+    block = quantizer.config.block_size
+    odd = next((inputs for inputs, _ in block_sizes(model).values() if inputs % block), None)
+    return None if odd is None else f"{quantizer.name}: blocks of {block} do not divide rows of {odd} weights"
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
@@ -138,9 +135,10 @@ def own_base(config: Config) -> str:
     return "its blocks are moved before they are rounded (ICQ), which Transformers does not do"
 
 
-def weight_bits(config: Config, dtype_bits: int) -> float:
-    """Bits per weight of a linear layer in the blocks, scales and tau included."""
-    return bnb_4bit.weight_bits(config, dtype_bits) + 8 / config.block_size + 16 / (256 * config.block_size)
+def layer_bytes(config: Config, inputs: int, outputs: int, dtype_bits: int) -> int:
+    """`stored_bytes` of a linear layer's weight, from its size: bitsandbytes' and tau's, a byte a block and 2 for each 256."""
+    blocks = inputs * outputs // config.block_size
+    return blocks + 2 * math.ceil(blocks / 256) + bnb_4bit.layer_bytes(config, inputs, outputs, dtype_bits)
 
 
 def stored_bytes(stored: Stored) -> int:

@@ -26,9 +26,9 @@ def decode(stored: "Tensor") -> "Tensor":
 linear = None  # layers are left as they are
 
 
-def weight_bits(config: Config, dtype_bits: int) -> float:
-    """Bits per weight of a linear layer in the blocks."""
-    return float(dtype_bits)
+def layer_bytes(config: Config, inputs: int, outputs: int, dtype_bits: int) -> int:
+    """`stored_bytes` of a linear layer's weight, from its size."""
+    return inputs * outputs * dtype_bits // 8
 
 
 def stored_bytes(stored: "Tensor") -> int:

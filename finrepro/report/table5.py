@@ -24,7 +24,8 @@ PUBLISHED = ("peak_memory_gb", "trainable_params", "base_bytes")  # the first in
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """One line a configuration, seeds averaged; a run that two tables share counts once. What has no result comes last, gathered.
+    """One line a configuration, seeds averaged; a run that two tables share counts once. What has no result comes last, gathered, at paper
+    scale after what its architecture alone says, a line a configuration.
 
     Published memory stands beside cells at paper scale only, and never gets a verdict: nothing is known about its spread.
     """
@@ -34,7 +35,10 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
     measured = [row for row in rows if row["costs"]]
     for (model,), of_model in grouped(measured, "model"):
         lines += [_line(model, group, beside) for _, group in grouped(of_model, *LINE)]
-    for (model, state, _), group in grouped([row for row in rows if not row["costs"]], "model", "state", "reason"):
+    without = [row for row in rows if not row["costs"]]
+    known = [row for row in without if scale == "paper" and row.get("sizes")]
+    lines += [_computed(model, group) for (model, *_), group in grouped(known, "model", "quantizer", "adapter")]
+    for (model, state, _), group in grouped(without, "model", "state", "reason"):
         count = f"{len(group)} cells - {state}" if len(group) > 1 else f"- ({state})"
         names = (model, *(_some(group, axis) for axis in LINE[1:]))
         lines.append(Line((*names, count, *[""] * (len(MEASURED) - 1), "", ""), "without result", evidence(group)))
@@ -70,6 +74,15 @@ def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
     return Line((*names, *texts, value, level), model, evidence(rows) | (published_evidence(pairs) if pairs else {}))
 
 
+def _computed(model: str, rows: Sequence[Row]) -> Line:
+    """The line of cells that have not run: sizes that need no run."""
+    sizes = rows[0]["sizes"]
+    texts = [show(sizes[key]) if key in sizes else "-" for key, show in MEASURED.values()]
+    names = (model, *(_some(rows, axis) for axis in LINE[1:]))
+    told = evidence(rows) | {"sizes": {row["label"]: row["sizes"] for row in rows}}
+    return Line((*names, *texts, "", ""), "computed, not run", told)
+
+
 def _some(rows: Sequence[Row], axis: str) -> str:
     """An axis value that all the rows share, or how many there are."""
     values: dict[Any, None] = dict.fromkeys(row[axis] for row in rows)
@@ -85,6 +98,10 @@ def _notes(rows: Sequence[Row], beside: Beside) -> tuple[str, ...]:
         "Batch: examples a step, over all devices. Tokens/s: trained tokens without padding, over all devices. "
         "Useful tokens: the share that is not padding.",
     ]
+    if any(row.get("sizes") for row in rows):
+        notes.append(
+            "Computed, not run: from the architecture, exact; of the adapter file the numbers without the file's header."
+        )
     if any(row["short"] for row in rows):
         notes.append("Most cells are trained for a few steps: training seconds are of those steps.")
     if any(row["weights"] == "random" for row in rows):
