@@ -464,8 +464,10 @@ def test_the_titles_of_the_columns_are_told_apart():
 def test_every_scored_configuration_is_a_dot_with_its_interval_above_the_constant_answer():
     (panel,) = panels(ROWS)
     assert (panel.title, panel.constant) == ("tfns", 0.656)
-    assert [dot.group for dot in panel.dots] == ["full", "lora_r8", "vera", "rosa"]
-    assert [dot.weak for dot in panel.dots] == [False, False, True, False]
+    assert [dot.group for dot in panel.dots] == ["full", "lora_r8", "rosa"], "vera is short"
+    assert [dot.weak for dot in panel.dots] == [False] * 3 and "; short cells (1) are in the table" in panel.axis
+    (brief,) = panels([{**each, "short": True} for each in ROWS])
+    assert [dot.weak for dot in brief.dots] == [True] * 4 and "hollow" in brief.axis
     assert (panel.dots[0].value, panel.dots[0].low) == (pytest.approx(0.78), pytest.approx(0.76))
     assert panels([row("full", 0, 0.7, weights="random"), row("lora_r8", state="skipped")]) == ()
 

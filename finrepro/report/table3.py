@@ -57,7 +57,10 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
 
 
 def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
-    """The scored part of the table for finrepro.figure: a panel a task, a dot a configuration, coloured by adapter."""
+    """The scored part of the table for finrepro.figure: a panel a task, a dot a configuration, coloured by adapter.
+
+    Short cells show that a path works, and are left to the table wherever others show a quality.
+    """
     found = []
     for task in dict.fromkeys(task for row in rows for task in row["tasks"]):
         of_task = [row for row in rows if task in row["tasks"]]
@@ -72,12 +75,12 @@ def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
             source = f", {names['trained_on']}" if len(names["trained_on"]) > 1 else ""
             name = f"{names['model']}, {names['quantizer']}, {names['adapter']}{source}"
             dots.append(Dot(name, group[0]["adapter"], ours.value, ours.low, ours.high, group[0]["short"]))
-        if dots:
-            axis = (
-                main.replace("_", " ")
-                + " [95 %]; dashed: best constant answer; hollow: trained too briefly to show quality"
-            )
-            found.append(Panel(task, axis, constant, tuple(dots)))
+        shown = [dot for dot in dots if not dot.weak] or dots
+        if shown:
+            told = "hollow: trained too briefly to show quality" if shown[0].weak else ""
+            told = f"short cells ({len(dots) - len(shown)}) are in the table" if len(shown) < len(dots) else told
+            axis = f"{main.replace('_', ' ')} [95 %]; dashed: best constant answer{'; ' * bool(told)}{told}"
+            found.append(Panel(task, axis, constant, tuple(shown)))
     return tuple(found)
 
 
