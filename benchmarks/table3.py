@@ -95,7 +95,7 @@ def main() -> None:
     full = [s["accuracy"] for label, s in tfns.items() if "-full-" in label]
     lora = [s["accuracy"] for label, s in tfns.items() if "-lora_r8-" in label]
     goals = {
-        "whole table in 900 s": cold["seconds"] <= 900,
+        "whole table in 1200 s": cold["seconds"] <= 1200,
         "under 8 GiB": cold["peak_memory_bytes"] < 8 * 2**30,
         "again in 5 s": results["whole"]["again"]["seconds"] <= 5,
         "quick in 120 s": quick["seconds"] <= 120,
