@@ -102,10 +102,9 @@ def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: init_r (in + out + 1) for each adapted layer; pruned ones are still trained."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    sizes = targeted(block_sizes(model), config.target_modules).values()
-    return depth(model) * sum(config.init_r * (i + o + 1) for i, o in sizes)
+    return counted(model, config.target_modules, lambda i, o: config.init_r * (i + o + 1))
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":

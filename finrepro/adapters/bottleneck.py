@@ -40,11 +40,13 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | No
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: 2 (2 m d + m + d) a block, and its two layer norms."""
+    from finrepro.layers.linear import depth
+
     shape, m = model.architecture, config.bottleneck_size
     gpt2 = model.family == "gpt2"
-    blocks, d = (shape["n_layer"], shape["n_embd"]) if gpt2 else (shape["num_hidden_layers"], shape["hidden_size"])
+    d = shape["n_embd" if gpt2 else "hidden_size"]
     norms = (4 if gpt2 else 2) * d if config.train_layer_norms else 0  # GPT-2's have a bias
-    return int(blocks * (2 * (2 * m * d + m + d) + norms))
+    return int(depth(model) * (2 * (2 * m * d + m + d) + norms))
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":

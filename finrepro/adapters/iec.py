@@ -34,19 +34,16 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, LoRA's, and two."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    sizes = targeted(block_sizes(model), config.target_modules).values()
-    return depth(model) * sum(config.r * (i + o) + 2 for i, o in sizes)
+    return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + 2)
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
     """Numbers in the exported file: LoRA's, into which the scalars are folded."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    return trainable_parameters(model, config) - 2 * depth(model) * len(
-        targeted(block_sizes(model), config.target_modules)
-    )
+    return counted(model, config.target_modules, lambda i, o: config.r * (i + o))
 
 
 def lr_scale(name: str, config: Config) -> float:
@@ -78,19 +75,18 @@ def export(model: "nn.Module", folder: Path) -> None:
 
     It computes what the model computes in evaluation, up to the rounding of a sum in float32; the scalars are part of the factors there.
     """
-    from safetensors.torch import save_file
-
     from finrepro.layers.iec import IECLinear
+    from finrepro.layers.linear import is_conv1d
 
-    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, IECLinear)}
-    tensors: dict[str, Any] = {}
-    for name, layer in layers.items():
-        first, second = layer.folded()
-        tensors |= {f"base_model.model.{name}.lora_A.weight": first, f"base_model.model.{name}.lora_B.weight": second}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = lora.peft_settings(
-        {name: layer.base_layer for name, layer in layers.items()}, next(iter(layers.values()))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, IECLinear)}
+    first = next(iter(layers.values()))
+    factors = {name: layer.folded() for name, layer in layers.items()}
+    lora.export_factors(
+        model,
+        folder,
+        factors,
+        first.r,
+        first.lora_alpha,
+        lora_dropout=first.lora_dropout,
+        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
     )
-    settings.base_model_name_or_path, settings.inference_mode = str(model.name_or_path), True
-    settings.save_pretrained(folder)
-    lora.sort_settings(folder)

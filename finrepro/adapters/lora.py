@@ -17,7 +17,9 @@ from pydantic import Field
 from finrepro.schema import Choice, Positive, settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 PREFIX = "base_model.model."  # PEFT's, before the name that a layer has in the model
 
@@ -63,10 +65,9 @@ def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | N
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with DoRA its out."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    sizes = targeted(block_sizes(model), config.target_modules).values()
-    return depth(model) * sum(config.r * (i + o) + (o if config.use_dora else 0) for i, o in sizes)
+    return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + (o if config.use_dora else 0))
 
 
 def lr_scale(name: str, config: Config) -> float:
@@ -147,6 +148,28 @@ def export(model: "nn.Module", folder: Path) -> None:
     """
     model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)
+    sort_settings(folder)
+
+
+def export_factors(
+    model: Any, folder: Path, factors: "Mapping[str, tuple[Tensor, Tensor]]", r: int, lora_alpha: int, **settings: Any
+) -> None:
+    """A plain PEFT folder of a LoRA with these factors: layer -> A (r, in) and B (out, r). `settings` replace others of PEFT's."""
+    import peft
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{PREFIX}{name}.lora_{key}.weight": each.detach().cpu().contiguous()
+        for name, pair in factors.items()
+        for key, each in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    written = peft.LoraConfig(
+        **common | {"r": r, "lora_alpha": lora_alpha, "target_modules": list(factors)} | settings,
+        base_model_name_or_path=str(model.name_or_path),
+    )
+    written.save_pretrained(folder)
     sort_settings(folder)
 
 

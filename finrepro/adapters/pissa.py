@@ -87,28 +87,24 @@ def export(model: "nn.Module", folder: Path) -> None:
     the file makes of W differs from it by the rounding of W_res; W_res itself is W + s [-B_0] A_0, from the other halves.
     """
     import torch
-    from safetensors.torch import save_file
 
-    layers = {
+    layers: dict[str, Any] = {
         name.removeprefix(lora.PREFIX): layer
         for name, layer in model.named_modules()
         if hasattr(layer, "initial_lora_A")
     }
-    tensors: dict[str, Any] = {}
-    for name, layer in layers.items():
-        own: Any = layer
-        a = torch.cat([own.lora_A.default.weight.detach().cpu(), own.initial_lora_A.cpu()], 0)
-        b = torch.cat([own.lora_B.default.weight.detach().cpu(), -own.initial_lora_B.cpu()], 1)
-        tensors |= {f"{lora.PREFIX}{name}.lora_A.weight": a, f"{lora.PREFIX}{name}.lora_B.weight": b}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    factors = {
+        name: (
+            torch.cat([each.lora_A.default.weight.detach().cpu(), each.initial_lora_A.cpu()], 0),
+            torch.cat([each.lora_B.default.weight.detach().cpu(), -each.initial_lora_B.cpu()], 1),
+        )
+        for name, each in layers.items()
+    }
     first: Any = next(iter(layers.values()))
-    base: Any = model.config
-    both = lora.plain(2 * first.r["default"], 2 * first.lora_alpha["default"], tuple(layers))
-    written = lora.peft_settings({name: layer.base_layer for name, layer in layers.items()}, both)
-    written.base_model_name_or_path, written.inference_mode = str(model.name_or_path), True
-    written.fan_in_fan_out = base.model_type == "gpt2"  # as the original layers lie, whatever the base was stored as
-    written.save_pretrained(folder)
-    lora.sort_settings(folder)
+    base: Any = model
+    transposed = base.config.model_type == "gpt2"  # as the original layers lie, whatever the base was stored as
+    r, alpha = 2 * first.r["default"], 2 * first.lora_alpha["default"]
+    lora.export_factors(model, folder, factors, r, alpha, fan_in_fan_out=transposed)
 
 
 def own_base(quantizer: Choice, config: Config) -> str | None:

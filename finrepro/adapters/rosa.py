@@ -9,7 +9,6 @@ sends the others the result: they hold the same bits, also where an SVD would no
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from finrepro.adapters import lora
@@ -44,10 +43,9 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, as LoRA's."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    sizes = targeted(block_sizes(model), config.target_modules).values()
-    return depth(model) * sum(config.r * (i + o) for i, o in sizes)
+    return counted(model, config.target_modules, lambda i, o: config.r * (i + o))
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
@@ -123,22 +121,13 @@ def export(model: "nn.Module", folder: Path) -> None:
 
     Where 2 r T is more than a layer's own rank the file is larger than the layer would be, and as right.
     """
-    from safetensors.torch import save_file
+    from finrepro.layers.linear import is_conv1d
 
     layers = layers_of(model)
-    tensors: dict[str, Any] = {}
-    for layer in layers:
-        learned = layer.as_lora()
-        where = f"base_model.model.{layer.name}"
-        tensors |= {f"{where}.lora_A.weight": learned.a, f"{where}.lora_B.weight": learned.b}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = 2 * layers[0].r * (len(layers[0].history) + 1)
-    settings = lora.peft_settings(
-        {layer.name: layer.base_layer for layer in layers}, SimpleNamespace(r=rank, lora_alpha=rank, lora_dropout=0.0)
-    )
-    settings.base_model_name_or_path, settings.inference_mode = str(model.name_or_path), True
-    settings.save_pretrained(folder)
-    lora.sort_settings(folder)
+    transposed = any(is_conv1d(layer.base_layer) for layer in layers)
+    factors = {layer.name: layer.as_lora() for layer in layers}
+    lora.export_factors(model, folder, factors, rank, rank, fan_in_fan_out=transposed)
 
 
 def layers_of(model: "nn.Module") -> "list[RosaLinear]":

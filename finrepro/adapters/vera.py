@@ -42,10 +42,9 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r + out for each adapted layer."""
-    from finrepro.layers.linear import block_sizes, depth, targeted
+    from finrepro.layers.linear import counted
 
-    sizes = targeted(block_sizes(model), config.target_modules).values()
-    return depth(model) * sum(config.r + outputs for _, outputs in sizes)
+    return counted(model, config.target_modules, lambda _, outputs: config.r + outputs)
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:

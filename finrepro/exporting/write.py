@@ -61,33 +61,12 @@ def _save(model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[s
 
 def write_shift(model: Any, folder: Path) -> None:
     """What each layer adds to the plain one of Transformers, as a PEFT folder with a frozen LoRA of scaling 1."""
-    import peft
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Any] = {}
-    ranks = {}
-    for name, layer in linear_layers(model).items():
-        first, second = layer.as_frozen_lora()
-        ranks[name] = int(first.shape[0])
-        for key, factor in (("A", first), ("B", second)):
-            tensors[f"base_model.model.{name}.lora_{key}.weight"] = factor.detach().float().cpu().contiguous()
+    factors = {name: layer.as_frozen_lora() for name, layer in linear_layers(model).items()}
+    ranks = {name: len(first) for name, (first, _) in factors.items()}
     rank = max(ranks.values())
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(ranks),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,  # each layer's scaling is alpha / r = 1
-        inference_mode=True,
-        base_model_name_or_path=str(model.name_or_path),
-    )
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings.save_pretrained(folder)
-    lora.sort_settings(folder)
+    # Each layer's scaling is alpha / r = 1.
+    lora.export_factors(model, folder, factors, rank, rank, rank_pattern=ranks, alpha_pattern=ranks)
 
 
 def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> None:

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
@@ -78,6 +80,11 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (width, inner),
         "mlp.down_proj": (inner, width),
     }
+
+
+def counted(model: Any, targets: str | tuple[str, ...], a_layer: "Callable[[int, int], int]") -> int:
+    """The sum of `a_layer(in, out)` over the targeted linear layers of all blocks of a catalogue entry."""
+    return depth(model) * sum(a_layer(*size) for size in targeted(block_sizes(model), targets).values())
 
 
 def depth(model: Any) -> int:
