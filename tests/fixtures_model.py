@@ -35,6 +35,11 @@ MINIATURES = (
 every_miniature = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in MINIATURES else pytest.mark.slow) for name in ALL_MINIATURES]
 )
+# Parameters `adapter` and `quantizer`: a full model, LoRA plain and on rounded weights, and the adapters that are layers of our own.
+with_every_method = pytest.mark.parametrize(
+    ("adapter", "quantizer"),
+    [("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4"), ("iec_r8", "nf4"), ("houlsby_m64", "nf4")],
+)
 ADAPTERS = tuple(catalogue.catalogue("adapters"))
 QUANTIZERS = tuple(catalogue.catalogue("quantizers"))
 # Weights far from zero, so that attention is sharp and a wrong mask or position moves every number.

@@ -15,6 +15,7 @@ from fixtures_model import (
     process,  # noqa: F401
     random_examples,
     stirred,
+    with_every_method,
 )
 from torch import nn
 
@@ -22,15 +23,7 @@ from finrepro import generation
 from finrepro.generation import Tokens, generate
 from finrepro.layers.supervised import backbone_and_head
 
-METHODS = (
-    ("full", "none"),
-    ("lora_r8", "none"),
-    ("lora_r8", "nf4"),
-    ("iec_r8", "nf4"),
-    ("houlsby_m64", "nf4"),
-)
 everywhere = pytest.mark.parametrize("name", MINIATURES)
-with_every_method = pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
 NEW = 8
 LIMITS = (NEW,) * 9
 NEVER = -1  # an end-of-text token that no model can give

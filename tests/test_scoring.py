@@ -18,6 +18,7 @@ from fixtures_model import (
     process,  # noqa: F401
     random_examples,
     stirred,
+    with_every_method,
 )
 from torch import Tensor, nn
 
@@ -27,15 +28,7 @@ from finrepro.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.scoring import SHORTEST_PREFIX, choice_log_likelihoods, text_log_likelihoods
 from finrepro.tokens import Encoded
 
-METHODS = (
-    ("full", "none"),
-    ("lora_r8", "none"),
-    ("lora_r8", "nf4"),
-    ("iec_r8", "nf4"),
-    ("houlsby_m64", "nf4"),
-)
 everywhere = pytest.mark.parametrize("name", MINIATURES)
-with_every_method = pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
 Items = list[list[Encoded]]
 
 ONE_TOKEN = ((5,), (6,), (7,))
