@@ -90,7 +90,8 @@ def _selection(
     adapter: str | None,
 ) -> Any:
     """The selection, checked."""
-    from finrepro import catalogue, cells
+    from finrepro import catalogue
+    from finrepro import selection as selecting
     from finrepro.errors import UsageError
 
     if not table:
@@ -99,13 +100,13 @@ def _selection(
         )
     if devices is not None and (not devices.isdecimal() or int(devices) < 1):
         raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
-    return cells.Selection(
+    return selecting.Selection(
         table=table.removeprefix("table"),
         quick=quick,
         full=full,
         only=only,
-        seeds=cells.parse_seeds(seeds),
-        weights=cells.parse_choice("weights", weights, cells.WEIGHTS),
+        seeds=selecting.parse_seeds(seeds),
+        weights=selecting.parse_choice("weights", weights, selecting.WEIGHTS),
         world_size=None if devices is None else int(devices),
         adapter=None if adapter is None else str(_folder(adapter)),
     )
@@ -125,7 +126,7 @@ def reproduce(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
 ) -> int:  # fmt: skip
     """Run a table's missing cells, record them, and print the table."""
-    from finrepro import cells
+    from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
     from finrepro.campaign import reproduce as run
     from finrepro.errors import UsageError
@@ -133,7 +134,7 @@ def reproduce(
     if not jobs.isdecimal() or int(jobs) < 1:
         raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
     selection = _selection(table, quick, full, only, seeds, weights, devices, adapter)
-    options = Options(cells.parse_choice("scale", scale, cells.SCALES), int(jobs), keep)
+    options = Options(selecting.parse_choice("scale", scale, selecting.SCALES), int(jobs), keep)
     if plan:
         return list_plan(selection, _place(store, data_dir, models_dir), options, launches=True)
     return run(selection, _place(store, data_dir, models_dir), options)
@@ -146,7 +147,7 @@ def cells(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
 ) -> int:  # fmt: skip
     """List every cell of a table: label, run id, state, and why it cannot run."""
-    from finrepro import cells as selecting
+    from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
 
     selecting.parse_choice("scale", scale, selecting.SCALES)

@@ -9,29 +9,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, table, train_set, train_settings
+from finrepro.catalogue import (
+    adapter,
+    catalogue,
+    model,
+    optimizer,
+    pretraining,
+    quantizer,
+    table,
+    train_set,
+    train_settings,
+)
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
+from finrepro.selection import Selection
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
 
-SCALES = ("auto", "smoke", "paper")
-WEIGHTS = ("pretrained", "random")
-AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a table is asked for. `seeds`, `only` and `adapter` (a PEFT folder) narrow or replace; `world_size` is devices per cell, None
-    where the table decides."""
-
-    table: str
-    quick: bool = False
-    full: bool = False
-    only: str | None = None
-    seeds: tuple[int, ...] | None = None
-    weights: Weights = "pretrained"
-    world_size: int | None = None
-    adapter: str | None = None
+AXES = (
+    "model",
+    "quantizer",
+    "adapter",
+    "train_on",
+    "optimizer",
+)  # in the order of a label; not every table has the last
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def _checked_grid(name: str, scale: Scale) -> Grid:
         adapter(each)
     for each in grid.axes.train_on:
         train_set(each, grid.template)
+    for each in grid.axes.optimizer:
+        optimizer(each)
     return grid
 
 
@@ -100,10 +102,10 @@ def _points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
 def _crossed(name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Point, ...]:
     """Thousands of points, made once for however many selections."""
     axes = _checked_grid(name, scale).axes
-    crossed = itertools.product(axes.model, axes.quantizer, adapters, axes.train_on, axes.batch or (None,), seeds)
+    named = [axes.model, axes.quantizer, adapters, axes.train_on, *([axes.optimizer] if axes.optimizer else [])]
     return tuple(
-        Point(dict(zip(AXES, names, strict=True)), seed, batch, label_of(names, batch, seed))
-        for *names, batch, seed in crossed
+        Point(dict(zip(AXES, names, strict=False)), seed, batch, label_of(names, batch, seed))
+        for *names, batch, seed in itertools.product(*named, axes.batch or (None,), seeds)
     )
 
 
@@ -150,10 +152,13 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
     module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
-    base = _base(base_model.name) if base_model.pretrain and selection.weights == "pretrained" else None
+    weights: Weights = "scratch" if grid.scratch else selection.weights
+    base = _base(base_model.name) if base_model.pretrain and weights == "pretrained" else None
     train, devices = _overridden(grid, selection, names)
     if point.batch:
         train |= {"global_batch_size": point.batch}
+    if "optimizer" in names:
+        train |= {"optimizer": names["optimizer"]}
     group = _group(grid, selection, point.label)
     if not module.trainable_parameters(base_model, chosen.config):
         train |= {"max_steps": 0, "warmup_steps": 0}
@@ -162,8 +167,10 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     spec = RunSpec(
         label=point.label,
         model=base_model,
-        weights=selection.weights,
-        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := base_model.hub) else None,
+        weights=weights,
+        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}"
+        if (hub := base_model.hub) and not grid.scratch
+        else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
         adapter=chosen,
@@ -174,6 +181,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         seed=point.seed,
         threads=grid.threads,
         world_size=selection.world_size or devices,
+        stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
     )
     return Cell(spec=spec, refusal=refusal(spec), base=base)
 
@@ -236,23 +244,3 @@ def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     if label in bases:
         return bases[label]
     raise unknown("cell", label, [*points, *bases])
-
-
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """`0,1,2` as numbers. Raises `UsageError` on anything else."""
-    if text is None:
-        return None
-    try:
-        seeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2.") from None
-    if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}.")
-    return seeds
-
-
-def parse_choice(name: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """`value` if it is one of `allowed`, else `UsageError` with the nearest match."""
-    if value not in allowed:
-        raise unknown(f"--{name}", value, allowed)
-    return value

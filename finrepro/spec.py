@@ -110,7 +110,8 @@ class Model:
 
 @settings
 class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`; without it a table has one, in its `train`.
+    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a table
+    has one of each, in its `train`.
 
     Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
     """
@@ -121,6 +122,7 @@ class Axes:
     train_on: tuple[str, ...]
     seed: tuple[int, ...]
     batch: tuple[Positive, ...] = ()
+    optimizer: tuple[str, ...] = ()
 
 
 @settings
@@ -144,7 +146,8 @@ class Group:
 class Grid:
     """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
 
-    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone.
+    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone. Where `scratch` is true they are
+    trained from the model's own initialisation: pretraining. `stored_as` are quantizers under which the trained model is scored as well.
     """
 
     axes: Axes
@@ -157,6 +160,8 @@ class Grid:
     full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     scored: bool = True
+    scratch: bool = False
+    stored_as: tuple[str, ...] = ()
 
 
 @settings
@@ -223,6 +228,7 @@ class RunSpec:
     seed: int
     threads: int
     world_size: int
+    stored_as: tuple[Choice, ...] = ()  # quantizers: what was trained is scored again in each
 
     @cached_property
     def run_id(self) -> str:
@@ -238,7 +244,7 @@ class RunSpec:
 
 
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
-    """`<model>-<quantizer>-<adapter>-<train_on>[-b<batch>]-s<seed>` from the names, in this order."""
+    """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the names, in this order."""
     return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from finrepro import plan, store
 from finrepro.catalogue import published, table
-from finrepro.cells import Cell, Selection, expand, foreign_adapter
+from finrepro.cells import Cell, expand, foreign_adapter
 from finrepro.figure import draw, to_png, to_svg
 from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.schema import kind_module
+from finrepro.selection import Selection
 from finrepro.spec import Scale
 
 

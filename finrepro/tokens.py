@@ -31,6 +31,15 @@ class Encoded:
         return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
 
 
+def pieces(text: Encoded, max_seq_len: int) -> list[Encoded]:
+    """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the first of a piece from the last one of
+    the piece before it, which stands there as context.
+    """
+    step = max_seq_len - 1
+    starts = range(0, max(1, len(text.ids) - 1), step)
+    return [Encoded(text.ids[start : start + max_seq_len], 1) for start in starts]
+
+
 def encode(
     tokenizer: "PreTrainedTokenizerFast", pairs: Sequence[tuple[str, str]], max_seq_len: int, *, end: bool
 ) -> list[Encoded]:

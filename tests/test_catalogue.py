@@ -130,7 +130,8 @@ def test_the_number_of_parameters_follows_from_the_architecture(name: str):
 
 
 def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_parameters():
-    from finrepro.cells import Selection, expand
+    from finrepro.cells import expand
+    from finrepro.selection import Selection
 
     (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
     assert (
