@@ -58,6 +58,12 @@ def quantizer(name: str, dtype: str) -> Choice:
 
 
 @cache
+def optimizer(name: str) -> Choice:
+    """A resolved entry of optimizers.yaml."""
+    return choose("optimizers", name, entry("optimizers", name, "optimizer"), f"optimizers.{name}")
+
+
+@cache
 def dataset(name: str) -> Choice:
     """A resolved entry of datasets.yaml."""
     return choose("datasets", name, entry("datasets", name, "dataset"), f"datasets.{name}")
@@ -92,7 +98,7 @@ def train_set(name: str, template: str = "") -> tuple[TrainSet, tuple[TaskSpec, 
 
 
 def train_settings(values: dict[str, Any], where: str) -> Train:
-    """Checked training settings with the optimizer resolved."""
+    """Checked training settings with the optimizer resolved: settings with a `kind`, or the name of an entry of optimizers.yaml."""
     return _train_settings(json.dumps(values, sort_keys=True), where)
 
 
@@ -100,6 +106,8 @@ def train_settings(values: dict[str, Any], where: str) -> Train:
 def _train_settings(text: str, where: str) -> Train:
     """A table's hundreds of cells share a few of them."""
     train = build(Train, json.loads(text), where)
+    if isinstance(train.optimizer, str):
+        return dataclasses.replace(train, optimizer=optimizer(train.optimizer))
     resolved = choose("optimizers", "optimizer", train.optimizer, f"{where}.optimizer")
     return dataclasses.replace(train, optimizer=resolved)
 

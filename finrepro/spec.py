@@ -39,7 +39,7 @@ class Train:
     max_grad_norm: PositiveFloat
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
-    optimizer: Any  # an entry with `kind`; a `Choice` once resolved
+    optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
     engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
     short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
 

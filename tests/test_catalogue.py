@@ -10,11 +10,14 @@ from finrepro import PROJECT, catalogue
 from finrepro.data import Hub
 from finrepro.errors import UsageError
 from finrepro.plan import block_linear_parameters
-from finrepro.schema import kind_module, kinds
+from finrepro.schema import kind_module, kinds, plain
 from finrepro.spec import Model
 
-ENTRIES = {name: tuple(catalogue.catalogue(name)) for name in ("models", "adapters", "quantizers", "datasets", "tasks")}
-MODELS, ADAPTERS, QUANTIZERS, DATASETS, TASKS = ENTRIES.values()
+ENTRIES = {
+    name: tuple(catalogue.catalogue(name))
+    for name in ("models", "adapters", "quantizers", "optimizers", "datasets", "tasks")
+}
+MODELS, ADAPTERS, QUANTIZERS, OPTIMIZERS, DATASETS, TASKS = ENTRIES.values()
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -78,6 +81,21 @@ def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtyp
         assert settings["compute_dtype"] == dtype
     written = set(catalogue.catalogue("quantizers")[name]) - {"kind"}
     assert {key for key in settings if not key.startswith("_")} == written, "a library's default decides"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resolves_with_every_setting_written_out(name: str):
+    choice = catalogue.optimizer(name)
+    assert choice.kind in kinds("optimizers")
+    assert set(vars(choice.config)) == set(catalogue.catalogue("optimizers")[name]) - {"kind"}, "a default decides"
+
+
+def test_training_settings_name_an_optimizer_or_spell_it_out():
+    values = dict(catalogue.table("3").smoke.train)
+    named = catalogue.train_settings({**values, "optimizer": "adamw"}, "test.train")
+    entry = catalogue.catalogue("optimizers")["adamw"]
+    spelled = catalogue.train_settings({**values, "optimizer": entry}, "test.train")
+    assert plain(named) == plain(spelled) and plain(named)["optimizer"] == {**entry}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -145,6 +163,7 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
     [
         (catalogue.model, "gpt2_128m", "gpt2_127m"),
         (catalogue.adapter, "lora", "lora_r8"),
+        (catalogue.optimizer, "adamv", "adamw"),
         (catalogue.dataset, "tfn", "tfns"),
         (catalogue.task, "fbp", "fpb"),
         (lambda name: catalogue.quantizer(name, "float32"), "nf3", "nf4"),

@@ -1,5 +1,6 @@
 """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101), PyTorch's own, every setting explicit."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from finrepro.schema import settings
@@ -21,10 +22,18 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     """The optimizer over (name, parameter) pairs, at learning rate `lr`."""
     import torch
 
-    groups = [
-        {"params": [p for _, p in named_parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named_parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=lr, betas=config.betas, eps=config.eps, foreach=True
+        decay_groups(named_parameters, config.weight_decay), lr=lr, betas=config.betas, eps=config.eps, foreach=True
     )
+
+
+def decay_groups(
+    named_parameters: list[tuple[str, Any]], weight_decay: float, spared: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups that weight decay reaches, matrices that are not `spared`, and does not; none is empty."""
+    decayed = {name for name, parameter in named_parameters if parameter.ndim >= 2 and name not in spared}
+    groups = [
+        {"params": [p for name, p in named_parameters if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named_parameters if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
