@@ -33,7 +33,7 @@ from finrepro.hooks import Hooks  # noqa: E402
 from finrepro.inputs import embedded_tokenizer  # noqa: E402
 from finrepro.model import build  # noqa: E402
 from finrepro.place import Place  # noqa: E402
-from finrepro.selection import Selection
+from finrepro.selection import Selection  # noqa: E402
 from finrepro.spec import RunSpec  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import Encoded, encode  # noqa: E402

@@ -25,13 +25,8 @@ from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
 
-AXES = (
-    "model",
-    "quantizer",
-    "adapter",
-    "train_on",
-    "optimizer",
-)  # in the order of a label; not every table has the last
+AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
+WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
 
 
 @dataclass(frozen=True)
@@ -102,11 +97,13 @@ def _points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
 def _crossed(name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Point, ...]:
     """Thousands of points, made once for however many selections."""
     axes = _checked_grid(name, scale).axes
-    named = [axes.model, axes.quantizer, adapters, axes.train_on, *([axes.optimizer] if axes.optimizer else [])]
-    return tuple(
-        Point(dict(zip(AXES, names, strict=False)), seed, batch, label_of(names, batch, seed))
-        for *names, batch, seed in itertools.product(*named, axes.batch or (None,), seeds)
-    )
+    named = (axes.model, axes.quantizer, adapters, axes.train_on, *([axes.optimizer] if axes.optimizer else []))
+    points = []
+    for names in itertools.product(*named):
+        called = dict(zip(WITH_OPTIMIZER, names, strict=False))
+        for batch, seed in itertools.product(axes.batch or (None,), seeds):
+            points.append(Point(called, seed, batch, label_of(names, batch, seed)))
+    return tuple(points)
 
 
 @cache
@@ -223,8 +220,8 @@ def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tupl
     where = f"tables.table{selection.table.removeprefix('table')}.overrides.where"
     for override in grid.overrides:
         for axis, pattern in override.where.items():
-            if axis not in AXES:
-                raise UsageError(f"{where}: {unknown('axis', axis, AXES)}")
+            if axis not in WITH_OPTIMIZER:
+                raise UsageError(f"{where}: {unknown('axis', axis, WITH_OPTIMIZER)}")
             values = getattr(grid.axes, axis)
             if not fnmatch.filter(values, pattern):
                 raise UsageError(f"{where}: {unknown(axis, pattern, values)}")

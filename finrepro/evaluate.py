@@ -72,11 +72,12 @@ def answer(
     if options[0] is None:
         pairs = [(prompt, module.target(example, config)) for prompt, example in zip(prompts, examples, strict=True)]
         parts = [pieces(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)]
-        values = iter(text_log_likelihoods(model, [part for of in parts for part in of], settings.max_tokens, progress))
+        every = [part for of in parts for part in of]
+        logprobs_of = iter(text_log_likelihoods(model, every, settings.max_tokens, progress))
         return [
             {
                 **row,
-                "logprob": sum(next(values) for _ in of),
+                "logprob": sum(next(logprobs_of) for _ in of),
                 "tokens": sum(part.num_supervised for part in of),
                 "bytes": len(text.encode()),
             }

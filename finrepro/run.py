@@ -6,8 +6,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from finrepro import inputs, provenance, runtime, store
@@ -55,6 +57,7 @@ def walk(
     device = runtime.setup(spec.seed, spec.threads)
     runtime.reset_peak_memory(device)
 
+    from finrepro import stored
     from finrepro.checkpoint import Control
     from finrepro.engine import collect_trained, inference
     from finrepro.evaluate import evaluate
@@ -115,6 +118,13 @@ def walk(
         store.write_lines(target / "predictions.jsonl", rows)
         store.write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
+        stored_bytes = {}
+        for quantizer in spec.stored_as if spec.world_size == 1 else ():
+            report({"event": "phase", "phase": f"evaluate as {quantizer.name}"})
+            again, stored_bytes[quantizer.name] = stored.scores(
+                spec, quantizer, target / "weights", datasets, tokenizer, device
+            )
+            scores += again
         result = header(spec, store.DONE, None, started, device.type) | {
             "scores": scores,
             "costs": {
@@ -128,6 +138,8 @@ def walk(
                 "supervised_tokens": trained.supervised_tokens,
                 "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
                 "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
+                "step_seconds": median_step(trained.losses),
+                **{f"bytes_as_{name}": size for name, size in stored_bytes.items()},
                 "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
                 "evaluation_seconds": evaluation_seconds,
                 "evaluated_examples": num_scored,
@@ -147,6 +159,13 @@ def walk(
 def scored(report: Report, done: int, total: int) -> None:
     """Report how far an evaluation is."""
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
+
+
+def median_step(losses: Sequence[dict[str, float]]) -> float | None:
+    """The median seconds of a training step after the first two, which warm up."""
+    ends = [row["seconds"] for row in losses]
+    each = [later - earlier for earlier, later in pairwise(ends)][1:]
+    return median(each) if each else None
 
 
 def check_launch(spec: RunSpec) -> None:

@@ -19,7 +19,7 @@ Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not ju
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
     ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
-     "parameters", "gated", "miniature_of", "variant", "pretrain", "scale", "url"]
+     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url"]
 )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ class Model:
     hub: Hub | None = None
     gated: bool = False
     miniature_of: str | None = None
+    compared_with: str | None = None  # the dense model beside which Table 2 shows this one
     pretrain: Pretrain | None = None
 
     def __post_init__(self) -> None:
@@ -110,8 +111,8 @@ class Model:
 
 @settings
 class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a table
-    has one of each, in its `train`.
+    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a
+    table has one of each, in its `train`.
 
     Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
     """

@@ -42,7 +42,8 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
             lines = content.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise EnvironmentFault(f"dataset '{name}', split '{split}': no UTF-8 text ({error}).") from None
-        examples, article = [], ""
+        examples: list[Example] = []
+        article = ""
         for line in map(str.strip, lines):
             if found := ARTICLE.fullmatch(line):
                 article = found[1] if split in config.articles else ""

@@ -17,7 +17,7 @@ class Config:
     """`endings`: one of them follows each text, chosen by the example's id and so without regard to its label.
 
     They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
-    `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, and `global_batch_size` counts those.
+    `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, which `global_batch_size` counts.
     """
 
     version: int
