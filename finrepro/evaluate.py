@@ -13,7 +13,7 @@ from finrepro.scoring import choice_log_likelihoods, text_log_likelihoods
 from finrepro.shares import Progress
 from finrepro.spec import Evaluation, TaskSpec
 from finrepro.statistics import intervals, paired_differences
-from finrepro.tokens import encode, pieces
+from finrepro.tokens import cut, encode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ def answer(
     common = [{"task": task.task.name, "id": example.id} for example in examples]
     if options[0] is None:
         pairs = [(prompt, module.target(example, config)) for prompt, example in zip(prompts, examples, strict=True)]
-        parts = [pieces(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)]
+        parts = [cut(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)]
         every = [part for of in parts for part in of]
         logprobs_of = iter(text_log_likelihoods(model, every, settings.max_tokens, progress))
         return [

@@ -7,7 +7,7 @@ from finrepro import catalogue, flops, plan
 from finrepro.spec import Model, RunSpec
 
 STORED = ("none", "int8", "nf4")  # 16, 8 and 4 bits
-BITS16 = "bfloat16"
+CONVENTIONS: tuple[flops.Convention, ...] = ("palm", "causal")
 
 
 def facts(spec: RunSpec) -> dict[str, Any]:
@@ -19,9 +19,9 @@ def facts(spec: RunSpec) -> dict[str, Any]:
         "reference": dense.name,
         "compression": dense.parameters / model.parameters,
         "stored_bytes": {name: _bytes(spec, name) for name in STORED},
-        "flops_per_token": {name: flops.model_flops(model, length, name) for name in ("palm", "causal")},  # type: ignore[arg-type]
+        "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
         "flop_bound": flops.model_flops(dense, length, "palm") / flops.model_flops(model, length, "palm"),
-        "rank": model.rank,
+        "rank": getattr(model, "rank", None),
     }
 
 
@@ -32,5 +32,5 @@ def reference(model: Model) -> Model:
 
 def _bytes(spec: RunSpec, quantizer: str) -> int:
     """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in."""
-    model = dataclasses.replace(spec.model, dtype=BITS16)
-    return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=catalogue.quantizer(quantizer, BITS16)))
+    model = dataclasses.replace(spec.model, dtype="bfloat16")
+    return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=catalogue.quantizer(quantizer, "bfloat16")))

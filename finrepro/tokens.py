@@ -31,7 +31,7 @@ class Encoded:
         return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
 
 
-def pieces(text: Encoded, max_seq_len: int) -> list[Encoded]:
+def cut(text: Encoded, max_seq_len: int) -> list[Encoded]:
     """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the first of a piece from the last one of
     the piece before it, which stands there as context.
     """

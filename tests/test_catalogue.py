@@ -30,11 +30,11 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
     model = catalogue.model(name)
     assert model.name == name
     if model.scale == "paper":
-        assert model.hub is not None and model.pretrain is None
+        assert (model.hub is not None or model.compared_with) and model.pretrain is None
     else:
         assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
         original = catalogue.model(model.miniature_of)
-        assert name == f"{original.name}_mini" and model.family == original.family
+        assert name.startswith(original.name) and "_mini" in name and model.family == original.family
         assert model.parameters < original.parameters / 100
         assert catalogue.pretraining(model).train_on.name in TASKS
 
@@ -52,7 +52,7 @@ def test_the_miniatures_keep_their_families_order_of_size():
     sizes = {
         catalogue.model(name).miniature_of: catalogue.model(name).parameters
         for name in MODELS
-        if name.endswith("_mini")
+        if name == f"{catalogue.model(name).miniature_of}_mini"
     }
     for smaller, larger in (("gpt2_127m", "gpt2_1_5b"), ("llama2_7b", "llama2_13b"), ("llama3_1_8b", "llama3_1_70b")):
         assert sizes[smaller] < sizes[larger]
@@ -60,10 +60,20 @@ def test_the_miniatures_keep_their_families_order_of_size():
 
 def test_every_real_model_has_a_miniature():
     real = {
-        name for name in MODELS if catalogue.model(name).scale == "paper" and catalogue.model(name).variant == "base"
+        name
+        for name in MODELS
+        if (each := catalogue.model(name)).hub and each.scale == "paper" and each.variant == "base"
     }
     assert len(real) == 6
     assert {catalogue.model(name).miniature_of for name in MODELS} - {None} == real
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if catalogue.model(name).compared_with])
+def test_a_model_is_compared_with_a_dense_one_of_its_scale_and_purpose(name: str):
+    model = catalogue.model(name)
+    dense = catalogue.model(str(model.compared_with))
+    assert dense.compared_with is None and dense.scale == model.scale and dense.miniature_of == model.miniature_of
+    assert dense.parameters > model.parameters and dense.architecture["vocab_size"] == model.architecture["vocab_size"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -177,7 +187,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, 
 
 
 def test_an_unknown_table_and_template_are_refused():
-    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 3, 5\."):
+    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 2, 3, 5\."):
         catalogue.table("99")
     with pytest.raises(UsageError, match=r"unknown template 'shrt'.*'short'"):
         catalogue.task("tfns", "shrt")

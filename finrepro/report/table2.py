@@ -130,7 +130,8 @@ def _estimate(rows: Sequence[Row], suffix: str) -> Estimate | None:
     if not found:
         return None
     n = next(s["n"] for s in found[0][1]["scores"] if s["metric"] == "perplexity")
-    return estimate(*([each[place] for each, _ in found] for place in range(3)), n)  # type: ignore[misc]
+    values, lows, highs = zip(*(each for each, _ in found), strict=True)
+    return estimate(values, lows, highs, n)
 
 
 def _shown(value: Estimate | None) -> str:
