@@ -15,6 +15,7 @@ from finrepro.spec import Model
 
 ENTRIES = {name: tuple(catalogue.catalogue(name)) for name in ("models", "adapters", "quantizers", "datasets", "tasks")}
 MODELS, ADAPTERS, QUANTIZERS, DATASETS, TASKS = ENTRIES.values()
+FROM_SCRATCH = ("gpt2_127m_lr_", "gpt2_127m_equal", "gpt2_1_5b_lr_", "gpt2_1_5b_equal")
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -27,12 +28,20 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
     model = catalogue.model(name)
     assert model.name == name
     if model.scale == "paper":
-        assert model.hub is not None and model.pretrain is None
+        assert model.pretrain is None
+        assert (model.hub is None) == name.startswith(FROM_SCRATCH), (
+            "a model of no hub is one that is trained from scratch"
+        )
     else:
         assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
         original = catalogue.model(model.miniature_of)
-        assert name == f"{original.name}_mini" and model.family == original.family
-        assert model.parameters < original.parameters / 100
+        assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
+        if original.hub:
+            assert name == f"{original.name}_mini"
+        else:
+            size, _, variant = name.partition("_mini_")
+            assert original.name.startswith(f"{size}_{variant.partition('_')[0]}")
+        assert model.parameters < original.parameters / (100 if original.hub else 50)
         assert catalogue.pretraining(model).train_on.name in TASKS
 
 
@@ -56,11 +65,10 @@ def test_the_miniatures_keep_their_families_order_of_size():
 
 
 def test_every_real_model_has_a_miniature():
-    real = {
-        name for name in MODELS if catalogue.model(name).scale == "paper" and catalogue.model(name).variant == "base"
-    }
+    real = {name for name in MODELS if catalogue.model(name).hub and catalogue.model(name).variant == "base"}
     assert len(real) == 6
-    assert {catalogue.model(name).miniature_of for name in MODELS} - {None} == real
+    small = {catalogue.model(name).miniature_of for name in MODELS} - {None}
+    assert real <= small and all(name.startswith(FROM_SCRATCH) for name in small - real)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
