@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finrepro.data import Hub
+from finrepro.layers.linear import rank
+from finrepro.low_rank import LowRank
 from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
 
 Scale = Literal["smoke", "paper"]
@@ -21,6 +23,8 @@ DESCRIPTIVE = frozenset(
     ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
      "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url"]
 )  # fmt: skip
+# Left out of the hash where it is null: what came later leaves the identity of older runs as it was.
+OPTIONAL = frozenset(["low_rank"])
 
 
 @settings
@@ -86,7 +90,7 @@ SIZES = {
 
 @settings
 class Model:
-    """A base model. `architecture` holds arguments of the transformers configuration of `family`."""
+    """A base model. `architecture` holds arguments of the transformers configuration of `family`; `low_rank` factors its linear layers."""
 
     name: str
     family: Literal["gpt2", "llama"]
@@ -100,13 +104,16 @@ class Model:
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one
     pretrain: Pretrain | None = None
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` when a size is missing or is not a whole number from 1."""
+        """Raises `ValueError` when a size is missing or is not a whole number from 1, or no low rank gives what is asked."""
         sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
         wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
         if wrong:
             raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
+        if self.low_rank is not None:
+            rank(self)
 
 
 @settings
@@ -250,7 +257,8 @@ def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
 
 
 def without(value: Any, keys: frozenset[str]) -> Any:
-    """`value` with the mapping entries named in `keys` dropped at every depth."""
+    """`value` with the mapping entries named in `keys`, and the optional ones that are null, dropped at every depth."""
     if isinstance(value, dict):
-        return {key: without(item, keys) for key, item in value.items() if key not in keys}
+        kept = {key: item for key, item in value.items() if key not in keys and not (item is None and key in OPTIONAL)}
+        return {key: without(item, keys) for key, item in kept.items()}
     return [without(item, keys) for item in value] if isinstance(value, list) else value

@@ -30,12 +30,15 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
     model = catalogue.model(name)
     assert model.name == name
     if model.scale == "paper":
-        assert (model.hub is not None or model.compared_with) and model.pretrain is None
+        assert model.pretrain is None
+        assert (model.hub is None) == (model.compared_with is not None), "a model of no hub is trained from scratch"
     else:
         assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
         original = catalogue.model(model.miniature_of)
-        assert name.startswith(original.name) and "_mini" in name and model.family == original.family
-        assert model.parameters < original.parameters / 100
+        assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
+        size, _, variant = name.replace("_deep_mini", "_mini").partition("_mini")
+        assert original.name.startswith(size + variant.partition("_r")[0])
+        assert model.parameters < original.parameters / (100 if original.hub else 45)
         assert catalogue.pretraining(model).train_on.name in TASKS
 
 
@@ -59,20 +62,17 @@ def test_the_miniatures_keep_their_families_order_of_size():
 
 
 def test_every_real_model_has_a_miniature():
-    real = {
-        name
-        for name in MODELS
-        if (each := catalogue.model(name)).hub and each.scale == "paper" and each.variant == "base"
-    }
+    real = {name for name in MODELS if catalogue.model(name).hub and catalogue.model(name).variant == "base"}
     assert len(real) == 6
-    assert {catalogue.model(name).miniature_of for name in MODELS} - {None} == real
+    small = {catalogue.model(name).miniature_of for name in MODELS} - {None}
+    assert real <= small and all(catalogue.model(name).compared_with for name in small - real)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if catalogue.model(name).compared_with])
 def test_a_model_is_compared_with_a_dense_one_of_its_scale_and_purpose(name: str):
     model = catalogue.model(name)
     dense = catalogue.model(str(model.compared_with))
-    assert dense.compared_with is None and dense.scale == model.scale and dense.miniature_of == model.miniature_of
+    assert dense.compared_with is None and dense.low_rank is None and dense.scale == model.scale
     assert dense.parameters > model.parameters and dense.architecture["vocab_size"] == model.architecture["vocab_size"]
 
 
