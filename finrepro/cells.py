@@ -193,7 +193,9 @@ def refusal(spec: RunSpec) -> str | None:
     choice, module = spec.adapter, spec.adapter.module("adapters")
     reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
     trainable = getattr(module, "supports_training", None)
-    return reason or (trainable(spec.train, choice.config) if trainable else None)
+    reason = reason or (trainable(spec.train, choice.config) if trainable else None)
+    stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
+    return reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
 
 
 @cache

@@ -62,7 +62,7 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
             runtime.start_process_group(device)
         return Trained()
     lengths = [len(example.ids) for example in data]
-    hooks = Hooks(spec.adapter, model, settings.max_steps)
+    hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
     engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)

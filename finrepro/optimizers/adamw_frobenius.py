@@ -31,6 +31,13 @@ class Config(adamw.Config):
     frobenius_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def supports(spec: Any, config: Config) -> str | None:
+    """None for a cell whose adapter says that it trains such pairs (`FACTORED`), or why not."""
+    if getattr(spec.adapter.module("adapters"), "FACTORED", False):
+        return None
+    return f"adamw_frobenius decays the factors of low-rank layers, and {spec.adapter.name} has none"
+
+
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """The names of each layer's A and B, in the order in which they are given; a parameter without its partner is in none."""
     known = dict.fromkeys(names)
@@ -38,15 +45,10 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) -> "Optimizer":
-    """The optimizer over (name, parameter) pairs, at learning rate `lr`; plain weight decay does not touch the factors.
-
-    Raises `ValueError` when there are none.
-    """
+    """The optimizer over (name, parameter) pairs, at learning rate `lr`; plain weight decay does not touch the factors."""
     import torch
 
     factors = {name for pair in pairs(name for name, _ in named_parameters) for name in pair}
-    if not factors:
-        raise ValueError("adamw_frobenius: the model has no low-rank layer, of which it would decay the factors")
     groups = adamw.decay_groups(named_parameters, config.weight_decay, factors)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, foreach=True)
 

@@ -1,0 +1,289 @@
+"""Optimizers of pretraining: Frobenius decay. The law of each: on every engine a run is what a loop by hand gives, an interrupted one
+ends bit for bit like a whole one, and a planted mutant is found."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixtures_model import broken, make, process, spec_of  # noqa: F401
+from optimizers_program import ADAMW, ENGINES, FROBENIUS, LLAMA, PLAIN, STILL, by_hand, cell, chosen, in_factors, run
+from torch import Tensor, nn
+
+from finrepro import partition
+from finrepro.adapters import full
+from finrepro.cells import refusal
+from finrepro.handle import Handle
+from finrepro.optimizers import adamw_frobenius
+from finrepro.train import learning_rate
+
+EVERYWHERE = [
+    (*key, dtype) for key in ENGINES for dtype in ("float32", "bfloat16") if (key[0], dtype) != ("ddp", "bfloat16")
+]
+
+# --- every optimizer on every engine ------------------------------------------------------------------------------------------------------
+
+
+def begins_at_its_beginning(engine: Any, stage: int, dtype: str, folder: Path) -> None:
+    """After one step Adam counts one, and a weight has been decayed once."""
+    spec = cell(chosen(PLAIN, **STILL), engine, stage, dtype=dtype, max_steps=1, warmup_steps=0)
+    counts, name = [], "model.layers.0.mlp.up_proj.weight"
+
+    def after(handle: Handle, *_: Any) -> None:
+        counts.extend(float(state["step"]) for state in handle._base.state.values())
+        before = dict(make(spec).model.named_parameters())[name].detach().float()
+        decayed = before * (1 - spec.train.lr * ADAMW["weight_decay"])
+        assert (handle.value(handle.named[name]) - decayed).norm() <= 1e-6 * decayed.norm()
+
+    full.after_step = after  # type: ignore[attr-defined]
+    try:
+        run(spec, folder)
+    finally:
+        del full.after_step  # type: ignore[attr-defined]
+    assert set(counts) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "dtype"),
+    [pytest.param(*key, marks=() if key == ("deepspeed", 0, "bfloat16") else pytest.mark.slow) for key in EVERYWHERE],
+)
+def test_an_engine_takes_no_step_before_the_first(
+    engine: Any, stage: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins_at_its_beginning(engine, stage, dtype, tmp_path / "right")
+    if (engine, stage, dtype) == ("deepspeed", 0, "bfloat16"):
+        unfused = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"
+        monkeypatch.setattr(f"{unfused}.refresh_fp32_params", lambda _: None)
+        broken(begins_at_its_beginning, engine, stage, dtype, tmp_path / "wrong")
+
+
+# --- Frobenius decay ---------------------------------------------------------------------------------------------------------------------
+
+FEWER = (("ddp", 0), ("deepspeed", 2))
+engines = pytest.mark.parametrize(
+    ("engine", "stage"), [pytest.param(*key, marks=() if key in FEWER else pytest.mark.slow) for key in ENGINES]
+)
+
+
+def slopes_are_autograds(slopes: Any) -> None:
+    """LR4: the gradients of 0.5 ||B A||_F^2 in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for r, d_in, d_out in ((1, 5, 3), (4, 6, 9), (7, 7, 7)):
+        a, b = (
+            torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True)
+            for s in ((r, d_in), (d_out, r))
+        )
+        (0.5 * (b @ a).pow(2).sum()).backward()
+        for found, expected in zip(slopes(a.detach(), b.detach()), (a.grad, b.grad), strict=True):
+            assert found.shape == expected.shape and (found - expected).abs().max() <= 1e-10
+
+
+def test_the_decay_is_the_gradient_of_half_the_squared_norm_of_the_product() -> None:
+    slopes_are_autograds(adamw_frobenius.slopes)
+    broken(slopes_are_autograds, lambda a, b: (a, b))  # plain L2 of the factors
+    broken(slopes_are_autograds, lambda a, b: (2 * (b.T @ b) @ a, b @ (a @ a.T)))
+
+
+def factor_names(names: Any) -> set[str]:
+    return {name for name in names if name.endswith((".a.weight", ".b.weight"))}
+
+
+def decay_of(build: Any) -> dict[str, float]:
+    """Name -> plain weight decay of a model in factors."""
+    with in_factors():
+        named = list(make(spec_of(LLAMA)).model.named_parameters())
+    optimizer = build(named, 1e-2, chosen(FROBENIUS).config)
+    found = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in named}
+
+
+def factors_have_no_plain_decay(build: Any) -> None:
+    """LR9: factors none, other matrices the configured one, vectors none."""
+    decay = decay_of(build)
+    assert len(factor_names(decay)) == 2 * len(adamw_frobenius.pairs(decay)) > 0
+    for name, value in decay.items():
+        dense = "embed" in name or "lm_head" in name
+        assert value == (FROBENIUS["weight_decay"] if dense else 0.0), name
+
+
+def test_plain_weight_decay_spares_the_factors() -> None:
+    from finrepro.optimizers import adamw
+
+    factors_have_no_plain_decay(adamw_frobenius.build)
+    broken(factors_have_no_plain_decay, adamw.build)
+
+
+def test_pairs_are_recognised_by_name_and_a_factor_alone_is_none() -> None:
+    names = ["x.b.weight", "x.a.weight", "y.a.weight", "z.b.weight", "x.a.bias", "b.weight", "xa.weight"]
+    assert adamw_frobenius.pairs(names) == [("x.a.weight", "x.b.weight")]
+
+
+def test_a_cell_without_factors_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = cell(chosen(FROBENIUS))
+    assert refusal(spec) == "adamw_frobenius decays the factors of low-rank layers, and full has none"
+    monkeypatch.setattr(full, "FACTORED", True, raising=False)
+    assert refusal(spec) is None
+
+
+def frobenius_step(spec: Any) -> Any:
+    """AdamW from its definition, in float32, and the decay from the old values of both factors."""
+    config, state = spec.train.optimizer.config, {}
+
+    def step(named: dict[str, nn.Parameter], rate: float, index: int) -> None:
+        for name in [each for each in named if each.endswith(".a.weight")]:
+            a, b = named[name], named[name.replace(".a.", ".b.")]
+            shrink = rate * config.frobenius_decay
+            new = a - shrink * (b.T @ b @ a), b - shrink * (b @ (a @ a.T))
+            a.copy_(new[0]), b.copy_(new[1])
+        for name, p in named.items():
+            m, v = state.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
+            if p.ndim >= 2 and name not in factor_names(named):
+                p.mul_(1 - rate * config.weight_decay)
+            beta1, beta2 = config.betas
+            m.mul_(beta1).add_((1 - beta1) * p.grad), v.mul_(beta2).add_((1 - beta2) * p.grad**2)
+            hat, root = m / (1 - beta1 ** (index + 1)), (v / (1 - beta2 ** (index + 1))).sqrt()
+            p.sub_(rate * hat / (root + config.eps))
+
+    return step
+
+
+@cache
+def expected(**changes: Any) -> dict[str, Any]:
+    spec = cell(chosen(FROBENIUS, **changes))
+    return by_hand(spec, frobenius_step(spec))
+
+
+def is_the_loop_by_hand(found: dict[str, Any], plain: dict[str, Any], within: float = 1e-3) -> None:
+    """Losses, and every weight, in norm: where a gradient is all but zero, Adam turns rounding into a step of either sign."""
+    np.testing.assert_allclose(found["losses"], plain["losses"], rtol=1e-5)
+    for name, value in plain["weights"].items():
+        assert (found["weights"][name].float() - value).norm() <= within * value.norm(), name
+
+
+@engines
+def test_a_run_with_frobenius_decay_is_the_loop_by_hand(engine: Any, stage: int, tmp_path: Path) -> None:
+    is_the_loop_by_hand(run(cell(chosen(FROBENIUS), engine, stage), tmp_path), expected())
+
+
+def only_the_model(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+    """A mutant: the engine's own copies are forgotten."""
+    handle.set = lambda parameter, value: partition.fill(parameter, value)  # type: ignore[method-assign]
+    DECAY(handle, config, step, max_steps)
+
+
+def one_after_the_other(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+    """A mutant: B is decayed by the new A."""
+    for names in adamw_frobenius.pairs(handle.named):
+        a, b = (handle.named[name] for name in names)
+        shrink = handle.rate(a) * config.frobenius_decay
+        handle.set(a, handle.value(a) - shrink * adamw_frobenius.slopes(handle.value(a), handle.value(b))[0])
+        handle.set(b, handle.value(b) - shrink * adamw_frobenius.slopes(handle.value(a), handle.value(b))[1])
+
+
+def plain_l2(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+    """A mutant: each factor by itself."""
+    for name in factor_names(handle.named):
+        each = handle.named[name]
+        handle.set(each, handle.value(each) * (1 - handle.rate(each) * config.frobenius_decay))
+
+
+DECAY = adamw_frobenius.before_step
+
+
+def decays_alone(engine: Any, stage: int, dtype: str, folder: Path) -> None:
+    """With steps that are all but zero the factors are those of decay alone, in float32 also where the weights are bfloat16."""
+    spec = cell(chosen(FROBENIUS, **STILL), engine, stage, dtype=dtype)
+    seen: dict[str, Tensor] = {}
+    decay = adamw_frobenius.before_step
+
+    def watched(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+        if step == max_steps - 1:  # all but the last decay
+            seen.update((name, handle.value(handle.named[name])) for name in factor_names(handle.named))
+        decay(handle, config, step, max_steps)
+
+    adamw_frobenius.before_step = watched
+    try:
+        found = run(spec, folder)
+    finally:
+        adamw_frobenius.before_step = decay
+    with in_factors():
+        named = {name: p.detach().float() for name, p in make(spec).model.named_parameters()}
+    for name in seen:
+        if name.endswith(".a.weight"):
+            a, b = named[name].double(), named[name.replace(".a.", ".b.")].double()
+            for step in range(spec.train.max_steps - 1):
+                shrink = learning_rate(step, spec.train) * FROBENIUS["frobenius_decay"]
+                a, b = a - shrink * (b.T @ b @ a), b - shrink * (b @ (a @ a.T))
+            for key, value in ((name, a), (name.replace(".a.", ".b."), b)):
+                assert (seen[key] - value).norm() <= 1e-5 * value.norm(), key
+                assert (seen[key] - named[key]).norm() > 1e-3 * value.norm()
+                assert found["weights"][key].dtype == getattr(torch, dtype)
+
+
+IN_SHORT = (("deepspeed", 3, "bfloat16"),)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "dtype"),
+    [pytest.param(*key, marks=() if key in IN_SHORT else pytest.mark.slow) for key in EVERYWHERE],
+)
+def test_decay_alone_is_exact_wherever_the_optimizer_keeps_its_numbers(
+    engine: Any, stage: int, dtype: str, tmp_path: Path
+) -> None:
+    decays_alone(engine, stage, dtype, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "engine", "stage", "dtype"),
+    [
+        (one_after_the_other, "ddp", 0, "float32"),
+        (plain_l2, "ddp", 0, "float32"),
+        *(pytest.param(only_the_model, *key, marks=pytest.mark.slow) for key in EVERYWHERE[-4:]),
+    ],
+)
+def test_the_law_finds_a_decay_that_is_another(
+    mutant: Any, engine: Any, stage: int, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(adamw_frobenius, "before_step", mutant)
+    broken(decays_alone, engine, stage, dtype, tmp_path)
+
+
+def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LR4: after a step from the same weights Adam remembers the same bits with and without decay, and the weights are others."""
+    found = []
+    for decay in (0.0, 0.5):
+
+        def after(handle: Handle, *_: Any) -> None:
+            found.append((dict(handle._base.state), {name: handle.value(p) for name, p in handle.named.items()}))
+
+        monkeypatch.setattr(adamw_frobenius, "after_step", after, raising=False)
+        run(cell(chosen(FROBENIUS, frobenius_decay=decay), max_steps=1, warmup_steps=0), folder / f"{decay}")
+    (without, before), (with_decay, after_decay) = found
+    for mine, theirs in zip(without.values(), with_decay.values(), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert {name for name in before if not torch.equal(before[name], after_decay[name])} == factor_names(before)
+
+
+def through_the_moments(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+    """A mutant: the decay is added to the gradient, as the authors have it for SGD."""
+    for names in adamw_frobenius.pairs(handle.named):
+        pair = [handle.named[name] for name in names]
+        for each, slope in zip(pair, adamw_frobenius.slopes(*map(handle.value, pair)), strict=True):
+            each.grad += config.frobenius_decay * slope
+
+
+def test_the_moments_know_nothing_of_the_decay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    moments_are_the_same(tmp_path / "right", monkeypatch)
+    monkeypatch.setattr(adamw_frobenius, "before_step", through_the_moments)
+    broken(moments_are_the_same, tmp_path / "wrong", monkeypatch)
+
+
+def test_bad_settings_are_a_line() -> None:
+    from finrepro.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"frobenius_decay.*greater than or equal to 0"):
+        chosen(FROBENIUS, frobenius_decay=-0.1)
+    assert dataclasses.asdict(chosen(FROBENIUS).config).keys() == {*ADAMW, "frobenius_decay"}
