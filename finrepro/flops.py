@@ -88,7 +88,7 @@ def forward(model: Any, tokens: int, causal: bool = False, sizes: Sizes | None =
 
 
 def generated(model: Any, context: int, sizes: Sizes | None = None) -> Flops:
-    """One token generated after `context - 1` others whose keys and values are kept: it attends to `context` positions, its own among them."""
+    """One token after `context - 1` others whose keys and values are kept: it attends to `context` positions, its own among them."""
     return forward(model, context, sizes=sizes)
 
 
@@ -156,10 +156,10 @@ def model_flops(model: Any, tokens: int, convention: Convention, sizes: Sizes | 
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
-    """The share of `devices` times `peak` FLOP/s that `tokens_per_second` of all of them use, at `flops_per_token`.
+    """The share of `devices` times `peak` FLOP/s that `tokens_per_second` of all of them use at `flops_per_token`.
 
-    Model-FLOPs utilisation with `model_flops` (or `training` without checkpointing, for LoRA); hardware-FLOPs utilisation with `training` and
-    what it recomputes.
+    Model-FLOPs utilisation with `model_flops`, or for LoRA with `training` without checkpointing; hardware-FLOPs utilisation with
+    `training` and what it recomputes.
     """
     return tokens_per_second * flops_per_token / (peak * devices)
 
@@ -174,7 +174,7 @@ def factored(sizes: Sizes, rank: int) -> dict[str, tuple[int, int]]:
 
 
 def rank_for(model: Any, ratio: float, whole: bool = False) -> int:
-    """The largest rank, one for all layers, at which the blocks' linear weights, or the `whole` model's parameters, shrink at least `ratio`-fold.
+    """The largest rank, one for all, that shrinks the blocks' linear weights at least `ratio`-fold, or the `whole` model's parameters.
 
     0 where no rank does: the rest of the model alone is more.
     """

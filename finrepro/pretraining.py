@@ -21,7 +21,7 @@ def facts(spec: RunSpec) -> dict[str, Any]:
         "stored_bytes": {name: _bytes(spec, name) for name in STORED},
         "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
         "flop_bound": flops.model_flops(dense, length, "palm") / flops.model_flops(model, length, "palm"),
-        "rank": getattr(model, "rank", None),
+        "rank": model.rank,
     }
 
 

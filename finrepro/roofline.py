@@ -1,0 +1,43 @@
+"""How much faster two narrow matrix products can be than the wide one they replace, on a GPU that computes and moves bytes at known rates.
+
+The roofline of performance.md, section 3.2: a product takes as long as its operations at the measured matrix rate, or its bytes at the
+memory's bandwidth, whichever is longer; nothing is reused from a cache between products. A rank below rate / bandwidth is bound by memory.
+"""
+
+from dataclasses import dataclass
+
+from finrepro.hardware import Hardware
+
+BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Speed-ups over the dense layer: by operations alone, at most with two products, and with both fused into one pass over the input."""
+
+    flops: float
+    two_products: float
+    fused: float
+
+
+def seconds(hardware: Hardware, rows: int, inner: int, columns: int) -> float:
+    """The least time of a (rows, inner) by (inner, columns) product: computing, or reading both and writing the result."""
+    moved = BYTES * (rows * inner + inner * columns + rows * columns)
+    return max(2 * rows * inner * columns / hardware.rate, moved / hardware.known("bandwidth"))
+
+
+def low_rank(hardware: Hardware, inputs: int, outputs: int, rank: int, tokens: int) -> Ceiling:
+    """The ceiling for W (outputs, inputs) replaced by two factors of `rank`, on `tokens` at once."""
+    dense = seconds(hardware, tokens, inputs, outputs)
+    two = seconds(hardware, tokens, inputs, rank) + seconds(hardware, tokens, rank, outputs)
+    moved = BYTES * (
+        tokens * (inputs + outputs) + rank * (inputs + outputs)
+    )  # what stands between the factors stays on the chip
+    computed = 2 * tokens * rank * (inputs + outputs) / hardware.rate
+    fused = max(computed, moved / hardware.known("bandwidth"))
+    return Ceiling(inputs * outputs / (rank * (inputs + outputs)), dense / two, dense / fused)
+
+
+def ridge(hardware: Hardware) -> float:
+    """Operations a byte above which the GPU computes longer than it moves: about the smallest rank that is not bound by memory."""
+    return hardware.rate / hardware.known("bandwidth")
