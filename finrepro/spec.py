@@ -5,13 +5,12 @@ Everything here is data. The values come from configs/, which finrepro.catalogue
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from finrepro.data import Hub
-from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
+from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings, text, without
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -226,9 +225,9 @@ class RunSpec:
 
     @cached_property
     def run_id(self) -> str:
-        """12 hex digits of sha256 over the canonical form."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without spaces."""
+        parts = ",".join(f'"{name}":{text(getattr(self, name), DESCRIPTIVE)}' for name in HASHED)
+        return hashlib.sha256(f"{{{parts}}}".encode()).hexdigest()[:12]
 
     def canonical(self) -> dict[str, Any]:
         """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
@@ -237,13 +236,10 @@ class RunSpec:
         return without(values, DESCRIPTIVE)
 
 
+# What the hash is made of, in the order of the canonical form's JSON.
+HASHED = tuple(sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"}))
+
+
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
     """`<model>-<quantizer>-<adapter>-<train_on>[-b<batch>]-s<seed>` from the names, in this order."""
     return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))
-
-
-def without(value: Any, keys: frozenset[str]) -> Any:
-    """`value` with the mapping entries named in `keys` dropped at every depth."""
-    if isinstance(value, dict):
-        return {key: without(item, keys) for key, item in value.items() if key not in keys}
-    return [without(item, keys) for item in value] if isinstance(value, list) else value
