@@ -69,7 +69,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
 
 @cache
 def _checked_grid(name: str, scale: Scale) -> Grid:
-    """The table's grid with every name on its axes in a catalogue. Raises `UsageError` for another."""
+    """The table's grid with every name on its axes in a catalogue, and every override for some of them. Raises `UsageError` for another."""
     described = table(name)
     grid: Grid = getattr(described, scale)
     for each in grid.axes.model:
@@ -82,6 +82,13 @@ def _checked_grid(name: str, scale: Scale) -> Grid:
         train_set(each, grid.template)
     for each in grid.axes.optimizer:
         optimizer(each)
+    where = f"tables.table{name.removeprefix('table')}.overrides.where"
+    for axis, pattern in (pair for override in grid.overrides for pair in override.where.items()):
+        if axis not in WITH_OPTIMIZER:
+            raise UsageError(f"{where}: {unknown('axis', axis, WITH_OPTIMIZER)}")
+        values = getattr(grid.axes, axis)
+        if not fnmatch.filter(values, pattern):
+            raise UsageError(f"{where}: {unknown(axis, pattern, values)}")
     return grid
 
 
@@ -151,7 +158,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     trained_on, scored = train_set(names["train_on"], grid.template)
     weights: Weights = "scratch" if grid.scratch else selection.weights
     base = _base(base_model.name) if base_model.pretrain and weights == "pretrained" else None
-    train, devices = _overridden(grid, selection, names)
+    train, devices = _overridden(grid, names)
     if point.batch:
         train |= {"global_batch_size": point.batch}
     if "optimizer" in names:
@@ -216,17 +223,10 @@ def foreign_adapter(folder: str) -> Choice:
     )
 
 
-def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tuple[dict[str, Any], int]:
+def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The grid's training settings with every override that holds for the names, and the number of devices."""
     train, devices = dict(grid.train), 1
-    where = f"tables.table{selection.table.removeprefix('table')}.overrides.where"
     for override in grid.overrides:
-        for axis, pattern in override.where.items():
-            if axis not in WITH_OPTIMIZER:
-                raise UsageError(f"{where}: {unknown('axis', axis, WITH_OPTIMIZER)}")
-            values = getattr(grid.axes, axis)
-            if not fnmatch.filter(values, pattern):
-                raise UsageError(f"{where}: {unknown(axis, pattern, values)}")
         if all(fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()):
             train |= override.train
             devices = override.devices or devices

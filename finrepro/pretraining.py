@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from finrepro import catalogue, flops, plan
+from finrepro.layers.linear import rank
 from finrepro.spec import Model, RunSpec
 
 STORED = ("none", "int8", "nf4")  # 16, 8 and 4 bits
@@ -21,7 +22,7 @@ def facts(spec: RunSpec) -> dict[str, Any]:
         "stored_bytes": {name: _bytes(spec, name) for name in STORED},
         "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
         "flop_bound": flops.model_flops(dense, length, "palm") / flops.model_flops(model, length, "palm"),
-        "rank": model.rank,
+        "rank": rank(model) if model.low_rank else None,
     }
 
 

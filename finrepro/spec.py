@@ -5,7 +5,6 @@ Everything here is data. The values come from configs/, which finrepro.catalogue
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from finrepro.data import Hub
 from finrepro.layers.linear import rank
 from finrepro.low_rank import LowRank
-from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
+from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings, text, without
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -23,8 +22,6 @@ DESCRIPTIVE = frozenset(
     ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
      "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url"]
 )  # fmt: skip
-# Left out of the hash where it is null: what came later leaves the identity of older runs as it was.
-OPTIONAL = frozenset(["low_rank"])
 
 
 @settings
@@ -240,9 +237,9 @@ class RunSpec:
 
     @cached_property
     def run_id(self) -> str:
-        """12 hex digits of sha256 over the canonical form."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without spaces."""
+        parts = ",".join(f'"{name}":{text(getattr(self, name), DESCRIPTIVE)}' for name in HASHED)
+        return hashlib.sha256(f"{{{parts}}}".encode()).hexdigest()[:12]
 
     def canonical(self) -> dict[str, Any]:
         """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
@@ -251,14 +248,10 @@ class RunSpec:
         return without(values, DESCRIPTIVE)
 
 
+# What the hash is made of, in the order of the canonical form's JSON.
+HASHED = tuple(sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"}))
+
+
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
     """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the names, in this order."""
     return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))
-
-
-def without(value: Any, keys: frozenset[str]) -> Any:
-    """`value` with the mapping entries named in `keys`, and the optional ones that are null, dropped at every depth."""
-    if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if key not in keys and not (item is None and key in OPTIONAL)}
-        return {key: without(item, keys) for key, item in kept.items()}
-    return [without(item, keys) for item in value] if isinstance(value, list) else value

@@ -11,8 +11,8 @@ from typing import Any
 from finrepro import catalogue, store
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
 from finrepro.manifest import damaged_files
-from finrepro.schema import build, choose, kind_module, plain
-from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet, without
+from finrepro.schema import build, choose, kind_module, plain, without
+from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
 from finrepro.store import Store
 
 FORMATS = ("peft", "merged", "base")
