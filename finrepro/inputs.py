@@ -1,6 +1,7 @@
 """What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue, data, weights
 from finrepro.data import Dataset
-from finrepro.errors import EnvironmentFault, Unavailable
+from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
 from finrepro.spec import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from finrepro.batches import Sample
     from finrepro.tokens import Encoded
 
 STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
@@ -34,10 +36,12 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
 
 def training_examples(
     spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast"
-) -> "list[Encoded]":
-    """Every training example, encoded, a part after the other; a repeated part stands there as often."""
+) -> "Sequence[Sample]":
+    """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows."""
     from finrepro.tokens import encode
 
+    if any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts):
+        return _windows(spec, datasets, tokenizer)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
@@ -45,6 +49,26 @@ def training_examples(
         pairs = [(task.prompt(example, config), task.target(example, config)) for example in examples]
         encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
+
+
+def _windows(spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast") -> "Sequence[Sample]":
+    """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError` where a part is no corpus."""
+    from finrepro.corpora.memory import TextStream
+    from finrepro.corpora.mixture import Mixture
+    from finrepro.corpora.windows import Windows
+    from finrepro.tokens import encode
+
+    made = {}
+    for part in spec.train_on.parts if spec.train.max_steps else ():
+        task, config = part.task.task.module("tasks"), part.task.task.config
+        if not getattr(config, "windows", False):
+            raise UsageError(f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none.")
+        examples = datasets[part.task.dataset.name].splits["train"]
+        texts = encode(tokenizer, [("", task.target(example, config)) for example in examples], sys.maxsize, end=False)
+        made[part.task.task.name] = Windows(TextStream(text.ids for text in texts), spec.train.max_seq_len)
+    if len(made) <= 1:
+        return next(iter(made.values()), [])
+    return Mixture(made, {part.task.task.name: part.repeat for part in spec.train_on.parts})
 
 
 def data_facts(datasets: dict[str, Dataset]) -> dict[str, Any]:

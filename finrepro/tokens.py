@@ -22,6 +22,11 @@ class Encoded:
     answer_start: int
 
     @property
+    def pieces(self) -> "tuple[Encoded, ...]":
+        """What must not see one another: an example is one piece, a window of running text may hold several documents."""
+        return (self,)
+
+    @property
     def num_supervised(self) -> int:
         """Tokens of the answer: the positions whose successor is learned or scored."""
         return len(self.ids) - self.answer_start
