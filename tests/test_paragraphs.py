@@ -21,10 +21,10 @@ TEXT = """
 """
 
 
-def config(**files: int | None) -> Config:
+def config(articles: int | None = None, **files: int | None) -> Config:
     given = {name: {"path": name, "sha256": None, "rows": rows} for name, rows in files.items()}
     raw = catalogue.entry("datasets", "wikitext2", "dataset")
-    choice = catalogue.choose("datasets", "text", raw | {"files": given}, "text")
+    choice = catalogue.choose("datasets", "text", raw | {"files": given, "articles": {"test": articles}}, "text")
     return choice.config
 
 
@@ -33,6 +33,11 @@ def test_paragraphs_stand_in_order_with_their_article():
     assert [each.text for each in found] == ["A paragraph = with signs = inside .", "Another one .", "The last ."]
     assert [each.source for each in found] == ["Nero", "Nero", "Manila ( city )"]
     assert [each.id for each in found] == [f"text/test/{row}" for row in range(3)]
+
+
+def test_only_the_first_articles_are_taken_where_it_is_said_how_many():
+    found = read({"test": TEXT.encode()}, "text", config(articles=1, test=3))["test"]
+    assert [each.source for each in found] == ["Nero", "Nero"]
 
 
 def test_a_file_without_its_headings_has_no_articles():

@@ -9,7 +9,7 @@ import re
 from finrepro.data import Development, File, Hub, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.examples import Example, Splits
-from finrepro.schema import settings
+from finrepro.schema import Positive, settings
 
 ARTICLE = re.compile(r"= ([^=].*?) =")  # " = Robert Boulter = "; sections have more signs
 HEADING = re.compile(r"=.*=")
@@ -17,7 +17,10 @@ HEADING = re.compile(r"=.*=")
 
 @settings
 class Config:
-    """`files` maps a split to its file, whose rows are its paragraphs; `articles` are the splits whose files have headings."""
+    """`files` maps a split to its file, whose rows are its paragraphs.
+
+    `articles` names the splits whose files have headings, with how many of their articles are taken (null: all).
+    """
 
     version: int
     title: str
@@ -25,7 +28,7 @@ class Config:
     embedded: bool
     hub: Hub | None
     files: dict[str, File]
-    articles: tuple[str, ...]
+    articles: dict[str, Positive | None]
     development: Development
 
 
@@ -50,5 +53,6 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
             elif line and not HEADING.fullmatch(line):
                 examples.append(Example(id=f"{name}/{split}/{len(examples)}", text=line, label="", source=article))
         check_rows(name, split, config.files[split], len(examples))
-        splits[split] = tuple(examples)
+        kept = list(dict.fromkeys(each.source for each in examples))[: config.articles.get(split)]
+        splits[split] = tuple(each for each in examples if each.source in kept)
     return splits
