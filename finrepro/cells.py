@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, table, train_set, train_settings
+from finrepro.catalogue import adapter, base_of, catalogue, model, origin, quantizer, table, train_set, train_settings
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
@@ -150,7 +150,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
     module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
-    base = _base(base_model.name) if base_model.pretrain and selection.weights == "pretrained" else None
+    base = base_of(base_model.name) if selection.weights == "pretrained" else None
     train, devices = _overridden(grid, selection, names)
     if point.batch:
         train |= {"global_batch_size": point.batch}
@@ -163,7 +163,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         label=point.label,
         model=base_model,
         weights=selection.weights,
-        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := base_model.hub) else None,
+        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := origin(base_model).hub) else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
         adapter=chosen,
@@ -189,11 +189,6 @@ def refusal(spec: RunSpec) -> str | None:
     reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
     trainable = getattr(module, "supports_training", None)
     return reason or (trainable(spec.train, choice.config) if trainable else None)
-
-
-@cache
-def _base(name: str) -> RunSpec:
-    return pretraining(model(name))
 
 
 @cache
@@ -232,7 +227,7 @@ def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     points = {point.label: point for point in _points(selection, scale)}
     if label in points:
         return _cell(grid, selection, points[label]).spec
-    bases = {base.label: base for name in grid.axes.model if model(name).pretrain for base in (_base(name),)}
+    bases = {base.label: base for name in grid.axes.model if (base := base_of(name))}
     if label in bases:
         return bases[label]
     raise unknown("cell", label, [*points, *bases])

@@ -15,7 +15,7 @@ from finrepro.spec import Model
 
 ENTRIES = {name: tuple(catalogue.catalogue(name)) for name in ("models", "adapters", "quantizers", "datasets", "tasks")}
 MODELS, ADAPTERS, QUANTIZERS, DATASETS, TASKS = ENTRIES.values()
-FROM_SCRATCH = ("gpt2_127m_lr_", "gpt2_127m_equal", "gpt2_1_5b_lr_", "gpt2_1_5b_equal")
+FROM_SCRATCH = ("gpt2_127m_lr_", "gpt2_127m_svd_", "gpt2_127m_equal", "gpt2_1_5b_lr_", "gpt2_1_5b_equal")
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -33,7 +33,7 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
             "a model of no hub is one that is trained from scratch"
         )
     else:
-        assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
+        assert model.miniature_of in MODELS and model.hub is None and catalogue.base_of(name) is not None
         original = catalogue.model(model.miniature_of)
         assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
         if original.hub:
@@ -42,7 +42,7 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
             size, _, variant = name.partition("_mini_")
             assert original.name.startswith(f"{size}_{variant.partition('_')[0]}")
         assert model.parameters < original.parameters / (100 if original.hub else 50)
-        assert catalogue.pretraining(model).train_on.name in TASKS
+        assert catalogue.pretraining(catalogue.origin(model)).train_on.name in TASKS
 
 
 def test_a_chat_or_instruct_model_is_its_base_with_other_weights():
