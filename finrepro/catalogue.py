@@ -39,7 +39,19 @@ def entry(name: str, key: str, what: str) -> dict[str, Any]:
 @cache
 def model(name: str) -> Model:
     """A resolved entry of models.yaml."""
-    return build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
+    found = build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
+    if found.low_rank is not None and found.low_rank.of is not None:
+        dense, where = model(found.low_rank.of), f"models.{name}.low_rank.of"
+        if dense.low_rank is not None or (dense.family, dense.architecture) != (found.family, found.architecture):
+            raise UsageError(f"{where}: {dense.name} is not the dense model of the same architecture.")
+        if found.pretrain is not None:
+            raise UsageError(f"{where}: the weights are those of {dense.name}: leave out 'pretrain'.")
+    return found
+
+
+def origin(base: Model) -> Model:
+    """The entry whose weights a model starts from: itself, or the dense one that it decomposes."""
+    return base if base.low_rank is None or base.low_rank.of is None else model(base.low_rank.of)
 
 
 @cache
@@ -176,6 +188,13 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
         threads=recipe.threads,
         world_size=1,
     )
+
+
+@cache
+def base_of(name: str) -> RunSpec | None:
+    """The run that makes the weights that a model starts from; None where no run does."""
+    trained = origin(model(name))
+    return pretraining(trained) if trained.pretrain else None
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:

@@ -9,17 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import (
-    adapter,
-    catalogue,
-    model,
-    optimizer,
-    pretraining,
-    quantizer,
-    table,
-    train_set,
-    train_settings,
-)
+from finrepro.catalogue import adapter, base_of, catalogue, model, optimizer, origin, quantizer, table, train_set, train_settings
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
@@ -157,7 +147,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
     weights: Weights = "scratch" if grid.scratch else selection.weights
-    base = _base(base_model.name) if base_model.pretrain and weights == "pretrained" else None
+    base = base_of(base_model.name) if weights == "pretrained" else None
     train, devices = _overridden(grid, names)
     if point.batch:
         train |= {"global_batch_size": point.batch}
@@ -173,7 +163,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         model=base_model,
         weights=weights,
         base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}"
-        if (hub := base_model.hub) and not grid.scratch
+        if (hub := origin(base_model).hub) and not grid.scratch
         else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
@@ -193,6 +183,8 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
 def refusal(spec: RunSpec) -> str | None:
     """Why the combination cannot run anywhere, None if it can."""
     stage = spec.train.zero_stage
+    if spec.weights == "scratch" and spec.model.low_rank and spec.model.low_rank.of:
+        return f"starts from the trained weights of {spec.model.low_rank.of}, not from scratch"
     if not spec.train.max_steps and len(spec.train_on.parts) > 1:
         return "an untrained model is scored on each task of a mix by itself"
     storable = getattr(spec.quantizer.module("quantizers"), "supports", None)
@@ -203,11 +195,6 @@ def refusal(spec: RunSpec) -> str | None:
     reason = reason or (trainable(spec.train, choice.config) if trainable else None)
     stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
     return reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
-
-
-@cache
-def _base(name: str) -> RunSpec:
-    return pretraining(model(name))
 
 
 @cache
@@ -239,7 +226,7 @@ def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     points = {point.label: point for point in _points(selection, scale)}
     if label in points:
         return _cell(grid, selection, points[label]).spec
-    bases = {base.label: base for name in grid.axes.model if model(name).pretrain for base in (_base(name),)}
+    bases = {base.label: base for name in grid.axes.model if (base := base_of(name))}
     if label in bases:
         return bases[label]
     raise unknown("cell", label, [*points, *bases])

@@ -101,11 +101,12 @@ def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizer
             if place.store.result(spec.base_run) is None:
                 raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
             return folder, load_tokenizer(folder), f"run {spec.base_run}"
-        found = weights.locate(spec.model, place.models_dir)
+        model = catalogue.origin(spec.model)
+        found = weights.locate(model, place.models_dir)
         if found is None and spec.weights == "pretrained":
-            found = weights.fetch(spec.model)
+            found = weights.fetch(model)
         if found is not None:
-            weights.check(spec.model, found)
+            weights.check(model, found)
             return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 

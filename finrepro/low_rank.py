@@ -38,6 +38,9 @@ class LowRank:
     multiple_of: Positive
     rescale: bool
     svd_niter: Positive | None
+    of: str | None = (
+        None  # the entry whose trained weights are decomposed; without it they are drawn, or factors are read
+    )
 
     def __post_init__(self) -> None:
         """Raises `ValueError` unless exactly one thing decides the rank, and `multiple_of` divides a given one."""

@@ -166,7 +166,11 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
     needed = needed_bytes(spec) * (1 if here.gpu_bytes else spec.world_size)  # ranks on a host share its memory
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return missing_weights(spec.model, place.models_dir, ask_hub) if spec.weights == "pretrained" else None
+    return (
+        missing_weights(catalogue.origin(spec.model), place.models_dir, ask_hub)
+        if spec.weights == "pretrained"
+        else None
+    )
 
 
 def missing_weights(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:

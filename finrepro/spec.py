@@ -20,7 +20,7 @@ Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not ju
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
     ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
-     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url"]
+     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url", "of"]
 )  # fmt: skip
 
 

@@ -33,13 +33,13 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
         assert model.pretrain is None
         assert (model.hub is None) == (model.compared_with is not None), "a model of no hub is trained from scratch"
     else:
-        assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
+        assert model.miniature_of in MODELS and model.hub is None and catalogue.base_of(name) is not None
         original = catalogue.model(model.miniature_of)
         assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
         size, _, variant = name.replace("_deep_mini", "_mini").partition("_mini")
         assert original.name.startswith(size + variant.partition("_r")[0])
         assert model.parameters < original.parameters / (100 if original.hub else 45)
-        assert catalogue.pretraining(model).train_on.name in TASKS
+        assert catalogue.pretraining(catalogue.origin(model)).train_on.name in TASKS
 
 
 def test_a_chat_or_instruct_model_is_its_base_with_other_weights():
