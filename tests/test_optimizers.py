@@ -1,5 +1,5 @@
-"""Optimizers of pretraining: Frobenius decay. The law of each: on every engine a run is what a loop by hand gives, an interrupted one
-ends bit for bit like a whole one, and a planted mutant is found."""
+"""Optimizers of pretraining: Frobenius decay, moments in 8 bits. The law of each: on every engine a run is what a loop by hand gives, an
+interrupted one ends bit for bit like a whole one, and a planted mutant is found."""
 
 import dataclasses
 from functools import cache
@@ -10,15 +10,29 @@ import numpy as np
 import pytest
 import torch
 from fixtures_model import broken, make, process, spec_of  # noqa: F401
-from optimizers_program import ADAMW, ENGINES, FROBENIUS, LLAMA, PLAIN, STILL, by_hand, cell, chosen, in_factors, run
+from optimizers_program import (
+    ADAMW,
+    EIGHT_BITS,
+    ENGINES,
+    FROBENIUS,
+    LLAMA,
+    PLAIN,
+    SETTINGS,
+    STILL,
+    by_hand,
+    cell,
+    chosen,
+    in_factors,
+    run,
+)
 from torch import Tensor, nn
 
-from finrepro import partition
+from finrepro import catalogue, partition, runtime
 from finrepro.adapters import full
 from finrepro.cells import refusal
 from finrepro.handle import Handle
-from finrepro.optimizers import adamw_frobenius
-from finrepro.train import learning_rate
+from finrepro.optimizers import adamw, adamw_8bit, adamw_frobenius
+from finrepro.train import Interrupted, learning_rate
 
 EVERYWHERE = [
     (*key, dtype) for key in ENGINES for dtype in ("float32", "bfloat16") if (key[0], dtype) != ("ddp", "bfloat16")
@@ -110,8 +124,6 @@ def factors_have_no_plain_decay(build: Any) -> None:
 
 
 def test_plain_weight_decay_spares_the_factors() -> None:
-    from finrepro.optimizers import adamw
-
     factors_have_no_plain_decay(adamw_frobenius.build)
     broken(factors_have_no_plain_decay, adamw.build)
 
@@ -287,3 +299,183 @@ def test_bad_settings_are_a_line() -> None:
     with pytest.raises(UsageError, match=r"frobenius_decay.*greater than or equal to 0"):
         chosen(FROBENIUS, frobenius_decay=-0.1)
     assert dataclasses.asdict(chosen(FROBENIUS).config).keys() == {*ADAMW, "frobenius_decay"}
+
+
+# --- 8 bits ------------------------------------------------------------------------------------------------------------------------------
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+    """The 256 values of the dynamic tree (arXiv 2110.02861, section 1.3), from its definition: a decade below another has half as many, and
+    the values of a decade are the middles of equal parts of [0.1, 1]; 0 and 1 on top."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2**decade * (1 if signed else 2)
+        edges = np.linspace(0.1, 1, count + 1)
+        found = 10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*found, *(-found if signed else [])]
+    return np.sort(np.asarray(values + [0.0] * (256 - len(values))))
+
+
+def nearest(moment: np.ndarray, signed: bool) -> np.ndarray:
+    """What 8 bits keep of a moment: blocks of 256, each by its largest magnitude."""
+    flat, known = moment.astype(np.float64).reshape(-1), dynamic_map(signed)
+    kept = np.empty_like(flat)
+    for first in range(0, len(flat), 256):
+        block = flat[first : first + 256]
+        largest = np.abs(block).max() or 1.0
+        kept[first : first + 256] = known[np.abs(block[:, None] / largest - known).argmin(1)] * largest
+    return kept.reshape(moment.shape)
+
+
+def decoded(state: dict[str, Any], which: int) -> np.ndarray:
+    """A moment as the optimizer keeps it, in numbers."""
+    codes, scales = state[f"state{which}"].numpy(), state[f"absmax{which}"].numpy().astype(np.float64)
+    values = state[f"qmap{which}"].numpy().astype(np.float64)[codes].reshape(-1)
+    return (values * np.repeat(scales, 256)[: values.size]).reshape(codes.shape)
+
+
+def moments_are_the_nearest(state: dict[str, Any], gradient: Tensor, betas: tuple[float, float]) -> None:
+    """After the first step: no kept number is farther from the exact one than the nearest of the map is, but by 1e-4 of its block's
+    largest: the library's CPU kernel takes the second nearest at times, and raises the smallest of the unsigned ones."""
+    for which, exact in ((1, (1 - betas[0]) * gradient), (2, (1 - betas[1]) * gradient**2)):
+        truth, scales = exact.numpy().astype(np.float64), state[f"absmax{which}"].numpy()
+        best = np.abs(nearest(truth, signed=which == 1) - truth)
+        slack = 1e-4 * np.repeat(scales, 256)[: truth.size].reshape(truth.shape)
+        assert (np.abs(decoded(state, which) - truth) <= best + slack).all()
+
+
+def problem(bits: int, steps: int = 1, size: tuple[int, int] = (70, 90)) -> tuple[Any, nn.Parameter, Tensor]:
+    """An optimizer after some steps on noisy squares, its weight, and the first gradient."""
+    generator = torch.Generator().manual_seed(3)
+    target, weight = torch.randn(size, generator=generator), nn.Parameter(torch.zeros(size))
+    settings = chosen(EIGHT_BITS if bits == 8 else PLAIN, weight_decay=0.0)
+    optimizer = settings.module("optimizers").build([("x.0.weight", weight)], 1e-2, settings.config)
+    scale, first = torch.logspace(-3, 0, size[0])[:, None], torch.zeros(0)  # rows of very different gradients
+    for step in range(steps):
+        weight.grad = scale * (weight.detach() - target + 0.3 * torch.randn(size, generator=generator))
+        first = weight.grad.clone() if step == 0 else first
+        optimizer.step()
+    return optimizer, weight, target if steps > 1 else first
+
+
+def test_the_moments_are_kept_as_the_paper_has_it() -> None:
+    optimizer, weight, gradient = problem(8)
+    state = optimizer.state[weight]
+    for which in (1, 2):
+        np.testing.assert_allclose(state[f"qmap{which}"].numpy(), dynamic_map(which == 1), rtol=1e-5, atol=1e-9)
+    moments_are_the_nearest(state, gradient, ADAMW["betas"])
+    coarse = {**state, "state1": state["state1"] // 2 * 2}  # seven bits
+    broken(moments_are_the_nearest, coarse, gradient, ADAMW["betas"])
+
+
+def ends_near_float32(weight: Tensor) -> None:
+    """Three hundred noisy steps end within 2 % of the way of where float32 moments end; and not in the same place."""
+    exact = problem(32, 300)[1].detach()
+    distance = float((weight - exact).norm() / exact.norm())
+    assert 0 < distance < 0.02
+
+
+def test_eight_bits_end_near_thirty_two() -> None:
+    ends_near_float32(problem(8, 300)[1].detach())
+    broken(ends_near_float32, problem(32, 300)[1].detach())
+    broken(ends_near_float32, problem(8, 200)[1].detach())
+
+
+def states_of(spec: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what the optimizer keeps of a parameter, after a run."""
+    found: dict[str, Any] = {}
+
+    def after(handle: Handle, *_: Any) -> None:
+        found.update((name, dict(handle._base.state[parameter])) for name, parameter in handle.named.items())
+
+    full.after_step = after  # type: ignore[attr-defined]
+    try:
+        run(spec, folder)
+    finally:
+        del full.after_step  # type: ignore[attr-defined]
+    return found
+
+
+def kept_bytes(states: dict[str, dict[str, Any]]) -> int:
+    """Of moments, scales and projections; not of maps that all share, nor of counts."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in states.values()
+        for key, value in state.items()
+        if key != "step" and not key.startswith("qmap")
+    )
+
+
+def test_what_is_small_or_outside_of_the_blocks_keeps_thirty_two_bits(tmp_path: Path) -> None:
+    spec = cell(chosen(EIGHT_BITS), max_steps=1)
+    shapes = {name: tuple(p.shape) for name, p in make(spec).model.named_parameters()}
+    config = spec.train.optimizer.config
+    states = states_of(spec, tmp_path / "advised")
+    for name, state in states.items():
+        small = int(np.prod(shapes[name])) < 4096
+        assert (state["state1"].dtype == torch.float32) is (small or ".layers." not in name), name
+    assert kept_bytes(states) == adamw_8bit.state_bytes(shapes, config) < adamw.state_bytes(shapes, config)
+    everything = chosen(EIGHT_BITS, embeddings_32bit=False)
+    states = states_of(cell(everything, max_steps=1), tmp_path / "all")
+    assert states["model.embed_tokens.weight"]["state1"].dtype == torch.uint8
+    assert kept_bytes(states) == adamw_8bit.state_bytes(shapes, everything.config)
+
+
+@pytest.mark.parametrize("kind", [EIGHT_BITS["kind"]])
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ("ddp", "float32"),
+        *(pytest.param("deepspeed", each, marks=pytest.mark.slow) for each in ("float32", "bfloat16")),
+    ],
+)
+def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(
+    kind: str, engine: Any, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = cell(chosen(SETTINGS[kind]), engine, dtype=dtype)
+    whole = run(spec, tmp_path / "whole")
+    same_bits(interrupted(spec, tmp_path / "cut"), whole)
+    if engine == "ddp":
+        module = type(spec.train.optimizer.module("optimizers").build([("x.0.w", nn.Parameter(torch.ones(2, 2)))], 1.0,
+                                                                     spec.train.optimizer.config))  # fmt: skip
+        for each in module.__mro__:
+            if "load_state_dict" in vars(each):
+                monkeypatch.setattr(each, "load_state_dict", lambda *_: None)  # a mutant: nothing is taken up
+                break
+        broken(same_bits, interrupted(spec, tmp_path / "forgotten"), whole)
+
+
+def interrupted(spec: Any, folder: Path) -> dict[str, Any]:
+    """Stopped after three steps, and taken up by a process with other generators."""
+    seen: list[Any] = []
+    with pytest.raises(Interrupted):
+        run(spec, folder, stop=lambda: len(seen) >= 3, seen=seen)
+    runtime.setup(123, 2)
+    return run(spec, folder)
+
+
+def same_bits(mine: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Losses and weights."""
+    assert mine["losses"] == whole["losses"]
+    assert all(torch.equal(value, whole["weights"][name]) for name, value in mine["weights"].items())
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(EIGHT_BITS["kind"], "flat pieces")])
+def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(kind: str, reason: str, tmp_path: Path) -> None:
+    settings = chosen(SETTINGS[kind])
+    for stage in range(4):
+        found = refusal(cell(settings, "deepspeed", stage))
+        assert (found is None) is (stage == 0)
+        assert found is None or (reason in found and f"ZeRO-{stage}" in found and kind in found and "\n" not in found)
+
+    def after(handle: Handle, *_: Any) -> None:
+        with pytest.raises(TypeError, match="begin it anew"):
+            handle.reset_state(handle.named.values())
+
+    full.after_step = after  # type: ignore[attr-defined]
+    try:
+        run(cell(settings, max_steps=1), tmp_path)
+    finally:
+        del full.after_step  # type: ignore[attr-defined]
+    forgetful = dataclasses.replace(cell(settings), adapter=catalogue.adapter("rosa_r8"))
+    assert "rosa_r8" in str(refusal(forgetful))

@@ -1,6 +1,8 @@
 """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101), PyTorch's own, every setting explicit."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from finrepro.schema import settings
@@ -37,3 +39,13 @@ def decay_groups(
         {"params": [p for name, p in named_parameters if name not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a parameter belongs to one of the model's numbered blocks; embeddings, the last norm and the output head do not."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def state_bytes(shapes: Mapping[str, Sequence[int]], config: Config) -> int:
+    """Bytes of the moments of parameters of these shapes: 8 an element. Closed form; a step count a parameter comes on top."""
+    return 8 * sum(map(prod, shapes.values()))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+state_bytes = adamw.state_bytes
 A, B = ".a.weight", ".b.weight"
 
 
