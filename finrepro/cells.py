@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, table, train_set, train_settings
+from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, train_set, train_settings
+from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
@@ -75,8 +76,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
 @cache
 def _checked_grid(name: str, scale: Scale) -> Grid:
     """The table's grid with every name on its axes in a catalogue. Raises `UsageError` for another."""
-    described = table(name)
-    grid: Grid = getattr(described, scale)
+    grid = grid_of(name, scale)
     for each in grid.axes.model:
         model(each)
     for each in grid.axes.quantizer:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from finrepro.account import Computed
 from finrepro.data import Hub
 from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
 
@@ -161,12 +162,14 @@ class Grid:
 
 @settings
 class TableFile:
-    """One file of configs/tables. `beside` names a table whose finished runs are shown in this one as well."""
+    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside` names a table whose finished runs are shown
+    in this one as well."""
 
     title: str
     report: str
-    smoke: Grid
-    paper: Grid
+    smoke: Grid | None = None
+    paper: Grid | None = None
+    computed: Computed | None = None
     beside: str | None = None
 
 
