@@ -79,39 +79,6 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
     return Place(open_store(_folder(store, "FINREPRO_STORE")), data, models)
 
 
-def _selection(
-    table: str,
-    quick: bool,
-    full: bool,
-    only: str | None,
-    seeds: str | None,
-    weights: str,
-    devices: str | None,
-    adapter: str | None,
-) -> Any:
-    """The selection, checked."""
-    from finrepro import catalogue
-    from finrepro import selection as selecting
-    from finrepro.errors import UsageError
-
-    if not table:
-        raise UsageError(
-            f"--table is needed, one of: {', '.join(n.removeprefix('table') for n in catalogue.tables())}."
-        )
-    if devices is not None and (not devices.isdecimal() or int(devices) < 1):
-        raise UsageError(f"--devices '{devices}': expected a whole number from 1.")
-    return selecting.Selection(
-        table=table.removeprefix("table"),
-        quick=quick,
-        full=full,
-        only=only,
-        seeds=selecting.parse_seeds(seeds),
-        weights=selecting.parse_choice("weights", weights, selecting.WEIGHTS),
-        world_size=None if devices is None else int(devices),
-        adapter=None if adapter is None else str(_folder(adapter)),
-    )
-
-
 @command(
     help=SELECT_HELP
     | {
@@ -126,15 +93,18 @@ def reproduce(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
 ) -> int:  # fmt: skip
     """Run a table's missing cells, record them, and print the table."""
+    from finrepro import compute, request
     from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
     from finrepro.campaign import reproduce as run
-    from finrepro.errors import UsageError
 
-    if not jobs.isdecimal() or int(jobs) < 1:
-        raise UsageError(f"--jobs '{jobs}': expected a whole number from 1.")
-    selection = _selection(table, quick, full, only, seeds, weights, devices, adapter)
-    options = Options(selecting.parse_choice("scale", scale, selecting.SCALES), int(jobs), keep)
+    number = request.whole("jobs", jobs)
+    folder = str(_folder(adapter)) if adapter is not None else None
+    selection = request.selection(table, quick, full, only, seeds, weights, devices, folder)
+    options = Options(selecting.parse_choice("scale", scale, selecting.SCALES), number, keep)
+    if compute.is_computed(selection.table):
+        place = _place(store, data_dir, models_dir)
+        return compute.reproduce(selection, place, scale, plan, jobs=number > 1, keep=keep)
     if plan:
         return list_plan(selection, _place(store, data_dir, models_dir), options, launches=True)
     return run(selection, _place(store, data_dir, models_dir), options)
@@ -147,11 +117,15 @@ def cells(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
 ) -> int:  # fmt: skip
     """List every cell of a table: label, run id, state, and why it cannot run."""
+    from finrepro import compute, request
     from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
 
     selecting.parse_choice("scale", scale, selecting.SCALES)
-    selection = _selection(table, quick, full, only, seeds, weights, devices, adapter)
+    folder = str(_folder(adapter)) if adapter is not None else None
+    selection = request.selection(table, quick, full, only, seeds, weights, devices, folder)
+    if compute.is_computed(selection.table):
+        return compute.reproduce(selection, _place(store, data_dir, models_dir), scale, plan=True)
     return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 

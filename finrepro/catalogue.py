@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finrepro import PROJECT
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, build, choose, kind_module, read_yaml
-from finrepro.spec import Grid, Mix, Model, Part, RunSpec, TableFile, TaskSpec, Train, TrainSet, label_of
+from finrepro.spec import Grid, Mix, Model, Part, RunSpec, Scale, TableFile, TaskSpec, Train, TrainSet, label_of
 
 if TYPE_CHECKING:
     from finrepro.published import Published
@@ -147,10 +147,21 @@ def table(name: str) -> TableFile:
         numbers = [known.removeprefix("table") for known in tables()]
         raise unknown("table", name, numbers)
     found = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
-    found = dataclasses.replace(found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper))
+    if (found.smoke is None, found.paper is None) != (found.computed is not None,) * 2:
+        raise UsageError(f"tables.{full_name}: needs both smoke and paper, or computed alone.")
+    if found.smoke and found.paper:
+        found = dataclasses.replace(found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper))
     kind_module("report", found.report, f"tables.{full_name}.report")
     if found.beside and found.beside not in tables():
         raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
+    return found
+
+
+def grid(name: str, scale: Scale) -> Grid:
+    """The cells of a table at a scale, unresolved. Raises `UsageError` for a table that has none."""
+    found: Grid | None = getattr(table(name), scale)
+    if found is None:
+        raise UsageError(f"table {name.removeprefix('table')} is computed from the models' sizes: it has no cells.")
     return found
 
 

@@ -9,7 +9,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, base_of, catalogue, model, optimizer, origin, quantizer, table, train_set, train_settings
+from finrepro.catalogue import (
+    adapter,
+    base_of,
+    catalogue,
+    model,
+    optimizer,
+    origin,
+    quantizer,
+    train_set,
+    train_settings,
+)
+from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
@@ -60,8 +71,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
 @cache
 def _checked_grid(name: str, scale: Scale) -> Grid:
     """The table's grid with every name on its axes in a catalogue, and every override for some of them. Raises `UsageError` for another."""
-    described = table(name)
-    grid: Grid = getattr(described, scale)
+    grid = grid_of(name, scale)
     for each in grid.axes.model:
         model(each)
     for each in grid.axes.quantizer:

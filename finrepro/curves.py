@@ -1,44 +1,63 @@
-"""The loss of a run by tokens and by time. In pretraining every text is new, so that the training loss is one on unseen text."""
+"""Curves to look at: charts side by side, a line a curve, points where something stands. finrepro.figure writes them as SVG and PNG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING
 
-WINDOW = 10  # steps that are averaged: the loss of one depends on its texts
+from finrepro.figure import COLOURS, WIDTH
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEIGHT = 2.4  # inches a row of charts
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's smoothed training loss: after `seconds[i]` and `tokens[i]` it was `losses[i]`."""
+    """A line through (x, y) in this order; `dots` draws the points alone."""
 
-    seconds: tuple[float, ...]
-    tokens: tuple[float, ...]
-    losses: tuple[float, ...]
-
-    def at(self, seconds: float) -> float | None:
-        """The loss at a time, between two steps on the line that joins them; None before the first value and after the last step."""
-        if not self.seconds or not self.seconds[0] <= seconds <= self.seconds[-1]:
-            return None
-        after = next(i for i, each in enumerate(self.seconds) if each >= seconds)
-        if self.seconds[after] == seconds or after == 0:
-            return self.losses[after]
-        begin, end = self.seconds[after - 1], self.seconds[after]
-        share = (seconds - begin) / (end - begin)
-        return self.losses[after - 1] + share * (self.losses[after] - self.losses[after - 1])
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    dots: bool = False
 
 
-def curve(steps: Sequence[Mapping[str, Any]], tokens: int) -> Curve:
-    """The curve of the steps of loss.jsonl, of a run that saw so many `tokens` in all: alike in every step, to a few tokens.
+@dataclass(frozen=True)
+class Chart:
+    """One pair of axes. `x_scale` is matplotlib's (`linear`, `log`); `y_range` fixes the axis where charts are to be compared."""
 
-    A value is the mean of the `WINDOW` steps that end there.
-    """
-    losses = [step["loss"] for step in steps]
-    ends = range(WINDOW, len(steps) + 1)
-    share = [0.0, *accumulate(tokens / len(steps) for _ in steps)] if steps else []
-    return Curve(
-        tuple(steps[end - 1]["seconds"] for end in ends),
-        tuple(share[end] for end in ends),
-        tuple(mean(losses[end - WINDOW : end]) for end in ends),
-    )
+    title: str
+    x: str
+    y: str
+    curves: tuple[Curve, ...]
+    x_scale: str = "linear"
+    y_range: tuple[float, float] | None = None
+
+
+def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Figure":
+    """The figure, charts in rows of `columns`. A curve's colour is its place in its chart; one legend where all have the same curves."""
+    from matplotlib.figure import Figure
+
+    across = max(1, min(columns, len(charts)))
+    rows = -(-len(charts) // across) if charts else 1
+    height = HEIGHT * rows + (0.8 if across > 1 else 1.6)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
+    alike = len({tuple(curve.name for curve in chart.curves) for chart in charts}) == 1
+    for place, chart in enumerate(charts):
+        axis = figure.add_subplot(rows, across, place + 1)
+        for index, curve in enumerate(chart.curves):
+            style = {"marker": "o", "linestyle": "none"} if curve.dots else {"linewidth": 1.3}
+            axis.plot(curve.x, curve.y, label=curve.name, color=COLOURS[index % len(COLOURS)], markersize=3.5, **style)
+        axis.set_xscale(chart.x_scale)
+        if chart.y_range:
+            axis.set_ylim(*chart.y_range)
+        axis.set_title(chart.title, fontsize=8, loc="left")
+        axis.set_xlabel(chart.x, fontsize=7)
+        axis.set_ylabel(chart.y, fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.grid(linewidth=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if place == 0 or not alike:
+            axis.legend(fontsize=6, frameon=False)
+    return figure

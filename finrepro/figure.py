@@ -44,56 +44,6 @@ class Panel:
     dots: tuple[Dot, ...]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A line of a chart."""
-
-    name: str
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines over a common axis."""
-
-    title: str
-    x_axis: str
-    y_axis: str
-    traces: tuple[Trace, ...]
-
-
-def plot(charts: Sequence[Chart], caption: str) -> "Figure":
-    """A figure of charts, two beside each other; lines of one name have one colour in all of them."""
-    from matplotlib.figure import Figure
-
-    rows = -(-len(charts) // 2)
-    figure = Figure(figsize=(WIDTH, 0.4 + 3.2 * rows), layout="constrained")
-    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
-    if not charts:
-        return figure
-    names = list(dict.fromkeys(trace.name for chart in charts for trace in chart.traces))
-    styles = {
-        name: (COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3])
-        for index, name in enumerate(names)
-    }
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axis, chart in zip(axes, charts, strict=False):
-        for trace in chart.traces:
-            colour, style = styles[trace.name]
-            axis.plot(trace.xs, trace.ys, style, color=colour, linewidth=1.2, label=trace.name)
-        axis.set_title(chart.title, fontsize=8, loc="left")
-        axis.set_xlabel(chart.x_axis, fontsize=7)
-        axis.set_ylabel(chart.y_axis, fontsize=7)
-        axis.tick_params(labelsize=7)
-        axis.grid(linewidth=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=6, frameon=False)
-    for axis in axes[len(charts) :]:
-        axis.set_visible(False)
-    return figure
-
-
 def draw(panels: Sequence[Panel], caption: str) -> "Figure":
     """The figure; panels stand below each other, as high as their dots need. Without panels it holds the caption alone."""
     from matplotlib.figure import Figure

@@ -75,6 +75,8 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
     parts, digests = ["% Written by finrepro.paper; do not edit."], {}
     for name in tables():
         stem = table(name).report
+        if table(name).computed and scale != "paper":
+            continue  # of the real models alone
         folder = root / "results" / "tables" / scale
         # `--full` writes files of its own: the same table with more cells and seeds.
         found = [path for path in (folder / f"{stem}-full.tex", folder / f"{stem}.tex") if path.is_file()]
@@ -143,7 +145,8 @@ def _boxed(number: str, scale: Scale) -> str:
 def _figure(name: str, stem: str, scale: Scale) -> str:
     """The figure that goes with a table."""
     mark = "SMOKE: miniatures, never to be set against published values" if scale == "smoke" else "real models"
-    caption = escape(f"Scores of table {name.removeprefix('table')} ({mark})")
+    what = "Shares of compute, by the sizes" if table(name).computed else "Scores"
+    caption = escape(f"{what} of table {name.removeprefix('table')} ({mark})")
     size = r"width=\textwidth,height=0.85\textheight,keepaspectratio"
     picture = rf"\includegraphics[{size}]{{generated/{stem}_{scale}.png}}"
     return "\n".join([r"\begin{figure*}", r"\centering", picture, rf"\caption{{{caption}}}", r"\end{figure*}"])

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from finrepro import catalogue, data, store, weights
+from finrepro import catalogue, data, memory, store, weights
 from finrepro.cells import Cell
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, depth
@@ -87,11 +87,7 @@ def block_linear_parameters(model: Model) -> int:
 
 def base_bytes(spec: RunSpec) -> int:
     """Bytes of the base as it is stored, quantization constants included: exact, from the architecture."""
-    bits = 16 if spec.model.dtype == "bfloat16" else 32
-    stored = spec.quantizer.module("quantizers").layer_bytes
-    sizes = block_sizes(spec.model).values()
-    blocks = depth(spec.model) * sum(stored(spec.quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes)
-    return int(blocks + (spec.model.parameters - block_linear_parameters(spec.model)) * bits // 8)
+    return memory.stored_bytes(spec.model, spec.quantizer)
 
 
 def sizes(spec: RunSpec) -> dict[str, int]:

@@ -97,10 +97,13 @@ class Display:
         if self.bars is not None:
             self.bars.stop()
 
-    def table(self, table: Table, folder: Path) -> None:
-        """The finished table and where to find it."""
+    def table(self, table: Table, folder: Path, runs: bool = True) -> None:
+        """The finished table and where to find it; and the `runs` behind it, where there are any."""
         wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
         wide.print(to_rich(table))
+        if not runs:
+            self.say(f"Table: {folder} (md, tex, json, svg, png).")
+            return
         root = folder.parent.parent.parent
         ui = (
             ("./run" if (PROJECT / "run").is_file() else "invoke")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from finrepro.account import Computed
 from finrepro.data import Hub
 from finrepro.layers.linear import rank
 from finrepro.low_rank import LowRank
@@ -171,12 +172,14 @@ class Grid:
 
 @settings
 class TableFile:
-    """One file of configs/tables. `beside` names a table whose finished runs are shown in this one as well."""
+    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside` names a table whose finished runs are shown
+    in this one as well."""
 
     title: str
     report: str
-    smoke: Grid
-    paper: Grid
+    smoke: Grid | None = None
+    paper: Grid | None = None
+    computed: Computed | None = None
     beside: str | None = None
 
 

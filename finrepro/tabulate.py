@@ -6,7 +6,8 @@ from typing import Any
 from finrepro import plan, pretraining, store
 from finrepro.catalogue import published, table
 from finrepro.cells import Cell, expand, foreign_adapter
-from finrepro.figure import draw, plot, to_png, to_svg
+from finrepro.curves import draw_charts
+from finrepro.figure import draw, to_png, to_svg
 from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.schema import kind_module
@@ -81,7 +82,7 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
         picture = draw(report.panels(shown), whole.title)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     if hasattr(report, "charts") and (charts := report.charts(shown)):
-        picture = plot(charts, whole.title)
+        picture = draw_charts(charts, whole.title, columns=2)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / scale
     with store.disk_errors(place.store.root):

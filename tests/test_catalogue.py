@@ -187,7 +187,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, 
 
 
 def test_an_unknown_table_and_template_are_refused():
-    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 2, 3, 5\."):
+    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 1, 2, 3, 5\."):
         catalogue.table("99")
     with pytest.raises(UsageError, match=r"unknown template 'shrt'.*'short'"):
         catalogue.task("tfns", "shrt")

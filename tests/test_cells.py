@@ -329,7 +329,8 @@ def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
     kept = ("train", "evaluation", "threads", "template")
     inside = leaves(content)
     if name in ("adapters", "quantizers"):
-        grids = [getattr(catalogue.table(each), scale) for each in catalogue.tables() for scale in SCALES]
+        tables = [each for each in catalogue.tables() if not catalogue.table(each).computed]
+        grids = [catalogue.grid(each, scale) for each in tables for scale in SCALES]
         on_axes = {each for grid in grids for each in getattr(grid.axes, name.removesuffix("s"))}
         inside = [(path, value) for path, value in inside if path[0] in on_axes]
     if not name.startswith("tables"):  # entries of one kind are read by one class: each of its settings once

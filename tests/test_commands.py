@@ -35,7 +35,7 @@ def refused(answer: "subprocess.CompletedProcess[str]", code: int) -> str:
 
 
 USAGE = {
-    "no table": (("reproduce",), "--table is needed, one of: 3"),
+    "no table": (("reproduce",), "--table is needed, one of: 1, 3"),
     "table": (("reproduce", "--table", "33"), "unknown table '33'"),
     "scale": ((*RUN, "--scale", "smok"), "Did you mean 'smoke'?"),
     "pattern": ((*RUN, "--scale", "smoke", "--only", "gpt9*"), "no cell of table 3 matches --only 'gpt9*'"),

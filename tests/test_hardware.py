@@ -21,7 +21,7 @@ GPUS = tuple(catalogue("hardware"))
 def test_every_number_has_a_source_and_nothing_else_has(name: str):
     found = hardware(name)
     assert set(found.sources) == {each for each in NUMBERS if getattr(found, each) is not None}
-    assert all(re.search(r"@[0-9a-f]{7}|karpathy/", text) for text in found.sources.values())
+    assert all(re.search(r"@[0-9a-f]{7}|karpathy/|\(May 2026\)", text) for text in found.sources.values())
     if found.matmul_bf16:
         assert 0.7 < found.matmul_bf16 / found.known("peak_bf16") < 0.9
 

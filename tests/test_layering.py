@@ -150,6 +150,7 @@ def test_every_command_and_every_option_says_what_it_does():
         ("cells",),
         ("cells", "--scale", "paper"),
         ("reproduce", "--table", "3", "--plan"),
+        ("reproduce", "--table", "1"),
         ("data",),
     ],
     ids=" ".join,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from finrepro.catalogue import model
-from finrepro.curves import WINDOW, curve
-from finrepro.figure import plot, to_svg
+from finrepro.curves import draw_charts
+from finrepro.figure import to_svg
+from finrepro.losses import WINDOW, loss_curve
 from finrepro.report.table2 import build, charts, equal_time
 
 DENSE, SMALL = "gpt2_1_5b_deep_mini", "gpt2_1_5b_deep_mini_equal"
@@ -46,7 +47,7 @@ def shown(*rows: dict[str, Any]) -> list[dict[str, str]]:
 
 def test_a_curve_is_the_mean_of_its_last_steps_and_is_read_between_two():
     steps = [{"loss": float(i), "seconds": 2.0 * (i + 1)} for i in range(WINDOW + 2)]
-    found = curve(steps, 100 * len(steps))
+    found = loss_curve(steps, 100 * len(steps))
     first = (WINDOW - 1) / 2
     assert found.losses == pytest.approx((first, first + 1, first + 2))
     assert found.tokens == pytest.approx(tuple(100.0 * (WINDOW + i) for i in range(3)))
@@ -56,8 +57,8 @@ def test_a_curve_is_the_mean_of_its_last_steps_and_is_read_between_two():
 
 
 def test_a_curve_of_too_few_steps_has_no_value():
-    assert curve([{"loss": 1.0, "seconds": 1.0}] * (WINDOW - 1), 9).at(1.0) is None
-    assert curve([], 0).losses == ()
+    assert loss_curve([{"loss": 1.0, "seconds": 1.0}] * (WINDOW - 1), 9).at(1.0) is None
+    assert loss_curve([], 0).losses == ()
 
 
 def test_equal_time_is_the_fastest_lines_and_the_others_are_read_there():
@@ -112,8 +113,8 @@ def test_smoke_is_named_and_a_table_of_no_cells_has_its_head():
 
 def test_the_figure_has_the_loss_by_tokens_and_by_time():
     found = charts([row(), row(SMALL, speed=2000.0), row(perplexity=None, seed=5)])
-    assert [chart.x_axis for chart in found] == ["tokens", "seconds of training"]
-    assert [trace.name for trace in found[0].traces] == [DENSE, SMALL]
-    assert found[1].traces[1].xs[-1] == 20.0
-    picture = to_svg(plot(found, "x"))
-    assert picture == to_svg(plot(found, "x")) != to_svg(plot(found[:1], "x"))
+    assert [chart.x for chart in found] == ["tokens", "seconds of training"]
+    assert [each.name for each in found[0].curves] == [DENSE, SMALL]
+    assert found[1].curves[1].x[-1] == 20.0
+    picture = to_svg(draw_charts(found, "x"))
+    assert picture == to_svg(draw_charts(found, "x")) != to_svg(draw_charts(found[:1], "x"))

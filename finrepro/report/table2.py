@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from finrepro.curves import Curve, curve
-from finrepro.figure import Chart, Trace
+from finrepro.curves import Chart, Curve
 from finrepro.lines import Row, evidence, grouped, marks, reasons
+from finrepro.losses import LossCurve, loss_curve
 from finrepro.published import Published
 from finrepro.render import Line, Table
 from finrepro.verdict import Estimate, estimate
@@ -51,7 +51,7 @@ def charts(rows: Sequence[Row]) -> tuple[Chart, ...]:
     ):
         drawn = [(group[0], _curve(group[0])) for _, group in grouped(family, *LINE) if group[0].get("curve")]
         for axis, name in (("tokens", "tokens"), ("seconds", "seconds of training")):
-            traces = tuple(Trace(_called(row), getattr(each, axis), each.losses) for row, each in drawn)
+            traces = tuple(Curve(_called(row), getattr(each, axis), each.losses) for row, each in drawn)
             if traces:
                 found.append(Chart(f"{reference} and what stands beside it", name, "training loss", traces))
     return tuple(found)
@@ -151,8 +151,8 @@ def _mfu(rows: Sequence[Row], facts: dict[str, Any], speed: float) -> str:
     return " / ".join(f"{100 * speed * each / peak:.0f} %" for each in facts["flops_per_token"].values())
 
 
-def _curve(row: Row) -> Curve:
-    return curve(row["curve"], row["costs"]["train_tokens"])
+def _curve(row: Row) -> LossCurve:
+    return loss_curve(row["curve"], row["costs"]["train_tokens"])
 
 
 def _last(row: Row) -> float:
