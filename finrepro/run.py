@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finrepro import inputs, provenance, runtime, store
 from finrepro.cells import refusal
@@ -19,6 +19,9 @@ from finrepro.launch import parse, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Report = Callable[[dict[str, Any]], None]
 EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
@@ -139,6 +142,7 @@ def walk(
                 "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
                 "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
                 "step_seconds": median_step(trained.losses),
+                "matmul_flops": measured_rate(spec, device),
                 **{f"bytes_as_{name}": size for name, size in stored_bytes.items()},
                 "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
                 "evaluation_seconds": evaluation_seconds,
@@ -159,6 +163,17 @@ def walk(
 def scored(report: Report, done: int, total: int) -> None:
     """Report how far an evaluation is."""
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
+
+
+def measured_rate(spec: RunSpec, device: "torch.device") -> float | None:
+    """FLOP/s of large matrix products here and now, in the model's dtype: what a pretraining run's own speed is held against."""
+    if spec.weights != "scratch":
+        return None
+    import torch
+
+    from finrepro import matmul
+
+    return matmul.measure(device, getattr(torch, spec.model.dtype), seconds=1.0).flops
 
 
 def median_step(losses: Sequence[dict[str, float]]) -> float | None:

@@ -71,14 +71,14 @@ def test_equal_time_is_the_fastest_lines_and_the_others_are_read_there():
 
 def test_speed_is_held_against_the_dense_model_trained_plainly():
     lines = shown(row(speed=1000.0), row(SMALL, speed=2500.0), row(speed=800.0, optimizer="galore"))
-    assert [line["Speed-up"] for line in lines] == ["1.00x", "2.50x", "0.80x"]
-    assert shown(row(SMALL))[0]["Speed-up"] == "-"
+    assert [line["Speed-up, bound"] for line in lines] == ["1.00x of 2.00x", "2.50x of 2.00x", "0.80x of 2.00x"]
+    assert shown(row(SMALL))[0]["Speed-up, bound"] == "- of 2.00x"
 
 
 def test_losses_are_nats_with_an_interval_and_those_of_the_stored_model_stand_beside_them():
     line = shown(row(perplexity=20.0))[0]
     assert line["Loss"] == f"{math.log(20):.3f} [{math.log(19):.3f}, {math.log(21):.3f}]"
-    assert line["Loss in int8"] == f"{math.log(21):.3f}" and line["Loss in nf4"] == f"{math.log(23):.3f}"
+    assert line["In int8 / nf4"] == f"{math.log(21 / 20):+.3f} / {math.log(23 / 20):+.3f}"
     assert line["Bits a byte"] == "1.500" and line["Seeds"] == "1"
 
 
@@ -102,7 +102,7 @@ def test_mfu_is_a_share_of_what_the_device_reached_by_both_conventions():
 def test_a_configuration_without_result_keeps_what_arithmetic_says_and_its_reason():
     table = build([row(), row(SMALL, perplexity=None)], "smoke")
     lines = [dict(zip(table.columns, line.texts, strict=True)) for line in table.lines]
-    assert lines[1]["Parameters"] == f"{model(SMALL).parameters:,}" and lines[1]["Speed-up"] == "- (skipped)"
+    assert lines[1]["Parameters"] == f"{model(SMALL).parameters:,}" and lines[1]["Speed-up, bound"] == "- (skipped)"
     assert any("skipped: no data" in note or "no data" in note for note in table.notes)
 
 

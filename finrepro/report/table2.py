@@ -14,9 +14,10 @@ from finrepro.verdict import Estimate, estimate
 
 LINE = ("model", "adapter", "optimizer")
 COLUMNS = (
-    "Model", "Method", "Optimizer", "Parameters", "Compression", "GB at 16 / 8 / 4 bit", "FLOP bound", "Speed-up", "ms a step", "Tokens/s",
-    "MFU", "Peak [GiB]", "Loss", "At equal time", "Bits a byte", "Loss in int8", "Loss in nf4", "Seeds",
+    "Model", "Method", "Parameters", "Compression", "MB at 16 / 8 / 4 bit", "Speed-up, bound", "Tokens/s", "ms a step", "MFU",
+    "Peak [GiB]", "Loss", "At equal time", "Bits a byte", "In int8 / nf4", "Seeds",
 )  # fmt: skip
+KNOWN = 5  # columns that need no run
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
@@ -83,18 +84,27 @@ def _line(rows: Sequence[Row], reference: str, moment: float | None, dense_speed
         for s in row["scores"]
         if s["metric"] == "bits_per_byte" and s["task"] in row["tasks"]
     ]
+    faster = (
+        f"{speed / dense_speed:.2f}x of {facts['flop_bound']:.2f}x"
+        if dense_speed
+        else f"- of {facts['flop_bound']:.2f}x"
+    )
+    plain = estimates[""]
+    stored = [
+        f"{each.value - plain.value:+.3f}" if each and plain else "-"
+        for each in (estimates[".int8"], estimates[".nf4"])
+    ]
     texts = (
         *_named(rows[0]),
-        f"{dense_speed and speed / dense_speed:.2f}x" if dense_speed else "-",
-        f"{1000 * mean(steps):,.0f}" if steps else "-",
+        faster,
         f"{speed:,.0f}",
+        f"{1000 * mean(steps):,.0f}" if steps else "-",
         _mfu(rows, facts, speed),
         f"{max(row['costs']['peak_memory_bytes'] for row in rows) / 2**30:.2f}",
-        _shown(estimates[""]) + marks(rows),
+        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}]{marks(rows)}" if plain else "-",
         f"{mean(then):.3f}" if then else "-",
         f"{mean(bits):.3f}" if bits else "-",
-        _value(estimates[".int8"]),
-        _value(estimates[".nf4"]),
+        " / ".join(stored),
         str(len(rows)),
     )
     return Line(texts, reference, evidence(rows) | {"pretraining": facts, "equal_time_seconds": moment})
@@ -102,7 +112,7 @@ def _line(rows: Sequence[Row], reference: str, moment: float | None, dense_speed
 
 def _without(model: str, state: str, rows: Sequence[Row]) -> Line:
     """A configuration without a result: what arithmetic says of it, and its state."""
-    rest = (f"- ({state})", *[""] * (len(COLUMNS) - 8))
+    rest = (f"- ({state})", *[""] * (len(COLUMNS) - KNOWN - 1))
     return Line(
         (*_named(rows[0]), *rest), f"without result: {model}", evidence(rows) | {"pretraining": rows[0]["pretraining"]}
     )
@@ -111,11 +121,17 @@ def _without(model: str, state: str, rows: Sequence[Row]) -> Line:
 def _named(row: Row) -> tuple[str, ...]:
     """What is known before a run."""
     facts = row["pretraining"]
-    stored = " / ".join(f"{size / 1e9:.3g}" for size in facts["stored_bytes"].values())
+    stored = " / ".join(
+        f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}" for size in facts["stored_bytes"].values()
+    )
     rank = f" (rank {facts['rank']})" if facts["rank"] else ""
     saved = "1" if math.isclose(facts["compression"], 1) else f"{facts['compression']:.2f}x"
-    bound = f"{facts['flop_bound']:.2f}x"
-    return (row["model"] + rank, row["adapter"], row["optimizer"], f"{facts['parameters']:,}", saved, stored, bound)
+    return (row["model"] + rank, _method(row), f"{facts['parameters']:,}", saved, stored)
+
+
+def _method(row: Row) -> str:
+    """What is trained, and how it is stepped where that is not AdamW."""
+    return row["adapter"] + (f", {row['optimizer']}" if row["optimizer"] != "adamw" else "")
 
 
 def _is_reference(row: Row) -> bool:
@@ -132,14 +148,6 @@ def _estimate(rows: Sequence[Row], suffix: str) -> Estimate | None:
     n = next(s["n"] for s in found[0][1]["scores"] if s["metric"] == "perplexity")
     values, lows, highs = zip(*(each for each, _ in found), strict=True)
     return estimate(values, lows, highs, n)
-
-
-def _shown(value: Estimate | None) -> str:
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" if value else "-"
-
-
-def _value(value: Estimate | None) -> str:
-    return f"{value.value:.3f}" if value else "-"
 
 
 def _mfu(rows: Sequence[Row], facts: dict[str, Any], speed: float) -> str:
@@ -160,8 +168,8 @@ def _last(row: Row) -> float:
 
 
 def _called(row: Row) -> str:
-    more = [row["adapter"]] * (row["adapter"] != "full") + [row["optimizer"]] * (row["optimizer"] != "adamw")
-    return ", ".join([row["model"], *more])
+    method = _method(row).removeprefix("full").removeprefix(", ")
+    return f"{row['model']}, {method}" if method else str(row["model"])
 
 
 def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
@@ -172,9 +180,9 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
         "At equal time: the training loss (mean of ten steps, each text seen once, constant learning rate) when the fastest line of its "
         "group was done; it has other texts than the column Loss, and compares within its group alone.",
         "Equal parameters: the dense line of the same group whose parameters are those of a low-rank line.",
-        "Compression: parameters of the whole model against the group's dense one. GB: stored bytes with scales, embeddings and head in "
-        "16 bit.",
-        "FLOP bound: how many times fewer FLOPs a token takes than in the dense model; Speed-up: tokens/s against its plain line.",
+        "Compression: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
+        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so.",
+        "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes.",
     ]
     if any(row["costs"].get("matmul_flops") for row in done):
         notes.append(
