@@ -14,6 +14,8 @@ from invoke.tasks import task
 PROJECT = Path(__file__).resolve().parent
 sys.path.insert(0, str(PROJECT))
 
+from finrepro.corpora.options import HELP  # noqa: E402
+
 SELECT_HELP = {
     "table": "number of the table: 3",
     "scale": "auto (default), smoke or paper",
@@ -129,19 +131,24 @@ def cells(
     return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 
-@command(help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"]})
-def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
-    """List the datasets: licence, source, and whether each is here; or fetch one."""
-    from finrepro import catalogue
-    from finrepro.fetch import fetch as download
+@command(
+    help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"], **HELP}
+)
+def data(
+    context: Context, fetch: str = "", prepare: str = "", verify: str = "", tokenizer: str | None = None, out: str | None = None,
+    workers: str = "", on_error: str = "stop", field: str = "", documents: str = "", validation: str = "", data_dir: str | None = None,
+) -> int:  # fmt: skip
+    """List the datasets: licence, source, and whether each is here; fetch one; or prepare and verify text for pretraining."""
+    from finrepro.listing import show
 
-    if fetch:
-        for path in download(catalogue.dataset(fetch)):
-            print(path)
-        return
-    from finrepro.listing import datasets as listed
+    if prepare or verify:
+        from finrepro.corpora import command as corpora
 
-    print("\n".join(listed(_folder(data_dir, "FINREPRO_DATA_DIR"))))
+        if verify:
+            return corpora.verify(_folder(verify) or Path())
+        return corpora.make(prepare, _folder(tokenizer), _folder(out), _folder(data_dir, "FINREPRO_DATA_DIR"), workers=workers,
+                            on_error=on_error, field=field, documents=documents, validation=validation)  # fmt: skip
+    return show(fetch, _folder(data_dir, "FINREPRO_DATA_DIR"))
 
 
 @command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})

@@ -29,7 +29,7 @@ OWNERS = {
     "deepspeed": ("engine.py", "partition.py", "runtime.py", "train.py"),
     "peft": ("adapters/", "exporting/"),
     "bitsandbytes": ("quantizers/", "optimizers/"),
-    "datasets": ("fetch.py",),
+    "datasets": ("fetch.py", "corpora/hub.py"),
     "seqeval": ("tasks/entities.py",),
     "sklearn": (),
 }
@@ -39,7 +39,7 @@ SELECTING = (
 COMMANDS = {
     "reproduce": f"{SELECTING} --jobs --keep --plan",
     "cells": SELECTING,
-    "data": "--data-dir --fetch",
+    "data": "--data-dir --documents --fetch --field --on-error --out --prepare --tokenizer --validation --verify --workers",
     "record": "--rebuild --store",
     "export": "--data-dir --format --models-dir --out --run --store",
     "ui": "--host --port --store",
