@@ -11,6 +11,7 @@ from typing import Literal
 
 from finrepro import catalogue, data, memory, store, weights
 from finrepro.cells import Cell
+from finrepro.corpora import place as corpora
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, depth
 from finrepro.place import Place
@@ -193,7 +194,12 @@ def missing_data(spec: RunSpec, place: Place) -> str | None:
     """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
     if spec.train.max_steps:
         for part in spec.train_on.parts:
-            reason = data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            corpus = getattr(part.task.task.config, "corpus", None)
+            reason = (
+                corpora.missing_reason(corpus, place.data_dir)
+                if corpus
+                else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            )
             if reason:
                 return reason
     for each in spec.tasks:

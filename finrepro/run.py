@@ -73,7 +73,7 @@ def walk(
     datasets = inputs.load_data(spec, place)
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
-    encoded = inputs.training_examples(spec, datasets, tokenizer)
+    encoded = inputs.training_examples(spec, datasets, tokenizer, place)
 
     report({"event": "phase", "phase": "model"})
     with inputs.of_this_cell():
@@ -150,6 +150,7 @@ def walk(
             },
             "data": {
                 **inputs.data_facts(datasets),
+                "corpora": {name: corpus.digest for name, corpus in inputs.corpora(spec, place).items()},
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),

@@ -7,9 +7,11 @@ from typing import Any
 
 from finrepro.corpora.entries import named_or_path
 from finrepro.corpora.index import Index
+from finrepro.corpora.place import keep_tokenizer
 from finrepro.corpora.prepare import Options, Progress, Sources, default_workers, prepare
 from finrepro.corpora.tokenizing import load_encoder
 from finrepro.corpora.verify import wrong_shards
+from finrepro.corpora.writer import disk_faults
 from finrepro.errors import UsageError
 from finrepro.schema import build
 
@@ -38,6 +40,8 @@ def make(
         )
     finally:
         shown.close()
+    with disk_faults(out):
+        keep_tokenizer(tokenizer, out)
     print("\n".join(described(out, index)))
     return 0
 

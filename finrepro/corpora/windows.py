@@ -8,7 +8,7 @@ documents has T - D supervised ones, whatever L.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,7 @@ class Lengths(Sequence[int]):
         return self.last if row % self.number == self.number - 1 else self.size
 
 
+@runtime_checkable
 class Stream(Protocol):
     """A split's tokens, document after document."""
 

@@ -18,12 +18,19 @@ class Config:
 
     They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
     `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, which `global_batch_size` counts.
+    `corpus` names what is trained on instead of the dataset: a prepared corpus of configs/corpora.yaml; scored is the dataset.
     """
 
     version: int
     dataset: str
     endings: tuple[str, ...] = ("",)
     windows: bool = False
+    corpus: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a corpus that is not read in windows."""
+        if self.corpus and not self.windows:
+            raise ValueError("a corpus is read in windows: say windows: true")
 
 
 def prompt(example: Example, config: Config) -> str:
