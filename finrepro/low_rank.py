@@ -52,6 +52,13 @@ class LowRank:
             raise ValueError(f"rank {self.rank} is no multiple of {self.multiple_of}")
 
 
+def not_exported(quantizer: str) -> dict[str, str]:
+    """Export format -> why a low-rank model whose factors are stored by this kind of quantizer does not go into it."""
+    unknown = "no library builds its low-rank layers: only the dense model that computes the same can be exported"
+    quantized = f"its base is factors stored by {quantizer}, and {unknown}"
+    return {"peft": unknown} | ({} if quantizer == "none" else {"base": quantized})
+
+
 def is_target(name: str, targets: str | tuple[str, ...]) -> bool:
     """Whether a layer's name ends in one of `targets`, whole parts of it; every one does for `all-linear`."""
     return targets == "all-linear" or any(f".{name}".endswith(f".{each}") for each in targets)
