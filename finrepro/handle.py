@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from finrepro import partition
 from finrepro.engine import Engine
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # as torch and bitsandbytes name them
+
 
 @dataclass(frozen=True)
 class Share:
@@ -117,7 +119,7 @@ class Handle:
                 if key == "step":
                     if steps:
                         _zero_step(self._base.state[share.owner], state)
-                elif torch.is_tensor(state) and state.shape == share.owner.shape and state.is_floating_point():
+                elif key in MOMENTS and state.shape == share.owner.shape and state.is_floating_point():
                     share.of(state).zero_()
                 else:
                     raise TypeError(

@@ -17,6 +17,7 @@ from finrepro.adapters import full
 from finrepro.batches import COLLATE
 from finrepro.checkpoint import Control
 from finrepro.engine import collect_trained
+from finrepro.handle import Handle
 from finrepro.layers.linear import features, linear_layers
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.schema import Choice, choose
@@ -103,6 +104,32 @@ def run(spec: RunSpec, folder: Path, **options: Any) -> dict[str, Any]:
     collect_trained(model)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return {"losses": [row["loss"] for row in rows], "weights": weights}
+
+
+def states_of(spec: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what the optimizer keeps of a parameter, after a run."""
+    found: dict[str, Any] = {}
+
+    def after(handle: Handle, *_: Any) -> None:
+        state = handle._base.state
+        found.update((name, dict(state[handle._share(each).owner])) for name, each in handle.named.items())
+
+    full.after_step = after  # type: ignore[attr-defined]
+    try:
+        run(spec, folder)
+    finally:
+        del full.after_step  # type: ignore[attr-defined]
+    return found
+
+
+def kept_bytes(states: dict[str, dict[str, Any]]) -> int:
+    """Of moments, scales and projections; not of maps that all share, nor of counts."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in states.values()
+        for key, value in state.items()
+        if key != "step" and not key.startswith("qmap")
+    )
 
 
 def by_hand(spec: RunSpec, step: Callable[[dict[str, nn.Parameter], float, int], None]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 interrupted one ends bit for bit like a whole one, and a planted mutant is found."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,19 +18,23 @@ from optimizers_program import (
     EIGHT_BITS,
     ENGINES,
     FROBENIUS,
+    GALORE,
     LLAMA,
     PLAIN,
+    RANKED,
     SETTINGS,
     STILL,
     by_hand,
     cell,
     chosen,
     in_factors,
+    kept_bytes,
     run,
+    states_of,
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue, partition, runtime
+from finrepro import PROJECT, catalogue, partition, runtime
 from finrepro.adapters import full
 from finrepro.cells import refusal
 from finrepro.handle import Handle
@@ -126,6 +133,23 @@ def factors_have_no_plain_decay(build: Any) -> None:
 def test_plain_weight_decay_spares_the_factors() -> None:
     factors_have_no_plain_decay(adamw_frobenius.build)
     broken(factors_have_no_plain_decay, adamw.build)
+
+
+def parts_are_decayed(build: Any) -> None:
+    """At ZeRO-3 a matrix of which a rank holds a part is flat and empty by the time that the optimizer is made."""
+    matrix, vector = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
+    matrix.ds_shape, vector.ds_shape = torch.Size([3, 2]), torch.Size([3])  # type: ignore[attr-defined]
+    groups = build([("x.weight", matrix), ("x.bias", vector)], 1e-2, chosen(PLAIN).config).param_groups
+    assert {id(p): group["weight_decay"] for group in groups for p in group["params"]} == {
+        id(matrix): 0.1,
+        id(vector): 0,
+    }
+
+
+def test_weight_decay_reaches_a_matrix_that_lies_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts_are_decayed(adamw.build)
+    monkeypatch.setattr(adamw, "shape_of", lambda parameter: parameter.shape)
+    broken(parts_are_decayed, adamw.build)
 
 
 def test_pairs_are_recognised_by_name_and_a_factor_alone_is_none() -> None:
@@ -381,31 +405,6 @@ def test_eight_bits_end_near_thirty_two() -> None:
     broken(ends_near_float32, problem(8, 200)[1].detach())
 
 
-def states_of(spec: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> what the optimizer keeps of a parameter, after a run."""
-    found: dict[str, Any] = {}
-
-    def after(handle: Handle, *_: Any) -> None:
-        found.update((name, dict(handle._base.state[parameter])) for name, parameter in handle.named.items())
-
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
-        run(spec, folder)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
-    return found
-
-
-def kept_bytes(states: dict[str, dict[str, Any]]) -> int:
-    """Of moments, scales and projections; not of maps that all share, nor of counts."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in states.values()
-        for key, value in state.items()
-        if key != "step" and not key.startswith("qmap")
-    )
-
-
 def test_what_is_small_or_outside_of_the_blocks_keeps_thirty_two_bits(tmp_path: Path) -> None:
     spec = cell(chosen(EIGHT_BITS), max_steps=1)
     shapes = {name: tuple(p.shape) for name, p in make(spec).model.named_parameters()}
@@ -421,7 +420,7 @@ def test_what_is_small_or_outside_of_the_blocks_keeps_thirty_two_bits(tmp_path: 
     assert kept_bytes(states) == adamw_8bit.state_bytes(shapes, everything.config)
 
 
-@pytest.mark.parametrize("kind", [EIGHT_BITS["kind"]])
+@pytest.mark.parametrize("kind", [EIGHT_BITS["kind"], GALORE["kind"]])
 @pytest.mark.parametrize(
     ("engine", "dtype"),
     [
@@ -460,7 +459,7 @@ def same_bits(mine: dict[str, Any], whole: dict[str, Any]) -> None:
     assert all(torch.equal(value, whole["weights"][name]) for name, value in mine["weights"].items())
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(EIGHT_BITS["kind"], "flat pieces")])
+@pytest.mark.parametrize(("kind", "reason"), [(each["kind"], "flat pieces") for each in (EIGHT_BITS, GALORE)])
 def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(kind: str, reason: str, tmp_path: Path) -> None:
     settings = chosen(SETTINGS[kind])
     for stage in range(4):
@@ -479,3 +478,34 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(kind: str, rea
         del full.after_step  # type: ignore[attr-defined]
     forgetful = dataclasses.replace(cell(settings), adapter=catalogue.adapter("rosa_r8"))
     assert "rosa_r8" in str(refusal(forgetful))
+
+
+# --- two ranks ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_same_bits_and_end_where_one_does(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    call = [*launcher, str(PROJECT / "tests" / "optimizers_program.py"), str(tmp_path)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=False) for rank in (0, 1))
+    for key in RANKED:
+        kind, engine, stage = key
+        one = (
+            expected()
+            if kind == FROBENIUS["kind"]
+            else run(cell(chosen(SETTINGS[kind]), engine, stage), tmp_path / f"{key}")
+        )
+        assert first[key]["losses"] == second[key]["losses"]
+        if stage < 3:  # at ZeRO-3 the first rank collects them
+            assert all(
+                torch.equal(value, second[key]["weights"][name]) for name, value in first[key]["weights"].items()
+            )
+        np.testing.assert_allclose(
+            first[key]["losses"], one["losses"], rtol=1e-5 if kind == FROBENIUS["kind"] else 1e-3
+        )
+        for name, value in one["weights"].items():
+            assert (first[key]["weights"][name] - value).norm() <= 5e-3 * value.norm(), (key, name)

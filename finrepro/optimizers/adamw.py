@@ -33,12 +33,18 @@ def decay_groups(
     named_parameters: list[tuple[str, Any]], weight_decay: float, spared: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Groups that weight decay reaches, matrices that are not `spared`, and does not; none is empty."""
-    decayed = {name for name, parameter in named_parameters if parameter.ndim >= 2 and name not in spared}
+    decayed = {name for name, parameter in named_parameters if len(shape_of(parameter)) >= 2 and name not in spared}
     groups = [
         {"params": [p for name, p in named_parameters if name in decayed], "weight_decay": weight_decay},
         {"params": [p for name, p in named_parameters if name not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def shape_of(parameter: Any) -> Sequence[int]:
+    """The shape of the whole parameter: one that lies in parts (ZeRO-3) has lost its own by the time the optimizer is made."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def in_blocks(name: str) -> bool:
