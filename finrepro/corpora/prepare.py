@@ -20,7 +20,7 @@ import pydantic
 from finrepro.corpora.deduplicate import Seen, held_out, identity
 from finrepro.corpora.hub import Hub
 from finrepro.corpora.index import FORMAT, INDEX, Index, Split, dtype_for, read_index
-from finrepro.corpora.quarantine import Quarantine
+from finrepro.corpora.quarantine import Quarantine, check_choice
 from finrepro.corpora.sources import Local
 from finrepro.corpora.tokenizing import Encoder, encode_in_order
 from finrepro.corpora.writer import PREPARING, SplitWriter, disk_faults, write_durably
@@ -29,6 +29,7 @@ from finrepro.schema import Count, plain, settings
 
 Progress = Callable[[dict[str, int]], None]
 SHARD_TOKENS = 2**26  # 128 MiB at 16 bits an id
+BEGUN = "options.json"
 EVERY = 256  # documents between two reports of progress
 
 
@@ -83,6 +84,7 @@ def prepare(
     """
     if sources.validation and options.validation:
         raise UsageError("these sources have a validation split of their own: --validation must be 0.")
+    check_choice(on_error)
     identities = {
         "format": FORMAT,
         "tokenizer": encoder.digest,
@@ -92,11 +94,14 @@ def prepare(
     with disk_faults(folder):
         (folder / PREPARING).mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            made = _begun(folder, identities)
-            if made is None:
-                made = _make(sources, encoder, folder, options, workers, Quarantine(folder, on_error), progress)
-            shutil.rmtree(folder / PREPARING, ignore_errors=True)
-            return made
+            try:
+                made = _begun(folder, identities)
+                if made is None:
+                    made = _make(sources, encoder, folder, options, workers, Quarantine(folder, on_error), progress)
+                return made
+            finally:  # what is needed to go on stays; a folder that is finished, or not ours, is left as it was
+                if (folder / INDEX).exists() or not (folder / PREPARING / BEGUN).exists():
+                    shutil.rmtree(folder / PREPARING, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
     """The finished index, or None after noting what is made here. Raises `UsageError` when it is something else."""
     here = json.loads(json.dumps(identities))
-    note = folder / PREPARING / "options.json"
+    note = folder / PREPARING / BEGUN
     if (folder / INDEX).exists():
         index = read_index(folder)
         found = {"format": index.format, "tokenizer": index.tokenizer, "source": index.source, "options": index.options}

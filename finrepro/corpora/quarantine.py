@@ -10,12 +10,16 @@ NAME = "quarantine.jsonl"
 CHOICES = ("stop", "skip")
 
 
+def check_choice(choice: str) -> None:
+    """Raises `UsageError` unless the choice is one."""
+    if choice not in CHOICES:
+        raise unknown("choice for --on-error", choice, CHOICES)
+
+
 class Quarantine:
     """Gathers faults into `quarantine.jsonl` of the corpus, which is there only when it has a line. `choice` is stop or skip."""
 
     def __init__(self, folder: Path, choice: str) -> None:
-        if choice not in CHOICES:
-            raise unknown("choice for --on-error", choice, CHOICES)
         self.path, self.stops = folder / NAME, choice == "stop"
         self._partial = folder / f".{NAME}.partial"
         self._file = None if self.stops else self._partial.open("w", encoding="utf-8")
