@@ -183,6 +183,29 @@ def export(context: Context, run: str = "", format: str = "peft", out: str | Non
     make(run, format, _folder(out), _place(store, data_dir, models_dir))
 
 
+@command(help={
+    "gpu": "GPU of configs/hardware.yaml: h100",
+    "gpus": "how many of them, 1",
+    "hours": "how long they compute; a model and its tokens are worked out",
+    "mfu": "share of the peak that training reaches, 0.4; an assumption (docs/budget.md says what others measured)",
+    "model": "the model that is trained; with --tokens its hours, price and memory are worked out",
+    "tokens": "tokens that --model is trained on, as 10e9",
+    "unique-tokens": "different tokens that there are; more are repetitions, worth less",
+    "sequence": "tokens in a sequence, 1024",
+    "price": "USD an hour and GPU, in place of the catalogue's",
+    "measure": "in place of --gpu: the device at hand, at the matrix rate that it reaches in a few seconds",
+    "store": SELECT_HELP["store"],
+})  # fmt: skip
+def budget(context: Context, gpu: str | None = None, gpus: str = "1", hours: str | None = None, mfu: str = "0.4", model: str | None = None,
+           tokens: str | None = None, unique_tokens: str | None = None, sequence: str = "1024", price: str | None = None,
+           measure: bool = False, store: str | None = None) -> int:  # fmt: skip
+    """From GPUs and hours to a model and its tokens by scaling laws; or from a model and tokens to hours, price and memory."""
+    from finrepro.budget_command import budget_of, request
+
+    asked = request(gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure)
+    return budget_of(_place(store, None, None), asked)
+
+
 @command(
     help={
         "store": SELECT_HELP["store"],
@@ -236,4 +259,4 @@ def bench(context: Context, only: str = "", store: str | None = None) -> int:
     return run_benchmarks(only, _folder(store))
 
 
-namespace = Collection(reproduce, cells, data, record, export, ui, paper, test, check, bench)
+namespace = Collection(reproduce, cells, budget, data, record, export, ui, paper, test, check, bench)

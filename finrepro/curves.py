@@ -14,11 +14,12 @@ HEIGHT = 2.4  # inches a row of charts
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through (x, y) in this order; `dots` draws the points alone."""
+    """A line through (x, y) in this order; `dots` draws the points alone, `labels` beside them. Without a name it is in no legend."""
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    labels: tuple[str, ...] = ()
     dots: bool = False
 
 
@@ -46,9 +47,15 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
     alike = len({tuple(curve.name for curve in chart.curves) for chart in charts}) == 1
     for place, chart in enumerate(charts):
         axis = figure.add_subplot(rows, across, place + 1)
+        lines = sum(not curve.dots for curve in chart.curves)
         for index, curve in enumerate(chart.curves):
             style = {"marker": "o", "linestyle": "none"} if curve.dots else {"linewidth": 1.3}
-            axis.plot(curve.x, curve.y, label=curve.name, color=COLOURS[index % len(COLOURS)], markersize=3.5, **style)
+            colour = COLOURS[
+                (index % lines if lines else index) % len(COLOURS)
+            ]  # points have the colour of the line that they are on
+            axis.plot(curve.x, curve.y, label=curve.name or "_", color=colour, markersize=3.5, **style)
+            for name, x, y in zip(curve.labels, curve.x, curve.y, strict=False):
+                axis.annotate(name, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=6)
         axis.set_xscale(chart.x_scale)
         if chart.y_range:
             axis.set_ylim(*chart.y_range)

@@ -39,6 +39,7 @@ SELECTING = (
 COMMANDS = {
     "reproduce": f"{SELECTING} --jobs --keep --plan",
     "cells": SELECTING,
+    "budget": "--gpu --gpus --hours --measure --mfu --model --price --sequence --store --tokens --unique-tokens",
     "data": "--data-dir --documents --fetch --field --on-error --out --prepare --tokenizer --validation --verify --workers",
     "record": "--rebuild --store",
     "export": "--data-dir --format --models-dir --out --run --store",
@@ -163,6 +164,7 @@ def test_every_command_and_every_option_says_what_it_does():
         ("cells", "--scale", "paper"),
         ("reproduce", "--table", "3", "--plan"),
         ("reproduce", "--table", "1"),
+        ("budget", "--gpu", "h200", "--gpus", "8", "--hours", "24"),
         ("data",),
     ],
     ids=" ".join,

@@ -236,8 +236,8 @@ def test_a_model_without_storage_has_these_parameters_and_operations(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", ["gpt2_127m", "llama3_1_8b"])
 def test_a_model_at_full_depth_trains_for_these_operations(name: str):
     model, cost = catalogue.model(name), of(name)["flops"]
-    for key, options in {"full": {}, "full_checkpointed": {"checkpointing": True}, "lora": {"rank": 8}}.items():
+    for key, options in {"full_checkpointed": {"checkpointing": True}, "lora": {"rank": 8}}.items():
         assert cost[key] == counted(model, tokens=SETTINGS.tokens, **options)  # type: ignore[arg-type]
