@@ -228,12 +228,7 @@ def paper(context: Context, store: str | None = None) -> None:
     print(build(_place(store, None, None).store.root))
 
 
-@command(
-    help={
-        "slow": "the tests marked slow, instead of the default ones",
-        "only": "tests whose name matches, as pytest -k",
-    }
-)
+@command(help={"slow": "the tests marked slow, instead of the default ones", "only": "tests whose name matches, as pytest -k"})  # fmt: skip
 def test(context: Context, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
     from finrepro.develop import run_tests
@@ -249,9 +244,7 @@ def check(context: Context) -> int:
     return run_checks()
 
 
-@command(
-    help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"}
-)
+@command(help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"})  # fmt: skip
 def bench(context: Context, only: str = "", store: str | None = None) -> int:
     """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
     from finrepro.develop import run_benchmarks
