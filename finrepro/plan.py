@@ -133,11 +133,15 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
     before = place.store.result(spec.run_id)
     if before and before["status"] == store.DONE:
         return float(before["ended"] - before["started"])
-    trained = 6 * spec.train.max_steps * spec.train.global_batch_size
-    scored = sum(2 * file.rows for file in _scored_files(spec) if file.rows)
+    windows = any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts)
+    tokens = spec.train.max_seq_len if windows else TOKENS_PER_EXAMPLE
+    trained = 6 * spec.train.max_steps * spec.train.global_batch_size * tokens
+    scored = (
+        TOKENS_PER_EXAMPLE * (1 + len(spec.stored_as)) * sum(2 * file.rows for file in _scored_files(spec) if file.rows)
+    )
     threads = min(spec.threads, len(os.sched_getaffinity(0)))
     speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * threads
-    return 3 + spec.model.parameters * TOKENS_PER_EXAMPLE * (trained + scored) / speed
+    return 3 + spec.model.parameters * (trained + scored) / speed
 
 
 def _scored_files(spec: RunSpec) -> list[data.File]:

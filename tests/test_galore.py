@@ -26,7 +26,6 @@ from optimizers_program import (
 from torch import Tensor, nn
 
 from finrepro import catalogue
-from finrepro.adapters import full
 from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers import galore
@@ -264,15 +263,18 @@ def test_the_state_has_the_size_of_the_formula(tmp_path: Path) -> None:
 RANK = GALORE["rank"]
 
 
-def test_what_it_does_not_step_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_step_is_refused_by_name() -> None:
     settings = chosen(GALORE)
     assert refusal(cell(settings)) is None
     lora = dataclasses.replace(cell(settings), adapter=catalogue.adapter("lora_r8"))
     assert refusal(lora) == "galore_adamw steps dense weights in a subspace, and lora_r8 trains others"
     wide = refusal(cell(chosen(GALORE, rank=4096)))
     assert wide is not None and "rank 4096 is more than" in wide and "q_proj" in wide
-    monkeypatch.setattr(full, "FACTORED", True, raising=False)
-    assert "full trains others" in str(refusal(cell(settings)))
+    low_rank = dataclasses.replace(cell(settings), model=catalogue.model("gpt2_127m_mini_lr"))
+    assert (
+        refusal(low_rank)
+        == "galore_adamw steps dense weights in a subspace, and those of gpt2_127m_mini_lr are factors"
+    )
     for rank in (0, 1.5, -0.5, "all"):
         with pytest.raises(UsageError, match="rank"):
             chosen(GALORE, rank=rank)

@@ -157,11 +157,13 @@ def test_pairs_are_recognised_by_name_and_a_factor_alone_is_none() -> None:
     assert adamw_frobenius.pairs(names) == [("x.a.weight", "x.b.weight")]
 
 
-def test_a_cell_without_factors_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_without_factors_is_refused_by_name() -> None:
     spec = cell(chosen(FROBENIUS))
-    assert refusal(spec) == "adamw_frobenius decays the factors of low-rank layers, and full has none"
-    monkeypatch.setattr(full, "FACTORED", True, raising=False)
-    assert refusal(spec) is None
+    assert refusal(spec) == f"adamw_frobenius decays the factors of low-rank layers, and {spec.model.name} has none"
+    low_rank = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_mini_lr"))
+    assert refusal(low_rank) is None
+    adapted = dataclasses.replace(low_rank, adapter=catalogue.adapter("lora_r8"))
+    assert refusal(adapted) == "adamw_frobenius decays the factors of low-rank layers, and lora_r8 trains none"
 
 
 def frobenius_step(spec: Any) -> Any:

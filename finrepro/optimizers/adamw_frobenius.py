@@ -33,10 +33,12 @@ class Config(adamw.Config):
 
 
 def supports(spec: Any, config: Config) -> str | None:
-    """None for a cell whose adapter says that it trains such pairs (`FACTORED`), or why not."""
-    if getattr(spec.adapter.module("adapters"), "FACTORED", False):
+    """None for a low-rank model whose own weights are trained, or why not."""
+    trains_all = getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False)
+    if spec.model.low_rank is not None and trains_all:
         return None
-    return f"adamw_frobenius decays the factors of low-rank layers, and {spec.adapter.name} has none"
+    whose = f"{spec.model.name} has none" if spec.model.low_rank is None else f"{spec.adapter.name} trains none"
+    return f"adamw_frobenius decays the factors of low-rank layers, and {whose}"
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:

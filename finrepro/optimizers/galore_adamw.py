@@ -32,9 +32,9 @@ def supports(spec: Any, config: Config) -> str | None:
     if spec.train.zero_stage:
         return f"galore_adamw needs each matrix' whole gradient, and ZeRO-{spec.train.zero_stage} steps flat pieces"
     module = spec.adapter.module("adapters")
-    if any(getattr(module, flag, False) for flag in ("FACTORED", "RESETS_MOMENTS")) or not getattr(
-        module, "WHOLE_MODEL", False
-    ):
+    if spec.model.low_rank is not None:
+        return f"galore_adamw steps dense weights in a subspace, and those of {spec.model.name} are factors"
+    if getattr(module, "RESETS_MOMENTS", False) or not getattr(module, "WHOLE_MODEL", False):
         return f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
     for name, sides in block_sizes(spec.model).items():
         if config.rank > min(sides):
