@@ -71,7 +71,8 @@ def end_to_end(examples: Sequence[Sample]) -> Batch:
     ids = np.concatenate([np.asarray(piece.ids, np.int64) for piece in pieces])
     targets = np.concatenate([np.asarray(piece.targets(), np.int64) for piece in pieces])
     lengths = tuple(len(piece.ids) for piece in pieces)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    begins = np.cumsum((0, *lengths[:-1]))
+    positions = torch.from_numpy(np.arange(len(ids)) - np.repeat(begins, lengths))[None]
     return _finish(ids[None], targets[None], positions, lengths)
 
 

@@ -42,7 +42,7 @@ class TokenStream:
         """Positions in [begin, end) at which a document begins; a binary search in the shard's list."""
         found = [np.empty(0, np.int64)]
         for k, a, b in self._cut(begin, end):
-            first, last = np.searchsorted(self._starts[k], (a, b))
+            first, last = np.searchsorted(self._starts[k], np.array((a, b), "<u4"))  # another type would copy the list
             found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
         return np.concatenate(found)
 
