@@ -14,6 +14,8 @@ from invoke.tasks import task
 PROJECT = Path(__file__).resolve().parent
 sys.path.insert(0, str(PROJECT))
 
+from finrepro.corpora.options import HELP  # noqa: E402
+
 SELECT_HELP = {
     "table": "number of the table: 3",
     "scale": "auto (default), smoke or paper",
@@ -93,14 +95,15 @@ def reproduce(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
 ) -> int:  # fmt: skip
     """Run a table's missing cells, record them, and print the table."""
-    from finrepro import cells, compute, request
+    from finrepro import compute, request
+    from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
     from finrepro.campaign import reproduce as run
 
     number = request.whole("jobs", jobs)
     folder = str(_folder(adapter)) if adapter is not None else None
     selection = request.selection(table, quick, full, only, seeds, weights, devices, folder)
-    options = Options(cells.parse_choice("scale", scale, cells.SCALES), number, keep)
+    options = Options(selecting.parse_choice("scale", scale, selecting.SCALES), number, keep)
     if compute.is_computed(selection.table):
         place = _place(store, data_dir, models_dir)
         return compute.reproduce(selection, place, scale, plan, jobs=number > 1, keep=keep)
@@ -116,8 +119,8 @@ def cells(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
 ) -> int:  # fmt: skip
     """List every cell of a table: label, run id, state, and why it cannot run."""
-    from finrepro import cells as selecting
     from finrepro import compute, request
+    from finrepro import selection as selecting
     from finrepro.campaign import Options, list_plan
 
     selecting.parse_choice("scale", scale, selecting.SCALES)
@@ -128,19 +131,24 @@ def cells(
     return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 
-@command(help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"]})
-def data(context: Context, fetch: str = "", data_dir: str | None = None) -> None:
-    """List the datasets: licence, source, and whether each is here; or fetch one."""
-    from finrepro import catalogue
-    from finrepro.fetch import fetch as download
+@command(
+    help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"], **HELP}
+)
+def data(
+    context: Context, fetch: str = "", prepare: str = "", verify: str = "", tokenizer: str | None = None, out: str | None = None,
+    workers: str = "", on_error: str = "stop", field: str = "", documents: str = "", validation: str = "", data_dir: str | None = None,
+) -> int:  # fmt: skip
+    """List the datasets: licence, source, and whether each is here; fetch one; or prepare and verify text for pretraining."""
+    from finrepro.listing import show
 
-    if fetch:
-        for path in download(catalogue.dataset(fetch)):
-            print(path)
-        return
-    from finrepro.listing import datasets as listed
+    if prepare or verify:
+        from finrepro.corpora import command as corpora
 
-    print("\n".join(listed(_folder(data_dir, "FINREPRO_DATA_DIR"))))
+        if verify:
+            return corpora.verify(_folder(verify) or Path())
+        return corpora.make(prepare, _folder(tokenizer), _folder(out), _folder(data_dir, "FINREPRO_DATA_DIR"), workers=workers,
+                            on_error=on_error, field=field, documents=documents, validation=validation)  # fmt: skip
+    return show(fetch, _folder(data_dir, "FINREPRO_DATA_DIR"))
 
 
 @command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})
@@ -220,12 +228,7 @@ def paper(context: Context, store: str | None = None) -> None:
     print(build(_place(store, None, None).store.root))
 
 
-@command(
-    help={
-        "slow": "the tests marked slow, instead of the default ones",
-        "only": "tests whose name matches, as pytest -k",
-    }
-)
+@command(help={"slow": "the tests marked slow, instead of the default ones", "only": "tests whose name matches, as pytest -k"})  # fmt: skip
 def test(context: Context, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
     from finrepro.develop import run_tests
@@ -241,9 +244,7 @@ def check(context: Context) -> int:
     return run_checks()
 
 
-@command(
-    help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"}
-)
+@command(help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"})  # fmt: skip
 def bench(context: Context, only: str = "", store: str | None = None) -> int:
     """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
     from finrepro.develop import run_benchmarks

@@ -27,12 +27,13 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from finrepro import catalogue, data, rates  # noqa: E402
 from finrepro.batches import side_by_side  # noqa: E402
-from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.cells import expand  # noqa: E402
 from finrepro.engine import Engine, start_engine  # noqa: E402
 from finrepro.hooks import Hooks  # noqa: E402
 from finrepro.inputs import embedded_tokenizer  # noqa: E402
 from finrepro.model import build  # noqa: E402
 from finrepro.place import Place  # noqa: E402
+from finrepro.selection import Selection  # noqa: E402
 from finrepro.spec import RunSpec  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import Encoded, encode  # noqa: E402

@@ -19,12 +19,13 @@ import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 
 from finrepro import catalogue, data  # noqa: E402
-from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.cells import expand  # noqa: E402
 from finrepro.checkpoint import Control  # noqa: E402
 from finrepro.evaluate import answer  # noqa: E402
 from finrepro.inputs import embedded_tokenizer  # noqa: E402
 from finrepro.model import build  # noqa: E402
 from finrepro.place import Place  # noqa: E402
+from finrepro.selection import Selection  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import encode  # noqa: E402
 from finrepro.train import train  # noqa: E402

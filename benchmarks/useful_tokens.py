@@ -20,11 +20,12 @@ from _measure import interleaved, ratios, write  # noqa: E402
 
 from finrepro import data, packing  # noqa: E402
 from finrepro.batches import COLLATE, Batch, side_by_side  # noqa: E402
-from finrepro.cells import Selection, expand  # noqa: E402
+from finrepro.cells import expand  # noqa: E402
 from finrepro.inputs import embedded_tokenizer  # noqa: E402
 from finrepro.layers.supervised import SupervisedLM  # noqa: E402
 from finrepro.model import build  # noqa: E402
 from finrepro.place import Place  # noqa: E402
+from finrepro.selection import Selection  # noqa: E402
 from finrepro.store import open_store  # noqa: E402
 from finrepro.tokens import Encoded, encode  # noqa: E402
 

@@ -3,11 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from finrepro.corpora.windows import Window
+from finrepro.errors import UsageError
 from finrepro.tokens import IGNORE, Encoded
+
+Sample = Encoded | Window
+Rows = NDArray[np.int64] | list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,7 @@ class Batch:
     """One forward pass. `positions` are the supervised positions in the flattened batch, `targets` the ids to predict there.
 
     Padding stands on the right, where causal attention cannot see it, so no mask is needed. In a bin, `segment_lengths` gives the
-    examples' lengths: attention is confined to each (finrepro.layers.isolated_attention) and `position_ids` start again at 0.
+    pieces' lengths: attention is confined to each (finrepro.layers.isolated_attention) and `position_ids` start again at 0.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -35,29 +42,37 @@ class Batch:
         )
 
 
-def _finish(
-    input_ids: list[list[int]], targets: list[list[int]], positions: Tensor, segments: tuple[int, ...] | None
-) -> Batch:
-    flat = torch.tensor(targets).flatten()
+def _finish(input_ids: Rows, targets: Rows, positions: Tensor, segments: tuple[int, ...] | None) -> Batch:
+    flat = torch.as_tensor(targets).flatten()
     supervised = (flat != IGNORE).nonzero().flatten()
-    return Batch(torch.tensor(input_ids), positions, supervised, flat[supervised], segments)
+    return Batch(torch.as_tensor(input_ids), positions, supervised, flat[supervised], segments)
 
 
-def side_by_side(examples: Sequence[Encoded], pad_id: int = 0) -> Batch:
-    """Rows of equal length, padded on the right with `pad_id`, whose value cannot matter."""
-    longest = max(len(example.ids) for example in examples)
-    rows = [[*example.ids, *[pad_id] * (longest - len(example.ids))] for example in examples]
-    targets = [[*example.targets(), *[IGNORE] * (longest - len(example.ids))] for example in examples]
+def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
+    """Rows of equal length, padded on the right with `pad_id`, whose value cannot matter.
+
+    Raises `UsageError` for a window of several documents: side by side they would see one another.
+    """
+    if any(len(example.pieces) > 1 for example in examples):
+        raise UsageError("windows of running text hold several documents: they need the layout 'bins', not 'padded'.")
+    pieces = [example.pieces[0] for example in examples]
+    longest = max(len(piece.ids) for piece in pieces)
+    rows = np.full((len(pieces), longest), pad_id, np.int64)
+    targets = np.full((len(pieces), longest), IGNORE, np.int64)
+    for row, piece in enumerate(pieces):
+        rows[row, : len(piece.ids)] = piece.ids
+        targets[row, : len(piece.ids)] = piece.targets()
     return _finish(rows, targets, torch.arange(longest)[None], None)
 
 
-def end_to_end(examples: Sequence[Encoded]) -> Batch:
-    """One row that holds the examples one after the other."""
-    ids = [token for example in examples for token in example.ids]
-    targets = [target for example in examples for target in example.targets()]
-    lengths = tuple(len(example.ids) for example in examples)
+def end_to_end(examples: Sequence[Sample]) -> Batch:
+    """One row that holds the examples' pieces one after the other."""
+    pieces = [piece for example in examples for piece in example.pieces]
+    ids = np.concatenate([np.asarray(piece.ids, np.int64) for piece in pieces])
+    targets = np.concatenate([np.asarray(piece.targets(), np.int64) for piece in pieces])
+    lengths = tuple(len(piece.ids) for piece in pieces)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return _finish([ids], [targets], positions, lengths)
+    return _finish(ids[None], targets[None], positions, lengths)
 
 
 def empty() -> Batch:

@@ -13,11 +13,12 @@ from typing import Any
 
 from finrepro import plan as planning
 from finrepro import provenance, store
-from finrepro.cells import Cell, Selection, expand
+from finrepro.cells import Cell, expand
 from finrepro.errors import CellFailed, EnvironmentFault, UsageError
 from finrepro.place import Place
 from finrepro.record import View, is_shown
 from finrepro.result import seal_unfinished
+from finrepro.selection import Selection
 from finrepro.show import Display, list_cells, list_launches
 from finrepro.spec import Scale
 from finrepro.tabulate import file_stem, tabulate

@@ -39,7 +39,19 @@ def entry(name: str, key: str, what: str) -> dict[str, Any]:
 @cache
 def model(name: str) -> Model:
     """A resolved entry of models.yaml."""
-    return build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
+    found = build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
+    if found.low_rank is not None and found.low_rank.of is not None:
+        dense, where = model(found.low_rank.of), f"models.{name}.low_rank.of"
+        if dense.low_rank is not None or (dense.family, dense.architecture) != (found.family, found.architecture):
+            raise UsageError(f"{where}: {dense.name} is not the dense model of the same architecture.")
+        if found.pretrain is not None:
+            raise UsageError(f"{where}: the weights are those of {dense.name}: leave out 'pretrain'.")
+    return found
+
+
+def origin(base: Model) -> Model:
+    """The entry whose weights a model starts from: itself, or the dense one that it decomposes."""
+    return base if base.low_rank is None or base.low_rank.of is None else model(base.low_rank.of)
 
 
 @cache
@@ -55,6 +67,12 @@ def quantizer(name: str, dtype: str) -> Choice:
     if values.get("compute_dtype") == "model":
         values["compute_dtype"] = dtype
     return choose("quantizers", name, values, f"quantizers.{name}")
+
+
+@cache
+def optimizer(name: str) -> Choice:
+    """A resolved entry of optimizers.yaml."""
+    return choose("optimizers", name, entry("optimizers", name, "optimizer"), f"optimizers.{name}")
 
 
 @cache
@@ -92,7 +110,7 @@ def train_set(name: str, template: str = "") -> tuple[TrainSet, tuple[TaskSpec, 
 
 
 def train_settings(values: dict[str, Any], where: str) -> Train:
-    """Checked training settings with the optimizer resolved."""
+    """Checked training settings with the optimizer resolved: settings with a `kind`, or the name of an entry of optimizers.yaml."""
     return _train_settings(json.dumps(values, sort_keys=True), where)
 
 
@@ -100,6 +118,8 @@ def train_settings(values: dict[str, Any], where: str) -> Train:
 def _train_settings(text: str, where: str) -> Train:
     """A table's hundreds of cells share a few of them."""
     train = build(Train, json.loads(text), where)
+    if isinstance(train.optimizer, str):
+        return dataclasses.replace(train, optimizer=optimizer(train.optimizer))
     resolved = choose("optimizers", "optimizer", train.optimizer, f"{where}.optimizer")
     return dataclasses.replace(train, optimizer=resolved)
 
@@ -179,6 +199,13 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
         threads=recipe.threads,
         world_size=1,
     )
+
+
+@cache
+def base_of(name: str) -> RunSpec | None:
+    """The run that makes the weights that a model starts from; None where no run does."""
+    trained = origin(model(name))
+    return pretraining(trained) if trained.pretrain else None
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:

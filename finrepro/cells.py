@@ -9,30 +9,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue import adapter, catalogue, model, pretraining, quantizer, train_set, train_settings
+from finrepro.catalogue import (
+    adapter,
+    base_of,
+    catalogue,
+    model,
+    optimizer,
+    origin,
+    quantizer,
+    train_set,
+    train_settings,
+)
 from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
+from finrepro.selection import Selection
 from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
 
-SCALES = ("auto", "smoke", "paper")
-WEIGHTS = ("pretrained", "random")
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a table is asked for. `seeds`, `only` and `adapter` (a PEFT folder) narrow or replace; `world_size` is devices per cell, None
-    where the table decides."""
-
-    table: str
-    quick: bool = False
-    full: bool = False
-    only: str | None = None
-    seeds: tuple[int, ...] | None = None
-    weights: Weights = "pretrained"
-    world_size: int | None = None
-    adapter: str | None = None
+WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
 
 @cache
 def _checked_grid(name: str, scale: Scale) -> Grid:
-    """The table's grid with every name on its axes in a catalogue. Raises `UsageError` for another."""
+    """The table's grid with every name on its axes in a catalogue, and every override for some of them. Raises `UsageError` for another."""
     grid = grid_of(name, scale)
     for each in grid.axes.model:
         model(each)
@@ -85,6 +80,15 @@ def _checked_grid(name: str, scale: Scale) -> Grid:
         adapter(each)
     for each in grid.axes.train_on:
         train_set(each, grid.template)
+    for each in grid.axes.optimizer:
+        optimizer(each)
+    where = f"tables.table{name.removeprefix('table')}.overrides.where"
+    for axis, pattern in (pair for override in grid.overrides for pair in override.where.items()):
+        if axis not in WITH_OPTIMIZER:
+            raise UsageError(f"{where}: {unknown('axis', axis, WITH_OPTIMIZER)}")
+        values = getattr(grid.axes, axis)
+        if not fnmatch.filter(values, pattern):
+            raise UsageError(f"{where}: {unknown(axis, pattern, values)}")
     return grid
 
 
@@ -100,11 +104,13 @@ def _points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
 def _crossed(name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Point, ...]:
     """Thousands of points, made once for however many selections."""
     axes = _checked_grid(name, scale).axes
-    crossed = itertools.product(axes.model, axes.quantizer, adapters, axes.train_on, axes.batch or (None,), seeds)
-    return tuple(
-        Point(dict(zip(AXES, names, strict=True)), seed, batch, label_of(names, batch, seed))
-        for *names, batch, seed in crossed
-    )
+    named = (axes.model, axes.quantizer, adapters, axes.train_on, *([axes.optimizer] if axes.optimizer else []))
+    points = []
+    for names in itertools.product(*named):
+        called = dict(zip(WITH_OPTIMIZER, names, strict=False))
+        for batch, seed in itertools.product(axes.batch or (None,), seeds):
+            points.append(Point(called, seed, batch, label_of(names, batch, seed)))
+    return tuple(points)
 
 
 @cache
@@ -150,10 +156,13 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
     module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
-    base = _base(base_model.name) if base_model.pretrain and selection.weights == "pretrained" else None
-    train, devices = _overridden(grid, selection, names)
+    weights: Weights = "scratch" if grid.scratch else selection.weights
+    base = base_of(base_model.name) if weights == "pretrained" else None
+    train, devices = _overridden(grid, names)
     if point.batch:
         train |= {"global_batch_size": point.batch}
+    if "optimizer" in names:
+        train |= {"optimizer": names["optimizer"]}
     group = _group(grid, selection, point.label)
     if not module.trainable_parameters(base_model, chosen.config):
         train |= {"max_steps": 0, "warmup_steps": 0}
@@ -162,8 +171,10 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     spec = RunSpec(
         label=point.label,
         model=base_model,
-        weights=selection.weights,
-        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}" if (hub := base_model.hub) else None,
+        weights=weights,
+        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}"
+        if (hub := origin(base_model).hub) and not grid.scratch
+        else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
         adapter=chosen,
@@ -174,6 +185,7 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         seed=point.seed,
         threads=grid.threads,
         world_size=selection.world_size or devices,
+        stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
     )
     return Cell(spec=spec, refusal=refusal(spec), base=base)
 
@@ -181,6 +193,8 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
 def refusal(spec: RunSpec) -> str | None:
     """Why the combination cannot run anywhere, None if it can."""
     stage = spec.train.zero_stage
+    if spec.weights == "scratch" and spec.model.low_rank and spec.model.low_rank.of:
+        return f"starts from the trained weights of {spec.model.low_rank.of}, not from scratch"
     if not spec.train.max_steps and len(spec.train_on.parts) > 1:
         return "an untrained model is scored on each task of a mix by itself"
     storable = getattr(spec.quantizer.module("quantizers"), "supports", None)
@@ -188,12 +202,9 @@ def refusal(spec: RunSpec) -> str | None:
     choice, module = spec.adapter, spec.adapter.module("adapters")
     reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
     trainable = getattr(module, "supports_training", None)
-    return reason or (trainable(spec.train, choice.config) if trainable else None)
-
-
-@cache
-def _base(name: str) -> RunSpec:
-    return pretraining(model(name))
+    reason = reason or (trainable(spec.train, choice.config) if trainable else None)
+    stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
+    return reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
 
 
 @cache
@@ -209,17 +220,10 @@ def foreign_adapter(folder: str) -> Choice:
     )
 
 
-def _overridden(grid: Grid, selection: Selection, names: dict[str, str]) -> tuple[dict[str, Any], int]:
+def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The grid's training settings with every override that holds for the names, and the number of devices."""
     train, devices = dict(grid.train), 1
-    where = f"tables.table{selection.table.removeprefix('table')}.overrides.where"
     for override in grid.overrides:
-        for axis, pattern in override.where.items():
-            if axis not in AXES:
-                raise UsageError(f"{where}: {unknown('axis', axis, AXES)}")
-            values = getattr(grid.axes, axis)
-            if not fnmatch.filter(values, pattern):
-                raise UsageError(f"{where}: {unknown(axis, pattern, values)}")
         if all(fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()):
             train |= override.train
             devices = override.devices or devices
@@ -232,27 +236,7 @@ def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
     points = {point.label: point for point in _points(selection, scale)}
     if label in points:
         return _cell(grid, selection, points[label]).spec
-    bases = {base.label: base for name in grid.axes.model if model(name).pretrain for base in (_base(name),)}
+    bases = {base.label: base for name in grid.axes.model if (base := base_of(name))}
     if label in bases:
         return bases[label]
     raise unknown("cell", label, [*points, *bases])
-
-
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """`0,1,2` as numbers. Raises `UsageError` on anything else."""
-    if text is None:
-        return None
-    try:
-        seeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2.") from None
-    if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}.")
-    return seeds
-
-
-def parse_choice(name: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """`value` if it is one of `allowed`, else `UsageError` with the nearest match."""
-    if value not in allowed:
-        raise unknown(f"--{name}", value, allowed)
-    return value

@@ -5,13 +5,13 @@ from typing import Any
 
 from finrepro import catalogue, flops, store
 from finrepro.account import Computed, account, shares
-from finrepro.cells import Selection
 from finrepro.curves import draw_charts
 from finrepro.errors import UsageError
 from finrepro.figure import to_png, to_svg
 from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.schema import kind_module
+from finrepro.selection import Selection
 from finrepro.show import Display
 
 SCALE = "paper"  # real models, whatever the machine

@@ -137,12 +137,15 @@ class DeepSpeed:
     def __init__(self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
         bf16 = any(parameter.dtype == torch.bfloat16 for _, parameter in named)
         # At stage 0 in float32 DeepSpeed clips and throws the norm away: we do it there, its optimizer wrappers elsewhere.
-        self.clips = settings.zero_stage > 0 or bf16
+        self.clips, self.extra = settings.zero_stage > 0 or bf16, lm.extra_loss is not None
         self.named, self.max_grad_norm, self.device = named, settings.max_grad_norm, device
-        self.extra = lm.extra_loss is not None
-        config = {"gradient_clipping": settings.max_grad_norm if self.clips else 0.0}
-        self.engine = _initialize(lm, optimizer, settings, device, config | _bf16(bf16))
+        clipping = settings.max_grad_norm if self.clips else 0.0
+        config = {"bf16": {"enabled": bf16}, "gradient_clipping": clipping}
+        self.engine = _initialize(lm, optimizer, settings, device, config)
         self.stepped_by = self.engine.optimizer
+        if hasattr(self.stepped_by, "fp32_groups"):  # bfloat16 at stage 0 begins with a step of zero gradients
+            optimizer.state.clear()
+            self.stepped_by.refresh_fp32_params()
         keep_whole([parameter for _, parameter in named] if self.extra else [], lm)
 
     @property
@@ -184,10 +187,6 @@ class DeepSpeed:
 
     def close(self) -> None:  # noqa: D102
         self.engine.destroy()
-
-
-def _bf16(enabled: bool) -> dict[str, Any]:
-    return {"bf16": {"enabled": True}} if enabled else {}
 
 
 def _initialize(module: nn.Module, optimizer: Any, settings: Train, device: torch.device, more: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """Score a model on a task: per-example answers, metrics with intervals, and the best constant answer beside them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from finrepro.scoring import choice_log_likelihoods, text_log_likelihoods
 from finrepro.shares import Progress
 from finrepro.spec import Evaluation, TaskSpec
 from finrepro.statistics import intervals, paired_differences
-from finrepro.tokens import encode
+from finrepro.tokens import cut, encode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,11 +71,17 @@ def answer(
     common = [{"task": task.task.name, "id": example.id} for example in examples]
     if options[0] is None:
         pairs = [(prompt, module.target(example, config)) for prompt, example in zip(prompts, examples, strict=True)]
-        texts = encode(tokenizer, pairs, max_seq_len, end=False)
-        values = text_log_likelihoods(model, texts, settings.max_tokens, progress)
+        parts = [cut(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)]
+        every = [part for of in parts for part in of]
+        logprobs_of = iter(text_log_likelihoods(model, every, settings.max_tokens, progress))
         return [
-            {**row, "logprob": value, "tokens": text.num_supervised}
-            for row, value, text in zip(common, values, texts, strict=True)
+            {
+                **row,
+                "logprob": sum(next(logprobs_of) for _ in of),
+                "tokens": sum(part.num_supervised for part in of),
+                "bytes": len(text.encode()),
+            }
+            for row, (_, text), of in zip(common, pairs, parts, strict=True)
         ]
     pairs = [(prompt, choice) for prompt, choices in zip(prompts, options, strict=True) for choice in choices]
     encoded = iter(encode(tokenizer, pairs, max_seq_len, end=False))

@@ -1,4 +1,4 @@
-"""What an adapter may do around an optimizer step: read gradients and weights, set them, and begin a parameter's moments anew.
+"""What a method may do around an optimizer step: read gradients and weights, set them, and begin a parameter's moments anew.
 
 An optimizer steps float32 numbers that need not be the model's own: DeepSpeed steps flat copies, of which each rank holds a share (ZeRO,
 Rajbhandari et al., 2020, arXiv 1910.02054), and writes the model's weights from them after each step, so that a weight edited in place is
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from finrepro import partition
 from finrepro.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # as torch and bitsandbytes name them
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Share:
 
 
 class Handle:
-    """The training of one model, as the hooks of its adapter see it. All ranks make the same calls, in the same order.
+    """The training of one model, as the hooks of its adapter and of its optimizer see it. All ranks make the same calls, in the same order.
 
     `named` are the trained parameters by their names in `model`. Values and gradients are whole and float32, of the parameter's shape,
     and copies: nothing moves but by `set`, `set_frozen` and `reset_state`.
@@ -76,6 +78,12 @@ class Handle:
             raise RuntimeError("a gradient can be read in before_step only: earlier it is not whole, later it is gone.")
         found = self._engine.gradient(parameter)
         return torch.zeros_like(self.value(parameter)) if found is None else found.detach().to(torch.float32, copy=True)
+
+    def rate(self, parameter: nn.Parameter) -> float:
+        """The learning rate of this step for a trained parameter."""
+        unit = self._share(parameter).unit
+        group = getattr(self._optimizer, "sub_group_to_group_id", {}).get(unit, unit)  # stage 3 cuts groups into units
+        return float(self._engine.param_groups[group]["lr"])
 
     def value(self, parameter: nn.Parameter) -> Tensor:
         """The value of a trained parameter as the optimizer keeps it: bfloat16 weights have more digits there."""
@@ -111,7 +119,7 @@ class Handle:
                 if key == "step":
                     if steps:
                         _zero_step(self._base.state[share.owner], state)
-                elif torch.is_tensor(state) and state.shape == share.owner.shape and state.is_floating_point():
+                elif key in MOMENTS and state.shape == share.owner.shape and state.is_floating_point():
                     share.of(state).zero_()
                 else:
                     raise TypeError(

@@ -1,20 +1,24 @@
 """What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue, data, weights
+from finrepro.corpora.place import TOKENIZER, folder_of, missing_reason
 from finrepro.data import Dataset
-from finrepro.errors import EnvironmentFault, Unavailable
+from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
-from finrepro.spec import RunSpec
+from finrepro.spec import RunSpec, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from finrepro.batches import Sample
+    from finrepro.corpora.stream import Corpus
     from finrepro.tokens import Encoded
 
 STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
@@ -25,7 +29,9 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     wanted: dict[str, set[str]] = {}
     choices = {}
     parts = spec.train_on.parts if spec.train.max_steps else ()
-    needed = [(part.task, "train") for part in parts] + [(each, spec.evaluation.split) for each in spec.tasks]
+    needed = [(part.task, "train") for part in parts if corpus_of(part.task) is None] + [
+        (each, spec.evaluation.split) for each in spec.tasks
+    ]
     for each, split in needed:
         wanted.setdefault(each.dataset.name, set()).add(split)
         choices[each.dataset.name] = each.dataset
@@ -33,11 +39,13 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
 
 
 def training_examples(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast"
-) -> "list[Encoded]":
-    """Every training example, encoded, a part after the other; a repeated part stands there as often."""
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place
+) -> "Sequence[Sample]":
+    """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows."""
     from finrepro.tokens import encode
 
+    if any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts):
+        return _windows(spec, datasets, tokenizer, place)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
@@ -45,6 +53,54 @@ def training_examples(
         pairs = [(task.prompt(example, config), task.target(example, config)) for example in examples]
         encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
+
+
+def corpus_of(task: TaskSpec) -> str | None:
+    """The prepared corpus that a task is trained on, None where that is its dataset."""
+    return getattr(task.task.config, "corpus", None)
+
+
+def corpora(spec: RunSpec, place: Place) -> "dict[str, Corpus]":
+    """Task -> the prepared corpus that the cell is trained on through it.
+
+    Raises `Unavailable` when one is not prepared, damaged, or made with a tokenizer of more tokens than the model has rows.
+    """
+    from finrepro.corpora.stream import open_corpus
+
+    found = {}
+    for part in spec.train_on.parts if spec.train.max_steps else ():
+        if name := corpus_of(part.task):
+            folder = folder_of(name, place.data_dir)
+            with of_this_cell():
+                if folder is None or missing_reason(name, place.data_dir):
+                    raise EnvironmentFault(str(missing_reason(name, place.data_dir)))
+                found[part.task.task.name] = open_corpus(folder, rows=spec.model.architecture["vocab_size"])
+    return found
+
+
+def _windows(
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place
+) -> "Sequence[Sample]":
+    """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError` where a part is no corpus."""
+    from finrepro.corpora.memory import TextStream
+    from finrepro.corpora.mixture import Mixture
+    from finrepro.corpora.windows import Windows
+    from finrepro.tokens import encode
+
+    made = {}
+    for part in spec.train_on.parts if spec.train.max_steps else ():
+        task, config = part.task.task.module("tasks"), part.task.task.config
+        if not getattr(config, "windows", False):
+            raise UsageError(f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none.")
+        if prepared := corpora(spec, place).get(part.task.task.name):
+            made[part.task.task.name] = Windows(prepared.stream(), spec.train.max_seq_len)
+            continue
+        examples = datasets[part.task.dataset.name].splits["train"]
+        texts = encode(tokenizer, [("", task.target(example, config)) for example in examples], sys.maxsize, end=False)
+        made[part.task.task.name] = Windows(TextStream(text.ids for text in texts), spec.train.max_seq_len)
+    if len(made) <= 1:
+        return next(iter(made.values()), [])
+    return Mixture(made, {part.task.task.name: part.repeat for part in spec.train_on.parts})
 
 
 def data_facts(datasets: dict[str, Dataset]) -> dict[str, Any]:
@@ -77,11 +133,15 @@ def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizer
             if place.store.result(spec.base_run) is None:
                 raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
             return folder, load_tokenizer(folder), f"run {spec.base_run}"
-        found = weights.locate(spec.model, place.models_dir)
+        model = catalogue.origin(spec.model)
+        if spec.weights == "scratch" and (made_with := corpora(spec, place)):
+            folder = next(iter(made_with.values())).folder / TOKENIZER
+            return None, load_tokenizer(folder, spec.model), "corpus"
+        found = weights.locate(model, place.models_dir)
         if found is None and spec.weights == "pretrained":
-            found = weights.fetch(spec.model)
+            found = weights.fetch(model)
         if found is not None:
-            weights.check(spec.model, found)
+            weights.check(model, found)
             return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 

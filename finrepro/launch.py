@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finrepro import provenance, store
-from finrepro.cells import SCALES, WEIGHTS, Selection, find, parse_seeds
+from finrepro.cells import find
 from finrepro.errors import CellFailed, UsageError
 from finrepro.place import Place
+from finrepro.selection import SCALES, WEIGHTS, Selection, parse_seeds
 from finrepro.spec import RunSpec, Scale
 
 Message = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Building a cell's model: load, prepare, quantize, adapt, freeze - always in this order, for every method alike."""
+"""Building a cell's model: load, restructure, prepare, quantize, adapt, freeze - always in this order, for every method alike."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from finrepro import loading, runtime, shards
+from finrepro import loading, restructure, runtime, shards
 from finrepro.errors import EnvironmentFault
 from finrepro.first_stage import first_stage
-from finrepro.layers.linear import linear_layers
+from finrepro.layers.linear import linear_layers, rank
 from finrepro.partition import partition
 from finrepro.schema import Choice
 from finrepro.spec import Model, RunSpec
@@ -68,7 +68,15 @@ def configuration(model: Model) -> Any:
 
 
 def skeleton(spec: RunSpec) -> Any:
-    """The base model of a cell in its dtype, without storage, without a cache, and with the name that exported files may tell."""
+    """The base model of a cell in its dtype, low-rank where its entry says so, without storage, without a cache, and with the name that
+    exported files may tell.
+    """
+    model, low_rank = dense_skeleton(spec), spec.model.low_rank
+    return model if low_rank is None else restructure.restructured(model, low_rank, rank(spec.model))
+
+
+def dense_skeleton(spec: RunSpec) -> Any:
+    """As `skeleton`, of the dense model of the same architecture."""
     model = loading.skeleton(configuration(spec.model), getattr(torch, spec.model.dtype))
     # What an exported file calls its base: a name, never a path on this machine.
     model.name_or_path = model.config._name_or_path = spec.model.hub.id if spec.model.hub else spec.model.name
@@ -77,12 +85,18 @@ def skeleton(spec: RunSpec) -> Any:
 
 
 def source(spec: RunSpec, model: Any, folder: Path | None) -> loading.Source:
-    """Where the weights of a cell come from: `folder`, or the cell's seed.
+    """Where the weights of a cell come from: `folder`, or the cell's seed; for a low-rank model decomposed, unless `folder` holds factors.
 
     The catalogue says what the model is, not the checkpoint's own configuration, which may ask for dropout; it gives the weights alone.
     Raises `EnvironmentFault` when they are not those of this architecture: no weight is ever made up.
     """
-    return loading.Drawn(model, spec.seed) if folder is None else loading.Checkpoint(model, folder, spec.model.name)
+    low_rank = spec.model.low_rank
+    factored = low_rank is not None and not (folder and restructure.holds_factors(model, folder))
+    filled = dense_skeleton(spec) if factored else model
+    found: loading.Source = (
+        loading.Drawn(filled, spec.seed) if folder is None else loading.Checkpoint(filled, folder, spec.model.name)
+    )
+    return restructure.Factored(filled, found, low_rank, spec.seed) if factored and low_rank else found
 
 
 def load(spec: RunSpec, folder: Path | None) -> Any:

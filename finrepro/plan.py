@@ -11,6 +11,7 @@ from typing import Literal
 
 from finrepro import catalogue, data, memory, store, weights
 from finrepro.cells import Cell
+from finrepro.corpora import place as corpora
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, depth
 from finrepro.place import Place
@@ -132,11 +133,15 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
     before = place.store.result(spec.run_id)
     if before and before["status"] == store.DONE:
         return float(before["ended"] - before["started"])
-    trained = 6 * spec.train.max_steps * spec.train.global_batch_size
-    scored = sum(2 * file.rows for file in _scored_files(spec) if file.rows)
+    windows = any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts)
+    tokens = spec.train.max_seq_len if windows else TOKENS_PER_EXAMPLE
+    trained = 6 * spec.train.max_steps * spec.train.global_batch_size * tokens
+    scored = (
+        TOKENS_PER_EXAMPLE * (1 + len(spec.stored_as)) * sum(2 * file.rows for file in _scored_files(spec) if file.rows)
+    )
     threads = min(spec.threads, len(os.sched_getaffinity(0)))
     speed = FLOPS_PER_GPU if machine().gpu_bytes else FLOPS_PER_THREAD * threads
-    return 3 + spec.model.parameters * TOKENS_PER_EXAMPLE * (trained + scored) / speed
+    return 3 + spec.model.parameters * (trained + scored) / speed
 
 
 def _scored_files(spec: RunSpec) -> list[data.File]:
@@ -162,7 +167,11 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
     needed = needed_bytes(spec) * (1 if here.gpu_bytes else spec.world_size)  # ranks on a host share its memory
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return missing_weights(spec.model, place.models_dir, ask_hub) if spec.weights == "pretrained" else None
+    return (
+        missing_weights(catalogue.origin(spec.model), place.models_dir, ask_hub)
+        if spec.weights == "pretrained"
+        else None
+    )
 
 
 def missing_weights(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
@@ -189,7 +198,12 @@ def missing_data(spec: RunSpec, place: Place) -> str | None:
     """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
     if spec.train.max_steps:
         for part in spec.train_on.parts:
-            reason = data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            corpus = getattr(part.task.task.config, "corpus", None)
+            reason = (
+                corpora.missing_reason(corpus, place.data_dir)
+                if corpus
+                else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            )
             if reason:
                 return reason
     for each in spec.tasks:

@@ -1,7 +1,8 @@
 """What a command was asked for, as checked values: a wrong option is one line before anything is opened."""
 
-from finrepro import catalogue, cells
+from finrepro import catalogue
 from finrepro.errors import UsageError
+from finrepro.selection import WEIGHTS, Selection, parse_choice, parse_seeds
 
 
 def selection(
@@ -13,18 +14,18 @@ def selection(
     weights: str,
     devices: str | None,
     adapter: str | None,
-) -> cells.Selection:
+) -> Selection:
     """The part of a table that is asked for. Raises `UsageError`."""
     if not table:
         known = ", ".join(name.removeprefix("table") for name in catalogue.tables())
         raise UsageError(f"--table is needed, one of: {known}.")
-    return cells.Selection(
+    return Selection(
         table=table.removeprefix("table"),
         quick=quick,
         full=full,
         only=only,
-        seeds=cells.parse_seeds(seeds),
-        weights=cells.parse_choice("weights", weights, cells.WEIGHTS),
+        seeds=parse_seeds(seeds),
+        weights=parse_choice("weights", weights, WEIGHTS),
         world_size=None if devices is None else whole("devices", devices),
         adapter=adapter,
     )

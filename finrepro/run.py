@@ -6,9 +6,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from finrepro import inputs, provenance, runtime, store
 from finrepro.cells import refusal
@@ -17,6 +19,9 @@ from finrepro.launch import parse, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Report = Callable[[dict[str, Any]], None]
 EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
@@ -55,6 +60,7 @@ def walk(
     device = runtime.setup(spec.seed, spec.threads)
     runtime.reset_peak_memory(device)
 
+    from finrepro import stored
     from finrepro.checkpoint import Control
     from finrepro.engine import collect_trained, inference
     from finrepro.evaluate import evaluate
@@ -67,7 +73,7 @@ def walk(
     datasets = inputs.load_data(spec, place)
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
-    encoded = inputs.training_examples(spec, datasets, tokenizer)
+    encoded = inputs.training_examples(spec, datasets, tokenizer, place)
 
     report({"event": "phase", "phase": "model"})
     with inputs.of_this_cell():
@@ -115,6 +121,13 @@ def walk(
         store.write_lines(target / "predictions.jsonl", rows)
         store.write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
+        stored_bytes = {}
+        for quantizer in spec.stored_as if spec.world_size == 1 else ():
+            report({"event": "phase", "phase": f"evaluate as {quantizer.name}"})
+            again, stored_bytes[quantizer.name] = stored.scores(
+                spec, quantizer, target / "weights", datasets, tokenizer, device
+            )
+            scores += again
         result = header(spec, store.DONE, None, started, device.type) | {
             "scores": scores,
             "costs": {
@@ -128,12 +141,16 @@ def walk(
                 "supervised_tokens": trained.supervised_tokens,
                 "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
                 "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
+                "step_seconds": median_step(trained.losses),
+                "matmul_flops": measured_rate(spec, device),
+                **{f"bytes_as_{name}": size for name, size in stored_bytes.items()},
                 "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
                 "evaluation_seconds": evaluation_seconds,
                 "evaluated_examples": num_scored,
             },
             "data": {
                 **inputs.data_facts(datasets),
+                "corpora": {name: corpus.digest for name, corpus in inputs.corpora(spec, place).items()},
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),
@@ -147,6 +164,24 @@ def walk(
 def scored(report: Report, done: int, total: int) -> None:
     """Report how far an evaluation is."""
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
+
+
+def measured_rate(spec: RunSpec, device: "torch.device") -> float | None:
+    """FLOP/s of large matrix products here and now, in the model's dtype: what a pretraining run's own speed is held against."""
+    if spec.weights != "scratch":
+        return None
+    import torch
+
+    from finrepro import matmul
+
+    return matmul.measure(device, getattr(torch, spec.model.dtype), seconds=1.0).flops
+
+
+def median_step(losses: Sequence[dict[str, float]]) -> float | None:
+    """The median seconds of a training step after the first two, which warm up."""
+    ends = [row["seconds"] for row in losses]
+    each = [later - earlier for earlier, later in pairwise(ends)][1:]
+    return median(each) if each else None
 
 
 def check_launch(spec: RunSpec) -> None:

@@ -146,3 +146,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def without(value: Any, keys: frozenset[str]) -> Any:
+    """`value` with the mapping entries named in `keys` dropped at every depth."""
+    if isinstance(value, dict):
+        return {key: without(item, keys) for key, item in value.items() if key not in keys}
+    return [without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def text(value: Any, dropped: frozenset[str]) -> str:
+    """`value` as `plain`, `without` what is `dropped`, in JSON with sorted keys and no spaces.
+
+    Settings are frozen and keep their text: a table's thousands of cells share a few dozen models, adapters and tasks.
+    """
+    if isinstance(value, tuple):
+        return f"[{','.join(text(item, dropped) for item in value)}]"
+    kept: dict[frozenset[str], str] = vars(value).setdefault("_texts", {}) if dataclasses.is_dataclass(value) else {}
+    if dropped not in kept:
+        kept[dropped] = json.dumps(without(plain(value), dropped), sort_keys=True, separators=(",", ":"))
+    return kept[dropped]

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from finrepro import PROJECT
 from finrepro import plan as planning
-from finrepro.cells import Selection
 from finrepro.launch import command
 from finrepro.place import Place
 from finrepro.render import Table, to_rich
+from finrepro.selection import Selection
 from finrepro.spec import Scale
 from finrepro.store import default_root
 from finrepro.worker import Event

@@ -5,14 +5,15 @@ Everything here is data. The values come from configs/, which finrepro.catalogue
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from finrepro.account import Computed
 from finrepro.data import Hub
-from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings
+from finrepro.layers.linear import rank
+from finrepro.low_rank import LowRank
+from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings, text, without
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -20,7 +21,7 @@ Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not ju
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
     ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
-     "parameters", "gated", "miniature_of", "variant", "pretrain", "scale", "url"]
+     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url", "of"]
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Train:
     max_grad_norm: PositiveFloat
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
-    optimizer: Any  # an entry with `kind`; a `Choice` once resolved
+    optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
     engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
     short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
 
@@ -87,7 +88,7 @@ SIZES = {
 
 @settings
 class Model:
-    """A base model. `architecture` holds arguments of the transformers configuration of `family`."""
+    """A base model. `architecture` holds arguments of the transformers configuration of `family`; `low_rank` factors its linear layers."""
 
     name: str
     family: Literal["gpt2", "llama"]
@@ -99,19 +100,24 @@ class Model:
     hub: Hub | None = None
     gated: bool = False
     miniature_of: str | None = None
+    compared_with: str | None = None  # the dense model beside which Table 2 shows this one
     pretrain: Pretrain | None = None
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` when a size is missing or is not a whole number from 1."""
+        """Raises `ValueError` when a size is missing or is not a whole number from 1, or no low rank gives what is asked."""
         sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
         wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
         if wrong:
             raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
+        if self.low_rank is not None:
+            rank(self)
 
 
 @settings
 class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`; without it a table has one, in its `train`.
+    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a
+    table has one of each, in its `train`.
 
     Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
     """
@@ -122,6 +128,7 @@ class Axes:
     train_on: tuple[str, ...]
     seed: tuple[int, ...]
     batch: tuple[Positive, ...] = ()
+    optimizer: tuple[str, ...] = ()
 
 
 @settings
@@ -145,7 +152,8 @@ class Group:
 class Grid:
     """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
 
-    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone.
+    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone. Where `scratch` is true they are
+    trained from the model's own initialisation: pretraining. `stored_as` are quantizers under which the trained model is scored as well.
     """
 
     axes: Axes
@@ -158,6 +166,8 @@ class Grid:
     full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     scored: bool = True
+    scratch: bool = False
+    stored_as: tuple[str, ...] = ()
 
 
 @settings
@@ -226,12 +236,13 @@ class RunSpec:
     seed: int
     threads: int
     world_size: int
+    stored_as: tuple[Choice, ...] = ()  # quantizers: what was trained is scored again in each
 
     @cached_property
     def run_id(self) -> str:
-        """12 hex digits of sha256 over the canonical form."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without spaces."""
+        parts = ",".join(f'"{name}":{text(getattr(self, name), DESCRIPTIVE)}' for name in HASHED)
+        return hashlib.sha256(f"{{{parts}}}".encode()).hexdigest()[:12]
 
     def canonical(self) -> dict[str, Any]:
         """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
@@ -240,13 +251,10 @@ class RunSpec:
         return without(values, DESCRIPTIVE)
 
 
+# What the hash is made of, in the order of the canonical form's JSON.
+HASHED = tuple(sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"}))
+
+
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
-    """`<model>-<quantizer>-<adapter>-<train_on>[-b<batch>]-s<seed>` from the names, in this order."""
+    """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the names, in this order."""
     return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))
-
-
-def without(value: Any, keys: frozenset[str]) -> Any:
-    """`value` with the mapping entries named in `keys` dropped at every depth."""
-    if isinstance(value, dict):
-        return {key: without(item, keys) for key, item in value.items() if key not in keys}
-    return [without(item, keys) for item in value] if isinstance(value, list) else value

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any
 
-from finrepro import plan, store
+from finrepro import plan, pretraining, store
 from finrepro.catalogue import published, table
-from finrepro.cells import Cell, Selection, expand, foreign_adapter
+from finrepro.cells import Cell, expand, foreign_adapter
+from finrepro.curves import draw_charts
 from finrepro.figure import draw, to_png, to_svg
 from finrepro.place import Place
 from finrepro.render import Table, to_json, to_latex, to_markdown
 from finrepro.schema import kind_module
-from finrepro.spec import Scale
+from finrepro.selection import Selection
+from finrepro.spec import RunSpec, Scale
 
 
 def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
@@ -36,6 +38,7 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "seed": cell.spec.seed,
                 "devices": cell.spec.world_size,
                 "batch": cell.spec.train.global_batch_size,
+                "optimizer": cell.spec.train.optimizer.name,
                 "weights": cell.spec.weights,
                 "notes": result.get("cell", {}).get("notes", []),
                 "state": state,
@@ -43,10 +46,16 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "short": cell.spec.train.short,
                 "scores": result.get("scores", []),
                 "costs": result.get("costs", {}),
+                "pretraining": pretraining.facts(cell.spec) if cell.spec.weights == "scratch" else {},
+                "curve": _losses(cell.spec, place) if cell.spec.weights == "scratch" and result.get("costs") else [],
                 "sizes": {} if cell.refusal or result.get("costs") else plan.sizes(cell.spec),
             }
         )
     return joined
+
+
+def _losses(spec: RunSpec, place: Place) -> list[dict[str, Any]]:
+    return store.read_lines(place.store.run_folder(spec.run_id) / "loss.jsonl")
 
 
 def file_stem(selection: Selection) -> str:
@@ -71,6 +80,9 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
     files = {"md": to_markdown(whole).encode(), "tex": to_latex(whole).encode(), "json": to_json(whole).encode()}
     if hasattr(report, "panels") and any(row["scores"] for row in shown):
         picture = draw(report.panels(shown), whole.title)
+        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
+    if hasattr(report, "charts") and (charts := report.charts(shown)):
+        picture = draw_charts(charts, whole.title, columns=2)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / scale
     with store.disk_errors(place.store.root):

@@ -22,6 +22,11 @@ class Encoded:
     answer_start: int
 
     @property
+    def pieces(self) -> "tuple[Encoded, ...]":
+        """What must not see one another: an example is one piece, a window of running text may hold several documents."""
+        return (self,)
+
+    @property
     def num_supervised(self) -> int:
         """Tokens of the answer: the positions whose successor is learned or scored."""
         return len(self.ids) - self.answer_start
@@ -29,6 +34,15 @@ class Encoded:
     def targets(self) -> list[int]:
         """For each position the id to predict there, `IGNORE` over the prompt and at the last position."""
         return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
+
+
+def cut(text: Encoded, max_seq_len: int) -> list[Encoded]:
+    """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the first of a piece from the last one of
+    the piece before it, which stands there as context.
+    """
+    step = max_seq_len - 1
+    starts = range(0, max(1, len(text.ids) - 1), step)
+    return [Encoded(text.ids[start : start + max_seq_len], 1) for start in starts]
 
 
 def encode(

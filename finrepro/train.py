@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import nn
 
 from finrepro import packing, rates, runtime
-from finrepro.batches import COLLATE, Batch, empty
+from finrepro.batches import COLLATE, Batch, Sample, empty
 from finrepro.checkpoint import Control, Trained, resume, save_checkpoint
 from finrepro.engine import Engine, make_whole, start_engine
 from finrepro.errors import CellFailed
 from finrepro.hooks import Hooks
 from finrepro.spec import RunSpec, Train
-from finrepro.tokens import Encoded
+
+Order = Callable[[int, int, int], packing.Rows]
 
 
 class Diverged(CellFailed):
@@ -37,8 +38,17 @@ def learning_rate(step: int, settings: Train) -> float:
     return settings.lr * ((1 - progress) if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def steps_from(first: int, lengths: Sequence[int], settings: Train, seed: int) -> Iterator[tuple[int, packing.Rows]]:
-    """(step, example indices) from step `first` to the last: any step can be reached without replaying those before it."""
+def steps_from(
+    first: int, lengths: Sequence[int], settings: Train, seed: int, order: Order | None = None
+) -> Iterator[tuple[int, packing.Rows]]:
+    """(step, example indices) from step `first` to the last: any step can be reached without replaying those before it.
+
+    `order` is that of data with one of its own (finrepro.corpora.windows): step, global batch size and seed to rows.
+    """
+    if order is not None:
+        for step in range(first, settings.max_steps):
+            yield step, order(step, settings.global_batch_size, seed)
+        return
     per_epoch = packing.num_steps(len(lengths), settings.global_batch_size, settings.sort_window)
     epoch, steps = -1, []
     for step in range(first, settings.max_steps):
@@ -48,7 +58,7 @@ def steps_from(first: int, lengths: Sequence[int], settings: Train, seed: int) -
         yield step, steps[step % per_epoch]
 
 
-def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torch.device, control: Control) -> Trained:
+def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch.device, control: Control) -> Trained:
     """Train `model` in place on `data` for `spec.train.max_steps` optimizer steps, resuming from a checkpoint if there is one.
 
     The loss is the sum over supervised tokens divided by their number in the global batch, whatever the layout and the number of ranks.
@@ -61,15 +71,15 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
         if here.world_size > 1:
             runtime.start_process_group(device)
         return Trained()
-    lengths = [len(example.ids) for example in data]
-    hooks = Hooks(spec.adapter, model, settings.max_steps)
+    lengths = getattr(data, "lengths", None) or [len(example.ids) for example in data]
+    hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
     engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)
     hooks.start(engine)
     last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
     try:
-        for step, rows in steps_from(first, lengths, settings, spec.seed):
+        for step, rows in steps_from(first, lengths, settings, spec.seed, getattr(data, "rows", None)):
             rate = learning_rate(step, settings)
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
@@ -104,7 +114,7 @@ def train(model: nn.Module, data: Sequence[Encoded], spec: RunSpec, device: torc
 
 
 def micro_batches(
-    rows: packing.Rows, data: Sequence[Encoded], lengths: Sequence[int], settings: Train, here: runtime.Ranks
+    rows: packing.Rows, data: Sequence[Sample], lengths: Sequence[int], settings: Train, here: runtime.Ranks
 ) -> list[Batch]:
     """This rank's micro-batches of a step; ranks with fewer than the busiest one get empty ones to keep step with it."""
     lay_out = packing.LAYOUTS[settings.layout]

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from finrepro import PROJECT, provenance, runtime, store
-from finrepro.cells import Selection
 from finrepro.launch import command, request
 from finrepro.place import Place
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec, Scale
 
 Event = dict[str, Any]

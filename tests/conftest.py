@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("CI", None)
 os.environ.pop("BUILD_NUMBER", None)
 
+import fixtures_annotations  # noqa: F401  (first: what it does is done to what is imported after it)
 import pytest
 from fixtures_process import forget, python
 

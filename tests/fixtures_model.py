@@ -26,7 +26,12 @@ from finrepro.tokens import Encoded, train_tokenizer
 
 CPU = torch.device("cpu")
 VOCABULARY = 512
-ALL_MINIATURES = tuple(name for name, entry in catalogue.catalogue("models").items() if entry.get("miniature_of"))
+# Of the models that a hub has; those that are trained from scratch have laws of their own.
+ALL_MINIATURES = tuple(
+    name
+    for name in catalogue.catalogue("models")
+    if (original := catalogue.model(name).miniature_of) and catalogue.model(original).hub
+)
 MINIATURES = (
     "gpt2_127m_mini",
     "llama3_1_8b_mini",

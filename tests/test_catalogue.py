@@ -10,11 +10,14 @@ from finrepro import PROJECT, catalogue
 from finrepro.data import Hub
 from finrepro.errors import UsageError
 from finrepro.plan import block_linear_parameters
-from finrepro.schema import kind_module, kinds
+from finrepro.schema import kind_module, kinds, plain
 from finrepro.spec import Model
 
-ENTRIES = {name: tuple(catalogue.catalogue(name)) for name in ("models", "adapters", "quantizers", "datasets", "tasks")}
-MODELS, ADAPTERS, QUANTIZERS, DATASETS, TASKS = ENTRIES.values()
+ENTRIES = {
+    name: tuple(catalogue.catalogue(name))
+    for name in ("models", "adapters", "quantizers", "optimizers", "datasets", "tasks")
+}
+MODELS, ADAPTERS, QUANTIZERS, OPTIMIZERS, DATASETS, TASKS = ENTRIES.values()
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -27,13 +30,16 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
     model = catalogue.model(name)
     assert model.name == name
     if model.scale == "paper":
-        assert model.hub is not None and model.pretrain is None
+        assert model.pretrain is None
+        assert (model.hub is None) == (model.compared_with is not None), "a model of no hub is trained from scratch"
     else:
-        assert model.miniature_of in MODELS and model.hub is None and model.pretrain is not None
+        assert model.miniature_of in MODELS and model.hub is None and catalogue.base_of(name) is not None
         original = catalogue.model(model.miniature_of)
-        assert name == f"{original.name}_mini" and model.family == original.family
-        assert model.parameters < original.parameters / 100
-        assert catalogue.pretraining(model).train_on.name in TASKS
+        assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
+        size, _, variant = name.replace("_deep_mini", "_mini").partition("_mini")
+        assert original.name.startswith(size + variant.partition("_r")[0])
+        assert model.parameters < original.parameters / (100 if original.hub else 45)
+        assert catalogue.pretraining(catalogue.origin(model)).train_on.name in TASKS
 
 
 def test_a_chat_or_instruct_model_is_its_base_with_other_weights():
@@ -49,18 +55,25 @@ def test_the_miniatures_keep_their_families_order_of_size():
     sizes = {
         catalogue.model(name).miniature_of: catalogue.model(name).parameters
         for name in MODELS
-        if name.endswith("_mini")
+        if name == f"{catalogue.model(name).miniature_of}_mini"
     }
     for smaller, larger in (("gpt2_127m", "gpt2_1_5b"), ("llama2_7b", "llama2_13b"), ("llama3_1_8b", "llama3_1_70b")):
         assert sizes[smaller] < sizes[larger]
 
 
 def test_every_real_model_has_a_miniature():
-    real = {
-        name for name in MODELS if catalogue.model(name).scale == "paper" and catalogue.model(name).variant == "base"
-    }
+    real = {name for name in MODELS if catalogue.model(name).hub and catalogue.model(name).variant == "base"}
     assert len(real) == 6
-    assert {catalogue.model(name).miniature_of for name in MODELS} - {None} == real
+    small = {catalogue.model(name).miniature_of for name in MODELS} - {None}
+    assert real <= small and all(catalogue.model(name).compared_with for name in small - real)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if catalogue.model(name).compared_with])
+def test_a_model_is_compared_with_a_dense_one_of_its_scale_and_purpose(name: str):
+    model = catalogue.model(name)
+    dense = catalogue.model(str(model.compared_with))
+    assert dense.compared_with is None and dense.low_rank is None and dense.scale == model.scale
+    assert dense.parameters > model.parameters and dense.architecture["vocab_size"] == model.architecture["vocab_size"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -78,6 +91,21 @@ def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtyp
         assert settings["compute_dtype"] == dtype
     written = set(catalogue.catalogue("quantizers")[name]) - {"kind"}
     assert {key for key in settings if not key.startswith("_")} == written, "a library's default decides"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resolves_with_every_setting_written_out(name: str):
+    choice = catalogue.optimizer(name)
+    assert choice.kind in kinds("optimizers")
+    assert set(vars(choice.config)) == set(catalogue.catalogue("optimizers")[name]) - {"kind"}, "a default decides"
+
+
+def test_training_settings_name_an_optimizer_or_spell_it_out():
+    values = dict(catalogue.table("3").smoke.train)
+    named = catalogue.train_settings({**values, "optimizer": "adamw"}, "test.train")
+    entry = catalogue.catalogue("optimizers")["adamw"]
+    spelled = catalogue.train_settings({**values, "optimizer": entry}, "test.train")
+    assert plain(named) == plain(spelled) and plain(named)["optimizer"] == {**entry}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -130,7 +158,8 @@ def test_the_number_of_parameters_follows_from_the_architecture(name: str):
 
 
 def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_parameters():
-    from finrepro.cells import Selection, expand
+    from finrepro.cells import expand
+    from finrepro.selection import Selection
 
     (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
     assert (
@@ -144,6 +173,7 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
     [
         (catalogue.model, "gpt2_128m", "gpt2_127m"),
         (catalogue.adapter, "lora", "lora_r8"),
+        (catalogue.optimizer, "adamv", "adamw"),
         (catalogue.dataset, "tfn", "tfns"),
         (catalogue.task, "fbp", "fpb"),
         (lambda name: catalogue.quantizer(name, "float32"), "nf3", "nf4"),
@@ -157,7 +187,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, 
 
 
 def test_an_unknown_table_and_template_are_refused():
-    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 1, 3, 5\."):
+    with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 1, 2, 3, 5\."):
         catalogue.table("99")
     with pytest.raises(UsageError, match=r"unknown template 'shrt'.*'short'"):
         catalogue.task("tfns", "shrt")

@@ -14,9 +14,10 @@ import yaml
 from fixtures_process import forget, one_line, python
 
 from finrepro import catalogue
-from finrepro.cells import Cell, Selection, expand, find, parse_choice, parse_seeds
+from finrepro.cells import Cell, expand, find
 from finrepro.errors import UsageError
 from finrepro.schema import kind_module, kinds
+from finrepro.selection import Selection, parse_choice, parse_seeds
 from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, Scale, Train
 
 SMOKE = [
@@ -256,7 +257,8 @@ def test_weights_seed_and_devices_are_part_of_the_identity():
 
 
 SCRIPT = """
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
+from finrepro.selection import Selection
 for scale in ("smoke", "paper"):
     for cell in expand(Selection("3"), scale):
         print(cell.label, cell.spec.run_id, cell.base.run_id if cell.base else None)

@@ -11,9 +11,10 @@ import pytest
 from fixtures_process import environment, python
 
 from finrepro import PROJECT
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.data import EMBEDDED
 from finrepro.manifest import damaged_files
+from finrepro.selection import Selection
 from finrepro.store import open_store
 
 Invoke = Callable[..., "subprocess.CompletedProcess[str]"]

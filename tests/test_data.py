@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finrepro import PROJECT, catalogue, data
+from finrepro.corpora import entries
 from finrepro.errors import EnvironmentFault
 from finrepro.examples import Example, fingerprint, normalized, overlap
 from finrepro.schema import Choice
@@ -21,6 +22,8 @@ from finrepro.schema import Choice
 DATASETS = tuple(catalogue.catalogue("datasets"))
 TFNS = catalogue.dataset("tfns")
 FPB = catalogue.dataset("fpb")
+CORPORA = [entry for entry in map(entries.entry, catalogue.catalogue("corpora")) if entry.files]
+WITH_FILES = [*(catalogue.dataset(name).config for name in DATASETS), *CORPORA]
 
 
 def finlora(path: Path) -> list[tuple[str, str]]:
@@ -330,8 +333,7 @@ def test_the_csv_reader_keeps_line_breaks_inside_a_field():
 
 
 def test_every_embedded_folder_belongs_to_a_dataset_that_may_be_embedded():
-    allowed = {Path(file.path) for name in DATASETS for file in catalogue.dataset(name).config.files.values()
-               if catalogue.dataset(name).config.embedded}  # fmt: skip
+    allowed = {Path(file.path) for config in WITH_FILES for file in config.files.values() if config.embedded}
     found = {path.relative_to(data.EMBEDDED) for path in data.EMBEDDED.rglob("*") if path.is_file()}
     assert {path for path in found if path.suffix not in (".md", "") and path.name != "LICENSE"} == allowed
 
@@ -345,12 +347,9 @@ def test_every_embedded_folder_names_its_source_and_licence(folder: str):
     ]
     assert texts, f"finrepro/embedded/{folder} has neither README.md nor LICENSE"
     text = "\n".join(texts)
-    (dataset,) = [
-        catalogue.dataset(name) for name in DATASETS
-        if any(file.path.startswith(f"{folder}/") for file in catalogue.dataset(name).config.files.values())
-    ]  # fmt: skip
-    assert "licen" in text.lower() and dataset.config.licence.split()[0] in text
-    config = dataset.config
+    (config,) = [each for each in WITH_FILES if any(file.path.startswith(f"{folder}/") for file in each.files.values())]
+    assert "licen" in text.lower() and config.licence.split()[0] in text
+    assert all((file.sha256 or "") in text for file in config.files.values()) or config not in CORPORA
     sources = [config.hub.id] if config.hub else []
     for file in config.files.values():
         owner, repository, commit = (file.url or "///////").split("/")[3:6]

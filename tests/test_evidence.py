@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from finrepro import plan, provenance, store
-from finrepro.cells import Cell, Selection, expand
+from finrepro.cells import Cell, expand
 from finrepro.manifest import damaged_files
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec
 
 CELL = "gpt2_127m_mini-none-full-tfns-s0"

@@ -11,11 +11,12 @@ import torch
 from fixtures_model import process  # noqa: F401
 
 from finrepro import catalogue, plan, weights
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.manifest import file_digest
 from finrepro.model import load_tokenizer
 from finrepro.place import Place
 from finrepro.run import run_cell
+from finrepro.selection import Selection
 from finrepro.store import open_store
 
 pytestmark = pytest.mark.slow

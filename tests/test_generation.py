@@ -55,11 +55,23 @@ def often(rows: Sequence[Tokens]) -> int:
     return max(places, key=lambda token: (len(places[token]), token))
 
 
+def cut(row: Tokens, limit: int, end: int) -> Tokens:
+    """What of a row that nothing has ended is its beginning by the definition: each token depends on those before it alone."""
+    row = row[:limit]
+    return row[: row.index(end)] if end in row else row
+
+
 def tokens_are_those_of_one_by_one(
-    model: nn.Module, end: int, max_tokens: int = 10**6, limits: Sequence[int] = LIMITS
+    model: nn.Module,
+    end: int,
+    max_tokens: int = 10**6,
+    limits: Sequence[int] = LIMITS,
+    whole: Sequence[Tokens] | None = None,
 ) -> None:
-    """Every row equals the definition's."""
-    assert generate(model, prompts(), limits, end, max_tokens) == one_by_one(model, prompts(), limits, end)
+    """Every row equals the definition's, of which `whole` holds the rows that nothing has ended."""
+    whole = one_by_one(model, prompts(), LIMITS, NEVER) if whole is None else whole
+    expected = [cut(row, limit, end) for row, limit in zip(whole, limits, strict=True)]
+    assert generate(model, prompts(), limits, end, max_tokens) == expected
 
 
 @everywhere
@@ -69,12 +81,14 @@ def test_tokens_are_those_of_full_passes_one_by_one(name: str, adapter: str, qua
     whole = one_by_one(model, prompts(), LIMITS, NEVER)
     assert len(set(whole)) > len(whole) // 2, "rows that all say the same prove nothing"
     end = often(whole)
-    assert len({len(row) for row in one_by_one(model, prompts(), LIMITS, end)}) > 1
+    ended = one_by_one(model, prompts(), LIMITS, end)
+    assert len({len(row) for row in ended}) > 1
+    assert ended == [cut(row, NEW, end) for row in whole]
     for token in (NEVER, end):
         for max_tokens in (1, 150, 10**6):
-            tokens_are_those_of_one_by_one(model, token, max_tokens)
+            tokens_are_those_of_one_by_one(model, token, max_tokens, whole=whole)
     for limits in ((1,) * 9, (3, 1, 8, 2, 5, 5, 1, 7, 4)):
-        tokens_are_those_of_one_by_one(model, end, limits=limits)
+        tokens_are_those_of_one_by_one(model, end, limits=limits, whole=whole)
 
 
 def padding_is_seen(width: int, lengths: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,11 @@ from fixtures_model import process  # noqa: F401
 from fixtures_process import python
 
 from finrepro import store
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import UsageError
 from finrepro.place import Place
 from finrepro.run import check_launch, run_cell
+from finrepro.selection import Selection
 from finrepro.worker import Worker
 
 TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"

@@ -10,11 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from beartype.roar import BeartypeCallHintParamViolation
 from fixtures_process import environment, python
+from jaxtyping import TypeCheckError
 
-from finrepro import PROJECT
+from finrepro import PROJECT, cells, metrics
+from finrepro.manifest import file_digest
 
 SOURCES = sorted((PROJECT / "finrepro").rglob("*.py"))
 FILES = [*SOURCES, PROJECT / "tasks.py"]
@@ -25,7 +29,7 @@ OWNERS = {
     "deepspeed": ("engine.py", "partition.py", "runtime.py", "train.py"),
     "peft": ("adapters/", "exporting/"),
     "bitsandbytes": ("quantizers/", "optimizers/"),
-    "datasets": ("fetch.py",),
+    "datasets": ("fetch.py", "corpora/hub.py"),
     "seqeval": ("tasks/entities.py",),
     "sklearn": (),
 }
@@ -36,7 +40,7 @@ COMMANDS = {
     "reproduce": f"{SELECTING} --jobs --keep --plan",
     "cells": SELECTING,
     "budget": "--gpu --gpus --hours --measure --mfu --model --price --sequence --store --tokens --unique-tokens",
-    "data": "--data-dir --fetch",
+    "data": "--data-dir --documents --fetch --field --on-error --out --prepare --tokenizer --validation --verify --workers",
     "record": "--rebuild --store",
     "export": "--data-dir --format --models-dir --out --run --store",
     "ui": "--host --port --store",
@@ -112,6 +116,14 @@ def test_a_file_says_what_it_is_and_evaluates_its_annotations(path: Path):
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), "no docstring"
     assert "from __future__ import annotations" not in text, "jaxtyping and pydantic read the annotations"
+
+
+def test_in_these_tests_every_call_is_held_to_its_annotations():
+    with pytest.raises(BeartypeCallHintParamViolation):
+        cells.parse_choice("scale", 3, ("3",))  # type: ignore[arg-type]
+    for wrong in (lambda: file_digest("name"), lambda: metrics.accuracy(np.zeros(3))):  # type: ignore[arg-type]
+        with pytest.raises(TypeCheckError):
+            wrong()
 
 
 def test_no_file_is_named_after_nothing():
@@ -203,10 +215,11 @@ def trainable_parameters(model, config):
 
 
 def test_a_new_adapter_is_a_file_and_an_entry(copy: Path):
-    before = listed(copy, "cells", "--scale", "smoke", "--full")
+    whole = ("cells", "--scale", "smoke", "--full", "--seeds", "0")
+    before = listed(copy, *whole)
     (copy / "finrepro" / "adapters" / "bitfit.py").write_text(ADAPTER)
     add(copy / "configs" / "adapters.yaml", {"bitfit_norms": {"kind": "bitfit", "also_norms": True}})
-    after = listed(copy, "cells", "--scale", "smoke", "--full")
+    after = listed(copy, *whole)
     lines = {line.split()[0]: line for line in after.splitlines() if "bitfit" in line and "-s0" in line}
     assert "gpt2_127m_mini-none-bitfit_norms-tfns-s0" in lines
     assert (

@@ -29,7 +29,7 @@ from finrepro import catalogue
 from finrepro.adapters import lora
 from finrepro.cells import refusal
 from finrepro.errors import UsageError
-from finrepro.layers.linear import block_sizes, depth, is_conv1d, linear_layers
+from finrepro.layers.linear import dense_sizes, depth, is_conv1d, linear_layers
 from finrepro.model import configuration, load
 from finrepro.schema import Choice, build
 from finrepro.spec import RunSpec
@@ -324,7 +324,7 @@ def test_the_sizes_of_the_layers_are_those_of_the_model(name: str) -> None:
     entry = catalogue.model(name)
     with torch.device("meta"):
         layers = linear_layers(AutoModelForCausalLM.from_config(configuration(entry)))
-    sizes = block_sizes(entry)
+    sizes = dense_sizes(entry)
     assert len(layers) == depth(entry) * len(sizes)
     for each, layer in layers.items():
         inside = ".".join(each.split(".")[-2:])

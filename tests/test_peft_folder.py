@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from finrepro import catalogue
 from finrepro.adapters import peft_folder
 from finrepro.campaign import choose_scale
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import EnvironmentFault
 from finrepro.layers.linear import linear_layers
 from finrepro.model import load
 from finrepro.place import Place
 from finrepro.schema import Choice, choose
+from finrepro.selection import Selection
 from finrepro.spec import Scale
 
 GPT2, LLAMA = MINIATURES

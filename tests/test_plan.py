@@ -10,11 +10,12 @@ from typing import Literal
 import pytest
 
 from finrepro import data, plan, provenance, store
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import FinreproError, UsageError
 from finrepro.launch import command, parse, request, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec
 
 QUICK = expand(Selection("3", quick=True), "smoke")

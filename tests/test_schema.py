@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from finrepro import catalogue, plan
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import UsageError, unknown
 from finrepro.place import Place
 from finrepro.schema import build, choose, kind_module, kinds, plain, read_yaml
 from finrepro.schema import settings as typed
+from finrepro.selection import Selection
 from finrepro.store import Store
 
 PACKAGES = ("adapters", "quantizers", "optimizers", "tasks", "datasets", "report")

@@ -14,10 +14,11 @@ import pytest
 from fixtures_process import environment, one_line, python
 
 from finrepro import provenance, store
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import EnvironmentFault
 from finrepro.manifest import damaged_files
 from finrepro.result import header, seal_unfinished
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec
 from finrepro.store import Store, open_store
 

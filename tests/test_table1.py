@@ -9,12 +9,13 @@ from fixtures_process import one_line
 from test_flops import REAL, counted
 
 from finrepro import campaign, catalogue, compute, flops, memory
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.errors import UsageError
 from finrepro.layers.linear import block_sizes, depth
 from finrepro.place import Place
 from finrepro.render import Table, to_json
 from finrepro.report import table1
+from finrepro.selection import Selection
 
 SETTINGS: Any = catalogue.table("1").computed
 ACCOUNTS = [compute._account(name, SETTINGS) for name in SETTINGS.models]

@@ -259,11 +259,21 @@ def test_a_table_names_a_template_or_is_told_which_there_are():
 def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
     spec = catalogue.task(name)
     task, config = spec.task.module("tasks"), spec.task.config
-    rows: list[dict[str, Any]] = [{"logprob": -3 * np.log(8), "tokens": 3}, {"logprob": -9 * np.log(2), "tokens": 9}]
+    rows: list[dict[str, Any]] = [
+        {"logprob": -3 * np.log(8), "tokens": 3, "bytes": 10},
+        {"logprob": -9 * np.log(2), "tokens": 9, "bytes": 8},
+    ]
     scores = task.score(task.tally(rows, config).sum(0), config)
     assert scores["perplexity"] == pytest.approx(2 ** ((3 * 3 + 9) / 12))
-    uniform = task.tally([{"logprob": -np.log(100), "tokens": 1}] * 5, config).sum(0)
+    assert scores["bits_per_byte"] == pytest.approx((3 * 3 + 9) / 18)
+    uniform = task.tally([{"logprob": -np.log(100), "tokens": 1, "bytes": 1}] * 5, config).sum(0)
     assert task.score(uniform, config)["perplexity"] == pytest.approx(100)
+
+
+def test_the_paragraphs_of_an_article_are_one_cluster():
+    task = catalogue.task("wikitext2_text").task.module("tasks")
+    one, two = (Example(id=text, text=text, label="", source="Nero") for text in ("a", "b"))
+    assert task.cluster(one) == task.cluster(two) != task.cluster(Example(id="c", text="a", label="", source="Manila"))
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -16,7 +16,7 @@ import torch
 
 from finrepro import PROJECT, catalogue, packing, runtime
 from finrepro.batches import COLLATE
-from finrepro.cells import Selection, expand
+from finrepro.cells import expand
 from finrepro.checkpoint import Control, Trained
 from finrepro.engine import in_parts
 from finrepro.errors import CellFailed, UsageError
@@ -24,6 +24,7 @@ from finrepro.launch import command
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.model import build
 from finrepro.place import Place
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec
 from finrepro.store import open_store, read_lines
 from finrepro.tokens import Encoded

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from finrepro.adapters import lora
 from finrepro.schema import Choice, Positive, settings
 
+RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 

@@ -11,8 +11,8 @@ from finrepro.evaluate import answer
 from finrepro.exporting.recorded import Recorded
 from finrepro.exporting.verify import NotEqual
 from finrepro.place import Place
-from finrepro.schema import plain
-from finrepro.spec import DESCRIPTIVE, TaskSpec, without
+from finrepro.schema import plain, without
+from finrepro.spec import DESCRIPTIVE, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

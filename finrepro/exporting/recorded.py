@@ -10,9 +10,10 @@ from typing import Any
 
 from finrepro import catalogue, store
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
+from finrepro.low_rank import not_exported
 from finrepro.manifest import damaged_files
-from finrepro.schema import build, choose, kind_module, plain
-from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet, without
+from finrepro.schema import build, choose, kind_module, plain, without
+from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
 from finrepro.store import Store
 
 FORMATS = ("peft", "merged", "base")
@@ -84,9 +85,9 @@ def _nearest(run_id: str, known: list[str]) -> UsageError:
 
 
 def refusal(spec: dict[str, Any], wanted: str) -> str | None:
-    """Why a run's adapter or quantizer does not go into a format, with the formats that are possible; None if it does."""
+    """Why a run's model, adapter or quantizer does not go into a format, with the formats that are possible; None if it does."""
     modules = [kind_module("adapters", spec["adapter"]["kind"]), kind_module("quantizers", spec["quantizer"]["kind"])]
-    refused: dict[str, str] = {}
+    refused = not_exported(spec["quantizer"]["kind"]) if spec["model"].get("low_rank") else {}
     for module in modules:
         refused = getattr(module, "NOT_EXPORTED", {}) | refused
     if wanted not in refused:

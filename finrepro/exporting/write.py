@@ -13,6 +13,8 @@ from finrepro.exporting.layout import Layout, loading_settings
 from finrepro.exporting.rebuild import Start, densify, read_peft, stripped
 from finrepro.exporting.recorded import Recorded
 from finrepro.layers.linear import linear_layers
+from finrepro.model import dense_skeleton
+from finrepro.restructure import to_dense
 from finrepro.spec import RunSpec
 
 SHARD = "5GB"
@@ -49,9 +51,14 @@ def write_base(spec: RunSpec, model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
-    """`save_pretrained`, with a cache again for whoever generates; with a `state`, as a quantized model where the run's was."""
+    """`save_pretrained`, with a cache again for whoever generates; with a `state`, as a quantized model where the run's was.
+
+    A low-rank model is written as the dense one that computes the same, and used up.
+    """
     from transformers import BitsAndBytesConfig
 
+    if spec.model.low_rank is not None:
+        model, state = to_dense(model, dense_skeleton(spec)), None
     model.config.use_cache = True
     if state is not None and (settings := loading_settings(spec)):
         model.config.quantization_config = BitsAndBytesConfig(**settings)

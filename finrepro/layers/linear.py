@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from finrepro import low_rank
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -59,7 +61,33 @@ def targeted_or_fail(layers: dict[str, Any], targets: str | tuple[str, ...]) -> 
 
 
 def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
-    """Name within a block -> (in, out) of its linear layers, from a catalogue entry's architecture; every block is alike."""
+    """Name within a block -> (in, out) of its linear layers, from a catalogue entry; every block is alike.
+
+    Those of a low-rank model are its factors: a quantizer stores them, and an adapter stands beside them.
+    """
+    dense = dense_sizes(model)
+    return dense if model.low_rank is None else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+
+
+def rank(model: Any) -> int:
+    """The rank of a low-rank catalogue entry's factors. Raises `ValueError` as `low_rank.solve` does."""
+    return low_rank.solve(model.low_rank, dense_sizes(model), depth(model), other_parameters(model))
+
+
+def other_parameters(model: Any) -> int:
+    """Parameters of a catalogue entry that are no weights of its blocks' linear layers: embeddings, an output head, biases, norms."""
+    shape, gpt2 = model.architecture, model.family == "gpt2"
+    width = shape["n_embd" if gpt2 else "hidden_size"]
+    if gpt2:
+        biases = sum(outputs for _, outputs in dense_sizes(model).values())
+        embeddings = (shape["vocab_size"] + shape["n_positions"]) * width
+        return int(depth(model) * (biases + 4 * width) + embeddings + 2 * width)
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    return int(depth(model) * 2 * width + tables * shape["vocab_size"] * width + width)
+
+
+def dense_sizes(model: Any) -> dict[str, tuple[int, int]]:
+    """As `block_sizes`, of the dense model of the same architecture."""
     shape = model.architecture
     if model.family == "gpt2":
         width = shape["n_embd"]

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from finrepro.schema import settings
+from finrepro.schema import Choice, settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +32,26 @@ class Stored:
     codes: "Tensor"
     state: Any
     config: Config
+
+
+def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
+    """None, or that a block would reach over the end of a row: it would have one scale for two outputs, and bitsandbytes' kernels for a
+    single position, which need whole blocks in a row, would not be used.
+    """
+    return misaligned(model, quantizer)
+
+
+def misaligned(model: Any, quantizer: Choice) -> str | None:
+    """Which row of a catalogue entry's linear layers the quantizer's blocks do not divide, in one line; None if they divide all."""
+    from finrepro.layers.linear import block_sizes
+
+    block = quantizer.config.block_size
+    odd = next(((name, inputs) for name, (inputs, _) in block_sizes(model).items() if inputs % block), None)
+    if odd is None:
+        return None
+    name, inputs = odd
+    rank = ": take a rank that they divide" if model.low_rank is not None and name.endswith(".b") else ""
+    return f"{quantizer.name}: blocks of {block} do not divide rows of {inputs} weights ({name}){rank}"
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:

@@ -58,11 +58,7 @@ class Stored:
 
 def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     """None, or that a block would reach over the end of a row, where its tau is no longer a number a row and a block of inputs."""
-    from finrepro.layers.linear import block_sizes
-
-    block = quantizer.config.block_size
-    odd = next((inputs for inputs, _ in block_sizes(model).values() if inputs % block), None)
-    return None if odd is None else f"{quantizer.name}: blocks of {block} do not divide rows of {odd} weights"
+    return bnb_4bit.misaligned(model, quantizer)
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:

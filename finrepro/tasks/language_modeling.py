@@ -1,4 +1,5 @@
-"""Predict the next token of plain text. Scored by perplexity per token on text that was not trained on."""
+"""Predict the next token of plain text. Scored on text that was not trained on: perplexity per token, and bits per byte, which models with
+different tokenizers have in common."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +17,20 @@ class Config:
     """`endings`: one of them follows each text, chosen by the example's id and so without regard to its label.
 
     They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
+    `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, which `global_batch_size` counts.
+    `corpus` names what is trained on instead of the dataset: a prepared corpus of configs/corpora.yaml; scored is the dataset.
     """
 
     version: int
     dataset: str
     endings: tuple[str, ...] = ("",)
+    windows: bool = False
+    corpus: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a corpus that is not read in windows."""
+        if self.corpus and not self.windows:
+            raise ValueError("a corpus is read in windows: say windows: true")
 
 
 def prompt(example: Example, config: Config) -> str:
@@ -45,8 +55,8 @@ def parse(output: str, example: Example, config: Config) -> str:
 
 
 def cluster(example: Example) -> str:
-    """What the bootstrap resamples: equal texts are one observation."""
-    return example.text
+    """What the bootstrap resamples: the paragraphs of an article, or equal texts, are one observation."""
+    return example.source or example.text
 
 
 def constant_answers(config: Config) -> tuple[str, ...]:
@@ -59,11 +69,15 @@ def constant(answer: str, example: Example, config: Config) -> str:
     return answer
 
 
-def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows 2"]:
-    """Each row's summed natural log-probability and its number of predicted tokens."""
-    return np.array([[row["logprob"], row["tokens"]] for row in rows], dtype=float).reshape(-1, 2)
+def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows 3"]:
+    """Each row's summed natural log-probability, its number of predicted tokens, and its bytes of UTF-8."""
+    return np.array([[row["logprob"], row["tokens"], row["bytes"]] for row in rows], dtype=float).reshape(-1, 3)
 
 
-def score(sums: Float[np.ndarray, "*batch 2"], config: Config) -> dict[str, Float[np.ndarray, "*batch"]]:
-    """Perplexity per token from summed tallies."""
-    return {"perplexity": np.asarray(np.exp(-sums[..., 0] / sums[..., 1]))}
+def score(sums: Float[np.ndarray, "*batch 3"], config: Config) -> dict[str, Float[np.ndarray, "*batch"]]:
+    """Perplexity per token and bits per byte from summed tallies."""
+    logprob, tokens, size = sums[..., 0], sums[..., 1], sums[..., 2]
+    return {
+        "perplexity": np.asarray(np.exp(-logprob / tokens)),
+        "bits_per_byte": np.asarray(-logprob / (np.log(2) * size)),
+    }

@@ -1,0 +1,52 @@
+"""Where a prepared corpus lies for training, `corpora/NAME` in the data directory, and the tokenizer that is kept with it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from finrepro.corpora.index import INDEX
+
+TOKENIZER = "tokenizer"
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+GPT2 = {"tokenizer_class": "GPT2TokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
+
+def folder_of(name: str, data_dir: Path | None) -> Path | None:
+    """The folder of a corpus of configs/corpora.yaml, whether or not it is there; None without a data directory."""
+    return data_dir / "corpora" / name if data_dir is not None else None
+
+
+def missing_reason(name: str, data_dir: Path | None) -> str | None:
+    """Why the corpus cannot be trained on here, in one line that says what to do; None if it can."""
+    folder = folder_of(name, data_dir)
+    if folder is not None and (folder / INDEX).is_file():
+        return None
+    where = f"{folder}" if folder is not None else "corpora/" + name + " of a --data-dir"
+    return (
+        f"corpus '{name}' is not prepared: invoke data --prepare {name} --tokenizer FOLDER --out {where}"
+        f"{'' if folder is not None else ', and give --data-dir'}"
+    )
+
+
+def keep_tokenizer(given: Path, folder: Path) -> None:
+    """Copy the tokenizer's files beside the shards, whole or not at all: what was trained on them needs it.
+
+    GPT-2's release is two files that no library recognizes by themselves; it gets a note of what they are.
+    """
+    partial, goal = folder / f".{TOKENIZER}.partial", folder / TOKENIZER
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name in FILES:
+        if (given / name).is_file():
+            shutil.copyfile(given / name, partial / name)
+    if not (partial / "tokenizer.json").is_file() and not (partial / "tokenizer_config.json").is_file():
+        (partial / "tokenizer_config.json").write_text(json.dumps(GPT2), encoding="utf-8")
+    shutil.rmtree(goal, ignore_errors=True)
+    partial.replace(goal)

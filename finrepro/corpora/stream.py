@@ -1,0 +1,89 @@
+"""A split's tokens as one long array, memory-mapped from its shards: reading costs what is read, wherever it stands."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finrepro.corpora.index import Index, Split, check_fits, index_digest, read_index, split_of
+from finrepro.errors import EnvironmentFault
+
+Tokens = NDArray[np.unsignedinteger]
+
+
+class TokenStream:
+    """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and where documents begin there."""
+
+    def __init__(self, folder: Path, index: Index, split: Split) -> None:
+        """Map every shard, without reading it. Raises `EnvironmentFault` for a file that is absent or of another length."""
+        self.capacity, self.dtype = index.shard_tokens, np.dtype(index.dtype).newbyteorder("<")
+        self.documents, self.bytes, self._length = split.documents, split.bytes, split.tokens
+        self._tokens, self._starts = [], []
+        for shard in split.shards:
+            self._tokens.append(_map(folder / f"{shard.name}.tokens", self.dtype, shard.tokens))
+            self._starts.append(_map(folder / f"{shard.name}.starts", np.dtype("<u4"), shard.documents))
+        if [len(each) for each in self._tokens[:-1]] != [self.capacity] * (len(self._tokens) - 1):
+            raise EnvironmentFault(f"{folder}: a shard before the last one is not full; prepare the corpus again.")
+        if sum(map(len, self._tokens)) != self._length or sum(map(len, self._starts)) != self.documents:
+            raise EnvironmentFault(
+                f"{folder}: the shards do not add up to the index's counts; prepare the corpus again."
+            )
+
+    def __len__(self) -> int:
+        """Tokens, start tokens included."""
+        return self._length
+
+    def tokens(self, begin: int, end: int) -> Tokens:
+        """Ids at positions [begin, end): a view where one shard holds them all."""
+        parts = [self._tokens[k][a:b] for k, a, b in self._cut(begin, end)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def starts(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Positions in [begin, end) at which a document begins; a binary search in the shard's list."""
+        found = [np.empty(0, np.int64)]
+        for k, a, b in self._cut(begin, end):
+            first, last = np.searchsorted(self._starts[k], (a, b))
+            found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
+        return np.concatenate(found)
+
+    def _cut(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """(shard, from, to) inside each shard that [begin, end) touches."""
+        shards = range(begin // self.capacity, -(-end // self.capacity))
+        base = self.capacity
+        return [(k, max(begin - k * base, 0), min(end - k * base, base)) for k in shards]
+
+
+def _map(path: Path, dtype: "np.dtype[np.unsignedinteger]", count: int) -> Tokens:
+    """A file of `count` numbers, mapped; an empty one cannot be."""
+    try:
+        size = path.stat().st_size
+        if size != count * dtype.itemsize:
+            raise EnvironmentFault(
+                f"{path} has {size} bytes, expected {count * dtype.itemsize}: it is damaged; prepare the corpus again."
+            )
+        # A plain array over the map: indexing a memmap makes an object of a Python class each time.
+        return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}; it is part of the corpus: prepare it again.") from None
+
+
+class Corpus:
+    """An opened corpus: `index`, `digest` (its identity, for a result's record) and a stream for each split."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index, self.digest = folder, index, index_digest(folder)
+
+    def stream(self, split: str = "train") -> TokenStream:
+        """The tokens of a split. Raises `UsageError` for one that there is not, `EnvironmentFault` for a missing or cut shard."""
+        return TokenStream(self.folder, self.index, split_of(self.folder, self.index, split))
+
+
+def open_corpus(folder: Path, tokenizer: str | None = None, rows: int | None = None) -> Corpus:
+    """Open a prepared corpus for a model with this tokenizer (sha256, as `tokens.tokenizer_digest`) and so many embeddings.
+
+    Checks the index alone: sizes are checked as a split is opened, every sha256 by `invoke data --verify`. Raises `EnvironmentFault`
+    (absent, damaged, another format version) or `UsageError` (it does not fit the model).
+    """
+    index = read_index(folder)
+    check_fits(folder, index, tokenizer, rows)
+    return Corpus(folder, index)

@@ -1,0 +1,39 @@
+"""What a trained model is worth in fewer bits: the model that a run has just written, loaded through a quantizer and scored again."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finrepro import catalogue
+from finrepro.data import Dataset
+from finrepro.evaluate import evaluate
+from finrepro.model import build
+from finrepro.schema import Choice
+from finrepro.spec import RunSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+
+def task_name(task: str, quantizer: str) -> str:
+    """Under which name the scores of a task stand that were taken with the model stored otherwise."""
+    return f"{task}.{quantizer}"
+
+
+def scores(
+    spec: RunSpec, quantizer: Choice, folder: Path, datasets: dict[str, Dataset],
+    tokenizer: "PreTrainedTokenizerFast", device: "torch.device",
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """The scores of the whole model in `folder` under a quantizer, and the bytes of it as stored."""
+    plain = dataclasses.replace(spec.train, zero_stage=0, activation_checkpointing=False)
+    loaded = dataclasses.replace(
+        spec, weights="pretrained", quantizer=quantizer, adapter=catalogue.adapter("base"), train=plain, stored_as=()
+    )
+    built = build(loaded, folder, device)
+    found = []
+    for each in spec.tasks:
+        examples = datasets[each.dataset.name].splits[spec.evaluation.split]
+        evaluated = evaluate(built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len)
+        found += [score | {"task": task_name(each.task.name, quantizer.name)} for score in evaluated.scores]
+    return found, built.base_bytes
