@@ -20,7 +20,7 @@ def budget_of(place: Place, asked: budget.Request) -> int:
     folder, stem = place.store.results / "budget", _stem(asked)
     computed = found.pop("computed")
     models = tuple(map(catalogue.model, OURS))
-    picture = draw_charts([budget.chart(computed, models, asked.unique)], "\n".join(lines[:1]), 1)
+    picture = draw_charts([budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1)
     with place.store.lock(), store.disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
         values = budget.record(

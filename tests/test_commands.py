@@ -53,6 +53,10 @@ USAGE = {
     "no run": (("export",), "--run is needed"),
     "run": (("export", "--run", "0123456789ab"), "unknown run '0123456789ab': there is no run in"),
     "format": (("export", "--run", "0123456789ab", "--format", "merge"), "Did you mean 'merged'?"),
+    "gpu": (("budget", "--gpu", "h20", "--hours", "1"), "Did you mean 'h200'?"),
+    "hours": (("budget", "--gpu", "h100", "--hours", "-1"), "--hours '-1'"),
+    "an option without cells": (("reproduce", "--table", "1", "--quick"), "--quick does not apply"),
+    "the cells of a table without": (("cells", "--table", "1", "--devices", "2"), "--devices does not apply"),
     "benchmark": (("bench", "--only", "nothing"), "unknown benchmark 'nothing'"),
 }
 
