@@ -1,7 +1,7 @@
 """The least time that a GPU needs for a linear layer, dense or as two factors, from its arithmetic and its memory: no torch, no GPU.
 
-A product (M, K) (K, N) in 16 bits takes max(2 M K N / F, 2 (M K + K N + M N) / B) seconds at F operations and B bytes a second: operands are
-read and the result is written once, and nothing stays in a cache (roofline model, Williams et al., 2009).
+A product (M, K) (K, N) in 16 bits takes max(2 M K N / F, 2 (M K + K N + M N) / B) seconds at F operations and B bytes a second: operands
+are read and the result is written once, and nothing stays in a cache (roofline model, Williams et al., 2009).
 """
 
 from dataclasses import dataclass

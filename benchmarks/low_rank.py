@@ -1,8 +1,8 @@
 """A GPT-2 block, dense against low-rank, forward and backward on a CPU: the speed-up, and the share of the one that its operations allow.
 
-Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it. Blocks run in turn on one thread, whose processor time is counted: on a
-machine with other work that is the one clock that does not count them. A CPU computes slowly next to its memory and cannot show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands
-beside each rank (benchmarks/_roofline.py), and the ranks at which they cannot follow the operations.
+Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it. Blocks run in turn on one thread, whose processor time is
+counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot show where a GPU's
+memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (benchmarks/_roofline.py), and whether they follow.
 """
 
 import statistics

@@ -642,7 +642,10 @@ def test_a_low_rank_run_is_exported_as_the_dense_model_that_computes_the_same(
     names = set(load_file(folder / "model.safetensors"))
     assert not any(".a." in name or ".b." in name for name in names)
     assert "low_rank" not in (folder / "config.json").read_text()
-    assert "logits of the run's" in (folder / "README.md").read_text()  # held against them when it was written
+    card = (folder / "README.md").read_text()
+    assert (
+        "logits of the run's" in card and "the dense layer of their product" in card
+    )  # held against them when it was written
 
 
 def test_a_low_rank_model_multiplied_wrongly_is_no_export(
