@@ -16,7 +16,7 @@ from finrepro.layers.linear import block_sizes, depth, targeted
 
 Sizes = Mapping[str, tuple[int, int]]  # name within a block -> (in, out), in the order in which a block runs them
 Convention = Literal["palm", "causal"]
-# What attention takes its queries, keys and values from: these layers read the block's input.
+# What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and `<layer>.b`, a split one `<layer>.q.a` and so on.
 SOURCES = {"gpt2": ("attn.c_attn",) * 3, "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 
 
@@ -107,7 +107,7 @@ def products(
         if name.removesuffix(".a") == "mlp.gate_proj":
             beside = moved
         slope = beside if name.removesuffix(".a") == "mlp.up_proj" else moved
-        slope = slope and not (first and name.removesuffix(".a") in SOURCES[family])
+        slope = slope and not (first and _reads_input(name, family))
         found.append(Product(inputs, outputs, False, slope))
         if name in adapted:
             found += [Product(inputs, rank, True, slope), Product(rank, outputs, True, True)]
@@ -165,32 +165,55 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: 
 
 
 def factored(sizes: Sizes, rank: int) -> dict[str, tuple[int, int]]:
-    """The same layers with W (out, in) replaced by B A, A (rank, in) and B (out, rank): FinGPT-HPC's low-rank layer (arXiv 2402.13533)."""
-    return {
-        f"{name}.{factor}": size
-        for name, (i, o) in sizes.items()
-        for factor, size in (("a", (i, rank)), ("b", (rank, o)))
-    }
+    """The same layers with W (out, in) replaced by B A, A (rank, in) and B (out, rank): FinGPT-HPC's low-rank layer (arXiv 2402.13533).
+
+    A layer in which the rank saves nothing stays as it is.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, (i, o) in sizes.items():
+        saves = rank * (i + o) < i * o
+        found |= {f"{name}.a": (i, rank), f"{name}.b": (rank, o)} if saves else {name: (i, o)}
+    return found
 
 
 def rank_for(model: Any, ratio: float, whole: bool = False) -> int:
-    """The largest rank, one for all, that shrinks the blocks' linear weights at least `ratio`-fold, or the `whole` model's parameters.
+    """The rank, one for all layers, whose factors shrink the blocks' linear weights, or the `whole` model, nearest to `ratio`-fold.
 
-    0 where no rank does: the rest of the model alone is more.
+    0 where rank 1 is still too much: the rest of the model alone is more.
     """
     sizes, blocks = block_sizes(model), depth(model)
-    per_rank = blocks * sum(i + o for i, o in sizes.values())
     weights = blocks * _linear(sizes)
     goal = model.parameters / ratio - (model.parameters - weights) if whole else weights / ratio
-    return max(0, int(goal // per_rank))
+
+    def left(rank: int) -> int:
+        return blocks * _linear(factored(sizes, rank))
+
+    if left(1) > goal:
+        return 0
+    low, high = 1, max(max(size) for size in sizes.values())
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if left(middle) <= goal else (low, middle)
+    return min((low, high), key=lambda rank: abs(left(rank) - goal))
 
 
 def _linear(sizes: Sizes) -> int:
     return sum(inputs * outputs for inputs, outputs in sizes.values())
 
 
+def _reads_input(name: str, family: str) -> bool:
+    """Whether a layer reads the block's input: what attention takes its queries, keys and values from, or the first factor of that."""
+    return any(
+        name.removesuffix(".a") in (source, f"{source}.{part}")
+        for source, part in zip(SOURCES[family], "qkv", strict=True)
+    )
+
+
 def _asked(sizes: Sizes, family: str, targets: str | tuple[str, ...]) -> int:
     """How many of attention's four backward products a block on frozen embeddings needs: for queries, keys, scores and values."""
     adapted = targeted(dict(sizes), targets)
-    query, key, value = (any(f"{name}{part}" in adapted for part in ("", ".a", ".b")) for name in SOURCES[family])
+    query, key, value = (
+        any(f"{source}{rest}" in adapted for rest in ("", ".a", ".b", f".{part}.a", f".{part}.b"))
+        for source, part in zip(SOURCES[family], "qkv", strict=True)
+    )
     return query + key + (query or key) + value

@@ -105,15 +105,15 @@ def test_what_training_costs_is_ordered_as_it_must_be():
         assert cost["lora"] < cost["lora_checkpointed"] < cost["full_checkpointed"]
         used = {name: parts["total"] for name, parts in each["memory"].items()}
         assert used["qlora"] < used["lora"] < used["full"] > 16 * each["parameters"]
-        assert each["low_rank"]["linear"]["linear_compression"] >= SETTINGS.compression
-        assert each["low_rank"]["whole_model"]["compression"] >= SETTINGS.compression
+        assert each["low_rank"]["linear"]["linear_compression"] == pytest.approx(SETTINGS.compression, rel=0.005)
+        assert each["low_rank"]["whole_model"]["compression"] == pytest.approx(SETTINGS.compression, rel=0.005)
 
 
 def test_the_published_compression_is_put_to_the_test():
     notes = "\n".join(TABLE.notes)
-    assert "r 412 and 589.3 M parameters: 0.59 GB at a nominal byte each, but 0.68 GB as LLM.int8" in notes
-    assert "r 454 and 640.9 M parameters, 0.64 GB" in notes and "2.43x of the model" in notes and "2.60x" in notes
-    assert "allow 2.30x" in notes and "56.5 % of the first" in notes
+    assert "r 413 and 590.5 M parameters: 0.59 GB at a nominal byte each, but 0.68 GB as LLM.int8" in notes
+    assert "r 455 and 642.2 M parameters, 0.64 GB" in notes and "2.43x of the model" in notes and "2.60x" in notes
+    assert "allow 2.30x" in notes and "56.6 % of the first" in notes
     without = [each for each in ACCOUNTS if each["model"] != table1.CLAIMED]
     assert "0.59 GB" not in "\n".join(table1.build(without, SETTINGS).notes)
 
