@@ -1,6 +1,8 @@
 """A GPT-2 block, dense against low-rank, forward and backward on a CPU: the speed-up, and the share of the one that its operations allow.
 
-Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it. Blocks run in turn on one thread, whose processor time is
+Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and the four linear layers without the rest of the block. Norms,
+activation and attention take time that no operation of the bound stands for: the layers alone show what the factors do. 416 stands beside
+413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose processor time is
 counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot show where a GPU's
 memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (benchmarks/_roofline.py), and whether they follow.
 """
@@ -21,7 +23,7 @@ from torch import nn  # noqa: E402
 from finrepro.layers.linear import linear_layers  # noqa: E402
 from finrepro.layers.low_rank import like  # noqa: E402
 
-WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 512)
+WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
 BATCH, SEQ, REPEATS, THREADS = 4, 256, 4, 1
 TOKENS = 8192  # of the roofline: a micro-batch of eight sequences of 1,024
 GOAL, GOAL_RANK = 0.8, 128  # the share of the operations' speed-up, from this rank
@@ -33,7 +35,13 @@ def model(width: int) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    settings = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "sdpa"}
+    # The activation is GPT-2's function in one kernel, for every candidate.
+    settings = {"activation_function": "gelu_pytorch_tanh"} | {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "attn_implementation": "sdpa",
+    }
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=width, n_head=width // 64, vocab_size=64, **settings))
 
 
@@ -46,6 +54,20 @@ def block(width: int, rank: int | None, conv1d: bool = False) -> nn.Module:
             nn.init.normal_(parameter, std=0.02)
         made.set_submodule(name, new)
     return made.transformer.h[0]
+
+
+class LinearLayers(nn.Module):
+    """The linear layers of a block alone, each with an input of its own width."""
+
+    def __init__(self, whole: nn.Module, width: int) -> None:
+        super().__init__()
+        self.narrow = nn.ModuleList([whole.attn.c_attn, whole.attn.c_proj, whole.mlp.c_fc])
+        self.wide, self.width = whole.mlp.c_proj, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of their outputs' means; `x` is (batch, seq, 4 width)."""
+        outputs = [layer(x[..., : self.width]) for layer in self.narrow] + [self.wide(x)]
+        return torch.stack([each.mean() for each in outputs])
 
 
 def step(module: nn.Module, x: torch.Tensor) -> None:
@@ -79,6 +101,9 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     blocks = {"linear": block(width, None), "conv1d": block(width, None, conv1d=True)}
     blocks |= {f"r{rank}": block(width, rank) for rank in RANKS}
     runs = {name: lambda module=module: step(module, x) for name, module in blocks.items()}
+    wide = torch.randn(BATCH, SEQ, 4 * width)
+    layers = {f"{name} layers": LinearLayers(module, width) for name, module in blocks.items() if name != "conv1d"}
+    runs |= {name: lambda module=module: step(module, wide) for name, module in layers.items()}
     times = interleaved(runs, REPEATS, time.process_time)
     conv = ratios(times["linear"], times["conv1d"])["median"]
     found: dict[str, Any] = {
@@ -87,12 +112,13 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     }
     for rank in RANKS:
         bound, each = operations(width, None) / operations(width, rank), ratios(times["linear"], times[f"r{rank}"])
-        gpus = roofline(width, rank)
+        gpus, alone = roofline(width, rank), ratios(times["linear layers"], times[f"r{rank} layers"])["median"]
         found[f"r{rank}"] = {
             "speedup": round(each["median"], 3),
             "speedup_min_max": [round(each["min"], 3), round(each["max"], 3)],
             "bound_by_operations": round(bound, 3),
             "share_of_bound": round(each["median"] / bound, 3),
+            "linear_layers_alone": {"speedup": round(alone, 3), "share": round(alone / (0.75 * width / rank), 3)},
             "gpu_ceiling_of_the_linear_layers": gpus,
             "gpus_that_follow": [name for name in GPUS if gpus[name] >= FOLLOWS * gpus["operations"]],
         }
