@@ -71,7 +71,9 @@ def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
     rooms: list[int] = []  # the keys of those that are not empty, sorted: no more than there are different lengths
     content: list[Rows] = []
     sizes = [lengths[row] for row in rows]
-    for place in np.lexsort((np.array(rows), np.negative(sizes))).tolist():  # longest first, then in the order of the rows
+    for place in np.lexsort(
+        (np.array(rows), np.negative(sizes))
+    ).tolist():  # longest first, then in the order of the rows
         row, length = rows[place], sizes[place]
         position = bisect_left(rooms, length)
         if position < len(rooms):
