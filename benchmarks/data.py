@@ -189,7 +189,10 @@ def bare(folder: Path) -> Any:
 
 
 def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
-    """Real tokens over the room of an epoch's bins of 2,048, for the training split of every set that is here."""
+    """Real tokens over the room of an epoch's bins of 2,048, for the training split of every set that is here.
+
+    `at_best`: what the smallest number of bins would give that these tokens fit in; in a small set the last bin shows.
+    """
     tokenizer.model_max_length = 10**9
     found: dict[str, Any] = {}
     for name, entry in catalogue.catalogue("tasks").items():
@@ -202,7 +205,8 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
         pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
         lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]
         bins = packing.bins(list(range(len(lengths))), lengths, CAPACITY)
-        found[name] = {"examples": len(lengths), "share": sum(lengths) / (CAPACITY * len(bins))}
+        found[name] = {"examples": len(lengths), "share": sum(lengths) / (CAPACITY * len(bins)), "bins": len(bins),
+                       "at_best": sum(lengths) / (CAPACITY * -(-sum(lengths) // CAPACITY))}  # fmt: skip
     return found
 
 
@@ -239,7 +243,9 @@ def main() -> None:
         "prepare_megabytes_per_second": result["preparing"]["megabytes_per_second"],
         "resume_seconds": statistics.median(result["resuming"]["seconds"]["ours"]),
         "resume_times_faster": result["resuming"]["times_faster"],
-        "bins_of_2048": {name: round(each["share"], 4) for name, each in result["bins_of_2048"].items()},
+        "bins_of_2048": {
+            name: [round(each["share"], 4), round(each["at_best"], 4)] for name, each in result["bins_of_2048"].items()
+        },
         "running_text": result["running_text"],
         "took_seconds": time.monotonic() - began,
     }

@@ -85,6 +85,7 @@ def test_every_token_is_supervised_once_but_each_documents_first(
         assert [len(piece.ids) for piece in window.pieces] and sum(len(p.ids) for p in window.pieces) == len(window.ids)
         assert all(START not in piece.ids[1:] for piece in window.pieces), "a piece is of one document"
         assert sum(piece.num_supervised for piece in window.pieces) == window.num_supervised
+        assert np.concatenate([piece.targets() for piece in window.pieces]).tolist() == window.targets().tolist()
 
 
 def test_windows_that_lose_a_token_at_their_border_or_learn_across_documents_are_found(tmp_path: Path) -> None:
