@@ -2,9 +2,10 @@
 
 Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and the four linear layers without the rest of the block. Norms,
 activation and attention take time that no operation of the bound stands for: the layers alone show what the factors do. 416 stands beside
-413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose processor time is
-counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot show where a GPU's
-memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (benchmarks/_roofline.py), and whether they follow.
+413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose
+processor time is counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot
+show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (benchmarks/_roofline.py), and
+whether they follow.
 """
 
 import statistics

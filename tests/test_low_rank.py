@@ -205,9 +205,9 @@ def test_decomposed_at_full_rank_a_trained_model_is_itself_and_below_it_is_off_b
     full = min(min(size) for size in block_sizes(model).values())
     if name == GPT2:  # every layer has this rank; Llama's differ
         the_dense_logits(of_rank(model, full, folder), dense)
-        broken(the_dense_logits, of_rank(model, full - 8, folder), dense)
+        broken(the_dense_logits, of_rank(model, full // 2, folder), dense)
     layers, errors = linear_layers(dense), []
-    for r in (full // 8, full // 4, full // 2, full):
+    for r in (full // 4, full // 2, full):
         found = low_rank_layers(of_rank(model, r, folder))
         off = [upright(layers[each]) - dense_weight(pair)[0].double().numpy() for each, pair in found.items()]
         errors.append([np.linalg.norm(each) for each in off])
@@ -477,11 +477,19 @@ def test_the_factors_are_what_is_quantized_and_as_many_bytes_as_planned(quantize
     built = make(spec)
     assert built.base_bytes == plan.base_bytes(spec) and built.base_parameters == spec.model.parameters
     assert built.trainable_parameters == plan.sizes(spec)["trainable_params"] == 2 * 8 * (1792 + 384 + 256)
-    exact = make(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", "float32"))).model.eval()
+    if quantizer == "none":
+        return
+    exact = load(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", "float32")), None).eval()
     assert_close(all_logits(built.model.eval(), IDS), all_logits(exact, IDS), 0.2)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("lora_r8", "pissa_r8", "houlsby_m64")))
+        for name in ADAPTERS
+    ],
+)
 def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter: str) -> None:
     spec = spec_of(catalogue.model("gpt2_127m_mini_lr_r64"), adapter, "nf4" if adapter.startswith("loftq") else "none")
     if refusal(spec):
