@@ -34,7 +34,7 @@ ADAMW = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 PLAIN = {"kind": "adamw", **ADAMW}
 FROBENIUS = {"kind": "adamw_frobenius", **ADAMW, "frobenius_decay": 0.5}
 EIGHT_BITS = {"kind": "adamw_8bit", **ADAMW, "embeddings_32bit": True}
-GALORE = {"kind": "galore_adamw", **ADAMW, "rank": RANK, "update_proj_gap": 2, "scale": 0.25}
+GALORE = {"kind": "galore_adamw", **ADAMW, "rank": RANK, "update_proj_gap": 2, "step_scale": 0.25}
 # Steps that are all but zero: what is left is decay, to the last digit.
 STILL = {"eps": 1e12}
 RANKED = (

@@ -172,7 +172,7 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
     ("read", "name", "near"),
     [
         (catalogue.model, "gpt2_128m", "gpt2_127m"),
-        (catalogue.adapter, "lora", "lora_r8"),
+        (catalogue.adapter, "lora_r", "lora_r8"),
         (catalogue.optimizer, "adamv", "adamw"),
         (catalogue.dataset, "tfn", "tfns"),
         (catalogue.task, "fbp", "fpb"),

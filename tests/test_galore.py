@@ -110,7 +110,7 @@ def numpy_step(
     hat, root = state["m"] / (1 - beta1 ** (count + 1)), np.sqrt(state["v"] / (1 - beta2 ** (count + 1)))
     step = hat / (root + config.eps)
     whole = basis @ step if left else step @ basis.T
-    return weight * (1 - rate * config.weight_decay) - rate * plain.get("scale", config.scale) * whole
+    return weight * (1 - rate * config.weight_decay) - rate * plain.get("scale", config.step_scale) * whole
 
 
 def is_the_numpy_step(**mutant: Any) -> None:
@@ -156,7 +156,7 @@ def test_the_subspace_is_found_anew_every_so_many_steps() -> None:
 
 def is_adamw_in_turned_coordinates(scale: float) -> None:
     """GL1 for Adam: with the whole space and one subspace for good, P^T W goes AdamW's way."""
-    config = chosen(GALORE, rank=5, update_proj_gap=10**6, scale=scale).config
+    config = chosen(GALORE, rank=5, update_proj_gap=10**6, step_scale=scale).config
     weight, basis = nn.Parameter(drawn((5, 8))), projection(drawn((5, 8), 30), 5)
     turned = nn.Parameter(basis.T @ weight.detach())
     ours = galore_adamw.build([("x.0.weight", weight)], 0.01, config)

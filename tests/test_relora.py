@@ -30,7 +30,7 @@ from finrepro.cells import refusal
 from finrepro.handle import Handle
 from finrepro.layers.relora import ReloraLinear
 from finrepro.layers.supervised import SupervisedLM
-from finrepro.model import load
+from finrepro.model import configuration, load
 from finrepro.train import Interrupted, learning_rate, steps_from
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3
@@ -73,7 +73,7 @@ def expected(name: str) -> dict[str, Any]:
         rates.append(learning_rate(step, settings) * ((place + 1) / config.restart_warmup if rises else 1))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
-        dense = {f"model.{each}.weight": flip(frozen[each] + config.scale * b[each] @ a[each]) for each in layers}
+        dense = {f"model.{each}.weight": flip(frozen[each] + config.lora_scale * b[each] @ a[each]) for each in layers}
         batches = [COLLATE["padded"]([examples[row]]) for row in rows]
         lm, supervised = SupervisedLM(model), sum(examples[row].num_supervised for row in rows)
         loss = sum(torch.func.functional_call(lm, dense, (batch,)) for batch in batches) / supervised
@@ -85,7 +85,7 @@ def expected(name: str) -> dict[str, Any]:
         with torch.no_grad():
             if (step + 1) % config.reset_every == 0 and step + 1 < settings.max_steps:
                 for each, layer in layers.items():
-                    frozen[each] += config.scale * b[each] @ a[each]
+                    frozen[each] += config.lora_scale * b[each] @ a[each]
                     a[each].copy_(layer.drawn((step + 1) // config.reset_every))
                     b[each].zero_()
                     for state in (optimizer.state[a[each]], optimizer.state[b[each]]):
@@ -94,7 +94,7 @@ def expected(name: str) -> dict[str, Any]:
                         state["exp_avg_sq"] *= mask
     weights = {each: p.detach().clone() for each, p in model.named_parameters()}
     with torch.no_grad():
-        weights |= {f"{each}.weight": flip(frozen[each] + config.scale * b[each] @ a[each]) for each in layers}
+        weights |= {f"{each}.weight": flip(frozen[each] + config.lora_scale * b[each] @ a[each]) for each in layers}
     return {"losses": losses, "rates": rates, "weights": weights}
 
 
@@ -330,3 +330,15 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
     assert refusal(rounded) == "ReLoRA on nf4: it changes the dense weights"
     eight = dataclasses.replace(spec.train, optimizer=chosen(EIGHT_BITS))
     assert "relora begins moments anew" in str(refusal(dataclasses.replace(spec, train=eight)))
+
+
+def test_on_a_real_model_it_trains_as_many_parameters_as_counted() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, choice = catalogue.model("gpt2_127m"), catalogue.adapter("relora")
+    with torch.device("meta"):
+        adapted = method.apply(AutoModelForCausalLM.from_config(configuration(model)), choice.config, 0)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == method.trainable_parameters(model, choice.config)
+    blocks = 12 * (192 * (768 + 2304) + 192 * (768 + 768) + 2 * 192 * (768 + 3072))
+    assert trained == model.parameters - 12 * 12 * 768**2 + blocks

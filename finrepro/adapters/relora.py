@@ -27,11 +27,11 @@ RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
 
 @settings
 class Config:
-    """`r` is whole, or a share of each layer's shorter side, and `scale` multiplies B A. `reset_every` is in optimizer steps, or a share of
+    """`r` is whole, or a share of each layer's shorter side, and `lora_scale` multiplies B A. `reset_every` is in optimizer steps, or a share of
     all; `restart_warmup` in steps, or a share of those between two resets. `keep_moments` is the share that a reset leaves."""
 
     r: Positive | Share
-    scale: PositiveFloat
+    lora_scale: PositiveFloat
     reset_every: Positive | Share
     restart_warmup: Count | Share
     keep_moments: Annotated[float, Field(ge=0, lt=1)]
@@ -102,7 +102,7 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     model.requires_grad_(True)
     for name, layer in targeted_or_fail(linear_layers(model), config.target_modules).items():
         layer.weight.requires_grad_(False)
-        model.set_submodule(name, ReloraLinear(layer, name, rank_of(config, *features(layer)), config.scale, seed))
+        model.set_submodule(name, ReloraLinear(layer, name, rank_of(config, *features(layer)), config.lora_scale, seed))
     return model
 
 

@@ -70,7 +70,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         root = (second / (1 - beta2 ** (count + 1))).sqrt_().add_(group["eps"])
         step = first / root / (1 - beta1 ** (count + 1))
         if group["rank"]:
-            step = up(step, state["projection"], parameter).mul_(group["scale"])
+            step = up(step, state["projection"], parameter).mul_(group["step_scale"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
 
 

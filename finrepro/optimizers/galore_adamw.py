@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 @settings
 class Config(adamw.Config):
     """AdamW's, and the authors' names: `rank` is whole, or a share of each matrix' shorter side; the subspace is found anew every
-    `update_proj_gap` steps, at the first one too; `scale` multiplies the step of a projected matrix."""
+    `update_proj_gap` steps, at the first one too; `step_scale`, their `scale`, multiplies the step of a projected matrix."""
 
     rank: Positive | Share
     update_proj_gap: Positive
-    scale: PositiveFloat
+    step_scale: PositiveFloat
 
 
 def supports(spec: Any, config: Config) -> str | None:
@@ -67,5 +67,5 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     for rank in sorted(set(ranks.values())):
         members = [(name, p) for name, p in named_parameters if ranks[name] == rank]
         groups += [{**group, "rank": rank} for group in adamw.decay_groups(members, config.weight_decay)]
-    common = {"update_proj_gap": config.update_proj_gap, "scale": config.scale}
+    common = {"update_proj_gap": config.update_proj_gap, "step_scale": config.step_scale}
     return GaLoreAdamW(groups, {"lr": lr, "betas": config.betas, "eps": config.eps, **common})
