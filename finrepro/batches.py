@@ -67,11 +67,11 @@ def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
 
 def end_to_end(examples: Sequence[Sample]) -> Batch:
     """One row that holds the examples' pieces one after the other."""
-    pieces = [piece for example in examples for piece in example.pieces]
-    ids = np.concatenate([np.asarray(piece.ids, np.int64) for piece in pieces])
-    targets = np.concatenate([np.asarray(piece.targets(), np.int64) for piece in pieces])
-    lengths = tuple(len(piece.ids) for piece in pieces)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    targets = np.concatenate([example.targets() for example in examples])
+    lengths = tuple(len(piece.ids) for example in examples for piece in example.pieces)
+    begins = np.cumsum((0, *lengths[:-1]))
+    positions = torch.from_numpy(np.arange(len(ids)) - np.repeat(begins, lengths))[None]
     return _finish(ids[None], targets[None], positions, lengths)
 
 

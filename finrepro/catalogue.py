@@ -7,15 +7,14 @@ import dataclasses
 import fnmatch
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finrepro import PROJECT
 from finrepro.errors import UsageError, unknown
+from finrepro.published import Published
+from finrepro.published import read as read_published
 from finrepro.schema import Choice, build, choose, kind_module, read_yaml
 from finrepro.spec import Grid, Mix, Model, Part, RunSpec, Scale, TableFile, TaskSpec, Train, TrainSet, label_of
-
-if TYPE_CHECKING:
-    from finrepro.published import Published
 
 CONFIGS = PROJECT / "configs"
 
@@ -125,12 +124,10 @@ def _train_settings(text: str, where: str) -> Train:
 
 
 @cache
-def published() -> "tuple[Published, ...]":
+def published() -> tuple[Published, ...]:
     """Every value of configs/published."""
-    from finrepro.published import read
-
     files = sorted((CONFIGS / "published").glob("*.yaml"))
-    return tuple(value for path in files for value in read(read_yaml(path), f"published.{path.stem}"))
+    return tuple(value for path in files for value in read_published(read_yaml(path), f"published.{path.stem}"))
 
 
 @cache

@@ -9,7 +9,7 @@ cannot set a parameter whose size the number of ranks does not divide (stage 3),
 next step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,11 +88,7 @@ class Handle:
     def value(self, parameter: nn.Parameter) -> Tensor:
         """The value of a trained parameter as the optimizer keeps it: bfloat16 weights have more digits there."""
         share = self._share(parameter)
-        whole = torch.zeros(_shape(parameter), dtype=torch.float32, device=share.owner.device)
-        share.cut(whole).copy_(share.of(share.owner))
-        if self._in_shares:
-            dist.all_reduce(whole)
-        return whole
+        return self._gathered(share, parameter, share.owner)
 
     def set(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Give a trained parameter this value, in the model and where the optimizer keeps it; its moments stay. Shapes have to agree."""
@@ -115,16 +111,21 @@ class Handle:
         if steps:
             self._expect_whole_groups(shares)
         for share in shares.values():
-            for key, state in self._base.state.get(share.owner, {}).items():
-                if key == "step":
-                    if steps:
-                        _zero_step(self._base.state[share.owner], state)
-                elif key in MOMENTS and state.shape == share.owner.shape and state.is_floating_point():
-                    share.of(state).zero_()
-                else:
-                    raise TypeError(
-                        f"{type(self._base).__name__} keeps '{key}', and nobody here knows how to begin it anew."
-                    )
+            for moment in self._moments(share.owner).values():
+                share.of(moment).zero_()
+            if steps and "step" in (kept := self._base.state.get(share.owner, {})):
+                _zero_step(kept)
+
+    def change_state(self, parameter: nn.Parameter, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Give the moments of a trained parameter the values that `change` makes of them, by name, whole, float32; the first moment is the
+        first. Nothing to do before the first step. Raises `TypeError` as `reset_state` does."""
+        share = self._share(parameter)
+        moments = self._moments(share.owner)
+        if moments:
+            for name, value in change(
+                {name: self._gathered(share, parameter, m) for name, m in moments.items()}
+            ).items():
+                share.of(moments[name]).copy_(share.cut(value))
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A copy of any weight of the model in its own dtype, also of a frozen one that lies in parts."""
@@ -141,6 +142,24 @@ class Handle:
     def _in_shares(self) -> bool:
         """Whether the ranks hold different parts of what the optimizer steps."""
         return hasattr(self._optimizer, "bit16_groups") or hasattr(self._optimizer, "fp32_partitioned_groups_flat")
+
+    def _gathered(self, share: Share, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+        """The whole of what lies in `flat`, shaped as the share's owner, for a parameter."""
+        whole = torch.zeros(_shape(parameter), dtype=torch.float32, device=flat.device)
+        share.cut(whole).copy_(share.of(flat))
+        if self._in_shares:
+            dist.all_reduce(whole)
+        return whole
+
+    def _moments(self, owner: Tensor) -> dict[str, Tensor]:
+        """What the optimizer remembers of an owner beside the count of steps."""
+        found = {key: each for key, each in self._base.state.get(owner, {}).items() if key != "step"}
+        for key, each in found.items():
+            if not (key in MOMENTS and each.shape == owner.shape and each.is_floating_point()):
+                raise TypeError(
+                    f"{type(self._base).__name__} keeps '{key}', and nobody here knows how to begin it anew."
+                )
+        return found
 
     def _share(self, parameter: Any) -> Share:
         """Where this rank's part of a trained parameter lies; a share of nothing where it has none."""
@@ -175,12 +194,12 @@ class Handle:
                 )
 
 
-def _zero_step(states: dict[str, Any], step: Any) -> None:
+def _zero_step(state: dict[str, Any]) -> None:
     """In place where it is a tensor."""
-    if torch.is_tensor(step):
-        step.zero_()
+    if torch.is_tensor(state["step"]):
+        state["step"].zero_()
     else:
-        states["step"] = 0
+        state["step"] = 0
 
 
 def _place(parameter: nn.Parameter, group: Iterable[Tensor]) -> int:

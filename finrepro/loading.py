@@ -41,11 +41,12 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The model of a transformers configuration: parameters without storage, buffers (rotary frequencies) computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     isolated_attention.register()
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=isolated_attention.NAME)
 
 

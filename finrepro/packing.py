@@ -6,6 +6,7 @@ gives the same loss and gradients (tested). So neither the device, nor the numbe
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -66,19 +67,29 @@ def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
 
     O(n log n). A row longer than `capacity` gets a bin of its own: no example is dropped or cut.
     """
-    open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
+    with_room: dict[int, list[int]] = {}  # room left -> the bins that have it, a heap: the first one made comes first
+    rooms: list[int] = []  # the keys of those that are not empty, sorted: no more than there are different lengths
     content: list[Rows] = []
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        length = lengths[row]
-        position = bisect_left(open_bins, (length, -1))
-        if position < len(open_bins):
-            room, index = open_bins.pop(position)
+    sizes = [lengths[row] for row in rows]
+    for place in np.lexsort(
+        (np.array(rows), np.negative(sizes))
+    ).tolist():  # longest first, then in the order of the rows
+        row, length = rows[place], sizes[place]
+        position = bisect_left(rooms, length)
+        if position < len(rooms):
+            room = rooms[position]
+            index = heappop(with_room[room])
+            if not with_room[room]:
+                del rooms[position]
             content[index].append(row)
         else:
             room, index = max(capacity, length), len(content)
             content.append([row])
         if room > length:
-            insort(open_bins, (room - length, index))
+            bins_there = with_room.setdefault(room - length, [])
+            if not bins_there:
+                insort(rooms, room - length)
+            heappush(bins_there, index)
     return content
 
 

@@ -177,7 +177,7 @@ def measured_rate(spec: RunSpec, device: "torch.device") -> float | None:
     return matmul.measure(device, getattr(torch, spec.model.dtype), seconds=1.0).flops
 
 
-def median_step(losses: Sequence[dict[str, float]]) -> float | None:
+def median_step(losses: Sequence[dict[str, Any]]) -> float | None:
     """The median seconds of a training step after the first two, which warm up."""
     ends = [row["seconds"] for row in losses]
     each = [later - earlier for earlier, later in pairwise(ends)][1:]

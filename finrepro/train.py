@@ -74,13 +74,14 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
     lengths = getattr(data, "lengths", None) or [len(example.ids) for example in data]
     hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
     engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
+    rate_factor = rates.factor_of(spec.adapter, settings.max_steps)
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)
     hooks.start(engine)
     last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
     try:
         for step, rows in steps_from(first, lengths, settings, spec.seed, getattr(data, "rows", None)):
-            rate = learning_rate(step, settings)
+            rate = learning_rate(step, settings) * rate_factor(step)
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
             batches = micro_batches(rows, data, lengths, settings, here)

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from fixtures_model import CPU, MINIATURES, make, random_examples, spec_of, tiny
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finrepro import runtime
+from finrepro import catalogue, runtime
 from finrepro.adapters import full
+from finrepro.adapters import relora as method
 from finrepro.batches import COLLATE
 from finrepro.checkpoint import Control
 from finrepro.engine import collect_trained
@@ -39,6 +41,7 @@ RANKED = (
     *((FROBENIUS["kind"], *key) for key in (("ddp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))),
     *((kind, *key) for kind in (EIGHT_BITS["kind"], GALORE["kind"]) for key in (("ddp", 0), ("deepspeed", 0))),
 )
+RELORA_RANKED = (("ddp", 0), ("deepspeed", 2), ("deepspeed", 3))
 SETTINGS = {str(each["kind"]): each for each in (FROBENIUS, EIGHT_BITS, GALORE)}
 
 
@@ -132,6 +135,30 @@ def kept_bytes(states: dict[str, dict[str, Any]]) -> int:
     )
 
 
+def relora(engine: Any = "ddp", stage: int = 0, name: str = LLAMA, dtype: str = "float32", **changes: Any) -> RunSpec:
+    """Three periods of ReLoRA, with a rate that rises over two steps of each but the first."""
+    entry = catalogue.adapter("relora").config
+    config = dataclasses.replace(
+        entry, **{"r": 4, "reset_every": 3, "restart_warmup": 2, "keep_moments": 0.25, **changes}
+    )
+    adapter = Choice(name="relora", kind="relora", config=config)
+    spec = cell(chosen({**PLAIN, "weight_decay": 0.01}), engine, stage, name, dtype, max_steps=8)
+    return dataclasses.replace(spec, adapter=adapter)
+
+
+def run_relora(spec: RunSpec, folder: Path, **options: Any) -> dict[str, Any]:
+    """Losses and rates, and what the first rank exports."""
+    model = make(spec).model
+    rows = train(model, random_examples(0, 30), spec, CPU, control(folder / "checkpoints", **options)).losses
+    collect_trained(model)
+    tensors: dict[str, Any] = {}
+    if runtime.ranks().is_main:
+        (folder / "weights").mkdir(parents=True)
+        method.export(model, folder / "weights")
+        tensors = load_file(folder / "weights" / "model.safetensors")
+    return {"losses": [row["loss"] for row in rows], "rates": [row["lr"] for row in rows], "weights": tensors}
+
+
 def by_hand(spec: RunSpec, step: Callable[[dict[str, nn.Parameter], float, int], None]) -> dict[str, Any]:
     """The same by torch alone: one example a forward pass, no engine; `step` is given the parameters by name, the rate and the step."""
     with in_factors(spec.train.optimizer.kind == FROBENIUS["kind"]):
@@ -156,6 +183,8 @@ def main(folder: Path) -> None:
     here, found = runtime.ranks(), {}
     for kind, *engine in RANKED:
         found[kind, *engine] = run(cell(chosen(SETTINGS[kind]), *engine), folder / f"{here.world_size}-{kind}-{engine}")
+    for engine in RELORA_RANKED:
+        found["relora", *engine] = run_relora(relora(*engine), folder / f"{here.world_size}-relora-{engine}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
 
 

@@ -6,6 +6,7 @@ Whole processes on the embedded data: `invoke reproduce --table 3 --quick`, narr
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,16 +148,36 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", se
         time.sleep(0.2)
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
-    """A campaign whose base is finished and whose first cell is under way."""
-    process = start(tmp_path)
-    wait_for(lambda: BASE in results(tmp_path), process)
+def under_way(
+    store: Path, begun: Callable[["subprocess.Popen[str]"], bool]
+) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
+    """A campaign some way into its first cell after the base."""
+    process = start(store)
+    wait_for(lambda: begun(process), process)
     time.sleep(2.5)
-    yield tmp_path, process
+    yield store, process
     if process.poll() is None:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
+    """A campaign that began with nothing and whose base is finished."""
+    yield from under_way(tmp_path, lambda _: BASE in results(tmp_path))
+
+
+@pytest.fixture
+def going_on(first: tuple[Path, str], tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
+    """A campaign that found its base, the run that takes longest, in the store."""
+    run = results(first[0])[BASE]["run_id"]
+    shutil.copytree(first[0] / "results/runs" / run, tmp_path / "results/runs" / run)
+    yield from under_way(tmp_path, lambda process: any(map(reads_tokens, workers(process))))
+
+
+def reads_tokens(worker: psutil.Process) -> bool:
+    """Whether a worker has come to its cell: before, it has no use for tokenizers."""
+    return any("tokenizers" in each.path for each in worker.memory_maps())
 
 
 def test_killed_and_run_again_ends_like_an_uninterrupted_run(
@@ -178,9 +199,9 @@ def test_killed_and_run_again_ends_like_an_uninterrupted_run(
 
 
 def test_stopped_by_a_signal_and_run_again_ends_like_an_uninterrupted_run(
-    first: tuple[Path, str], running: tuple[Path, "subprocess.Popen[str]"]
+    first: tuple[Path, str], going_on: tuple[Path, "subprocess.Popen[str]"]
 ) -> None:
-    store, process = running
+    store, process = going_on
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in output, output[-3000:]
@@ -189,8 +210,8 @@ def test_stopped_by_a_signal_and_run_again_ends_like_an_uninterrupted_run(
     assert evidence(store) == evidence(first[0])
 
 
-def test_a_crashed_worker_costs_one_cell(running: tuple[Path, "subprocess.Popen[str]"]) -> None:
-    store, process = running
+def test_a_crashed_worker_costs_one_cell(going_on: tuple[Path, "subprocess.Popen[str]"]) -> None:
+    store, process = going_on
     children = workers(process)
     assert children
     for worker in children:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -454,6 +456,16 @@ RENAMED = {"lora_r8": "lora_r8x", "gpt2_127m_mini": "gpt2_127mx_mini", "nf4": "n
 
 def spec() -> RunSpec:
     return expand(Selection("3"), "smoke")[0].spec
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_run_id_is_the_hash_of_the_canonical_form(scale: Scale):
+    """It is put together from texts that the parts keep; whoever has a result.json can make it from the whole."""
+    for cell in expand(DEFAULT[scale], scale):
+        text = json.dumps(cell.spec.canonical(), sort_keys=True, separators=(",", ":"))
+        assert cell.spec.run_id == hashlib.sha256(text.encode()).hexdigest()[:12]
+        other = dataclasses.replace(cell.spec, adapter=dataclasses.replace(cell.spec.adapter, kind="other"))
+        assert other.run_id != cell.spec.run_id
 
 
 def test_two_kinds_with_equal_settings_are_two_cells():

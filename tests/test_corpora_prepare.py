@@ -262,7 +262,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(lines: Path, encoder: Encoder
     out, _ = running.communicate(timeout=100)
     assert running.returncode == 3
     assert "no space left for" in out and "make room and run the same command again" in out and out.count("\n") == 1
-    assert not list((tmp_path / "out").glob("*.tokens")), "a shard is whole or absent"
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert left == [writer.PREPARING], "a shard is whole or absent, and nothing half-written is left"
     prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS)
     prepare.prepare(sources_of(lines), encoder, tmp_path / "whole", OPTIONS)
     assert images(tmp_path / "out") == images(tmp_path / "whole")

@@ -120,10 +120,15 @@ JSON_FAULTS = [
     [
         ("a.txt", b"", [], [(0, "the file is empty")]),
         ("a.txt", b"\x7fELF\0\0", [], [(1, "a binary file")]),
-        ("a.txt.gz", gzip.compress(b"one"), ["one"], []),
+        ("a.txt.gz", gzip.compress(b"one", mtime=0), ["one"], []),
         ("a.jsonl", ROWS, ["one", "two\nlines"], JSON_FAULTS),
-        ("a.jsonl.gz", gzip.compress(ROWS), ["one", "two\nlines"], JSON_FAULTS),
-        ("a.jsonl.gz", gzip.compress(ROWS * 500)[:200], None, [(0, "the compressed file is damaged or cut short")]),
+        ("a.jsonl.gz", gzip.compress(ROWS, mtime=0), ["one", "two\nlines"], JSON_FAULTS),
+        (
+            "a.jsonl.gz",
+            gzip.compress(ROWS * 500, mtime=0)[:200],
+            None,
+            [(0, "the compressed file is damaged or cut short")],
+        ),
         ("a.jsonl.gz", b"plain", [], [(0, "the compressed file is damaged or cut short")]),
         ("a.parquet", parquet(["one", None, "two"]), ["one", "two"], [(2, "the field 'text' is NoneType, expected")]),
         ("a.parquet", parquet(["one"], "body"), [], [(0, "no column 'text'; there are body, other")]),

@@ -609,3 +609,65 @@ def test_the_command_exports_and_says_how_far_it_is(begun: Place, tmp_path: Path
     answer = invoke("export", "--run", run_id, "--out", str(out), "--store", str(begun.store.root))
     assert answer.returncode == 0 and answer.stderr == "", answer.stderr
     assert "logits equal the run's" in answer.stdout and str(out) in answer.stdout and out.is_dir()
+
+
+LOW_RANK = "gpt2_127m_mini_lr_r64"
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, str]]:
+    """A store with a low-rank model, and a LoRA on its factors in 4 bits; name -> run id."""
+    runtime.setup(0, 2)
+    place = Place(open_store(tmp_path_factory.mktemp("low_rank") / "store"))
+    full = seal(place, miniature(LOW_RANK, "full", weights="scratch"))
+    spec = miniature(LOW_RANK, "lora_r4", "nf4", weights="pretrained", base_run=full)
+    return place, {"full": full, "nf4": seal(place, spec)}
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [("full", "merged"), ("nf4", "merged"), pytest.param("lora", "merged", marks=slow), pytest.param("lora", "base", marks=slow)],
+)  # fmt: skip
+def test_a_low_rank_run_is_exported_as_the_dense_model_that_computes_the_same(
+    run: str, wanted: str, low_rank: tuple[Place, dict[str, str]], tmp_path: Path
+):
+    """LR7: Transformers' own GPT-2, with nothing of ours in it."""
+    place, ids = low_rank
+    if run == "lora":
+        ids |= {
+            run: seal(place, miniature(LOW_RANK, "lora_r4", weights="pretrained", base_run=ids["full"], seed=len(ids)))
+        }
+    folder = export(ids[run], wanted, tmp_path / "out", place)
+    safe(folder)
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any(".a." in name or ".b." in name for name in names)
+    assert "low_rank" not in (folder / "config.json").read_text()
+    card = (folder / "README.md").read_text()
+    assert (
+        "logits of the run's" in card and "the dense layer of their product" in card
+    )  # held against them when it was written
+
+
+def test_a_low_rank_model_multiplied_wrongly_is_no_export(
+    low_rank: tuple[Place, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from finrepro import restructure
+
+    right = restructure.dense_weight
+    monkeypatch.setattr(restructure, "dense_weight", lambda layer: (right(layer)[0] * 1.01, right(layer)[1]))
+    with pytest.raises(verify.NotEqual):
+        export(low_rank[1]["full"], "merged", tmp_path / "out", low_rank[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted", "says"),
+    [("full", "peft", "possible: merged or base"), ("nf4", "peft", "no library builds its low-rank layers.*possible: merged"),
+     ("nf4", "base", "factors stored by bnb_4bit.*possible: merged")],
+)  # fmt: skip
+def test_what_a_low_rank_run_cannot_be_exported_as_is_said(
+    run: str, wanted: str, says: str, low_rank: tuple[Place, dict[str, str]], tmp_path: Path
+):
+    with pytest.raises(UsageError, match=says) as refused:
+        export(low_rank[1][run], wanted, tmp_path / "out", low_rank[0])
+    one_line(refused.value)

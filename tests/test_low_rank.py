@@ -3,6 +3,7 @@ arithmetic says, and goes through every quantizer, adapter, checkpoint and expor
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finrepro import catalogue, loading, plan, restructure
+from finrepro import PROJECT, catalogue, loading, plan, restructure
 from finrepro.cells import refusal
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, dense_sizes, depth, is_conv1d, linear_layers, other_parameters, rank
@@ -440,7 +441,7 @@ def test_what_a_low_rank_model_is_decides_its_runs_and_a_dense_ones_runs_stay_wh
     dense = spec_of(dense_of(small()))
     assert "low_rank" not in dense.canonical()["model"]
     models = [small(), small(rank=8), small(split_qkv=True), small(rescale=True), small(targets=("c_attn",))]
-    models += [small(rank=None, total_parameters=size) for size in (60_000, 70_000)]
+    models += [small(rank=None, total_parameters=size) for size in (59_136, 67_328)]
     specs = [dense, *(spec_of(each) for each in models)]
     assert len({each.run_id for each in specs}) == len(specs)
     assert (
@@ -545,3 +546,21 @@ def test_an_entry_that_decomposes_another_starts_from_its_run(tmp_path: Path) ->
     assert len(found) == 2 * 3
     for a, b, weight, each in found:
         nearest_of_its_rank(a, b, weight, each)
+
+
+@pytest.mark.parametrize(
+    ("i", "o", "r", "h100", "h200"),  # performance.md, table of 3.2: two products, then one kernel
+    [(768, 768, 64, (1.48, 1.61), (2.13, 2.30)), (768, 3072, 64, (2.49, 2.57), (3.57, 3.68)),
+     (1600, 1600, 256, (2.83, 3.12), (3.12, 3.12)), (1600, 6400, 64, (5.27, 5.36), (7.55, 7.67))],
+)  # fmt: skip
+def test_the_roofline_is_the_tabulated_one(i: int, o: int, r: int, h100: Any, h200: Any) -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    found = spec_from_file_location("_roofline", PROJECT / "benchmarks" / "_roofline.py")
+    assert found is not None and found.loader is not None
+    module = module_from_spec(found)
+    sys.modules["_roofline"] = module
+    found.loader.exec_module(module)
+    for name, expected in (("H100", h100), ("H200", h200)):
+        for fused, value in zip((False, True), expected, strict=True):
+            assert abs(module.ceiling(module.GPUS[name], 8192, i, o, r, fused) - value) <= 0.011

@@ -32,6 +32,27 @@ MADE_BY = provenance.environment() | {"git_commit": "c" * 40, "git_dirty": False
 LOSSES = [4.0, 3.5, float("nan"), float("inf"), float("-inf"), 1e-300]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow's migrations of an empty database end with the same tables every time: they run once, and their file is copied afterwards."""
+    folder = tmp_path_factory.mktemp("migrated")
+    record.load_mlflow(open_store(folder / "store"))
+    from mlflow.store.db import utils
+
+    migrate, template = utils._initialize_tables, folder / "mlflow.db"
+
+    def copied(engine: Any) -> None:
+        if template.exists():
+            shutil.copyfile(template, engine.url.database)
+        else:
+            migrate(engine)
+            shutil.copyfile(engine.url.database, template)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", copied)
+        yield
+
+
 def score(task: str, metric: str, value: float) -> dict[str, Any]:
     more = {"gain": 0.1, "gain_low": 0.05, "gain_high": 0.15, "constant_answer": "neutral"}
     return {

@@ -1,5 +1,6 @@
 """What could not be read, counted and listed with file, line and reason; or the first of it as the error that stops."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,8 @@ class Quarantine:
     def close(self, whole: bool) -> None:
         """Keep the list, if the preparation has come to its end."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.nullcontext() if whole else contextlib.suppress(OSError):
+                self._file.close()
         if whole and self.count:
             self._partial.replace(self.path)
         else:

@@ -40,16 +40,16 @@ class TokenStream:
 
     def starts(self, begin: int, end: int) -> NDArray[np.int64]:
         """Positions in [begin, end) at which a document begins; a binary search in the shard's list."""
-        found = [np.empty(0, np.int64)]
+        found = []
         for k, a, b in self._cut(begin, end):
-            first, last = np.searchsorted(self._starts[k], (a, b))
+            first, last = np.searchsorted(self._starts[k], np.array((a, b), "<u4"))  # another type would copy the list
             found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
     def _cut(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """(shard, from, to) inside each shard that [begin, end) touches."""
-        shards = range(begin // self.capacity, -(-end // self.capacity))
         base = self.capacity
+        shards = range(begin // base, -(-end // base))
         return [(k, max(begin - k * base, 0), min(end - k * base, base)) for k in shards]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +68,7 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder(digest, len(tokenizer), start, tokenizer.backend_tokenizer.to_str())
 
 
+@lru_cache(maxsize=1)  # reading GPT-2's takes a quarter of a second
 def tokenizer_of(rules: str) -> "Tokenizer":
     """The tokenizer that does the work: it cuts nothing off, pads nothing and takes special tokens in a text for text."""
     from tokenizers import Tokenizer

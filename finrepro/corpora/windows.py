@@ -57,6 +57,15 @@ class Window:
         rest = self.cuts[-1]
         return tuple(whole) if rest == length else (*whole, Piece(ids[rest:], self.after))
 
+    def targets(self) -> NDArray[np.int64]:
+        """The pieces' targets, one after the other."""
+        found = np.empty(len(self.ids), np.int64)
+        found[:-1] = self.ids[1:]
+        found[-1] = self.after
+        for cut in self.cuts:
+            found[cut - 1] = IGNORE
+        return found
+
     @property
     def num_supervised(self) -> int:
         """Positions whose successor is learned: all but the last one of each document that ends here."""
@@ -135,7 +144,7 @@ class Windows(Sequence[Window]):
         if isinstance(row, slice):
             return [self[each] for each in range(*row.indices(len(self)))]
         length = self.lengths[row]  # also refuses a row that there is not
-        begin = row % len(self) * self.max_seq_len
+        begin = (row if row >= 0 else row + len(self)) * self.max_seq_len
         read = self.stream.tokens(begin, begin + length + 1)
         cuts = self.stream.starts(begin + 1, begin + length + 1) - begin
         return Window(read[:-1], int(read[-1]), tuple(cuts.tolist()))

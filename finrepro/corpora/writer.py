@@ -83,9 +83,11 @@ class SplitWriter:
     def close(self) -> None:
         """Leave off: what is not a whole shard is taken away."""
         if self._open is not None:
-            self._open.close()
+            with contextlib.suppress(OSError):  # what it still holds back may not fit on the disk either
+                self._open.close()
             self._open = None
-            self._hidden("tokens").unlink(missing_ok=True)
+            for kind in ("tokens", "starts"):
+                self._hidden(kind).unlink(missing_ok=True)
 
     def _changed(self) -> None:
         raise EnvironmentFault(

@@ -66,6 +66,10 @@ def _what(recorded: Recorded, planned: Layout) -> str:
         f"learning rate {spec.train.lr:g}; on {cell['devices']} device(s) of the kind {cell['device_type'] or 'not recorded'}",
         *(f"- {note}" for note in cell["notes"]),
     ]
+    if spec.model.low_rank is not None:
+        lines.append(
+            "- low-rank: the run's linear layers are B A, of two factors each; here each is the dense layer of their product"
+        )
     if spec.model.scale == "smoke":
         text = f"**A smoke result: not to be compared with published ones.** {spec.model.name} is a miniature of {spec.model.miniature_of}."
         lines += ["", text]
