@@ -16,7 +16,7 @@ from finrepro.layers.linear import block_sizes, depth, targeted
 
 Sizes = Mapping[str, tuple[int, int]]  # name within a block -> (in, out), in the order in which a block runs them
 Convention = Literal["palm", "causal"]
-# What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and `<layer>.b`, a split one `<layer>.q.a` and so on.
+# What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and `<layer>.b`, a split one `<layer>.q.a` ...
 SOURCES = {"gpt2": ("attn.c_attn",) * 3, "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 
 

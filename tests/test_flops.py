@@ -18,6 +18,7 @@ from finrepro import catalogue, flops
 from finrepro.adapters import lora
 from finrepro.layers.linear import block_sizes, depth, features, linear_layers, other_parameters
 from finrepro.layers.linear import rank as layer_rank
+from finrepro.low_rank import break_even
 from finrepro.model import configuration
 from finrepro.restructure import restructured
 from finrepro.spec import Model
@@ -28,8 +29,11 @@ TOLERANCE = 0.005
 
 
 def shallow(name: str, blocks: int = 2) -> Model:
-    """A catalogue entry with fewer blocks."""
+    """A catalogue entry with fewer blocks, of the same rank."""
     model = catalogue.model(name)
+    if model.low_rank:
+        given = {"rank": layer_rank(model), "compression": None, "total_parameters": None, "multiple_of": 1}
+        model = dataclasses.replace(model, low_rank=dataclasses.replace(model.low_rank, **given))
     key = "n_layer" if model.family == "gpt2" else "num_hidden_layers"
     return dataclasses.replace(model, architecture={**model.architecture, key: blocks})
 
@@ -162,7 +166,10 @@ def split(model: Model) -> Model:
 )
 def test_a_low_rank_entry_costs_what_torch_counts(name: str, rank: int):
     model = shallow(name)
-    for each in (model, split(model)) if flops.SOURCES["gpt2"][0] + ".a" in block_sizes(model) else (model,):
+    saves = layer_rank(model) < break_even(flops.width(model), flops.width(model)) and "attn.c_attn.a" in block_sizes(
+        model
+    )
+    for each in (model, split(model)) if saves else (model,):
         for checkpointing in (False, True):
             run = counted(each, rank, checkpointing=checkpointing)
             equal(flops.training(each, TOKENS, rank, checkpointing=checkpointing).total, run)

@@ -187,7 +187,8 @@ def _notes(accounts: Sequence[Account], settings: Any) -> tuple[str, ...]:
         "Checkpointing: the blocks run forward twice but for each one's last product, before which torch stops.",
         f"Memory: one sequence of {tokens} tokens, each block's input kept; 16 bytes a trained parameter; "
         "without fragments, driver and communication. An estimate.",
-        f"/ {settings.compression:g}: one rank for all linear layers, the nearest to that compression; a layer in which it saves nothing stays dense.",
+        f"/ {settings.compression:g}: one rank for all linear layers, the nearest to that compression; "
+        "a layer in which it saves nothing stays dense.",
     ]
     published = next((each for each in accounts if each["model"] == CLAIMED), None)
     return (*notes, *(_claims(published, settings.compression) if published else ()))
