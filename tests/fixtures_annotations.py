@@ -10,7 +10,7 @@ from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from jaxtyping import install_import_hook
 
-PLAIN = ("catalogue", "cells", "data", "plan", "schema", "spec", "weights")
+PLAIN = ("cells", "data", "plan", "schema", "spec", "weights")
 OURS = {path.stem for path in Path(__file__).parents[1].joinpath("finrepro").iterdir() if path.stem.isidentifier()}
 beartype_packages(tuple(f"finrepro.{name}" for name in PLAIN), conf=BeartypeConf(claw_is_pep526=False))
 install_import_hook([f"finrepro.{name}" for name in sorted(OURS.difference(PLAIN))], "beartype.beartype")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from beartype.roar import BeartypeCallHintParamViolation
+from fixtures_annotations import PLAIN
 from fixtures_process import environment, python
 from jaxtyping import TypeCheckError
 
@@ -119,6 +120,9 @@ def test_a_file_says_what_it_is_and_evaluates_its_annotations(path: Path):
 
 
 def test_in_these_tests_every_call_is_held_to_its_annotations():
+    for module in PLAIN:
+        text = (PROJECT / "finrepro" / f"{module}.py").read_text()
+        assert "TYPE_CHECKING" not in text, f"beartype cannot check {module}: leave it to jaxtyping"
     with pytest.raises(BeartypeCallHintParamViolation):
         cells.parse_choice("scale", 3, ("3",))  # type: ignore[arg-type]
     for wrong in (lambda: file_digest("name"), lambda: metrics.accuracy(np.zeros(3))):  # type: ignore[arg-type]
