@@ -150,6 +150,12 @@ class Cut(Local):
             yield each
 
 
+def cut_after(lines: Path, limit: int) -> Cut:
+    source = Cut(lines, "lines")
+    object.__setattr__(source, "limit", limit)
+    return source
+
+
 def resumes_to_the_same_bytes(lines: Path, encoder: Encoder, folder: Path, wanted: dict[str, str]) -> list[int]:
     """Cut off after more and more documents, then made to its end; how many texts each attempt has tokenized."""
     tokenized = [0]
@@ -163,10 +169,8 @@ def resumes_to_the_same_bytes(lines: Path, encoder: Encoder, folder: Path, wante
         patch.setattr(tokenizing, "encode_texts", counted)
         patch.setattr(tokenizing, "BATCH_DOCUMENTS", 1)
         for limit in (0, 1, 37, 38, 120, 399):
-            source = Cut(lines, "lines")
-            object.__setattr__(source, "limit", limit)
             with pytest.raises(EnvironmentFault, match="cut off"):
-                prepare.prepare(Sources([source]), encoder, folder, OPTIONS)
+                prepare.prepare(Sources([cut_after(lines, limit)]), encoder, folder, OPTIONS)
             assert not list(folder.glob(".*.partial")), "nothing half-written is left"
             tokenized.append(0)
         prepare.prepare(sources_of(lines), encoder, folder, OPTIONS)
@@ -180,6 +184,11 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
     prepare.prepare(sources_of(lines), encoder, tmp_path / "whole", OPTIONS)
     wanted = images(tmp_path / "whole")
     tokenized = resumes_to_the_same_bytes(lines, encoder, tmp_path / "out", wanted)
+    with pytest.raises(EnvironmentFault, match="cut off"):
+        prepare.prepare(Sources([cut_after(lines, 399)]), encoder, tmp_path / "lost", OPTIONS)
+    (tmp_path / "lost" / "train-00003.tokens").unlink()
+    prepare.prepare(sources_of(lines), encoder, tmp_path / "lost", OPTIONS)
+    assert images(tmp_path / "lost") == wanted, "a shard that was taken away is made again"
     assert tokenized[-1] < 100, "what lies in whole shards is not tokenized again"
     plain = writer.SplitWriter.__init__
 
@@ -300,12 +309,10 @@ def test_a_folder_is_gone_on_with_only_for_the_same_corpus(
 
 def test_sources_that_changed_in_between_are_found(lines: Path, encoder: Encoder, tmp_path: Path) -> None:
     """Of the same name and size, so that only the texts tell."""
-    source = Cut(lines, "lines")
-    object.__setattr__(source, "limit", 300)
     for number in (1, 2):
         out = tmp_path / f"out{number}"
         with pytest.raises(EnvironmentFault, match="cut off"):
-            prepare.prepare(Sources([source]), encoder, out, OPTIONS)
+            prepare.prepare(Sources([cut_after(lines, 300)]), encoder, out, OPTIONS)
         content = lines.read_text()
         lines.write_text("y" + content[1:] if number == 1 else "\n" * len(content.encode()))
         refused("are not what they were", lambda out=out: prepare.prepare(sources_of(lines), encoder, out, OPTIONS))
@@ -478,6 +485,7 @@ def test_the_command_prepares_a_file_and_says_what_it_made(
         ({"on_error": "ski"}, "Did you mean 'skip'"),
     ):
         refused(said, lambda options=options: made(tokenizer, str(lines), tmp_path / "o2", **options))
+    assert command._workers("", sources_of(lines)) == 1 and command._workers("3", sources_of(lines)) == 3
     refused("goes with files of your own", lambda: made(tokenizer, "wikitext2", tmp_path / "o2", documents="lines"))
     with pytest.raises(UsageError, match="--prepare needs --tokenizer"):
         command.make("wikitext2", None, None, None, workers="", on_error="stop", field="", documents="", validation="")

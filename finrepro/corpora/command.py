@@ -15,6 +15,7 @@ from finrepro.corpora.writer import disk_faults
 from finrepro.errors import UsageError
 from finrepro.schema import build
 
+LITTLE = 16_000_000  # bytes that one process has tokenized before several have begun
 VALIDATION = 0.005  # of the documents, where nothing else is said
 
 
@@ -36,7 +37,13 @@ def make(
     shown = Shown(sources.size)
     try:
         index = prepare(
-            sources, encoder, out, options, workers=_workers(workers), on_error=on_error, progress=shown.progress
+            sources,
+            encoder,
+            out,
+            options,
+            workers=_workers(workers, sources),
+            on_error=on_error,
+            progress=shown.progress,
         )
     finally:
         shown.close()
@@ -56,10 +63,12 @@ def _options(validation: str, sources: Sources, held_out: Any) -> Options:
     return build(Options, {"validation": fraction, "seed": held_out.seed if held_out else 0}, "--validation")
 
 
-def _workers(given: str) -> int:
+def _workers(given: str, sources: Sources) -> int:
     if given and (not given.isdecimal() or int(given) < 1):
         raise UsageError(f"--workers '{given}': expected a whole number from 1.")
-    return int(given) if given else default_workers()
+    if given:
+        return int(given)
+    return 1 if sources.size is not None and sources.size < LITTLE else default_workers()
 
 
 def described(folder: Path, index: Index) -> list[str]:

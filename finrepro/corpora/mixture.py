@@ -1,7 +1,7 @@
 """Several corpora in given proportions, as one set of windows.
 
-Which corpus the p-th window of training comes from depends on p alone: of any first p windows, each corpus has its share to within less
-than one window a corpus. A corpus that is used up begins again in a new order, while the others go on.
+Which corpus the p-th window of training comes from depends on p alone: of any first p windows, each corpus has its share to within as
+many windows as there are corpora. A corpus that is used up begins again in a new order, while the others go on.
 """
 
 from bisect import bisect_right

@@ -5,7 +5,7 @@ HELP = {
     "verify": "check every sha256 of this prepared corpus; exit code 4 if one is wrong",
     "tokenizer": "with --prepare: the folder of the model's tokenizer",
     "out": "with --prepare: the folder of the corpus",
-    "workers": "with --prepare: processes; default one a core; never changes a byte",
+    "workers": "with --prepare: tokenizing processes, which never change a byte; default one a core, one for less than 16 MB",
     "on-error": "with --prepare: stop (default) at damaged text, or skip it into quarantine.jsonl",
     "field": "with --prepare: the text's field in JSON lines, its column in Parquet; default text",
     "documents": "with --prepare: what is a document of a text file: file (default), articles, lines or paragraphs",

@@ -35,7 +35,7 @@ class SplitWriter:
             raise ValueError(f"a shard of {capacity} tokens")
         self.folder, self.name, self.capacity = folder, name, capacity
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.shards, self._seals = _whole_shards(folder, name, capacity)
+        self.shards, self._seals = _whole_shards(folder, name, capacity, self.dtype.itemsize)
         self._written = capacity * len(self.shards)
         begun = sum(shard.documents for shard in self.shards)
         self.known = max(0, begun - 1)  # documents that lie in whole shards entirely: the last one begun may not
@@ -134,18 +134,24 @@ class SplitWriter:
         self._starts, self._filled = [], 0
 
 
-def _whole_shards(folder: Path, name: str, capacity: int) -> tuple[list[Shard], dict[int, str]]:
+def _whole_shards(folder: Path, name: str, capacity: int, id_bytes: int) -> tuple[list[Shard], dict[int, str]]:
     """The full shards that an earlier attempt has left, and by number of documents the seal over their texts."""
     shards: list[Shard] = []
     seals: dict[int, str] = {}
     for path in sorted((folder / PREPARING).glob(f"{name}-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         shard = build(Shard, record["shard"], str(path))
-        if shard.tokens < capacity:  # the last one is written again: whether it is the last is not known yet
+        # The last one is written again: whether it is the last is not known yet. So is one that somebody took away, with those after it.
+        there = [_size(folder / f"{shard.name}.{kind}") for kind in ("tokens", "starts")]
+        if shard.tokens < capacity or there != [capacity * id_bytes, shard.documents * 4]:
             break
         shards.append(shard)
         seals[record["begun"]] = record["seal"]
     return shards, seals
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _last_start(folder: Path, shards: list[Shard], capacity: int) -> int:
