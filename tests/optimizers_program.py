@@ -2,9 +2,13 @@
 `python optimizers_program.py folder`. Each rank leaves `<ranks>-<rank>.pt` in the folder."""
 
 import dataclasses
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from fixtures_model import CPU, MINIATURES, make, random_examples, spec_of, tiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finrepro import catalogue, runtime
+from finrepro import PROJECT, catalogue, runtime
 from finrepro.adapters import full
 from finrepro.adapters import relora as method
 from finrepro.batches import COLLATE
@@ -174,6 +178,19 @@ def by_hand(spec: RunSpec, step: Callable[[dict[str, nn.Parameter], float, int],
         model.zero_grad()
         losses.append(float(loss.detach()))
     return {"losses": losses, "weights": {name: parameter.detach().clone() for name, parameter in named.items()}}
+
+
+@cache
+def two_ranks() -> dict[str, Any]:
+    """What two ranks have computed, once a process; `2-0` and `2-1`."""
+    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        call = [*launcher, str(PROJECT / "tests" / "optimizers_program.py"), folder]
+        environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return {path.stem: torch.load(path, weights_only=False) for path in Path(folder).glob("*.pt")}
 
 
 def main(folder: Path) -> None:

@@ -2,9 +2,6 @@
 interrupted one ends bit for bit like a whole one, and a planted mutant is found."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +28,11 @@ from optimizers_program import (
     kept_bytes,
     run,
     states_of,
+    two_ranks,
 )
 from torch import Tensor, nn
 
-from finrepro import PROJECT, catalogue, partition, runtime
+from finrepro import catalogue, partition, runtime
 from finrepro.adapters import full
 from finrepro.cells import refusal
 from finrepro.handle import Handle
@@ -486,28 +484,15 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(kind: str, rea
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_the_same_bits_and_end_where_one_does(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    call = [*launcher, str(PROJECT / "tests" / "optimizers_program.py"), str(tmp_path)]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=False) for rank in (0, 1))
-    for key in RANKED:
-        kind, engine, stage = key
-        one = (
-            expected()
-            if kind == FROBENIUS["kind"]
-            else run(cell(chosen(SETTINGS[kind]), engine, stage), tmp_path / f"{key}")
-        )
-        assert first[key]["losses"] == second[key]["losses"]
-        if stage < 3:  # at ZeRO-3 the first rank collects them
-            assert all(
-                torch.equal(value, second[key]["weights"][name]) for name, value in first[key]["weights"].items()
-            )
-        np.testing.assert_allclose(
-            first[key]["losses"], one["losses"], rtol=1e-5 if kind == FROBENIUS["kind"] else 1e-3
-        )
-        for name, value in one["weights"].items():
-            assert (first[key]["weights"][name] - value).norm() <= 5e-3 * value.norm(), (key, name)
+@pytest.mark.parametrize("key", RANKED, ids=str)
+def test_two_ranks_hold_the_same_bits_and_end_where_one_does(key: Any, tmp_path: Path) -> None:
+    kind, engine, stage = key
+    by_loop = kind == FROBENIUS["kind"]
+    one = expected() if by_loop else run(cell(chosen(SETTINGS[kind]), engine, stage), tmp_path)
+    first, second = (two_ranks()[rank][key] for rank in ("2-0", "2-1"))
+    assert first["losses"] == second["losses"]
+    if stage < 3:  # at ZeRO-3 the first rank collects them
+        assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    np.testing.assert_allclose(first["losses"], one["losses"], rtol=1e-5 if by_loop else 1e-3)
+    for name, value in one["weights"].items():
+        assert (first["weights"][name] - value).norm() <= 5e-3 * value.norm(), name

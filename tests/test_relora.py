@@ -20,7 +20,7 @@ from fixtures_model import (  # noqa: F401
     random_examples,
     stir,
 )
-from optimizers_program import EIGHT_BITS, ENGINES, GPT2, LLAMA, chosen, relora, run_relora
+from optimizers_program import EIGHT_BITS, ENGINES, GPT2, LLAMA, RELORA_RANKED, chosen, relora, run_relora, two_ranks
 from torch import Tensor, nn
 
 from finrepro import catalogue, partition, runtime
@@ -342,3 +342,14 @@ def test_on_a_real_model_it_trains_as_many_parameters_as_counted() -> None:
     assert trained == method.trainable_parameters(model, choice.config)
     blocks = 12 * (192 * (768 + 2304) + 192 * (768 + 768) + 2 * 192 * (768 + 3072))
     assert trained == model.parameters - 12 * 12 * 768**2 + blocks
+
+
+# --- two ranks ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", RELORA_RANKED, ids=str)
+def test_two_ranks_are_the_plain_loop_and_the_first_exports_all_of_it(key: Any) -> None:
+    first, second = (two_ranks()[rank]["relora", *key] for rank in ("2-0", "2-1"))
+    is_the_plain_loop(first, LLAMA)
+    assert first["losses"] == second["losses"] and not second["weights"]

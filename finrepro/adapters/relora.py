@@ -27,8 +27,8 @@ RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
 
 @settings
 class Config:
-    """`r` is whole, or a share of each layer's shorter side, and `lora_scale` multiplies B A. `reset_every` is in optimizer steps, or a share of
-    all; `restart_warmup` in steps, or a share of those between two resets. `keep_moments` is the share that a reset leaves."""
+    """`r` is whole, or a share of each layer's shorter side, and `lora_scale` multiplies B A. `reset_every` is in optimizer steps, or a
+    share of all; `restart_warmup` in steps, or a share of those between two resets. `keep_moments` is the share that a reset leaves."""
 
     r: Positive | Share
     lora_scale: PositiveFloat
