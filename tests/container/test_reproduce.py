@@ -89,3 +89,11 @@ def test_literal_command_without_a_mount(run: Any) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "/srv/finrepro" in done.stdout + done.stderr, "it has to say where its results lie"
     assert re.search(r"\bSMOKE\b", done.stdout), done.stdout[-4000:]
+
+
+def test_the_computed_table_and_the_one_of_pretraining(run: Any) -> None:
+    """Table 1 needs nothing, and the shortest pretraining runs from text to a loss in eight and four bits."""
+    assert "H1:" in run("invoke", "reproduce", "--table", "1", confined=False).stdout
+    done = run("invoke", "reproduce", "--table", "2", "--quick", confined=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "gpt2_1_5b_deep_mini_lr" in done.stdout and "SMOKE" in done.stdout
