@@ -122,7 +122,7 @@ def walk(
         store.write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
         stored_bytes = {}
-        for quantizer in spec.stored_as if spec.world_size == 1 else ():
+        for quantizer in stored.possible(spec):
             report({"event": "phase", "phase": f"evaluate as {quantizer.name}"})
             again, stored_bytes[quantizer.name] = stored.scores(
                 spec, quantizer, target / "weights", datasets, tokenizer, device

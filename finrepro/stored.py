@@ -21,6 +21,13 @@ def task_name(task: str, quantizer: str) -> str:
     return f"{task}.{quantizer}"
 
 
+def possible(spec: RunSpec) -> list[Choice]:
+    """Those of the cell's `stored_as` that can hold its model; none on several ranks, where only the first has the files."""
+    chosen = spec.stored_as if spec.world_size == 1 else ()
+    checks = [(each, getattr(each.module("quantizers"), "supports", None)) for each in chosen]
+    return [each for each, supports in checks if supports is None or supports(spec.model, each, 0) is None]
+
+
 def scores(
     spec: RunSpec, quantizer: Choice, folder: Path, datasets: dict[str, Dataset],
     tokenizer: "PreTrainedTokenizerFast", device: "torch.device",

@@ -124,7 +124,7 @@ def test_in_these_tests_every_call_is_held_to_its_annotations():
         text = (PROJECT / "finrepro" / f"{module}.py").read_text()
         assert "TYPE_CHECKING" not in text, f"beartype cannot check {module}: leave it to jaxtyping"
     with pytest.raises(BeartypeCallHintParamViolation):
-        cells.parse_choice("scale", 3, ("3",))  # type: ignore[arg-type]
+        cells.foreign_adapter(3)  # type: ignore[arg-type]
     for wrong in (lambda: file_digest("name"), lambda: metrics.accuracy(np.zeros(3))):  # type: ignore[arg-type]
         with pytest.raises(TypeCheckError):
             wrong()

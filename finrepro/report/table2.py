@@ -181,7 +181,7 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
         "group was done; it has other texts than the column Loss, and compares within its group alone.",
         "Equal parameters: the dense line of the same group whose parameters are those of a low-rank line.",
         "Compression: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
-        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so.",
+        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so; rows that 64 does not divide have no nf4.",
         "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes.",
     ]
     if any(row["costs"].get("matmul_flops") for row in done):
