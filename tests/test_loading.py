@@ -253,11 +253,17 @@ def test_another_configuration_is_named_by_its_key_and_both_values(tmp_path: Pat
     assert linear_layers(load(of, tmp_path))
 
 
-@pytest.mark.parametrize("quantizer", [pytest.param("none", marks=pytest.mark.slow), "nf4"])
-def test_at_stage_3_two_ranks_load_half_each_and_train_as_at_stage_0(quantizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantizer", "other"),
+    [pytest.param("none", (), marks=pytest.mark.slow), ("nf4", ()),
+     pytest.param("nf4", ("lora_r8", "gpt2_127m_mini_lr_r64"), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_at_stage_3_two_ranks_load_half_each_and_train_as_at_stage_0(
+    quantizer: str, other: tuple[str, ...], tmp_path: Path
+) -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(PROJECT / "tests" / "two_ranks_loading.py"), quantizer, str(tmp_path)],
+         str(PROJECT / "tests" / "two_ranks_loading.py"), quantizer, str(tmp_path), *other],
         env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]

@@ -1,12 +1,13 @@
 """One of two ranks: loads and trains a tiny cell at ZeRO stage 3 and at stage 0, and writes down what it held and the losses. A program of
-test_loading.py and test_first_stage.py, started by torchrun with a quantizer, a folder, and an adapter if it is not LoRA."""
+test_loading.py and test_first_stage.py, started by torchrun with a quantizer, a folder, an adapter if it is not LoRA, and a model's name if
+it is not a tiny Llama."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro import catalogue, runtime
 
 runtime.quiet_environment()
 
@@ -18,10 +19,11 @@ from finrepro.train import train  # noqa: E402
 
 device = runtime.setup(0, 1)
 adapter = sys.argv[3] if len(sys.argv) > 3 else "lora_r8"
+base_model = catalogue.model(sys.argv[4]) if len(sys.argv) > 4 else "llama3_1_8b_mini"
 found: dict[str, Any] = {}
 for stage in (3, 0):
     spec = spec_of(
-        "llama3_1_8b_mini", adapter, sys.argv[1], zero_stage=stage, max_steps=3, global_batch_size=4, warmup_steps=0, lr=1e-2
+        base_model, adapter, sys.argv[1], zero_stage=stage, max_steps=3, global_batch_size=4, warmup_steps=0, lr=1e-2
     )  # fmt: skip
     built = build(spec, None, device)
     base = [getattr(p, "ds_tensor", p) for p in built.model.parameters() if not p.requires_grad]
