@@ -312,7 +312,7 @@ def test_sources_that_changed_in_between_are_found(lines: Path, encoder: Encoder
     for number in (1, 2):
         out = tmp_path / f"out{number}"
         with pytest.raises(EnvironmentFault, match="cut off"):
-            prepare.prepare(Sources([cut_after(lines, 200)]), encoder, out, OPTIONS)
+            prepare.prepare(Sources([cut_after(lines, 290)]), encoder, out, OPTIONS)
         content = lines.read_text()
         lines.write_text("y" + content[1:] if number == 1 else "\n" * len(content.encode()))
         refused("are not what they were", lambda out=out: prepare.prepare(sources_of(lines), encoder, out, OPTIONS))
