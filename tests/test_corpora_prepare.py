@@ -57,10 +57,10 @@ def encoder(tokenizer: Path) -> Encoder:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """A file of 400 documents, one a line, eleven of which are there twice."""
+    """A file of 300 documents, one a line, eleven of which are there twice."""
     path = tmp_path / "in" / "lines.txt"
     path.parent.mkdir()
-    path.write_text("".join(each + "\n" for each in [*texts(400), *texts(400)[:11]]))
+    path.write_text("".join(each + "\n" for each in [*texts(300), *texts(300)[:11]]))
     return path
 
 
@@ -92,14 +92,14 @@ def test_every_document_is_there_once_with_its_start_token_in_the_order_of_the_s
     index = prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS)
     work = tokenizing.tokenizer_of(encoder.rules)
     wanted: dict[str, list[list[int]]] = {"train": [], "validation": []}
-    for text in texts(400):
+    for text in texts(300):
         ids = [encoder.start_id, *work.encode(text, add_special_tokens=False).ids]
         wanted["validation" if held_out(identity(text), 0.1, 0) else "train"].append(ids)
     for name, documents in wanted.items():
         assert documents_of(tmp_path / "out", name) == documents
         split = index.splits[name]
         assert (split.documents, split.tokens) == (len(documents), sum(map(len, documents)))
-    assert sum(split.bytes for split in index.splits.values()) == sum(len(text.encode()) for text in texts(400))
+    assert sum(split.bytes for split in index.splits.values()) == sum(len(text.encode()) for text in texts(300))
     assert index.counts == {"duplicates": 11, "empty": 0, "quarantined": 0, "reasons": {}}
     assert len(index.splits["train"].shards) > 5, "the law needs several shards"
     assert {shard.tokens for shard in index.splits["train"].shards[:-1]} == {900}
@@ -168,7 +168,7 @@ def resumes_to_the_same_bytes(lines: Path, encoder: Encoder, folder: Path, wante
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizing, "encode_texts", counted)
         patch.setattr(tokenizing, "BATCH_DOCUMENTS", 1)
-        for limit in (0, 1, 37, 38, 120, 399):
+        for limit in (0, 1, 37, 38, 120, 299):
             with pytest.raises(EnvironmentFault, match="cut off"):
                 prepare.prepare(Sources([cut_after(lines, limit)]), encoder, folder, OPTIONS)
             assert not list(folder.glob(".*.partial")), "nothing half-written is left"
@@ -185,7 +185,7 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
     wanted = images(tmp_path / "whole")
     tokenized = resumes_to_the_same_bytes(lines, encoder, tmp_path / "out", wanted)
     with pytest.raises(EnvironmentFault, match="cut off"):
-        prepare.prepare(Sources([cut_after(lines, 399)]), encoder, tmp_path / "lost", OPTIONS)
+        prepare.prepare(Sources([cut_after(lines, 299)]), encoder, tmp_path / "lost", OPTIONS)
     (tmp_path / "lost" / "train-00003.tokens").unlink()
     prepare.prepare(sources_of(lines), encoder, tmp_path / "lost", OPTIONS)
     assert images(tmp_path / "lost") == wanted, "a shard that was taken away is made again"
@@ -312,7 +312,7 @@ def test_sources_that_changed_in_between_are_found(lines: Path, encoder: Encoder
     for number in (1, 2):
         out = tmp_path / f"out{number}"
         with pytest.raises(EnvironmentFault, match="cut off"):
-            prepare.prepare(Sources([cut_after(lines, 300)]), encoder, out, OPTIONS)
+            prepare.prepare(Sources([cut_after(lines, 290)]), encoder, out, OPTIONS)
         content = lines.read_text()
         lines.write_text("y" + content[1:] if number == 1 else "\n" * len(content.encode()))
         refused("are not what they were", lambda out=out: prepare.prepare(sources_of(lines), encoder, out, OPTIONS))
@@ -491,6 +491,7 @@ def test_the_command_prepares_a_file_and_says_what_it_made(
         command.make("wikitext2", None, None, None, workers="", on_error="stop", field="", documents="", validation="")
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_prepared_by_its_name(tokenizer: Path, tmp_path: Path) -> None:
     index = made(tokenizer, "wikitext2", tmp_path / "out")
     assert {name: split.documents for name, split in index.splits.items()} == {"train": 5, "validation": 60}
