@@ -371,8 +371,8 @@ def variants(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 SAID_FIELDS = {
-    "name", "title", "licence", "embedded", "gated", "parameters", "miniature_of", "compared_with", "of", "source", "path", "hub_path", "url", "scale",
-    "hub", "pretrain", "variant", "label",
+    "name", "title", "licence", "embedded", "gated", "parameters", "miniature_of", "compared_with", "of", "source", "path", "hub_path",
+    "url", "scale", "hub", "pretrain", "variant", "label",
 }  # fmt: skip
 
 
@@ -446,11 +446,11 @@ def test_renaming_entries_keeps_every_result(configs: Path):
             text = re.sub(rf"^{old}(?=:)", new, text, flags=re.MULTILINE)
             text = re.sub(rf"((?:compared_with|of): ){old}(?=[,}}\n])", rf"\1{new}", text)
         file.write_text(text)
-    table = configs / "tables" / "table3.yaml"
-    text = table.read_text()
-    for old, new in RENAMED.items():
-        text = re.sub(rf"(?<![\w./]){old}(?=[,\]}}-])", new, text)
-    table.write_text(text)
+    for table in (configs / "tables" / "table2.yaml", configs / "tables" / "table3.yaml"):
+        text = table.read_text()
+        for old, new in RENAMED.items():
+            text = re.sub(rf"(?<![\w./]){old}(?=[,\]}}-])", new, text)
+        table.write_text(text)
     forget()
     labels = [cell.label for cell in expand(Selection("3"), "smoke")]
     assert "gpt2_127mx_mini-nf4x-lora_r8x-tfns-s0" in labels

@@ -347,9 +347,7 @@ def test_every_embedded_folder_names_its_source_and_licence(folder: str):
     ]
     assert texts, f"finrepro/embedded/{folder} has neither README.md nor LICENSE"
     text = "\n".join(texts)
-    described = [
-        each for each in WITH_FILES if any(file.path.startswith(f"{folder}/") for file in each.files.values())
-    ]
+    described = [each for each in WITH_FILES if any(file.path.startswith(f"{folder}/") for file in each.files.values())]
     for config in described:
         assert "licen" in text.lower() and config.licence.split()[0].rstrip(",") in text
         assert all((file.sha256 or "") in text for file in config.files.values()) or config not in CORPORA
@@ -359,7 +357,6 @@ def test_every_embedded_folder_names_its_source_and_licence(folder: str):
             sources += [f"{owner}/{repository}", commit] if file.url else []
         assert sources and all(source in text for source in sources)
     assert described
-
 
 
 def test_nothing_that_may_not_be_embedded_lies_in_the_package():
