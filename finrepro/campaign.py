@@ -15,6 +15,7 @@ from finrepro import plan as planning
 from finrepro import provenance, store
 from finrepro.cells import Cell, expand
 from finrepro.errors import CellFailed, EnvironmentFault, UsageError
+from finrepro.interrupts import held_back
 from finrepro.place import Place
 from finrepro.record import View, is_shown
 from finrepro.result import seal_unfinished
@@ -231,8 +232,9 @@ class _Campaign:
         """Show a finished cell in MLflow."""
         self._save()
         if self.view is None:
-            self.view = View(self.place.store)
-            self.parent = self.view.campaign(self.record)
+            with held_back():  # half a database is none
+                self.view = View(self.place.store)
+                self.parent = self.view.campaign(self.record)
         self.view.cell(step.spec.run_id, self.record, self.parent)
 
     def finish(self) -> None:

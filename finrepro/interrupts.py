@@ -1,0 +1,26 @@
+"""Interrupts that wait: what must not be cut short (a database that is being made) is ended first, and the interrupt comes then."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+HELD = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was raised. In another thread, nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    before = {each: signal.signal(each, lambda number, frame: noted.append((number, frame))) for each in HELD}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if noted:
+        signal.raise_signal(noted[-1][0])
