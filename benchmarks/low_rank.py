@@ -4,7 +4,7 @@ Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and t
 activation and attention take time that no operation of the bound stands for: the layers alone show what the factors do. 416 stands beside
 413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose
 processor time is counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot
-show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (benchmarks/_roofline.py), and
+show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (finrepro/roofline.py), and
 whether they follow.
 """
 
@@ -18,12 +18,14 @@ runtime.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
-from _roofline import GPUS, ceiling, dense_seconds, factored_seconds  # noqa: E402
 from torch import nn  # noqa: E402
 
+from finrepro import roofline as roof  # noqa: E402
+from finrepro.hardware import hardware  # noqa: E402
 from finrepro.layers.linear import linear_layers  # noqa: E402
 from finrepro.layers.low_rank import like  # noqa: E402
 
+GPUS = {name: hardware(name) for name in ("h100", "h200")}
 WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
 BATCH, SEQ, REPEATS, THREADS = 4, 256, 4, 1
 TOKENS = 8192  # of the roofline: a micro-batch of eight sequences of 1,024
@@ -89,9 +91,9 @@ def roofline(width: int, rank: int) -> dict[str, float]:
     sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
     found = {"operations": round(0.75 * width / rank, 2)}
     for name, gpu in GPUS.items():
-        dense = sum(dense_seconds(gpu, TOKENS, *size) for size in sizes)
+        dense = sum(roof.seconds(gpu, TOKENS, *size) for size in sizes)
         for key, fused in (("", False), (" fused", True)):
-            whole = sum(factored_seconds(gpu, TOKENS, *size, rank, fused) for size in sizes)
+            whole = sum(roof.factored_seconds(gpu, *size, rank, TOKENS, fused) for size in sizes)
             found[f"{name}{key}"] = round(dense / whole, 2)
     return found
 
@@ -144,14 +146,16 @@ def main() -> None:
     }
     summary["gpu_ceiling_by_layer"] = {
         name: {
-            f"r{rank}": {each: round(ceiling(gpu, TOKENS, *size, rank), 2) for each, gpu in GPUS.items()}
+            f"r{rank}": {
+                each: round(roof.low_rank(gpu, *size, rank, TOKENS).two_products, 2) for each, gpu in GPUS.items()
+            }
             | {"operations": round(size[0] * size[1] / (rank * sum(size)), 2)}
             for rank in RANKS
         }
         for name, size in layers.items()
     }
     facts = {"batch": BATCH, "seq": SEQ, "threads": THREADS, "repeats": REPEATS, "roofline_tokens": TOKENS}
-    facts |= {"ridge_operations_per_byte": {name: round(gpu.ridge) for name, gpu in GPUS.items()}}
+    facts |= {"ridge_operations_per_byte": {name: round(roof.ridge(gpu)) for name, gpu in GPUS.items()}}
     write("low_rank", {**facts, "seconds": round(time.monotonic() - began), "raw": raw, "summary": summary})
 
 

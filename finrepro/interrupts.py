@@ -11,7 +11,7 @@ HELD = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was raised. In another thread, nothing is changed."""
+    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was raised. In another thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

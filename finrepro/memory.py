@@ -1,4 +1,4 @@
-"""Bytes of a model from its sizes: exact as it is stored, estimated as it is trained (performance.md, section 6.1). No torch."""
+"""Bytes of a model from its sizes: exact as it is stored, estimated as it is trained. No torch."""
 
 from dataclasses import dataclass
 from typing import Any

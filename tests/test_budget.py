@@ -96,7 +96,7 @@ def test_what_is_seen_once_is_whole_and_what_is_seen_for_ever_has_a_limit():
     )
 
 
-# Runs whose MFU, tokens and duration are known together (performance.md, sections 2 and 7): hours of all GPUs at once.
+# Runs whose MFU, tokens and duration are known together: hours of all GPUs at once.
 RUNS = [
     ("a100", "8", "0.60", "gpt2_127m", 9.9e9, 94 / 60),
     ("h100", "8", "0.487", "gpt2_1_5b", 33.6e9, 24.9),

@@ -235,7 +235,7 @@ def test_positions_that_are_not_scored_cost_no_head():
 
 
 def test_a_low_rank_layer_costs_2_r_in_plus_out_forward_a_token():
-    """methods.md, LR13."""
+    """2 r (out + in) a token and layer."""
     model = catalogue.model("gpt2_1_5b")
     for name, (i, o) in block_sizes(model).items():
         (a, b) = flops.products(flops.factored({name: (i, o)}, 400), "gpt2")
@@ -269,7 +269,7 @@ def test_both_conventions_of_mfu_give_what_published_runs_give(
 
 @pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama3_1_70b"])
 def test_a_lora_costs_about_4_n(name: str):
-    """NVIDIA's published LoRA throughputs and TFLOP/s agree with 4 N, not 6 N, a token (performance.md, section 0)."""
+    """NVIDIA's published LoRA throughputs and TFLOP/s agree with 4 N, not 6 N, a token."""
     model = catalogue.model(name)
     cost = flops.training(model, 4096, 8)
     assert (cost.linear + cost.head) / flops.matrix_parameters(model) == pytest.approx(4, rel=0.02)

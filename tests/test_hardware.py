@@ -52,7 +52,7 @@ def test_a_card_is_known_by_what_its_driver_calls_it():
     assert of_card("NVIDIA A100-PCIE-40GB") is None and of_card("") is None
 
 
-# performance.md, 3.2: layer, rank -> by operations; H100 and H200, two products and fused; 8192 tokens.
+# Computed by hand from the roofline model: layer, rank -> by operations; H100 and H200, two products and fused; 8192 tokens.
 CEILINGS = [
     ((768, 768, 64), 6.0, (1.48, 1.61), (2.13, 2.30)),
     ((768, 3072, 64), 9.6, (2.49, 2.57), (3.57, 3.68)),

@@ -36,7 +36,7 @@ def test_all_six_real_models_are_in_it():
     assert [catalogue.model(name).scale for name in REAL] == ["paper"] * 6
 
 
-# methods.md 1.1, 1.2, performance.md 6.1: linear weights [M], share of size, GB at 16 bit, int8, nf4, KiB of cache a token.
+# Computed by hand from the configurations: linear weights [M], share of size, GB at 16 bit, int8, nf4, KiB of cache a token.
 KNOWN = {
     "gpt2_127m": (84.93, 0.683, 0.25, 0.16, 0.12, 36),
     "gpt2_1_5b": (1474.56, 0.947, 3.12, 1.64, 0.93, 300),
@@ -54,7 +54,9 @@ def test_sizes_and_bytes_are_the_known_ones(name: str):
     assert found["linear_parameters"] / 1e6 == pytest.approx(linear, abs=0.06)
     assert found["linear_share"] == pytest.approx(share, abs=6e-4)
     stored = [found["bytes"][each] / 1e9 for each in ("none", "int8", "nf4")]
-    assert stored == pytest.approx([half, byte, four], abs=0.03)  # methods.md leaves out some of int8's scales
+    assert stored == pytest.approx(
+        [half, byte, four], abs=0.03
+    )  # the hand computation leaves out some of int8's scales
     assert found["cache_bytes_per_token"] == cache * 1024
     assert found["bytes"]["none"] == found["nominal_bytes"][16] and found["bytes"]["nf4"] > found["nominal_bytes"][4]
 
@@ -118,7 +120,7 @@ def test_the_published_compression_is_put_to_the_test():
     assert "0.59 GB" not in "\n".join(table1.build(without, SETTINGS).notes)
 
 
-# A published peak (performance.md, 6.2), the formulas there against it, and how far they may be off.
+# A published peak, the formulas against it, and how far they may be off.
 PEAKS = [("llama3_1_8b", "nf4", 7.4, 0.05), ("llama3_1_8b", "none", 16.2, 0.08)]
 
 
