@@ -631,7 +631,7 @@ def low_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str,
 def test_a_low_rank_run_is_exported_as_the_dense_model_that_computes_the_same(
     run: str, wanted: str, low_rank: tuple[Place, dict[str, str]], tmp_path: Path
 ):
-    """LR7: Transformers' own GPT-2, with nothing of ours in it."""
+    """Transformers' own GPT-2, with nothing of ours in it."""
     place, ids = low_rank
     if run == "lora":
         ids |= {

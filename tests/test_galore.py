@@ -55,7 +55,7 @@ def subspace(gradient: np.ndarray, r: int) -> np.ndarray:
 
 
 def is_the_subspace(project: Any) -> None:
-    """GL2, GL3: orthonormal columns, of the shorter side, that span the gradient's largest directions."""
+    """Orthonormal columns, of the shorter side, that span the gradient's largest directions."""
     for shape in SHAPES:
         for r in (1, 3, min(shape)):
             gradient = drawn(shape)
@@ -78,7 +78,7 @@ def test_the_subspace_is_that_of_the_shorter_sides_largest_singular_vectors() ->
 
 
 def loses_nothing_at_full_rank(there: Any, back: Any) -> None:
-    """GL1: with r = min(m, n) P P^T G = G, so that a step of SGD is SGD's; with less it is the nearest matrix of that rank."""
+    """With r = min(m, n) P P^T G = G, so that a step of SGD is SGD's; with less it is the nearest matrix of that rank."""
     for shape in SHAPES:
         gradient, errors = drawn(shape), []
         singular = torch.linalg.svdvals(gradient)
@@ -140,7 +140,7 @@ def test_a_step_is_that_of_the_equations() -> None:
 
 
 def refreshes_every_second_step(optimizer: Any, weight: nn.Parameter) -> None:
-    """GL2: the subspace changes at steps 0, T, 2 T and at no other."""
+    """The subspace changes at steps 0, T, 2 T and at no other."""
     seen = []
     for count in range(6):
         weight.grad = drawn((6, 9), 20 + count)
@@ -162,7 +162,7 @@ def test_the_subspace_is_found_anew_every_so_many_steps() -> None:
 
 
 def is_adamw_in_turned_coordinates(scale: float) -> None:
-    """GL1 for Adam: with the whole space and one subspace for good, P^T W goes AdamW's way."""
+    """With the whole space and one subspace for good, P^T W goes AdamW's way."""
     config = chosen(GALORE, rank=5, update_proj_gap=10**6, step_scale=scale).config
     weight, basis = nn.Parameter(drawn((5, 8))), projection(drawn((5, 8), 30), 5)
     turned = nn.Parameter(basis.T @ weight.detach())
@@ -234,7 +234,7 @@ def is_the_loop(found: dict[str, Any], plain: dict[str, Any]) -> None:
     ],
 )
 def test_a_run_is_the_loop_by_hand_also_on_conv1d(name: str, engine: Any, tmp_path: Path) -> None:
-    """GL6: GPT-2's layers store (in, out)."""
+    """GPT-2's layers store (in, out)."""
     spec = cell(chosen(GALORE), engine, name=name)
     plain = loop(cell(chosen(GALORE), name=name))
     is_the_loop(run(spec, tmp_path / "right"), plain)
@@ -255,7 +255,7 @@ def test_weights_of_bfloat16_are_stepped_in_float32_from_the_first_gradient(tmp_
 
 
 def test_the_state_has_the_size_of_the_formula(tmp_path: Path) -> None:
-    """GL4: 2 r n + m r numbers for a matrix (m, n) with m <= n, 2 m n else."""
+    """2 r n + m r numbers for a matrix (m, n) with m <= n, 2 m n else."""
     for rank in (RANK, 0.25):
         spec = cell(chosen(GALORE, rank=rank), max_steps=1)
         shapes = {name: tuple(p.shape) for name, p in make(spec).model.named_parameters()}

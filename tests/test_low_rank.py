@@ -83,14 +83,14 @@ def pairs_with_weights(low: nn.Module, dense: nn.Module) -> list[tuple[np.ndarra
 
 
 def nearest_of_its_rank(a: np.ndarray, b: np.ndarray, weight: np.ndarray, name: str = "") -> None:
-    """LR1, Eckart and Young: ||W - B A||^2 is the sum of the squared singular values that are left out."""
+    """Eckart and Young: ||W - B A||^2 is the sum of the squared singular values that are left out."""
     left_out = np.linalg.svd(weight, compute_uv=False)[len(a) :]
     error, best = np.linalg.norm(weight - b @ a) ** 2, (left_out**2).sum()
     assert abs(error - best) <= 1e-5 * np.linalg.norm(weight) ** 2, name
 
 
 def evenly_shared(a: np.ndarray, b: np.ndarray) -> None:
-    """LR2: B^T B = A A^T."""
+    """B^T B = A A^T."""
     assert np.linalg.norm(b.T @ b - a @ a.T) <= 1e-5 * np.linalg.norm(a @ a.T)
 
 
@@ -125,7 +125,7 @@ def test_a_randomised_decomposition_comes_near_the_exact_one_and_is_as_even() ->
 
 
 def spread(a: Tensor, b: Tensor, std: float) -> None:
-    """LR3: the entries of B A have the standard deviation of a dense weight, within 3 %."""
+    """The entries of B A have the standard deviation of a dense weight, within 3 %."""
     assert abs(float((b @ a).std()) / std - 1) <= 0.03
 
 
@@ -146,7 +146,7 @@ def test_rescaled_the_product_is_as_large_as_the_dense_weight(inputs: int, outpu
 
 
 def residual_scaling(model: Model, shrink: float = 1.0) -> None:
-    """LR8: what is added to the residual stream begins 1 / sqrt(2 L) as large as the rest, in the product of the factors."""
+    """What is added to the residual stream begins 1 / sqrt(2 L) as large as the rest, in the product of the factors."""
     found = low_rank_layers(load(spec_of(model), None))
     norm = {
         kind: torch.stack([(dense_weight(pair)[0]).std() for name, pair in found.items() if name.endswith(kind)]).mean()
@@ -189,7 +189,7 @@ def of_rank(model: Model, r: int, folder: Path) -> Any:
 
 
 def the_dense_logits(found: nn.Module, dense: nn.Module) -> None:
-    """LR5: the decomposition of full rank computes what the dense model computes."""
+    """The decomposition of full rank computes what the dense model computes."""
     assert_close(all_logits(found, IDS), all_logits(dense, IDS), 1e-4)
 
 
@@ -272,7 +272,7 @@ def test_no_part_of_the_dense_model_stays_behind(monkeypatch: pytest.MonkeyPatch
 
 
 def computes(layer: nn.Module, dense: nn.Module, inputs: int) -> None:
-    """LR11: y = x A^T B^T + b, whichever way the dense layer stores its weight."""
+    """Y = x A^T B^T + b, whichever way the dense layer stores its weight."""
     x = torch.randn(3, 5, inputs, generator=torch.Generator().manual_seed(0))
     assert_close(layer(x), dense(x), 1e-5)
 
@@ -302,7 +302,7 @@ def test_gpt2s_stored_transpose_becomes_factors_of_the_right_order(inputs: int, 
 
 
 def operations(layer: nn.Module, expected: int, positions: int = 7) -> None:
-    """LR13: floating-point operations of a forward pass, as PyTorch counts them, a position."""
+    """Floating-point operations of a forward pass, as PyTorch counts them, a position."""
     with FlopCounterMode(display=False) as counter:
         layer(torch.zeros(positions, layer.in_features))
     assert counter.get_total_flops() == expected * positions
@@ -333,7 +333,7 @@ def test_token_by_token_it_computes_what_it_computes_at_once() -> None:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("gpt2_1_5b_lr_r")) for name in LOW_RANK]
 )
 def test_an_entry_has_as_many_parameters_as_arithmetic_and_the_built_model_say(name: str) -> None:
-    """LR6, with the tied head and the biases; the names and sizes of the layers are those of the model."""
+    """With the tied head and the biases; the names and sizes of the layers are those of the model."""
     entry = catalogue.model(name)
     sizes = block_sizes(entry)
     assert entry.parameters == other_parameters(entry) + depth(entry) * sum(i * o for i, o in sizes.values())
@@ -458,7 +458,7 @@ def misaligned(spec: Any) -> None:
 
 
 def test_factors_whose_rows_4_bit_blocks_would_cross_are_refused_by_name() -> None:
-    """LR12: B's rows are as long as the rank."""
+    """B's rows are as long as the rank."""
     for r in (48, 37):
         model = dataclasses.replace(catalogue.model(GPT2), low_rank=chosen(rank=r))
         for quantizer in ("nf4", "fp4", "icq"):

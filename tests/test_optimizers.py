@@ -88,7 +88,7 @@ engines = pytest.mark.parametrize(
 
 
 def slopes_are_autograds(slopes: Any) -> None:
-    """LR4: the gradients of 0.5 ||B A||_F^2 in float64."""
+    """The gradients of 0.5 ||B A||_F^2 in float64."""
     generator = torch.Generator().manual_seed(0)
     for r, d_in, d_out in ((1, 5, 3), (4, 6, 9), (7, 7, 7)):
         a, b = (
@@ -120,7 +120,7 @@ def decay_of(build: Any) -> dict[str, float]:
 
 
 def factors_have_no_plain_decay(build: Any) -> None:
-    """LR9: factors none, other matrices the configured one, vectors none."""
+    """Factors none, other matrices the configured one, vectors none."""
     decay = decay_of(build)
     assert len(factor_names(decay)) == 2 * len(adamw_frobenius.pairs(decay)) > 0
     for name, value in decay.items():
@@ -288,7 +288,7 @@ def test_the_law_finds_a_decay_that_is_another(
 
 
 def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LR4: after a step from the same weights Adam remembers the same bits with and without decay, and the weights are others."""
+    """After a step from the same weights Adam remembers the same bits with and without decay, and the weights are others."""
     found = []
     for decay in (0.0, 0.5):
 
