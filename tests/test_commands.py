@@ -35,7 +35,7 @@ def refused(answer: "subprocess.CompletedProcess[str]", code: int) -> str:
 
 
 USAGE = {
-    "no table": (("reproduce",), "--table is needed, one of: 1, 3"),
+    "no table": (("reproduce",), "--table is needed, one of: 1, 2, 3"),
     "table": (("reproduce", "--table", "33"), "unknown table '33'"),
     "scale": ((*RUN, "--scale", "smok"), "Did you mean 'smoke'?"),
     "pattern": ((*RUN, "--scale", "smoke", "--only", "gpt9*"), "no cell of table 3 matches --only 'gpt9*'"),
@@ -166,7 +166,9 @@ def test_a_plan_prints_every_cell_and_runs_nothing(invoke: Invoke, tmp_path: Pat
 
 
 def test_cells_lists_label_run_id_state_and_reason(invoke: Invoke):
-    answer = invoke("cells", "--scale", "smoke", "--full", "--seeds", "0", "--only", "gpt2_127m*", HF_HOME="/nowhere")
+    answer = invoke(
+        "cells", "--scale", "smoke", "--full", "--seeds", "0", "--only", "gpt2_127m_mini-*", HF_HOME="/nowhere"
+    )
     rows = {line.split()[0]: line for line in answer.stdout.splitlines() if "-s0 " in line}
     assert answer.returncode == 0 and len(rows) == 7 * 14 * 9 + 1, "the base as well"
     assert "not run" in rows["gpt2_127m_mini-none-full-tfns-s0"]

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from torch import nn
 from finrepro import catalogue
 from finrepro.evaluate import Evaluated, Row, evaluate, score_rows
 from finrepro.examples import Example
-from finrepro.tokens import Encoded
+from finrepro.tokens import Encoded, cut
 
 COUNT = 60
 TASK, TEXT = catalogue.task("tfns", "short"), catalogue.task("tfns_text")
@@ -262,7 +263,7 @@ def test_the_score_of_text_is_its_perplexity_per_token(name: str) -> None:
     found = evaluated(model, name, TEXT)
     tokens: Any = tokenizer(catalogue.model(name).family)
     assert [row["id"] for row in found.rows] == [example.id for example in examples()]
-    total, count = 0.0, 0
+    total, count, size = 0.0, 0, 0
     with torch.no_grad():
         for row, example in zip(found.rows, examples(), strict=True):
             text = TEXT.task.module("tasks").target(example, TEXT.task.config)
@@ -272,12 +273,23 @@ def test_the_score_of_text_is_its_perplexity_per_token(name: str) -> None:
             assert len(ids) <= 128
             value = float(answer_log_likelihood(model, Encoded(ids, 1)))
             assert (row["logprob"], row["tokens"]) == (pytest.approx(value, rel=1e-4), len(ids) - 1)
-            total, count = total + value, count + len(ids) - 1
-    (score,) = found.scores
-    assert score["metric"] == "perplexity" and score["n"] == COUNT
-    assert score["value"] == pytest.approx(math.exp(-total / count), rel=1e-4)
-    assert score["low"] < score["value"] < score["high"]
-    assert score["constant"] is None and "gain" not in score
+            total, count, size = total + value, count + len(ids) - 1, size + len(text.encode())
+    values = {score["metric"]: score["value"] for score in found.scores}
+    expected = {"perplexity": math.exp(-total / count), "bits_per_byte": -total / math.log(2) / size}
+    assert values == pytest.approx(expected, rel=1e-4)
+    for score in found.scores:
+        assert score["n"] == COUNT and score["low"] < score["value"] < score["high"]
+        assert score["constant"] is None and "gain" not in score
+
+
+def test_a_text_that_is_too_long_for_the_model_is_scored_in_pieces_and_no_token_is_lost() -> None:
+    text = Encoded(tuple(range(100)), 1)
+    for longest in (2, 7, 99, 100, 128):
+        parts = cut(text, longest)
+        assert all(2 <= len(part.ids) <= longest and part.answer_start == 1 for part in parts)
+        assert [token for part in parts for token in part.ids[1:]] == list(range(1, 100))
+        assert all(one.ids[-1] == other.ids[0] for one, other in pairwise(parts))
+    assert cut(Encoded((5,), 1), 8) == [Encoded((5,), 1)]
 
 
 # --- answers that are generated ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ from finrepro.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.model import configuration
 from finrepro.tokens import IGNORE
 
-MODELS = tuple(catalogue.catalogue("models"))
+MODELS = tuple(
+    name for name in catalogue.catalogue("models") if catalogue.model(name).low_rank is None
+)  # test_low_rank.py has the others
 HEADS = ((4, 4), (4, 2), (8, 1))  # multi-head, grouped-query, one key-value head
 
 
@@ -203,7 +205,7 @@ CLOSED_FORMS = {
     "llama3_1_8b": (224, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2_621_440),
     "llama3_1_70b": (560, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 12_943_360),
 }
-REAL = tuple(name for name in MODELS if (model := catalogue.model(name)).scale == "paper" and model.variant == "base")
+REAL = tuple(name for name in MODELS if (model := catalogue.model(name)).hub and model.variant == "base")
 
 
 def linear_layers_are_counted(name: str, layers: dict[str, nn.Module]) -> None:

@@ -436,9 +436,8 @@ def test_settings_that_cannot_be_are_one_line(
     assert one_line(refused.value).startswith(("models.x", "unknown model"))
 
 
-def test_what_a_low_rank_model_is_decides_its_runs_and_a_dense_ones_runs_stay_what_they_were() -> None:
+def test_what_a_low_rank_model_is_decides_its_runs() -> None:
     dense = spec_of(dense_of(small()))
-    assert "low_rank" not in dense.canonical()["model"]
     models = [small(), small(rank=8), small(split_qkv=True), small(rescale=True), small(targets=("c_attn",))]
     models += [small(rank=None, total_parameters=size) for size in (59_136, 67_328)]
     specs = [dense, *(spec_of(each) for each in models)]

@@ -83,7 +83,7 @@ def prompts_are_prefixes(tokens: Any, pairs: list[tuple[str, str]]) -> None:
         head = tokens(prompt)["input_ids"] or [tokens.bos_token_id]
         joint = tokens(prompt + answer)["input_ids"]
         assert list(found.ids[: found.answer_start]) == head
-        assert list(found.ids[-len(joint) :]) == joint
+        assert list(found.ids[len(found.ids) - len(joint) :]) == joint
         if prompt and answer:
             assert tokens.decode(found.ids[found.answer_start :]) == answer
 
