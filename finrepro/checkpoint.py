@@ -14,6 +14,7 @@ import torch.distributed as dist
 from finrepro import runtime
 from finrepro.engine import Engine
 from finrepro.errors import CellFailed
+from finrepro.phases import Phases
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Control:
     checkpoints: Path
     made_by: str = ""  # source, packages and base: a checkpoint of another maker is not resumed
     checkpoint_seconds: float = 60.0
+    phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
 
 
 def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter: Any = None) -> None:
@@ -45,6 +47,7 @@ def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter:
     """
     folder, tag = control.checkpoints, f"step{len(trained.losses)}"
     state = {"trained": vars(trained), "adapter": adapter, "torch_rng": torch.get_rng_state()}
+    state["peaks"] = control.phases.over_ranks()
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     engine.save(folder, tag, state)
@@ -85,6 +88,7 @@ def resume(
             f"its checkpoint was damaged ({type(error).__name__}) and has been removed: run again."
         ) from None
     load_adapter(state["adapter"])
+    control.phases.carry(state["peaks"])
     torch.set_rng_state(state["torch_rng"].cpu())
     if "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"].cpu())

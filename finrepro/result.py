@@ -12,6 +12,7 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
     """What every result.json has, finished or not. `device` is the kind of device that it ran on."""
     note = getattr(spec.quantizer.module("quantizers"), "note", None)
     said = note(device) if note and device else None
+    attention = _attention(spec, device) if device else None
     return {
         "format": store.FORMAT,
         "run_id": spec.run_id,
@@ -29,6 +30,7 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
             "devices": spec.world_size,
             "batch": spec.train.global_batch_size,
             "device_type": device,
+            "attention": attention,
             "notes": [said] if said else [],
         },
         "spec": spec.canonical(),
@@ -38,6 +40,19 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
         "costs": {},
         "data": {},
         "environment": provenance.environment(),
+    }
+
+
+def _attention(spec: RunSpec, device: str) -> dict[str, str | None]:
+    """Which implementation of attention training and evaluation used; None where there was none. Only training has rows of segments."""
+    import torch
+
+    from finrepro.layers.isolated_attention import implementation
+
+    dtype, bins = getattr(torch, spec.model.dtype), spec.train.layout == "bins"
+    return {
+        "train": implementation(bins, device, dtype) if spec.train.max_steps else None,
+        "evaluate": implementation(False, device, dtype) if spec.tasks else None,
     }
 
 

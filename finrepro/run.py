@@ -66,16 +66,19 @@ def walk(
     from finrepro.evaluate import evaluate
     from finrepro.model import build
     from finrepro.monitor import Monitor
+    from finrepro.phases import Phases
     from finrepro.tokens import tokenizer_digest
     from finrepro.train import train
 
     report({"event": "phase", "phase": "data"})
+    phases = Phases(device)
     datasets = inputs.load_data(spec, place)
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
     encoded = inputs.training_examples(spec, datasets, tokenizer, place)
 
     report({"event": "phase", "phase": "model"})
+    phases.begin("load")
     with inputs.of_this_cell():
         built = build(spec, folder, device)
 
@@ -83,9 +86,11 @@ def walk(
     checkpoints = place.store.checkpoints(spec.run_id)
     with Monitor() as monitor:
         made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from])
-        trained = train(built.model, encoded, spec, device, Control(report, stop_requested, checkpoints, made_by))
+        control = Control(report, stop_requested, checkpoints, made_by, phases=phases)
+        trained = train(built.model, encoded, spec, device, control)
 
         report({"event": "phase", "phase": "evaluate"})
+        phases.begin("evaluate")
         began = time.monotonic()
         scores, rows, num_scored = [], [], 0
         with inference(built.model, spec.train, device):
@@ -108,8 +113,9 @@ def walk(
         evaluation_seconds = time.monotonic() - began
 
     report({"event": "phase", "phase": "record"})
-    peak_memory = runtime.largest_over_ranks(runtime.peak_memory_bytes(device), device)
+    phases.begin("save")
     collect_trained(built.model)
+    phases.over_ranks()
     if not runtime.ranks().is_main:
         return {"status": store.DONE, "reason": None}
     with place.store.new_run(spec.run_id) as target:
@@ -117,6 +123,7 @@ def walk(
         spec.adapter.module("adapters").export(built.model, target / "weights")
         if spec.weights == "scratch":
             tokenizer.save_pretrained(target / "weights")
+        peaks = phases.costs()  # what is stored again and scored below is no part of the run
         store.write_lines(target / "loss.jsonl", trained.losses)
         store.write_lines(target / "predictions.jsonl", rows)
         store.write_lines(target / "system.jsonl", monitor.samples)
@@ -135,7 +142,7 @@ def walk(
                 "trainable_params": built.trainable_parameters,
                 "base_bytes": built.base_bytes,
                 "trained_file_bytes": sum(path.stat().st_size for path in files),
-                "peak_memory_bytes": peak_memory,
+                **peaks,
                 "train_seconds": trained.seconds,
                 "train_tokens": trained.tokens,
                 "supervised_tokens": trained.supervised_tokens,

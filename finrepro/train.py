@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -84,8 +83,14 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
             rate = learning_rate(step, settings) * rate_factor(step)
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
+            control.phases.begin("backward")
             batches = micro_batches(rows, data, lengths, settings, here)
-            loss, norm = optimizer_step(engine, batches, supervised, device, partial(hooks.before_step, step))
+
+            def before_update(step: int = step) -> None:
+                control.phases.begin("step")
+                hooks.before_step(step)
+
+            loss, norm = optimizer_step(engine, batches, supervised, device, before_update)
             trained.seconds = time.monotonic() - began
             trained.tokens += sum(lengths[row] for row in rows)
             trained.supervised_tokens += supervised
@@ -101,6 +106,7 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
             stop = runtime.any_rank(control.stop_requested(), device)
             if stop or runtime.any_rank(time.monotonic() - last_save > pause, device):
                 began_save = time.monotonic()
+                control.phases.begin("save")
                 save_checkpoint(engine, control, trained, hooks.state())
                 last_save = time.monotonic()
                 # Saving takes at most a twentieth of the time, however large the model.

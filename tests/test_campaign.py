@@ -101,6 +101,14 @@ def test_a_cold_run_fills_the_table(first: tuple[Path, str]) -> None:
     for result in found.values():
         assert damaged_files(store / "results/runs" / result["run_id"]) == []
         assert result["costs"]["peak_memory_bytes"] > 10**8
+        phases = {
+            key: peak for key, peak in result["costs"].items() if key.startswith("peak_") and key != "peak_memory_bytes"
+        }
+        assert set(phases) == {
+            f"peak_{each}_bytes" for each in ("data", "load", "backward", "step", "evaluate", "save")
+        }
+        assert max(phases.values()) == result["costs"]["peak_memory_bytes"]
+        assert result["cell"]["attention"]["train"] in ("sdpa", "sdpa per segment")
         assert result["environment"]["source_digest"] and all(result["data"]["fingerprints"].values())
     assert found[QLORA]["spec"]["base_run"] == found[BASE]["run_id"]
 

@@ -1,6 +1,7 @@
 """Layers. The law: isolated attention is attention under a block-diagonal mask, the supervised loss is Transformers' own, and the linear
 layers of the blocks are those that the closed forms count."""
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -27,6 +28,8 @@ from finrepro.layers import isolated_attention as ours
 from finrepro.layers.linear import is_conv1d, linear_layers
 from finrepro.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.model import configuration
+from finrepro.result import header
+from finrepro.scoring import text_log_likelihoods
 from finrepro.tokens import IGNORE
 
 MODELS = tuple(
@@ -120,6 +123,62 @@ def test_without_segments_isolated_attention_is_causal_attention_over_each_row()
     (found, _) = ours.isolated_attention(Attention(2), query, key, value, None)
     for row in range(3):
         assert_close(found[row], block_diagonal(query[row, None], key[row, None], value[row, None], (12,), None)[0])
+
+
+CALLED = {
+    "sdpa": "sdpa_attention_forward",
+    "sdpa per segment": "scaled_dot_product_attention",
+    "flash varlen": "_variable_length",
+}
+
+
+def what_is_recorded_is_what_is_called(monkeypatch: pytest.MonkeyPatch, layout: Any, recorded: Any) -> None:
+    """A cell trained in this layout and scored; every call of attention is spied on."""
+    seen: list[str] = []
+    for said, name in CALLED.items():
+        whole = getattr(ours, name)
+        monkeypatch.setattr(ours, name, lambda *a, said=said, whole=whole, **k: seen.append(said) or whole(*a, **k))
+    spec = spec_of("llama3_1_8b_mini", "lora_r8", layout=layout)
+    model, examples = make(spec).model, random_examples(0)
+    SupervisedLM(model)(COLLATE[layout](examples)).backward()
+    found = {"train": set(seen)}
+    seen.clear()
+    text_log_likelihoods(model, examples, max_tokens=64)
+    found["evaluate"] = set(seen)
+    assert found == {phase: {each} for phase, each in recorded(spec)["cell"]["attention"].items()}
+
+
+def recorded_header(spec: Any) -> Any:
+    return header(spec, "done", None, 0.0, "cpu")
+
+
+@pytest.mark.parametrize("layout", list(COLLATE))
+def test_the_recorded_implementation_is_the_one_that_computes(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    what_is_recorded_is_what_is_called(monkeypatch, layout, recorded_header)
+    padded = {
+        "cell": {"attention": {"train": "sdpa per segment" if layout == "padded" else "sdpa", "evaluate": "sdpa"}}
+    }
+    broken(what_is_recorded_is_what_is_called, monkeypatch, layout, lambda _: padded)
+
+
+def test_the_recorded_implementation_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention, which no CPU computes, is called where the function says so: on CUDA in 16 bits."""
+    query, key, value = torch.randn(3, 1, 4, 12, 16)
+    called: list[int] = []
+    monkeypatch.setattr(ours, "_variable_length", lambda q, *_: called.append(1) or q.transpose(1, 2))
+    says = ours.implementation
+    for device, dtype in itertools.product(("cpu", "cuda"), (torch.float32, torch.bfloat16, torch.float16)):
+        monkeypatch.setattr(ours, "implementation", lambda some, *_, it=(device, dtype): says(some, *it))
+        for segments in (None, (5, 7)):
+            called.clear()
+            ours.isolated_attention(Attention(1), query, key, value, None, segment_lengths=segments)
+            assert bool(called) == (device == "cuda" and dtype != torch.float32 and segments is not None)
+
+
+def test_what_was_not_computed_has_no_implementation() -> None:
+    spec = spec_of("gpt2_127m_mini", "lora_r8", max_steps=0)
+    assert header(spec, "done", None, 0.0, "cpu")["cell"]["attention"] == {"train": None, "evaluate": "sdpa"}
+    assert header(spec, "failed", "a reason", 0.0)["cell"]["attention"] is None
 
 
 def test_segments_in_a_batch_of_several_rows_are_refused() -> None:

@@ -6,7 +6,7 @@ segments, where a block-diagonal mask would be quadratic in the row's length. Pa
 guess from position ids, which a key-value cache or an attention mask silently switches off.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "finrepro_isolated"
+Implementation = Literal["sdpa", "sdpa per segment", "flash varlen"]
+
+
+def implementation(segments: bool, device_type: str, dtype: torch.dtype) -> Implementation:
+    """What computes attention, for rows that consist of `segments` or not, on this kind of device and in this dtype of the queries.
+
+    `sdpa`: torch's scaled-dot-product attention over whole rows; `sdpa per segment`: one such call a segment; `flash varlen`: one
+    variable-length flash-attention call over all segments, which exists on CUDA in 16 bits.
+    """
+    if not segments:
+        return "sdpa"
+    return "flash varlen" if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa per segment"
 
 
 def isolated_attention(
@@ -30,13 +42,14 @@ def isolated_attention(
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch seq heads head_dim"], None]:
     """Transformers' attention interface. Raises `ValueError` for segments in a batch of more than one row."""
+    chosen = implementation(segment_lengths is not None, query.device.type, query.dtype)
     if segment_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     if query.shape[0] != 1:
         raise ValueError("segments are laid end to end in one row; the batch has several")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):  # what flash attention computes in
+    if chosen == "flash varlen":
         return _variable_length(query, key, value, segment_lengths, scaling), None
     parts = [
         scaled_dot_product_attention(
