@@ -289,7 +289,11 @@ PATTERNS = {
     "tasks": ("gpt2_127m*-none-lora_r8*-s0",),
     "datasets": ("gpt2_127m*-none-lora_r8*-s0",),
 }
-PRETRAINING = "gpt2_1_5b_deep_mini-none-relora-*-adamw-s0"  # of the other tables, what is not on table 3's axes
+# What is not on table 3's axes.
+PRETRAINING = {
+    "smoke": ("*-none-full-*-adamw-*", "gpt2_1_5b_deep_mini-none-relora-*-adamw-*"),
+    "paper": ("*-none-full-*-adamw-*",),
+}
 ALL = tuple(dict.fromkeys(pattern for patterns in PATTERNS.values() for pattern in patterns))
 
 
@@ -299,12 +303,17 @@ def identities(patterns: tuple[str, ...] = ALL, more: bool = True) -> dict[str, 
     for scale in SCALES:
         some = {f"full {only} ": Selection("3", full=True, seeds=(0,), only=only) for only in patterns}
         rest = {"quick ": Selection("3", quick=True), "": DEFAULT[scale]} if more else {}
-        rest |= {"pretraining ": Selection("2", full=True, only=PRETRAINING)} if scale == "smoke" else {}
+        rest |= {
+            f"pretraining {only} ": Selection("2", full=True, seeds=(0,), only=only) for only in PRETRAINING[scale]
+        }
         for name, selection in (some | rest).items():
             for cell in expand(selection, scale):
                 found[name + cell.label] = cell.spec.run_id
                 if cell.base is not None:
                     found[cell.base.label] = cell.base.run_id
+    for name in catalogue.catalogue("models"):
+        if catalogue.model(name).pretrain:
+            found[f"base {name}"] = catalogue.pretraining(catalogue.model(name)).run_id
     return found
 
 
