@@ -340,15 +340,15 @@ def others(value: Any) -> list[Any]:
 
 
 def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """The leaves to change: of a table, its training settings only, since its axes decide which cells there are. An adapter or quantizer
-    that is on no axis is in no cell."""
+    """The leaves to change: of a table, its training settings only, since its axes decide which cells there are. What is on no axis is
+    in no cell, but for a model's own pretraining."""
     kept = ("train", "evaluation", "threads", "template")
     inside = leaves(content)
-    if name in ("adapters", "quantizers"):
+    if name in ("adapters", "quantizers", "models"):
         tables = [each for each in catalogue.tables() if not catalogue.table(each).computed]
         grids = [catalogue.grid(each, scale) for each in tables for scale in SCALES]
         on_axes = {each for grid in grids for each in getattr(grid.axes, name.removesuffix("s"))}
-        inside = [(path, value) for path, value in inside if path[0] in on_axes]
+        inside = [(path, value) for path, value in inside if path[0] in on_axes or "pretrain" in content[path[0]]]
     if not name.startswith("tables"):  # entries of one kind are read by one class: each of its settings once
         like = {
             key: tuple(str(entry.get(part)) for part in ("kind", "family", "scale")) for key, entry in content.items()
