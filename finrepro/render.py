@@ -12,6 +12,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
 }
+GAP = 3  # blanks between columns in the terminal
 NAMES, NAME_WIDTH = 4, 22  # the columns on the left that name a line, and how wide the terminal keeps them
 
 
@@ -99,8 +100,26 @@ def to_latex(table: Table) -> str:
     )
 
 
-def to_rich(table: Table) -> "RichTable":
-    """For the terminal."""
+def widths(table: Table, room: int) -> list[int]:
+    """Columns' widths that fit `room` characters where they can: all as wide as their texts, or those behind the names folded at words.
+
+    What is left over goes to the columns that miss most, in turn.
+    """
+    texts = [[column, *(line.texts[index] for line in table.lines)] for index, column in enumerate(table.columns)]
+    whole = [max(map(len, column)) for column in texts]
+    words = [max([len(word) for text in column for word in text.split()], default=1) for column in texts]
+    least = [min(word, NAME_WIDTH) if index < NAMES else word for index, word in enumerate(words)]
+    spare = room - sum(least) - GAP * len(least)
+    for _ in range(max(0, spare)):
+        missing = [all_of_it - so_far for all_of_it, so_far in zip(whole, least, strict=True)]
+        if max(missing, default=0) <= 0:
+            break
+        least[missing.index(max(missing))] += 1
+    return least
+
+
+def to_rich(table: Table, room: int | None = None) -> "RichTable":
+    """For the terminal; of `room` characters, where that is known."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -108,10 +127,11 @@ def to_rich(table: Table) -> "RichTable":
     shown = RichTable(
         title=Text(table.title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
     )
+    given = widths(table, room) if room else [None] * len(table.columns)
     for index, column in enumerate(table.columns):
         longest = max([len(word) for line in table.lines for word in line.texts[index].split()], default=0)
         whole = min(longest, NAME_WIDTH) if index < NAMES else None  # names stay in one piece, the rest folds first
-        shown.add_column(Text(column), overflow="fold", min_width=whole)
+        shown.add_column(Text(column), overflow="fold", min_width=whole, width=given[index])
     previous = None
     for line in table.lines:
         if previous is not None and line.section != previous:

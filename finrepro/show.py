@@ -100,7 +100,7 @@ class Display:
     def table(self, table: Table, folder: Path, runs: bool = True) -> None:
         """The finished table and where to find it; and the `runs` behind it, where there are any."""
         wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
-        wide.print(to_rich(table))
+        wide.print(to_rich(table, wide.width))
         if not runs:
             self.say(f"Table: {folder} (md, tex, json, svg, png).")
             return

@@ -14,8 +14,8 @@ from finrepro.verdict import Estimate, estimate
 
 LINE = ("model", "adapter", "optimizer")
 COLUMNS = (
-    "Model", "Method", "Parameters", "Compression", "MB at 16 / 8 / 4 bit", "Speed-up, bound", "Tokens/s", "ms a step", "MFU",
-    "Peak [GiB]", "Loss", "At equal time", "Bits a byte", "In int8 / nf4", "Seeds",
+    "Model", "Method", "Parameters", "Fewer", "MB at 16 / 8 / 4 bit", "Speed-up, bound", "Tokens/s (ms a step)", "MFU", "Peak [GiB]",
+    "Loss (seeds)", "At equal time", "Bits a byte", "In int8 / nf4",
 )  # fmt: skip
 KNOWN = 5  # columns that need no run
 
@@ -97,15 +97,13 @@ def _line(rows: Sequence[Row], reference: str, moment: float | None, dense_speed
     texts = (
         *_named(rows[0]),
         faster,
-        f"{speed:,.0f}",
-        f"{1000 * mean(steps):,.0f}" if steps else "-",
+        f"{speed:,.0f} ({1000 * mean(steps):,.0f})" if steps else f"{speed:,.0f}",
         _mfu(rows, facts, speed),
         f"{max(row['costs']['peak_memory_bytes'] for row in rows) / 2**30:.2f}",
-        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}]{marks(rows)}" if plain else "-",
+        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}] ({len(rows)}){marks(rows)}" if plain else "-",
         f"{mean(then):.3f}" if then else "-",
         f"{mean(bits):.3f}" if bits else "-",
         " / ".join(stored),
-        str(len(rows)),
     )
     return Line(texts, reference, evidence(rows) | {"pretraining": facts, "equal_time_seconds": moment})
 
@@ -156,7 +154,7 @@ def _mfu(rows: Sequence[Row], facts: dict[str, Any], speed: float) -> str:
     if not rates:
         return "-"
     peak = mean(rates) * rows[0]["devices"]
-    return " / ".join(f"{100 * speed * each / peak:.0f} %" for each in facts["flops_per_token"].values())
+    return " / ".join(f"{100 * speed * each / peak:.0f}" for each in facts["flops_per_token"].values()) + " %"
 
 
 def _curve(row: Row) -> LossCurve:
@@ -180,7 +178,7 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
         "At equal time: the training loss (mean of ten steps, each text seen once, constant learning rate) when the fastest line of its "
         "group was done; it has other texts than the column Loss, and compares within its group alone.",
         "Equal parameters: the dense line of the same group whose parameters are those of a low-rank line.",
-        "Compression: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
+        "Fewer: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
         "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so; rows that 64 does not divide have no nf4.",
         "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes.",
     ]
@@ -190,7 +188,7 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
             "the same run (in the model's dtype): no hardware peak is assumed."
         )
     if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(done, *LINE)):
-        notes.append("Seeds 1: a single seed says nothing about the spread between runs.")
+        notes.append("Loss (1): a single seed says nothing about the spread between runs.")
     if any(row["short"] for row in done):
         notes.append("(short): trained for too few steps to show quality; the cell proves that its path works.")
     return (*notes, *reasons(rows))
