@@ -6,14 +6,16 @@ import threading
 
 import pytest
 
-from finrepro.interrupts import held_back
+from finrepro.interrupts import HELD, held_back
 
 
 @pytest.fixture(autouse=True)
 def as_in_a_campaign():
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Started in the background, a process ignores SIGINT."""
+    before = {each: signal.signal(each, signal.default_int_handler) for each in HELD}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
