@@ -135,15 +135,16 @@ def cells(
     help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"], **HELP}
 )
 def data(
-    context: Context, fetch: str = "", prepare: str = "", verify: str = "", tokenizer: str | None = None, out: str | None = None,
+    context: Context, fetch: str = "", prepare: str = "", verify: str | None = None, tokenizer: str | None = None, out: str | None = None,
     workers: str = "", on_error: str = "stop", field: str = "", documents: str = "", validation: str = "", data_dir: str | None = None,
 ) -> int:  # fmt: skip
     """List the datasets: licence, source, and whether each is here; fetch one; or prepare and verify text for pretraining."""
     from finrepro.listing import show
 
-    if prepare or verify:
+    if prepare or verify is not None:
         from finrepro.corpora import command as corpora
 
+        corpora.one_of(prepare, verify)
         if verify:
             return corpora.verify(_folder(verify) or Path())
         return corpora.make(prepare, _folder(tokenizer), _folder(out), _folder(data_dir, "FINREPRO_DATA_DIR"), workers=workers,

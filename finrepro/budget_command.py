@@ -59,10 +59,10 @@ def request(
         machine = budget.Machine(**asdict(machine) | {"price": number("price", price)})
     return budget.Request(
         machine=machine,
-        hours=None if hours is None else number("hours", hours),
+        hours=None if hours is None else number("hours", hours, 1e7),
         model=chosen,
-        tokens=None if tokens is None else number("tokens", tokens),
-        unique=None if unique_tokens is None else number("unique-tokens", unique_tokens),
+        tokens=None if tokens is None else number("tokens", tokens, 1e18),
+        unique=None if unique_tokens is None else number("unique-tokens", unique_tokens, 1e18),
         sequence=length,
         remarks=remarks,
     )
@@ -108,4 +108,5 @@ def _stem(asked: budget.Request) -> str:
     ]
     parts += [asked.model.name] if asked.model else []
     parts += [f"unique{asked.unique:g}"] if asked.unique else []
+    parts += [f"usd{asked.machine.price:g}"] if asked.machine.price else []
     return "-".join([*parts, f"t{asked.sequence}"])

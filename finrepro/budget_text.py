@@ -39,7 +39,11 @@ def of_hours(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
     for each in models:
         length = min(asked.sequence, flops.positions(each))
         plans.append(budget.plan(machine, each, budget.affordable(machine, each, hours, length), length, asked.unique))
-    lines += ["", f"Trained for these {hours:g} h (6 N + 12 L H Q T, sequences of {asked.sequence:,}):", *_plans(plans)]
+    lines += [
+        "",
+        f"Trained for these {hours:g} h (6 N + 12 L H Q T, sequences of {asked.sequence:,}, or what the model has positions for):",
+        *_plans(plans),
+    ]
     found: dict[str, Any] = {"best": [asdict(each) for each in laws], "plans": [asdict(each) for each in plans]}
     if asked.model:
         told, found["memory"] = _room(asked, asked.model)

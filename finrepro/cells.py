@@ -156,6 +156,9 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
     module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
+    if grid.scratch and (selection.adapter or selection.weights != "pretrained"):
+        flag = "--adapter" if selection.adapter else "--weights"
+        raise UsageError(f"table {selection.table} trains from scratch: {flag} does not apply.")
     weights: Weights = "scratch" if grid.scratch else selection.weights
     base = base_of(base_model.name) if weights == "pretrained" else None
     train, devices = _overridden(grid, names)

@@ -13,6 +13,7 @@ from finrepro.data import Dataset
 from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
 from finrepro.spec import RunSpec, TaskSpec
+from finrepro.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,8 +64,10 @@ def corpus_of(task: TaskSpec) -> str | None:
 def corpora(spec: RunSpec, place: Place) -> "dict[str, Corpus]":
     """Task -> the prepared corpus that the cell is trained on through it.
 
-    Raises `Unavailable` when one is not prepared, damaged, or made with a tokenizer of more tokens than the model has rows.
+    Raises `Unavailable` when one is not prepared, is damaged, was made from something else than its entry says, or by another tokenizer
+    than the one that lies with it, or has more tokens than the model has rows.
     """
+    from finrepro.corpora.entries import unlike
     from finrepro.corpora.stream import open_corpus
 
     found = {}
@@ -74,8 +77,22 @@ def corpora(spec: RunSpec, place: Place) -> "dict[str, Corpus]":
             with of_this_cell():
                 if folder is None or missing_reason(name, place.data_dir):
                     raise EnvironmentFault(str(missing_reason(name, place.data_dir)))
-                found[part.task.task.name] = open_corpus(folder, rows=spec.model.architecture["vocab_size"])
+                digest = tokenizer_digest(folder / TOKENIZER) or "none"
+                corpus = open_corpus(folder, digest, spec.model.architecture["vocab_size"])
+                if reason := unlike(name, corpus.index):
+                    raise EnvironmentFault(f"{folder}: {reason}")
+                corpus.stream()  # every shard is there, and as long as it was
+                found[part.task.task.name] = corpus
     return found
+
+
+def corpora_facts(found: "dict[str, Corpus]") -> dict[str, Any]:
+    """What of the corpora goes into a result: the sha256 of the index, where the text came from, and how much it is."""
+    return {
+        name: {"index": each.digest, "source": each.index.source, "documents": each.index.splits["train"].documents,
+               "tokens": each.index.splits["train"].tokens}
+        for name, each in found.items()
+    }  # fmt: skip
 
 
 def _windows(
@@ -116,7 +133,7 @@ def of_this_cell() -> Iterator[None]:
     """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
     try:
         yield
-    except EnvironmentFault as error:
+    except (EnvironmentFault, UsageError) as error:
         raise Unavailable(str(error)) from error
 
 

@@ -1,6 +1,5 @@
 """Building a cell's model: load, restructure, prepare, quantize, adapt, freeze - always in this order, for every method alike."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -134,6 +133,9 @@ def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFa
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the libraries say of a damaged file
+        said = (
+            str(error).splitlines()[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__} {error}"
+        )
+        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {said}") from None
     return tokenizer

@@ -31,7 +31,11 @@ def reference(model: Model) -> Model:
     return catalogue.model(model.compared_with) if model.compared_with else model
 
 
-def _bytes(spec: RunSpec, quantizer: str) -> int:
-    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in."""
-    model = dataclasses.replace(spec.model, dtype="bfloat16")
+def _bytes(spec: RunSpec, quantizer: str) -> int | None:
+    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in; None where the
+    quantizer cannot hold them."""
+    model, choice = dataclasses.replace(spec.model, dtype="bfloat16"), catalogue.quantizer(quantizer, "bfloat16")
+    supports = getattr(choice.module("quantizers"), "supports", None)
+    if supports and supports(model, choice, 0):
+        return None
     return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=catalogue.quantizer(quantizer, "bfloat16")))

@@ -75,6 +75,7 @@ def walk(
     datasets = inputs.load_data(spec, place)
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
+    text = inputs.corpora_facts(inputs.corpora(spec, place))
     encoded = inputs.training_examples(spec, datasets, tokenizer, place)
 
     report({"event": "phase", "phase": "model"})
@@ -85,7 +86,7 @@ def walk(
     report({"event": "phase", "phase": "train"})
     checkpoints = place.store.checkpoints(spec.run_id)
     with Monitor() as monitor:
-        made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from])
+        made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from, text])
         control = Control(report, stop_requested, checkpoints, made_by, phases=phases)
         trained = train(built.model, encoded, spec, device, control)
 
@@ -113,6 +114,7 @@ def walk(
         evaluation_seconds = time.monotonic() - began
 
     report({"event": "phase", "phase": "record"})
+    rate = measured_rate(spec, device)
     phases.begin("save")
     collect_trained(built.model)
     phases.over_ranks()
@@ -128,12 +130,18 @@ def walk(
         store.write_lines(target / "predictions.jsonl", rows)
         store.write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
-        stored_bytes = {}
+        stored_bytes, remarks = {}, []
         for quantizer in stored.possible(spec):
             report({"event": "phase", "phase": f"evaluate as {quantizer.name}"})
-            again, stored_bytes[quantizer.name] = stored.scores(
-                spec, quantizer, target / "weights", datasets, tokenizer, device
-            )
+            try:
+                again, stored_bytes[quantizer.name] = stored.scores(
+                    spec, quantizer, target / "weights", datasets, tokenizer, device
+                )
+            except Exception as error:  # what was trained is whole without it
+                remarks.append(
+                    f"not scored in {quantizer.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                )
+                continue
             scores += again
         result = header(spec, store.DONE, None, started, device.type) | {
             "scores": scores,
@@ -149,7 +157,7 @@ def walk(
                 "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
                 "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
                 "step_seconds": median_step(trained.losses),
-                "matmul_flops": measured_rate(spec, device),
+                "matmul_flops": rate,
                 **{f"bytes_as_{name}": size for name, size in stored_bytes.items()},
                 "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
                 "evaluation_seconds": evaluation_seconds,
@@ -157,12 +165,13 @@ def walk(
             },
             "data": {
                 **inputs.data_facts(datasets),
-                "corpora": {name: corpus.digest for name, corpus in inputs.corpora(spec, place).items()},
+                "corpora": text,
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),
             },
         }
+        result["cell"]["notes"] += remarks
         store.write_json(target / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result

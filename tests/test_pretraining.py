@@ -83,6 +83,8 @@ def test_the_arithmetic_of_a_cell_needs_no_run():
     plain = dataclasses.replace(cell(), model=dense)
     assert pretraining.facts(plain)["flop_bound"] == pretraining.facts(plain)["compression"] == 1
     assert pretraining.facts(plain)["rank"] is None
+    narrow = dataclasses.replace(cell(), model=catalogue.model("gpt2_1_5b_deep_mini_lr"))
+    assert pretraining.facts(narrow)["stored_bytes"]["nf4"] is None, "blocks would cross rows of 41"
 
 
 def test_the_dense_model_of_equal_parameters_has_as_many_within_half_a_percent():

@@ -19,6 +19,14 @@ LITTLE = 16_000_000  # bytes that one process has tokenized before several have 
 VALIDATION = 0.005  # of the documents, where nothing else is said
 
 
+def one_of(prepare: str, verify: str | None) -> None:
+    """Raise `UsageError` for both at once, and for a folder to verify that has no name (a variable that was not set)."""
+    if prepare and verify is not None:
+        raise UsageError("--prepare and --verify are two commands: give one of them.")
+    if verify == "":
+        raise UsageError("--verify needs the folder of a prepared corpus.")
+
+
 def make(
     given: str, tokenizer: Path | None, out: Path | None, data_dir: Path | None, *,
     workers: str, on_error: str, field: str, documents: str, validation: str,
@@ -32,6 +40,8 @@ def make(
         raise UsageError(
             f"--{next(iter(local))} goes with files of your own; '{given}' says in configs/corpora.yaml what it is."
         )
+    if Path(given).expanduser().is_dir() and out.resolve().is_relative_to(Path(given).expanduser().resolve()):
+        raise UsageError(f"--out {out} lies inside of its own source {given}: choose another.")
     options = _options(validation, sources, held_out)
     encoder = load_encoder(tokenizer)
     shown = Shown(sources.size)

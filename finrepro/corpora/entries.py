@@ -8,6 +8,7 @@ import pydantic
 from finrepro import catalogue, data
 from finrepro.corpora import hub
 from finrepro.corpora.documents import RULES
+from finrepro.corpora.index import Index
 from finrepro.corpora.prepare import Sources
 from finrepro.corpora.sources import Local
 from finrepro.errors import EnvironmentFault, unknown
@@ -75,6 +76,20 @@ def sources_of(name: str, data_dir: Path | None) -> Sources:
             raise EnvironmentFault(f"{path}: {error.strerror}.") from None
         places[split].append(Local(path, found.documents, found.field))
     return Sources(places["train"], places["validation"])
+
+
+def unlike(name: str, index: Index) -> str | None:
+    """Why a prepared corpus is not the one of this name, None if it is: made from another place, revision or file than its entry says."""
+    found, made = entry(name), index.source.get("train", [])
+    if found.hub is not None:
+        wanted = {"hub": found.hub.id, "revision": found.hub.revision, "split": found.split, "field": found.field}
+        if len(made) == 1 and wanted.items() <= made[0].items():
+            return None
+        return f"it is not {name}: it was not made from {found.hub.id} at the catalogue's revision (see `source` in its index.json)"
+    wanted_files = {Path(file.path).name for file in (found.files or {}).values()}
+    if all(each.get("files", {}).keys() <= wanted_files for each in made) and made:
+        return None
+    return f"it is not {name}: it was made from other files (see `source` in its index.json)"
 
 
 def named_or_path(given: str, data_dir: Path | None, **local: Any) -> tuple[Sources, HeldOut | None]:

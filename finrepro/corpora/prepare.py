@@ -125,7 +125,7 @@ def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
         index = read_index(folder)
         found = {"format": index.format, "tokenizer": index.tokenizer, "source": index.source, "options": index.options}
     elif note.exists():
-        index, found = None, json.loads(note.read_text(encoding="utf-8"))
+        index, found = None, _noted(note)
     else:
         others = [path.name for path in folder.iterdir() if path.name != PREPARING]
         if others:
@@ -139,6 +139,14 @@ def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
             f"{folder} holds a corpus of another {' and '.join(differ)}{state}: choose another --out, or delete it."
         )
     return index
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a preparation that was begun is of. Raises `EnvironmentFault` for a note that cannot be read."""
+    try:
+        return dict(json.loads(note.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise EnvironmentFault(f"{note} is damaged: delete {note.parent}, and begin again.") from None
 
 
 def _make(

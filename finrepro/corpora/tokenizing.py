@@ -58,8 +58,9 @@ def load_encoder(folder: Path) -> Encoder:
     kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the libraries say of a damaged file
+        said = f"{type(error).__name__} {error}".splitlines()[0]
+        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {said}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{folder}: the tokenizer has no fast form, which preparing a corpus needs.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

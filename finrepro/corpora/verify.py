@@ -60,6 +60,6 @@ def _inside(folder: Path, index: Index, shard: Shard) -> list[str]:
         )
     elif len(tokens) and int(tokens.max()) >= index.vocabulary:
         wrong.append(f"holds the id {int(tokens.max())}, the tokenizer has {index.vocabulary}")
-    elif len(starts) and (int(starts[-1]) >= len(tokens) or (tokens[starts] != index.start_id).any()):
+    elif len(starts) and (int(starts.max()) >= len(tokens) or (tokens[starts] != index.start_id).any()):
         wrong.append("a document does not begin with the start token")
     return wrong

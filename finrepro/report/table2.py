@@ -179,8 +179,12 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
         "group was done; it has other texts than the column Loss, and compares within its group alone.",
         "Equal parameters: the dense line of the same group whose parameters are those of a low-rank line.",
         "Fewer: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
-        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so; rows that 64 does not divide have no nf4.",
-        "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes.",
+        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so; rows that 64 does not divide have no nf4, "
+        "runs on several devices neither.",
+        "Peak: on a GPU what the allocator held at most; on a CPU the whole process, libraries and what earlier cells left included, so "
+        "that small models do not differ there.",
+        "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes. Cells that run "
+        "side by side (--jobs) slow one another: times are to be compared between runs of --jobs 1.",
     ]
     if any(row["costs"].get("matmul_flops") for row in done):
         notes.append(
