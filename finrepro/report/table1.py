@@ -210,8 +210,8 @@ def _claims(each: Account, ratio: float) -> list[str]:
     return [
         f"FinGPT-HPC reports {ratio:g}x compression, models smaller than 0.59 GB and 1.3x faster pretraining. "
         f"Of the whole {each['model']}, {ratio:g}x is r {whole['rank']} and {whole['parameters'] / 1e6:,.1f} M parameters: "
-        f"{whole['parameters'] / GB:.2f} GB at a nominal byte each, but {size['int8']} as LLM.int8 stores them and {size['nf4']} as NF4 would, "
-        "which takes ranks that 64 divides. "
+        f"{whole['parameters'] / GB:.2f} GB at a nominal byte each, but {size['int8']} as LLM.int8 stores them "
+        f"and {size['nf4']} as NF4 would, which takes ranks that 64 divides. "
         "At 8 bit 0.59 GB is a nominal size.",
         f"Of its linear layers alone, {ratio:g}x is r {linear['rank']} and {linear['parameters'] / 1e6:,.1f} M parameters, "
         f"{linear['parameters'] / GB:.2f} GB at a nominal byte: not smaller than 0.59 GB. There it is {diluted:.2f}x of the model; "
