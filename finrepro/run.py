@@ -235,6 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
         emit({"event": "result", "status": result["status"], "reason": result["reason"]})
         if result["status"] != store.DONE and not runtime.ranks().is_main:
             print(json.dumps({"event": "rank", "rank": runtime.ranks().rank, "reason": result["reason"]}), flush=True)
+        if result["status"] == store.DONE:
+            runtime.leave_process_group()
         return EXIT_CODES.get(result["status"], CellFailed.exit_code)
     except FinreproError as error:
         emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})

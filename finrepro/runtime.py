@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,16 @@ def start_process_group(device: "torch.device") -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         dist.init_process_group(backend)
+
+
+def leave_process_group() -> None:
+    """Leave the cell's process group, where there is one: a process that ends in it may be aborted by a thread that still listens."""
+    if "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_deepspeed(device: "torch.device") -> Any:

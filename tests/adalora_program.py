@@ -72,6 +72,7 @@ def main(folder: Path) -> None:
         for engine, stage, quantizer in CELLS
     }
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
+    runtime.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def main(folder: Path) -> None:
     for engine in RELORA_RANKED:
         found["relora", *engine] = run_relora(relora(*engine), folder / f"{here.world_size}-relora-{engine}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
+    runtime.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -185,6 +185,7 @@ def main(part: str, folder: Path) -> None:
         else {"zero": zero, "training": training, "own": own}[part](folder / str(here.world_size))
     )
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
+    runtime.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def main(folder: Path) -> None:
         with noisy(together):
             found["noisy", together] = run(cell(), folder / str(here.world_size) / f"noisy-{together}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
+    runtime.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ def main(folder: Path) -> None:
     here = runtime.ranks()
     found = {key: run(spec(*key), folder / str(here.world_size) / f"{key}") for key in ENGINES}
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
+    runtime.leave_process_group()
 
 
 if __name__ == "__main__":
