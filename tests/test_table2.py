@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from finrepro.catalogue import model
+from finrepro.cells import expand
 from finrepro.curves import draw_charts
 from finrepro.figure import to_svg
 from finrepro.losses import WINDOW, loss_curve
+from finrepro.pretraining import facts
 from finrepro.report.table2 import build, charts, equal_time
+from finrepro.selection import Selection
 
 DENSE, SMALL = "gpt2_1_5b_deep_mini", "gpt2_1_5b_deep_mini_equal"
 STEPS = 40
@@ -32,7 +35,7 @@ def row(
     label = f"{name}-none-full-text-adamw-s{seed}"
     facts = {"parameters": model(name).parameters, "reference": reference, "rank": None, "flop_bound": 2.0,
              "compression": model(reference).parameters / model(name).parameters,
-             "stored_bytes": {"none": 4e6, "int8": 2e6, "nf4": 1e6}, "flops_per_token": {"palm": 5e5, "causal": 4e5}}  # fmt: skip
+             "stored_bytes": {"none": 4_000_000, "int8": 2_000_000, "nf4": 1_000_000}, "flops_per_token": {"palm": 5e5, "causal": 4e5}}  # fmt: skip
     steps = [{"step": i, "loss": 5 - 0.01 * i, "seconds": (i + 1) * 1000 / speed} for i in range(STEPS)]
     return {"label": label, "run_id": label, "model": name, "quantizer": "none", "adapter": "full", "adapter_kind": "full",
             "train_on": "text", "optimizer": "adamw", "seed": seed, "tasks": ["text"], "devices": 1, "batch": 4, "weights": "scratch",
@@ -105,6 +108,20 @@ def test_a_configuration_without_result_keeps_what_arithmetic_says_and_its_reaso
     lines = [dict(zip(table.columns, line.texts, strict=True)) for line in table.lines]
     assert lines[1]["Parameters"] == f"{model(SMALL).parameters:,}" and lines[1]["Speed-up, bound"] == "- (skipped)"
     assert any("skipped: no data" in note or "no data" in note for note in table.notes)
+
+
+def test_bytes_are_in_three_digits_and_absent_where_a_quantizer_cannot_hold_the_model():
+    held = row()
+    held["pretraining"] |= {"stored_bytes": {"none": 4_051_200, "int8": 1_234_567_890, "nf4": None}}
+    assert shown(held)[0]["MB at 16 / 8 / 4 bit"] == "4.05 / 1,235 / -"
+
+
+def test_the_arithmetic_of_every_cell_of_the_table_can_be_shown():
+    """At both scales, without a run."""
+    for scale in ("smoke", "paper"):
+        cells = [cell for cell in expand(Selection("2", full=True, seeds=(0,)), scale) if not cell.refusal]
+        rows = [row(each.spec.model.name, perplexity=None) | {"pretraining": facts(each.spec)} for each in cells]
+        assert len(build(rows, scale).lines) == len({each["model"] for each in rows})
 
 
 def test_smoke_is_named_and_a_table_of_no_cells_has_its_head():

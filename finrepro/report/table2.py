@@ -119,12 +119,17 @@ def _without(model: str, state: str, rows: Sequence[Row]) -> Line:
 def _named(row: Row) -> tuple[str, ...]:
     """What is known before a run."""
     facts = row["pretraining"]
-    stored = " / ".join(
-        f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}" for size in facts["stored_bytes"].values()
-    )
+    stored = " / ".join(map(_megabytes, facts["stored_bytes"].values()))
     rank = f" (rank {facts['rank']})" if facts["rank"] else ""
     saved = "1" if math.isclose(facts["compression"], 1) else f"{facts['compression']:.2f}x"
     return (row["model"] + rank, _method(row), f"{facts['parameters']:,}", saved, stored)
+
+
+def _megabytes(size: int | None) -> str:
+    """In three digits; None is what a quantizer cannot hold."""
+    if size is None:
+        return "-"
+    return f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}"
 
 
 def _method(row: Row) -> str:
