@@ -35,7 +35,8 @@ def row(
     label = f"{name}-none-full-text-adamw-s{seed}"
     facts = {"parameters": model(name).parameters, "reference": reference, "rank": None, "flop_bound": 2.0,
              "compression": model(reference).parameters / model(name).parameters,
-             "stored_bytes": {"none": 4_000_000, "int8": 2_000_000, "nf4": 1_000_000}, "flops_per_token": {"palm": 5e5, "causal": 4e5}}  # fmt: skip
+             "stored_bytes": {"none": 4_000_000, "int8": 2_000_000, "nf4": 1_000_000},
+             "flops_per_token": {"palm": 5e5, "causal": 4e5}}  # fmt: skip
     steps = [{"step": i, "loss": 5 - 0.01 * i, "seconds": (i + 1) * 1000 / speed} for i in range(STEPS)]
     return {"label": label, "run_id": label, "model": name, "quantizer": "none", "adapter": "full", "adapter_kind": "full",
             "train_on": "text", "optimizer": "adamw", "seed": seed, "tasks": ["text"], "devices": 1, "batch": 4, "weights": "scratch",
