@@ -24,7 +24,7 @@ from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
-from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
+from finrepro.spec import Grid, Group, Model, RunSpec, Scale, Weights, label_of
 
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
 WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
@@ -193,6 +193,12 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     return Cell(spec=spec, refusal=refusal(spec), base=base)
 
 
+def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:
+    """Why a quantizer cannot hold a model at a ZeRO stage, None if it can."""
+    supports = getattr(chosen.module("quantizers"), "supports", None)
+    return supports(stored_model, chosen, zero_stage) if supports else None
+
+
 def refusal(spec: RunSpec) -> str | None:
     """Why the combination cannot run anywhere, None if it can."""
     stage = spec.train.zero_stage
@@ -200,8 +206,7 @@ def refusal(spec: RunSpec) -> str | None:
         return f"starts from the trained weights of {spec.model.low_rank.of}, not from scratch"
     if not spec.train.max_steps and len(spec.train_on.parts) > 1:
         return "an untrained model is scored on each task of a mix by itself"
-    storable = getattr(spec.quantizer.module("quantizers"), "supports", None)
-    reason: str | None = storable(spec.model, spec.quantizer, stage) if storable else None
+    reason = unstorable(spec.model, spec.quantizer, stage)
     choice, module = spec.adapter, spec.adapter.module("adapters")
     reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
     trainable = getattr(module, "supports_training", None)

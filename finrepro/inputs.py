@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue, data, weights
-from finrepro.corpora.place import TOKENIZER, folder_of, missing_reason
+from finrepro.corpora.place import TOKENIZER, corpus_of, folder_of, is_running_text, missing_reason
 from finrepro.data import Dataset
 from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
-from finrepro.spec import RunSpec, TaskSpec
+from finrepro.spec import RunSpec
 from finrepro.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def training_examples(
     """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows."""
     from finrepro.tokens import encode
 
-    if any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts):
+    if any(is_running_text(part.task) for part in spec.train_on.parts):
         return _windows(spec, datasets, tokenizer, place)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
@@ -54,11 +54,6 @@ def training_examples(
         pairs = [(task.prompt(example, config), task.target(example, config)) for example in examples]
         encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
-
-
-def corpus_of(task: TaskSpec) -> str | None:
-    """The prepared corpus that a task is trained on, None where that is its dataset."""
-    return getattr(task.task.config, "corpus", None)
 
 
 def corpora(spec: RunSpec, place: Place) -> "dict[str, Corpus]":
@@ -107,7 +102,7 @@ def _windows(
     made = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
-        if not getattr(config, "windows", False):
+        if not is_running_text(part.task):
             raise UsageError(f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none.")
         if prepared := corpora(spec, place).get(part.task.task.name):
             made[part.task.task.name] = Windows(prepared.stream(), spec.train.max_seq_len)

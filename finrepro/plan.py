@@ -133,7 +133,7 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
     before = place.store.result(spec.run_id)
     if before and before["status"] == store.DONE:
         return float(before["ended"] - before["started"])
-    windows = any(getattr(part.task.task.config, "windows", False) for part in spec.train_on.parts)
+    windows = any(corpora.is_running_text(part.task) for part in spec.train_on.parts)
     tokens = spec.train.max_seq_len if windows else TOKENS_PER_EXAMPLE
     trained = 6 * spec.train.max_steps * spec.train.global_batch_size * tokens
     scored = (
@@ -198,7 +198,7 @@ def missing_data(spec: RunSpec, place: Place) -> str | None:
     """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
     if spec.train.max_steps:
         for part in spec.train_on.parts:
-            corpus = getattr(part.task.task.config, "corpus", None)
+            corpus = corpora.corpus_of(part.task)
             reason = (
                 corpora.missing_reason(corpus, place.data_dir)
                 if corpus

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from finrepro import catalogue, flops, plan
+from finrepro.cells import unstorable
 from finrepro.layers.linear import rank
 from finrepro.spec import Model, RunSpec
 
@@ -35,7 +36,6 @@ def _bytes(spec: RunSpec, quantizer: str) -> int | None:
     """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in; None where the
     quantizer cannot hold them."""
     model, choice = dataclasses.replace(spec.model, dtype="bfloat16"), catalogue.quantizer(quantizer, "bfloat16")
-    supports = getattr(choice.module("quantizers"), "supports", None)
-    if supports and supports(model, choice, 0):
+    if unstorable(model, choice, 0):
         return None
     return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=catalogue.quantizer(quantizer, "bfloat16")))

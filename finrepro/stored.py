@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue
+from finrepro.cells import unstorable
 from finrepro.data import Dataset
 from finrepro.evaluate import evaluate
 from finrepro.model import build
@@ -24,8 +25,7 @@ def task_name(task: str, quantizer: str) -> str:
 def possible(spec: RunSpec) -> list[Choice]:
     """Those of the cell's `stored_as` that can hold its model; none on several ranks, where only the first has the files."""
     chosen = spec.stored_as if spec.world_size == 1 else ()
-    checks = [(each, getattr(each.module("quantizers"), "supports", None)) for each in chosen]
-    return [each for each, supports in checks if supports is None or supports(spec.model, each, 0) is None]
+    return [each for each in chosen if unstorable(spec.model, each, 0) is None]
 
 
 def scores(

@@ -5,19 +5,19 @@ many windows as there are corpora. A corpus that is used up begins again in a ne
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import accumulate
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finrepro.corpora.rows import Rows
 from finrepro.corpora.windows import Window, Windows
 from finrepro.errors import UsageError
 
 
-class Mixture(Sequence[Window]):
+class Mixture(Rows[Window]):
     """Windows of several corpora: `mixture[row]` runs through them one after the other, `rows(step, ...)` mixes them.
 
     `weights` are relative numbers of windows by name, as {"news": 3, "books": 1.5}. Raises `UsageError` unless they are positive, and of
@@ -49,16 +49,10 @@ class Mixture(Sequence[Window]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, row: int) -> Window: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[Window]: ...
-    def __getitem__(self, row: int | slice) -> Window | Sequence[Window]:
-        """A window, or several."""
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
+    def at(self, row: int) -> Window:
+        """A window."""
         windows, inside = self.place(row)
-        return windows[inside]
+        return windows.at(inside)
 
     def drawn(self, position: int) -> tuple[int, int]:
         """(corpus, how many of that corpus came before) at a position of training's order: O(corpora), in exact numbers.
@@ -85,7 +79,7 @@ class Mixture(Sequence[Window]):
         return found
 
 
-class MixedLengths(Sequence[int]):
+class MixedLengths(Rows[int]):
     """The lengths of a mixture's windows, without storing them."""
 
     def __init__(self, mixture: Mixture) -> None:
@@ -94,13 +88,7 @@ class MixedLengths(Sequence[int]):
     def __len__(self) -> int:
         return len(self._mixture)
 
-    @overload
-    def __getitem__(self, row: int) -> int: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[int]: ...
-    def __getitem__(self, row: int | slice) -> int | Sequence[int]:
-        """The length of a window, or of several."""
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
+    def at(self, row: int) -> int:
+        """The length of a window."""
         windows, inside = self._mixture.place(row)
-        return windows.lengths[inside]
+        return windows.lengths.at(inside)

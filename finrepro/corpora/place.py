@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from finrepro.corpora.index import INDEX
+from finrepro.spec import TaskSpec
 
 TOKENIZER = "tokenizer"
 FILES = (
@@ -16,6 +17,17 @@ FILES = (
     "merges.txt",
 )
 GPT2 = {"tokenizer_class": "GPT2TokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
+
+def is_running_text(task: TaskSpec) -> bool:
+    """Whether a task is trained on in windows."""
+    return bool(getattr(task.task.config, "windows", False))
+
+
+def corpus_of(task: TaskSpec) -> str | None:
+    """The prepared corpus that a task is trained on, None where that is its dataset."""
+    name: str | None = getattr(task.task.config, "corpus", None)
+    return name
 
 
 def folder_of(name: str, data_dir: Path | None) -> Path | None:

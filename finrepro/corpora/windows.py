@@ -6,14 +6,14 @@ token goes through the model twice. A document's first token follows nothing and
 documents has T - D supervised ones, whatever L.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finrepro.corpora.order import permute
+from finrepro.corpora.rows import Rows
 from finrepro.corpora.stream import Tokens
 from finrepro.errors import UsageError
 from finrepro.tokens import IGNORE
@@ -73,7 +73,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths(Sequence[int]):
+class Lengths(Rows[int]):
     """The lengths of all windows, without storing them: `number` of them, all `size` but the last."""
 
     number: int
@@ -83,17 +83,9 @@ class Lengths(Sequence[int]):
     def __len__(self) -> int:
         return self.number
 
-    @overload
-    def __getitem__(self, row: int) -> int: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[int]: ...
-    def __getitem__(self, row: int | slice) -> int | Sequence[int]:
-        """The length of a window, or of several."""
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(self.number))]
-        if not -self.number <= row < self.number:
-            raise IndexError(row)
-        return self.last if row % self.number == self.number - 1 else self.size
+    def at(self, row: int) -> int:
+        """The length of a window."""
+        return self.last if row == self.number - 1 else self.size
 
 
 @runtime_checkable
@@ -110,7 +102,7 @@ class Stream(Protocol):
         """Positions in [begin, end) at which a document begins."""
 
 
-class Windows(Sequence[Window]):
+class Windows(Rows[Window]):
     """A split's windows, each read when it is asked for, and the order in which training takes them.
 
     Raises `UsageError` for a `max_seq_len` below 2 or a split without two tokens.
@@ -135,16 +127,9 @@ class Windows(Sequence[Window]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, row: int) -> Window: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[Window]: ...
-    def __getitem__(self, row: int | slice) -> Window | Sequence[Window]:
-        """A window, or several; O(1) in the length of the stream, but for a binary search."""
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        length = self.lengths[row]  # also refuses a row that there is not
-        begin = (row if row >= 0 else row + len(self)) * self.max_seq_len
+    def at(self, row: int) -> Window:
+        """A window; O(1) in the length of the stream, but for a binary search."""
+        length, begin = self.lengths.at(row), row * self.max_seq_len
         read = self.stream.tokens(begin, begin + length + 1)
         cuts = self.stream.starts(begin + 1, begin + length + 1) - begin
         return Window(read[:-1], int(read[-1]), tuple(cuts.tolist()))

@@ -1,0 +1,30 @@
+"""Sequences whose items are computed when they are asked for."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar, overload
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Rows(Sequence[T_co]):
+    """A length and `at` make one; a slice is the list of its items. Raises `IndexError` for a row that there is not."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def at(self, row: int) -> T_co:
+        """The item of a row from 0 to the last one."""
+
+    @overload
+    def __getitem__(self, row: int) -> T_co: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[T_co]: ...
+    def __getitem__(self, row: int | slice) -> T_co | Sequence[T_co]:
+        """An item, or several."""
+        count = len(self)
+        if isinstance(row, slice):
+            return [self.at(each) for each in range(*row.indices(count))]
+        if not -count <= row < count:
+            raise IndexError(row)
+        return self.at(row % count)
