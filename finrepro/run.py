@@ -249,4 +249,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     runtime.quiet_environment()
-    sys.exit(main())
+    runtime.end(main())
