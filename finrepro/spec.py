@@ -35,7 +35,7 @@ class Train:
     lr: PositiveFloat
     global_batch_size: Positive  # examples per optimizer step, over all devices
     max_tokens: Positive
-    layout: Literal["padded", "bins"]
+    layout: Literal["padded", "bins", "fastest"]  # fastest: whichever is, measured before training (finrepro.layouts)
     max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
     sort_window: Positive  # global batches that are sorted by length together; 1 leaves the random order
     max_grad_norm: PositiveFloat
