@@ -101,7 +101,7 @@ class Model:
     gated: bool = False
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one
-    pretrain: Pretrain | None = None
+    pretrain: Pretrain | str | None = None  # what makes its weights: a recipe, or the cell of table 2 of this label
     low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
