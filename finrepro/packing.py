@@ -65,7 +65,8 @@ def padded(rows: Rows, lengths: Sequence[int], max_tokens: int) -> list[Rows]:
 def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
     """Best-fit decreasing; where its bins are more than the tokens need by over one in a thousand, `closed_by_pairs` if that takes fewer.
 
-    O(n log n). A row longer than `capacity` gets a bin of its own: no example is dropped or cut.
+    O(n log n); the second way n times the number of different lengths. A row longer than `capacity` gets a bin of its own: no example is
+    dropped or cut.
     """
     found = best_fit(rows, lengths, capacity)
     needed = -(-sum(min(lengths[row], capacity) for row in rows) // capacity)
