@@ -27,6 +27,11 @@ class Encoded:
         return (self,)
 
     @property
+    def piece_lengths(self) -> tuple[int, ...]:
+        """How long each piece is."""
+        return (len(self.ids),)
+
+    @property
     def num_supervised(self) -> int:
         """Tokens of the answer: the positions whose successor is learned or scored."""
         return len(self.ids) - self.answer_start

@@ -83,6 +83,7 @@ def test_every_token_is_supervised_once_but_each_documents_first(
     assert all(window.num_supervised >= 1 for window in windows), "a step of one window needs something to learn"
     for window in windows:
         assert [len(piece.ids) for piece in window.pieces] and sum(len(p.ids) for p in window.pieces) == len(window.ids)
+        assert window.piece_lengths == tuple(len(piece.ids) for piece in window.pieces)
         assert all(START not in piece.ids[1:] for piece in window.pieces), "a piece is of one document"
         assert sum(piece.num_supervised for piece in window.pieces) == window.num_supervised
         assert np.concatenate([piece.targets() for piece in window.pieces]).tolist() == window.targets().tolist()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finrepro import packing
 from finrepro.packing import LAYOUTS, Rows, bins, computed_tokens, num_steps, padded, rank_rows, steps_of_epoch
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100)
@@ -109,12 +110,33 @@ def best_fit(lengths: list[int], capacity: int) -> int:
 def test_best_fit_decreasing_makes_as_many_bins_as_its_definition_and_no_more_than_next_fit(
     lengths: list[int], capacity: int
 ):
-    count = len(bins(list(range(len(lengths))), lengths, capacity))
-    assert count == best_fit(lengths, capacity) <= next_fit(lengths, capacity)
+    rows = list(range(len(lengths)))
+    plain, found = packing.best_fit(rows, lengths, capacity), bins(rows, lengths, capacity)
+    count = len(found)
+    assert count <= len(plain) == best_fit(lengths, capacity) <= next_fit(lengths, capacity)
+    assert count < len(plain) or found == plain, "another way to fill them is taken only where it saves a bin"
     if max(lengths) <= capacity:
         lower = -(-sum(lengths) // capacity)
         assert lower <= count
         assert count * capacity < 2 * sum(lengths) + capacity, "two bins that are at most half full would be one"
+
+
+@SETTINGS
+@given(LENGTHS, st.integers(1, 100))
+def test_bins_closed_by_pairs_keep_every_row_once_and_their_capacity(lengths: list[int], capacity: int):
+    rows = list(range(len(lengths)))
+    content = packing.closed_by_pairs(rows, lengths, capacity)
+    assert flat(content) == rows
+    assert all(sum(lengths[row] for row in each) <= capacity or len(each) == 1 for each in content)
+
+
+def test_bins_are_as_few_as_the_tokens_need_where_best_fit_decreasing_makes_one_more():
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(35, 90, 800).tolist()
+        while -sum(lengths) % 2048 > 110:  # as FiQA's training split: hardly a token of room in the fewest bins
+            lengths.pop()
+        rows, needed = list(range(len(lengths))), -(-sum(lengths) // 2048)
+        assert len(bins(rows, lengths, 2048)) == needed < len(packing.best_fit(rows, lengths, 2048))
 
 
 def test_packing_grows_about_linearly_with_the_number_of_rows():

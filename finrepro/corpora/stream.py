@@ -42,7 +42,7 @@ class TokenStream:
         """Positions in [begin, end) at which a document begins; a binary search in the shard's list."""
         found = []
         for k, a, b in self._cut(begin, end):
-            first, last = np.searchsorted(self._starts[k], np.array((a, b), "<u4"))  # another type would copy the list
+            first, last = self._starts[k].searchsorted(np.array((a, b), "<u4"))  # another type would copy the list
             found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 

@@ -57,6 +57,12 @@ class Window:
         rest = self.cuts[-1]
         return tuple(whole) if rest == length else (*whole, Piece(ids[rest:], self.after))
 
+    @property
+    def piece_lengths(self) -> tuple[int, ...]:
+        """How long each piece is, without making them."""
+        ends = self.cuts if self.cuts and self.cuts[-1] == len(self.ids) else (*self.cuts, len(self.ids))
+        return tuple(end - begin for begin, end in zip((0, *ends), ends, strict=False))
+
     def targets(self) -> NDArray[np.int64]:
         """The pieces' targets, one after the other."""
         found = np.empty(len(self.ids), np.int64)
