@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 256  # what a process is given at a time
-CACHED_WORDS = (
-    1 << 16
-)  # whose ids are kept, 10 MB a process; the library keeps 10,000, half of what a megabyte of text has
+# Whose ids are kept, 10 MB a process; the library keeps 10,000, half of the different words of a megabyte of text.
+CACHED_WORDS = 1 << 16
 Ids = list[NDArray[np.uint32]]
 T = TypeVar("T")
 
