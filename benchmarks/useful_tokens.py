@@ -1,7 +1,7 @@
 """How many of the tokens that go through the model are real, and examples a second, for four ways to lay out a batch.
 
 Side by side on a Llama miniature, forward and backward over the same examples: fixed padding to `max_seq_len`, dynamic padding of shuffled
-batches of 8, length-sorted token-budget batches, and best-fit-decreasing bins with isolated attention. TFNS, and FPB where
+batches of 8, length-sorted token-budget batches, and the bins of finrepro.packing with isolated attention. TFNS, and FPB where
 FINREPRO_DATA_DIR has it.
 """
 
