@@ -11,6 +11,7 @@ from typing import Literal
 
 from finrepro import catalogue, data, memory, store, weights
 from finrepro.cells import Cell
+from finrepro.corpora import feeding
 from finrepro.corpora import place as corpora
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, depth
@@ -198,10 +199,9 @@ def missing_data(spec: RunSpec, place: Place) -> str | None:
     """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
     if spec.train.max_steps:
         for part in spec.train_on.parts:
-            corpus = corpora.corpus_of(part.task)
             reason = (
-                corpora.missing_reason(corpus, place.data_dir)
-                if corpus
+                feeding.missing_reason(spec, part.task, place)
+                if corpora.corpus_of(part.task)
                 else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
             )
             if reason:
