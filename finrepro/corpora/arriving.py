@@ -15,16 +15,19 @@ from finrepro.corpora.windows import Windows, check_length
 
 
 class ArrivingLengths(Rows[int]):
-    """The lengths of all windows: known for those that are there; how many there are is known at the end."""
+    """The lengths of all windows. `len` counts those that are there so far, of which it waits for the first: nothing that is learned may
+    depend on it before the stream has ended."""
 
     def __init__(self, stream: TokenStream, size: int) -> None:
         self._stream, self._size = stream, size
 
     def __bool__(self) -> bool:
-        return True  # without waiting for the end
+        return True
 
     def __len__(self) -> int:
-        return -(-(len(self._stream) - 1) // self._size)
+        self._stream.reaches(self._size + 1)
+        inputs = self._stream.known - 1
+        return -(-inputs // self._size) if self._stream.finished else inputs // self._size
 
     def has(self, row: int) -> bool:
         """Whether there is such a window: one has at least a token and the one after it."""

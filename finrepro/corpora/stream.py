@@ -16,6 +16,8 @@ Tokens = NDArray[np.unsignedinteger]
 class TokenStream:
     """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and where documents begin there."""
 
+    finished = True
+
     def __init__(self, folder: Path, index: Index, split: Split) -> None:
         """Map every shard, without reading it. Raises `EnvironmentFault` for a file that is absent or of another length."""
         self._begin(folder, index.dtype, index.shard_tokens)
@@ -45,6 +47,11 @@ class TokenStream:
             raise EnvironmentFault(
                 f"{folder}: the shards do not add up to the index's counts; prepare the corpus again."
             )
+
+    @property
+    def known(self) -> int:
+        """Tokens that are there so far."""
+        return self._length
 
     def __len__(self) -> int:
         """Tokens, start tokens included."""

@@ -25,7 +25,7 @@ def begun(folder: Path) -> Begun | None:
     """What a preparation that has not ended is of; None where none was begun. Raises `EnvironmentFault` for a note that cannot be read."""
     path = folder / PREPARING / BEGUN
     try:
-        return build(Begun, json.loads(path.read_text(encoding="utf-8")), str(path))
+        return build(Begun, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (FinreproError, ValueError, TypeError):
