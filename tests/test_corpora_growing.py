@@ -518,7 +518,9 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
         with feeding.fed(cell(), place) as other:
             assert not other(), "somebody is at work already"
         os.kill(child, signal.SIGKILL)
-        with pytest.raises(EnvironmentFault, match="it ended with SIGKILL, see ") as caught:
+        with pytest.raises(
+            EnvironmentFault, match="its process ended with SIGKILL .* run the same command again"
+        ) as caught:
             while tend():
                 time.sleep(0.02)
         one_line(caught.value)

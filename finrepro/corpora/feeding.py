@@ -104,8 +104,9 @@ class Feeder:
         if underway.is_finished(self.folder) or underway.held(self.folder):  # another one was there first
             return False
         code = ended.returncode
-        cause = f"it ended with {signal.Signals(-code).name if code < 0 else f'exit status {code}'}, see {self.log}"
-        raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {said or cause}")
+        ended_with = f"{signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit status {code}"
+        said = said or f"its process ended with {ended_with}, see {self.log}; run the same command again to go on."
+        raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {said}")
 
     def _start(self) -> None:
         tokenizer = tokenizer_for(self.spec, self.folder, self.place.models_dir)
