@@ -4,8 +4,8 @@ bare tokenizer in as many processes on the same texts.
 By the clock, from when the first shard is there (processes have started, the tokenizer is loaded) to the end of the corpus; whatever the
 feeder may have in the making at that moment is not counted. The bare processes have tokenized a text before they are timed. The feeder has
 a process more, which reads, hashes and writes, and the reader is this one. GPT-2's tokenizer from FINREPRO_DATA_DIR, else a trained one;
-WikiText-2's paragraphs, three times for each process, each time with a number before it, so that none is a duplicate. On a machine that does
-other work the ratios of single rounds scatter.
+WikiText-2's paragraphs, three times for each process, each time with a number before it, so that none is a duplicate. On a machine that
+does other work the ratios of single rounds scatter.
 """
 
 import json

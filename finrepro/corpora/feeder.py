@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the cell decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written shard
+    os.nice(5)  # where cores are few, training goes first
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core: the rest is the training's
     try:
         feed(given.corpus, given.tokenizer, given.out, given.data_dir, given.workers)

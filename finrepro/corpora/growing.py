@@ -13,7 +13,7 @@ from typing import Any
 from finrepro.corpora import underway
 from finrepro.corpora.index import Begun, check_fits, dtype_for, read_index, split_of
 from finrepro.corpora.place import TOKENIZER
-from finrepro.corpora.stream import Corpus, TokenStream, open_corpus
+from finrepro.corpora.stream import Corpus, TokenStream, Tokens, open_corpus
 from finrepro.corpora.writer import whole_shard
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.schema import plain
@@ -56,7 +56,7 @@ class GrowingStream(TokenStream):
     def __init__(self, folder: Path, begun: Begun, split: str, watch: Watch) -> None:
         self._begin(folder, dtype_for(begun.vocabulary), int(begun.options["shard_tokens"]))
         self.begun, self.split, self.watch = begun, split, watch
-        self.finished, self.asked, self._length = False, 0, 0
+        self.finished, self.read, self._length = False, 0, 0  # `read`: the last token that was, and one
         self.look()
 
     def look(self) -> None:
@@ -82,7 +82,6 @@ class GrowingStream(TokenStream):
 
     def reaches(self, count: int) -> bool:
         """Whether there are so many tokens; waits until that is known."""
-        self.asked = max(self.asked, count)
         while self._length < count and not self.finished:
             self.look()
             if self._length >= count or self.finished:
@@ -96,6 +95,12 @@ class GrowingStream(TokenStream):
                     raise
                 raise Unavailable(str(error)) from None  # nothing was learned from it: the cell is skipped
         return count <= self._length
+
+    def tokens(self, begin: int, end: int) -> Tokens:
+        """Ids at positions [begin, end), as soon as they are there."""
+        self.reaches(end)
+        self.read = max(self.read, min(end, self._length))
+        return super().tokens(begin, end)
 
     def __len__(self) -> int:
         """Tokens, start tokens included; waits for the end."""
@@ -126,7 +131,7 @@ class GrowingCorpus:
         waited = {"finished": stream.finished, "waited_seconds": round(stream.watch.seconds, 1)}
         if stream.finished:
             return Corpus(self.folder, read_index(self.folder)).facts() | waited
-        read = stream.shards[: -(-stream.asked // stream.capacity)]
+        read = stream.shards[: -(-stream.read // stream.capacity)]
         return {
             **self.made_from(),
             "shards": [shard.sha256_tokens for shard in read],
