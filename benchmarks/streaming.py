@@ -58,6 +58,8 @@ def load(folder: str) -> None:
     global _bare
     import transformers
 
+    os.nice(5)  # as the feeder
+
     bare = (Path(folder) / "merges.txt").is_file()
     kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer
     _bare = kind.from_pretrained(folder, local_files_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from finrepro.corpora import underway
 from finrepro.corpora.index import Begun, check_fits, dtype_for, read_index, split_of
 from finrepro.corpora.place import TOKENIZER
-from finrepro.corpora.stream import Corpus, TokenStream, Tokens, open_corpus
+from finrepro.corpora.stream import Corpus, Tokens, TokenStream, open_corpus
 from finrepro.corpora.writer import whole_shard
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.schema import plain
