@@ -12,7 +12,7 @@ from finrepro import PROJECT, catalogue, runtime, weights
 from finrepro.corpora import place as corpora
 from finrepro.corpora import underway
 from finrepro.corpora.prepare import default_workers
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.place import Place
 from finrepro.spec import RunSpec, TaskSpec
 from finrepro.tokens import tokenizer_digest
@@ -111,7 +111,7 @@ class Feeder:
     def _start(self) -> None:
         tokenizer = tokenizer_for(self.spec, self.folder, self.place.models_dir)
         if tokenizer is None:  # somebody was preparing it, and has gone before the tokenizer lay beside the shards
-            raise EnvironmentFault(str(corpora.missing_reason(self.name, self.place.data_dir)))
+            raise Unavailable(str(corpora.missing_reason(self.name, self.place.data_dir)))
         workers = max(1, default_workers() - self.spec.world_size)
         options = ["--tokenizer", tokenizer, "--out", self.folder, "--workers", workers, "--parent", os.getpid()]
         options += ["--data-dir", self.place.data_dir] if self.place.data_dir else []
