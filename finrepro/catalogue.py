@@ -14,7 +14,20 @@ from finrepro.errors import UsageError, unknown
 from finrepro.published import Published
 from finrepro.published import read as read_published
 from finrepro.schema import Choice, build, choose, kind_module, read_yaml
-from finrepro.spec import Grid, Mix, Model, Part, RunSpec, Scale, TableFile, TaskSpec, Train, TrainSet, label_of
+from finrepro.spec import (
+    Grid,
+    Mix,
+    Model,
+    Part,
+    Pretrain,
+    RunSpec,
+    Scale,
+    TableFile,
+    TaskSpec,
+    Train,
+    TrainSet,
+    label_of,
+)
 
 CONFIGS = PROJECT / "configs"
 
@@ -177,8 +190,8 @@ def _with_entries(grid: Grid) -> Grid:
 def pretraining(base: Model, seed: int = 0) -> RunSpec:
     """The run that makes a miniature's weights, from its own initialisation."""
     recipe = base.pretrain
-    if recipe is None:
-        raise UsageError(f"models.{base.name}: has no 'pretrain'.")
+    if not isinstance(recipe, Pretrain):
+        raise UsageError(f"models.{base.name}: has no recipe in 'pretrain'.")
     text, scored = train_set(recipe.task)
     return RunSpec(
         label=label_of((base.name, "none", "full", text.name), None, seed),
@@ -196,13 +209,6 @@ def pretraining(base: Model, seed: int = 0) -> RunSpec:
         threads=recipe.threads,
         world_size=1,
     )
-
-
-@cache
-def base_of(name: str) -> RunSpec | None:
-    """The run that makes the weights that a model starts from; None where no run does."""
-    trained = origin(model(name))
-    return pretraining(trained) if trained.pretrain else None
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:

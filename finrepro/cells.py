@@ -11,11 +11,11 @@ from typing import Any
 
 from finrepro.catalogue import (
     adapter,
-    base_of,
     catalogue,
     model,
     optimizer,
     origin,
+    pretraining,
     quantizer,
     train_set,
     train_settings,
@@ -24,7 +24,7 @@ from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
-from finrepro.spec import Grid, Group, Model, RunSpec, Scale, Weights, label_of
+from finrepro.spec import Grid, Group, Model, Pretrain, RunSpec, Scale, Weights, label_of
 
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
 WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
@@ -32,7 +32,7 @@ WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
 
 @dataclass(frozen=True)
 class Cell:
-    """A `RunSpec` of a table, or the reason why its combination is refused. `base` is the run that has to come first."""
+    """A `RunSpec` of a table, or the reason why its combination is refused. `base` is the run that the campaign makes first."""
 
     spec: RunSpec
     refusal: str | None = None
@@ -190,7 +190,17 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         world_size=selection.world_size or devices,
         stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
     )
-    return Cell(spec=spec, refusal=refusal(spec), base=base)
+    planned = base if isinstance(origin(base_model).pretrain, Pretrain) else None
+    return Cell(spec=spec, refusal=refusal(spec), base=planned)
+
+
+@cache
+def base_of(name: str) -> RunSpec | None:
+    """The run that makes the weights that a model starts from, by its recipe or as a cell of table 2; None where no run does."""
+    trained = origin(model(name))
+    if not isinstance(trained.pretrain, str):
+        return pretraining(trained) if trained.pretrain else None
+    return find(Selection("2"), trained.scale, trained.pretrain)
 
 
 def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:

@@ -13,7 +13,7 @@ from finrepro.corpora.place import TOKENIZER, block_of, corpus_of, folder_of, is
 from finrepro.data import Dataset
 from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
-from finrepro.spec import RunSpec
+from finrepro.spec import Pretrain, RunSpec
 from finrepro.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
     """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
-    text = spec.model.pretrain.task if spec.model.pretrain else STAND_IN_TEXT
+    text = spec.model.pretrain.task if isinstance(spec.model.pretrain, Pretrain) else STAND_IN_TEXT
     size = min(int(spec.model.architecture["vocab_size"]), STAND_IN_VOCABULARY)
     return _trained_tokenizer(text, spec.model.family, size, place.data_dir)
 

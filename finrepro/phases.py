@@ -29,6 +29,10 @@ class Phases:
         runtime.forget_peak_memory(self.device)
         self.name = name
 
+    def forget(self) -> None:
+        """Leave out what the current phase has seen until now."""
+        runtime.forget_peak_memory(self.device)
+
     def over_ranks(self) -> dict[str, int]:
         """The peaks until now, the largest over ranks; all ranks call it, in the same phase."""
         self._note()

@@ -6,14 +6,12 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
-from finrepro import catalogue, data, memory, store, weights
+from finrepro import data, memory, missing, store
 from finrepro.cells import Cell
-from finrepro.corpora import feeding
 from finrepro.corpora import place as corpora
-from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.errors import UsageError
 from finrepro.layers.linear import block_sizes, depth
 from finrepro.place import Place
 from finrepro.spec import Model, RunSpec, Scale
@@ -156,7 +154,7 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
     devices = machine().gpus or len(os.sched_getaffinity(0))
     if spec.world_size > devices:
         return f"needs {spec.world_size} devices, this machine has {devices}"
-    reason = missing_data(spec, place)
+    reason = missing.data_of(spec, place)
     if reason:
         return reason
     if spec.model.scale == "smoke":
@@ -168,49 +166,7 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
     needed = needed_bytes(spec) * (1 if here.gpu_bytes else spec.world_size)  # ranks on a host share its memory
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return (
-        missing_weights(catalogue.origin(spec.model), place.models_dir, ask_hub)
-        if spec.weights == "pretrained"
-        else None
-    )
-
-
-def missing_weights(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
-    """Why the model's weights are not to be had, or not the model's, in one line; None if they are."""
-    reason = weights.missing_reason(model, models_dir)
-    if reason and ask_hub:
-        unreachable = weights.unreachable_reason(model)
-        return f"{reason}; {unreachable}" if unreachable else None
-    found = weights.locate(model, models_dir)
-    return reason or (_wrong_weights(model.name, found) if found else None)
-
-
-@cache
-def _wrong_weights(name: str, folder: Path) -> str | None:
-    """Why the checkpoint in `folder` is not the model, read once for all of a table's cells."""
-    try:
-        weights.check(catalogue.model(name), folder)
-    except EnvironmentFault as error:
-        return str(error)
-    return None
-
-
-def missing_data(spec: RunSpec, place: Place) -> str | None:
-    """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
-    if spec.train.max_steps:
-        for part in spec.train_on.parts:
-            reason = (
-                feeding.missing_reason(spec, part.task, place)
-                if corpora.corpus_of(part.task)
-                else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
-            )
-            if reason:
-                return reason
-    for each in spec.tasks:
-        reason = data.missing_reason(each.dataset, place.data_dir, (spec.evaluation.split,))
-        if reason:
-            return reason
-    return None
+    return missing.base_of(spec, place, ask_hub) if spec.weights == "pretrained" else None
 
 
 def plan(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:

@@ -8,11 +8,18 @@ from finrepro.spec import RunSpec
 from finrepro.store import Store
 
 
-def header(spec: RunSpec, status: str, reason: str | None, started: float, device: str | None = None) -> dict[str, Any]:
-    """What every result.json has, finished or not. `device` is the kind of device that it ran on."""
+def header(
+    spec: RunSpec,
+    status: str,
+    reason: str | None,
+    started: float,
+    device: str | None = None,
+    layout: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What every result.json has, finished or not: `device` is the kind that it ran on, `layout` what finrepro.layouts settled."""
     note = getattr(spec.quantizer.module("quantizers"), "note", None)
     said = note(device) if note and device else None
-    attention = _attention(spec, device) if device else None
+    attention = _attention(spec, device, layout) if device else None
     return {
         "format": store.FORMAT,
         "run_id": spec.run_id,
@@ -31,6 +38,7 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
             "batch": spec.train.global_batch_size,
             "device_type": device,
             "attention": attention,
+            "layout": layout,
             "notes": [said] if said else [],
         },
         "spec": spec.canonical(),
@@ -43,13 +51,13 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
     }
 
 
-def _attention(spec: RunSpec, device: str) -> dict[str, str | None]:
+def _attention(spec: RunSpec, device: str, layout: dict[str, Any] | None) -> dict[str, str | None]:
     """Which implementation of attention training and evaluation used; None where there was none. Only training has rows of segments."""
     import torch
 
     from finrepro.layers.isolated_attention import implementation
 
-    dtype, bins = getattr(torch, spec.model.dtype), spec.train.layout == "bins"
+    dtype, bins = getattr(torch, spec.model.dtype), (layout or {"used": spec.train.layout})["used"] == "bins"
     return {
         "train": implementation(bins, device, dtype) if spec.train.max_steps else None,
         "evaluate": implementation(False, device, dtype) if spec.tasks else None,

@@ -63,7 +63,7 @@ def walk(
     device = runtime.setup(spec.seed, spec.threads)
     runtime.reset_peak_memory(device)
 
-    from finrepro import stored
+    from finrepro import layouts, stored
     from finrepro.checkpoint import Control
     from finrepro.engine import collect_trained, inference
     from finrepro.evaluate import evaluate
@@ -87,12 +87,13 @@ def walk(
     with inputs.of_this_cell():
         built = build(spec, folder, device)
 
-    report({"event": "phase", "phase": "train"})
     checkpoints = place.store.checkpoints(spec.run_id)
     with Monitor() as monitor:
         made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from, text])
         control = Control(report, stop_requested, checkpoints, made_by, phases=phases)
-        trained = train(built.model, encoded, spec, device, control)
+        settled, layout = layouts.settled(spec, built.model, encoded, device, control)
+        report({"event": "phase", "phase": "train"})
+        trained = train(built.model, encoded, settled, device, control)
 
         report({"event": "phase", "phase": "evaluate"})
         phases.begin("evaluate")
@@ -147,7 +148,7 @@ def walk(
                 )
                 continue
             scores += again
-        result = header(spec, store.DONE, None, started, device.type) | {
+        result = header(spec, store.DONE, None, started, device.type, layout) | {
             "scores": scores,
             "costs": {
                 "total_params": built.base_parameters,
@@ -253,4 +254,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     runtime.quiet_environment()
-    sys.exit(main())
+    runtime.end(main())

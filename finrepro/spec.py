@@ -35,7 +35,7 @@ class Train:
     lr: PositiveFloat
     global_batch_size: Positive  # examples per optimizer step, over all devices
     max_tokens: Positive
-    layout: Literal["padded", "bins"]
+    layout: Literal["padded", "bins", "fastest"]  # fastest: whichever is, measured before training (finrepro.layouts)
     max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
     sort_window: Positive  # global batches that are sorted by length together; 1 leaves the random order
     max_grad_norm: PositiveFloat
@@ -101,7 +101,7 @@ class Model:
     gated: bool = False
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one
-    pretrain: Pretrain | None = None
+    pretrain: Pretrain | str | None = None  # what makes its weights: a recipe, or the cell of table 2 of this label
     low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:

@@ -181,4 +181,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    runtime.end(serve())

@@ -73,6 +73,7 @@ def main(folder: Path) -> None:
     }
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
     runtime.leave_process_group()
+    runtime.end(0)
 
 
 if __name__ == "__main__":

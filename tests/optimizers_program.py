@@ -204,6 +204,7 @@ def main(folder: Path) -> None:
         found["relora", *engine] = run_relora(relora(*engine), folder / f"{here.world_size}-relora-{engine}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
     runtime.leave_process_group()
+    runtime.end(0)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ def main(part: str, folder: Path) -> None:
     )
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
     runtime.leave_process_group()
+    runtime.end(0)
 
 
 if __name__ == "__main__":

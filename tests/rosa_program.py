@@ -205,6 +205,7 @@ def main(folder: Path) -> None:
             found["noisy", together] = run(cell(), folder / str(here.world_size) / f"noisy-{together}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
     runtime.leave_process_group()
+    runtime.end(0)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,7 @@ def main(folder: Path) -> None:
     found = {key: run(spec(*key), folder / str(here.world_size) / f"{key}") for key in ENGINES}
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
     runtime.leave_process_group()
+    runtime.end(0)
 
 
 if __name__ == "__main__":

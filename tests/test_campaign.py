@@ -109,6 +109,7 @@ def test_a_cold_run_fills_the_table(first: tuple[Path, str]) -> None:
         }
         assert max(phases.values()) == result["costs"]["peak_memory_bytes"]
         assert result["cell"]["attention"]["train"] in ("sdpa", "sdpa per segment")
+        assert result["cell"]["layout"] == {"used": "padded", "seconds": {}}
         assert result["environment"]["source_digest"] and all(result["data"]["fingerprints"].values())
     assert found[QLORA]["spec"]["base_run"] == found[BASE]["run_id"]
 

@@ -7,6 +7,7 @@ import pytest
 from fixtures_process import one_line
 
 from finrepro import PROJECT, catalogue
+from finrepro.cells import base_of
 from finrepro.data import Hub
 from finrepro.errors import UsageError
 from finrepro.plan import block_linear_parameters
@@ -30,10 +31,11 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
     model = catalogue.model(name)
     assert model.name == name
     if model.scale == "paper":
-        assert model.pretrain is None
+        trained_here = model.hub is None and (model.low_rank is None or model.low_rank.of is None)
+        assert isinstance(model.pretrain, str) == trained_here and (trained_here or model.pretrain is None)
         assert (model.hub is None) == (model.compared_with is not None), "a model of no hub is trained from scratch"
     else:
-        assert model.miniature_of in MODELS and model.hub is None and catalogue.base_of(name) is not None
+        assert model.miniature_of in MODELS and model.hub is None and base_of(name) is not None
         original = catalogue.model(model.miniature_of)
         assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
         size, _, variant = name.replace("_deep_mini", "_mini").partition("_mini")

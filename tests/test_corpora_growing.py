@@ -21,7 +21,7 @@ from fixtures_model import broken
 from fixtures_process import environment, one_line
 from numpy.typing import NDArray
 
-from finrepro import PROJECT, catalogue, cells, inputs, packing, plan
+from finrepro import PROJECT, catalogue, cells, inputs, missing, packing
 from finrepro.corpora import feeding, growing, prepare, underway, writer
 from finrepro.corpora.arriving import ArrivingWindows
 from finrepro.corpora.entries import sources_of
@@ -482,17 +482,17 @@ def begun_with(tokenizer: Path, data_dir: Path, shard_tokens: int) -> Path:
 def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(tokenizer: Path, tmp_path: Path) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
     reason = missing_reason("wikitext2", tmp_path)
-    assert plan.missing_data(spec, place) == reason and "invoke data --prepare wikitext2" in str(reason), "no tokenizer"
-    assert "--data-dir" in str(plan.missing_data(spec, dataclasses.replace(place, data_dir=None)))
+    assert missing.data_of(spec, place) == reason and "invoke data --prepare wikitext2" in str(reason), "no tokenizer"
+    assert "--data-dir" in str(missing.data_of(spec, dataclasses.replace(place, data_dir=None)))
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
     keep_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
-    assert plan.missing_data(real, place) is None, "of the model that it is compared with"
+    assert missing.data_of(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
-    assert plan.missing_data(dataclasses.replace(shuffled, model=real.model), place) == reason
+    assert missing.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
     twice = dataclasses.replace(real, train_on=TrainSet(name="two", parts=real.train_on.parts * 2))
-    assert plan.missing_data(twice, place) == reason, "corpora that are mixed have to be finished"
+    assert missing.data_of(twice, place) == reason, "corpora that are mixed have to be finished"
     begun_with(tokenizer, tmp_path, 900)
-    assert plan.missing_data(spec, place) is None, "its own tokenizer lies there"
+    assert missing.data_of(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
         inputs.corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 

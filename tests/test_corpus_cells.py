@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finrepro import catalogue, cells, inputs, plan
+from finrepro import catalogue, cells, inputs, missing
 from finrepro.corpora import command, entries
 from finrepro.corpora.place import folder_of, missing_reason
 from finrepro.corpora.windows import Windows
@@ -80,7 +80,7 @@ def test_the_scored_dataset_is_read_and_its_training_split_is_not(prepared: Path
 
 def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(tmp_path: Path):
     place = Place(open_store(tmp_path), tmp_path, None)
-    reason = plan.missing_data(cell(), place)
+    reason = missing.data_of(cell(), place)
     assert reason == missing_reason(NAME, tmp_path) and "invoke data --prepare openwebtext" in str(reason)
     with pytest.raises(Unavailable, match="is not prepared"):
         inputs.base(cell(), place)

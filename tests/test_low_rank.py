@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finrepro import catalogue, loading, plan, restructure
-from finrepro.cells import refusal
+from finrepro.cells import base_of, refusal
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, dense_sizes, depth, is_conv1d, linear_layers, other_parameters, rank
 from finrepro.layers.low_rank import LowRankLinear, SplitLowRankLinear, dense_weight, factors, fill, low_rank_layers
@@ -544,7 +544,7 @@ def test_every_pair_of_a_model_has_a_spectrum_and_begins_in_balance() -> None:
 def test_an_entry_that_decomposes_another_starts_from_its_run(tmp_path: Path) -> None:
     name = "gpt2_127m_mini_svd_r64"
     model, dense = catalogue.model(name), catalogue.model(GPT2)
-    assert catalogue.base_of(name) == catalogue.base_of(GPT2) and catalogue.origin(model) == dense
+    assert base_of(name) == base_of(GPT2) and catalogue.origin(model) == dense
     assert catalogue.origin(catalogue.model("gpt2_127m_mini_lr")).name == "gpt2_127m_mini_lr"
     trained = stir(load(spec_of(dense), None))
     low = build(spec_of(model), saved(trained, tmp_path), CPU).model

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
-from finrepro import data, plan, provenance, store
-from finrepro.cells import expand
+from finrepro import catalogue, data, missing, plan, provenance, store
+from finrepro.cells import base_of, expand
 from finrepro.errors import FinreproError, UsageError
 from finrepro.launch import command, parse, request, resolve
 from finrepro.place import Place
@@ -137,8 +137,8 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     places = dataclasses.replace(place, models_dir=tmp_path / "models")
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "smoke", "a folder that is no checkpoint of the model"
-    monkeypatch.setattr(plan.weights, "check", lambda *_: None)
-    plan._wrong_weights.cache_clear()
+    monkeypatch.setattr(missing.weights, "check", lambda *_: None)
+    missing._wrong_weights.cache_clear()
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "paper" and "H100" in why
 
@@ -268,3 +268,33 @@ def test_a_request_to_a_worker_is_json_and_finds_the_same_cell():
         assert resolve(message) == cell.spec
         with pytest.raises(FinreproError, match="configuration changed"):
             resolve(message | {"run_id": "0" * 12})
+
+
+FROM_TABLE_2 = "gpt2_127m_lr_r256-none-lora_r8-tfns-s0"
+
+
+def test_a_cell_whose_base_is_trained_by_table_2_waits_for_that_run(place: Place):
+    spec = paper(FROM_TABLE_2)
+    (base,) = expand(Selection("2", only=f"{spec.model.pretrain}"), "paper")
+    assert spec.base_run == base.spec.run_id
+    (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
+    assert step.action == "skip" and f"--table 2 --scale paper --only {base.label}" in step.reason
+    seal_unfinished(base.spec, place.store, store.FAILED, "out of memory", time.time())
+    assert "is failed" in str(missing.base_of(spec, place, ask_hub=True))
+    seal_done(place, base.spec)
+    assert missing.base_of(spec, place, ask_hub=True) is None
+    (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
+    assert step.action == "run" and step.base is None
+
+
+def test_every_model_that_names_its_run_of_table_2_names_one_of_its_own():
+    named = {
+        name: found
+        for name in catalogue.catalogue("models")
+        if isinstance((found := catalogue.model(name)).pretrain, str)
+    }
+    assert len(named) == 8 and not any(found.hub for found in named.values())
+    for name, found in named.items():
+        run = base_of(name)
+        assert run is not None and run.model == found and run.weights == "scratch" and run.train.max_steps > 10_000
+        assert run in [cell.spec for cell in expand(Selection("2"), "paper")], "among the default ones"

@@ -37,3 +37,6 @@ for stage in (3, 0):
         "trainable_parameters": built.trainable_parameters,
     }
 (Path(sys.argv[2]) / f"rank{runtime.ranks().rank}.json").write_text(json.dumps(found))
+
+runtime.leave_process_group()
+runtime.end(0)

@@ -1,0 +1,59 @@
+"""Why what a cell is trained from or scored on is not to be had, each in one line that says what to do; None where it is there."""
+
+from functools import cache
+from pathlib import Path
+
+from finrepro import catalogue, data, store, weights
+from finrepro.corpora import feeding
+from finrepro.corpora import place as corpora
+from finrepro.errors import EnvironmentFault
+from finrepro.place import Place
+from finrepro.spec import Model, RunSpec
+
+
+def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
+    """Why a model's weights, or the run of table 2 that makes them, are not to be had, in one line; None if they are."""
+    model = catalogue.origin(spec.model)
+    if not isinstance(model.pretrain, str):
+        return weights_of(model, place.models_dir, ask_hub)
+    made = place.store.result(str(spec.base_run)) or {"status": "not run"}
+    again = f"./run reproduce --table 2 --scale {model.scale} --only {model.pretrain}"
+    return None if made["status"] == store.DONE else f"its base, a cell of table 2, is {made['status']}: {again}"
+
+
+def weights_of(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
+    """Why the model's weights are not to be had, or not the model's, in one line; None if they are."""
+    reason = weights.missing_reason(model, models_dir)
+    if reason and ask_hub:
+        unreachable = weights.unreachable_reason(model)
+        return f"{reason}; {unreachable}" if unreachable else None
+    found = weights.locate(model, models_dir)
+    return reason or (_wrong_weights(model.name, found) if found else None)
+
+
+@cache
+def _wrong_weights(name: str, folder: Path) -> str | None:
+    """Why the checkpoint in `folder` is not the model, read once for all of a table's cells."""
+    try:
+        weights.check(catalogue.model(name), folder)
+    except EnvironmentFault as error:
+        return str(error)
+    return None
+
+
+def data_of(spec: RunSpec, place: Place) -> str | None:
+    """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
+    if spec.train.max_steps:
+        for part in spec.train_on.parts:
+            reason = (
+                feeding.missing_reason(spec, part.task, place)
+                if corpora.corpus_of(part.task)
+                else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
+            )
+            if reason:
+                return reason
+    for each in spec.tasks:
+        reason = data.missing_reason(each.dataset, place.data_dir, (spec.evaluation.split,))
+        if reason:
+            return reason
+    return None
