@@ -538,6 +538,45 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
             time.sleep(0.02)
 
 
+FEEDING = """
+import sys, time
+from pathlib import Path
+from test_corpora_growing import cell, feeder_pid
+from finrepro.corpora import feeding
+from finrepro.place import Place
+from finrepro.store import open_store
+folder = Path(sys.argv[1])
+with feeding.fed(cell(), Place(open_store(folder / "store"), folder)):
+    print(feeder_pid(), flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_feeder_does_not_outlive_a_cell_that_is_killed(tokenizer: Path, tmp_path: Path) -> None:
+    folder = begun_with(tokenizer, tmp_path, 100)
+    path = os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])
+    killed = subprocess.Popen(
+        [sys.executable, "-c", FEEDING, str(tmp_path)],
+        env=environment(PYTHONPATH=path),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert killed.stdout is not None
+    child = int(killed.stdout.readline())
+    for _ in range(1000):
+        if underway.held(folder):
+            break
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    for _ in range(500):
+        if not Path(f"/proc/{child}").exists() and not underway.held(folder):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the feeder goes on without its cell")
+
+
 def feeder_pid() -> int:
     """The process that feeds a cell of this one."""
     for _ in range(600):
