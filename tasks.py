@@ -27,7 +27,7 @@ SELECT_HELP = {
     "devices": "devices (ranks) per cell; default the table's own, mostly 1",
     "adapter": "a PEFT folder made elsewhere: score it on its base, in place of the table's adapters",
     "store": "where results/ and mlruns/ go; default FINREPRO_STORE or the project's root",
-    "data-dir": "folder with datasets that are not embedded; default FINREPRO_DATA_DIR",
+    "data-dir": "folder with datasets that are not embedded, and with corpora, which are prepared there; default FINREPRO_DATA_DIR",
     "models-dir": "folder with checkpoints of the real models",
 }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue, data, weights
-from finrepro.corpora.place import TOKENIZER, corpus_of, folder_of, is_running_text, missing_reason
+from finrepro.corpora.feeding import is_fed, missing_reason
+from finrepro.corpora.place import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
 from finrepro.data import Dataset
 from finrepro.errors import EnvironmentFault, Unavailable, UsageError
 from finrepro.place import Place
@@ -16,9 +17,12 @@ from finrepro.spec import Pretrain, RunSpec
 from finrepro.tokens import tokenizer_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerFast
 
     from finrepro.batches import Sample
+    from finrepro.corpora.growing import GrowingCorpus, Waiting
     from finrepro.corpora.stream import Corpus
     from finrepro.tokens import Encoded
 
@@ -40,13 +44,14 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
 
 
 def training_examples(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place
-) -> "Sequence[Sample]":
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place,
+    opened: "dict[str, Corpus | GrowingCorpus] | None" = None,
+) -> "Sequence[Sample]":  # fmt: skip
     """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows."""
     from finrepro.tokens import encode
 
     if any(is_running_text(part.task) for part in spec.train_on.parts):
-        return _windows(spec, datasets, tokenizer, place)
+        return _windows(spec, datasets, tokenizer, corpora(spec, place) if opened is None else opened)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
@@ -56,56 +61,88 @@ def training_examples(
     return encoded
 
 
-def corpora(spec: RunSpec, place: Place) -> "dict[str, Corpus]":
-    """Task -> the prepared corpus that the cell is trained on through it.
+def corpora(spec: RunSpec, place: Place, waiting: "Waiting" = lambda _: False) -> "dict[str, Corpus | GrowingCorpus]":
+    """Task -> the corpus that the cell is trained on through it; `waiting` is called while one that is being prepared is waited for.
 
-    Raises `Unavailable` when one is not prepared, is damaged, was made from something else than its entry says, or by another tokenizer
-    than the one that lies with it, or has more tokens than the model has rows.
+    Raises `Unavailable` when one is not prepared, nor being prepared where that will do, is damaged, was made from something else than its
+    entry says, or by another tokenizer than the one that lies with it, or has more tokens than the model has rows.
     """
     from finrepro.corpora.entries import unlike
+    from finrepro.corpora.growing import open_arriving
     from finrepro.corpora.stream import open_corpus
 
-    found = {}
+    found: dict[str, Corpus | GrowingCorpus] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
         if name := corpus_of(part.task):
-            folder = folder_of(name, place.data_dir)
+            folder, rows = folder_of(name, place.data_dir), spec.model.architecture["vocab_size"]
             with of_this_cell():
-                if folder is None or missing_reason(name, place.data_dir):
-                    raise EnvironmentFault(str(missing_reason(name, place.data_dir)))
-                digest = tokenizer_digest(folder / TOKENIZER) or "none"
-                corpus = open_corpus(folder, digest, spec.model.architecture["vocab_size"])
-                if reason := unlike(name, corpus.index):
-                    raise EnvironmentFault(f"{folder}: {reason}")
+                reason = missing_reason(spec, part.task, place)
+                if folder is None or reason:
+                    raise EnvironmentFault(str(reason))
+                if is_fed(spec, part.task):
+                    corpus = open_arriving(folder, rows, waiting)
+                else:
+                    corpus = open_corpus(folder, tokenizer_digest(folder / TOKENIZER) or "none", rows)
+                if said := unlike(name, corpus.index):
+                    raise EnvironmentFault(f"{folder}: {said}")
                 corpus.stream()  # every shard is there, and as long as it was
                 found[part.task.task.name] = corpus
     return found
 
 
-def corpora_facts(found: "dict[str, Corpus]") -> dict[str, Any]:
-    """What of the corpora goes into a result: the sha256 of the index, where the text came from, and how much it is."""
-    return {
-        name: {"index": each.digest, "source": each.index.source, "documents": each.index.splits["train"].documents,
-               "tokens": each.index.splits["train"].tokens}
-        for name, each in found.items()
-    }  # fmt: skip
+def corpora_facts(found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
+    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an unfinished one; source and size."""
+    return {name: each.facts() for name, each in found.items()}
+
+
+def corpora_identity(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
+    """What a checkpoint is held to. Of a corpus that may be unfinished it is what it is made from: the same before its end and after."""
+    fed = {part.task.task.name: is_fed(spec, part.task) for part in spec.train_on.parts}
+    return {name: each.made_from() if fed[name] else each.facts() for name, each in found.items()}
+
+
+def patience(
+    report: "Callable[[dict[str, Any]], None]", stop_requested: "Callable[[], bool]", tend: "Callable[[], bool]"
+) -> "Waiting":
+    """What is done while text is waited for: say so once, see that somebody prepares it, and stop where that is asked."""
+    from finrepro.train import Interrupted
+
+    said: list[str] = []
+
+    def waiting(what: str) -> bool:
+        if stop_requested():
+            raise Interrupted("stopped while it waited for text; it goes on from its last checkpoint")
+        if said[-1:] != [what]:
+            said.append(what)
+            report({"event": "phase", "phase": what})
+        return tend()
+
+    return waiting
 
 
 def _windows(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place
-) -> "Sequence[Sample]":
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast",
+    opened: "dict[str, Corpus | GrowingCorpus]",
+) -> "Sequence[Sample]":  # fmt: skip
     """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError` where a part is no corpus."""
+    from finrepro.corpora.arriving import ArrivingWindows
     from finrepro.corpora.memory import TextStream
     from finrepro.corpora.mixture import Mixture
     from finrepro.corpora.windows import Windows
     from finrepro.tokens import encode
 
-    made = {}
+    made: dict[str, Windows] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
         if not is_running_text(part.task):
             raise UsageError(f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none.")
-        if prepared := corpora(spec, place).get(part.task.task.name):
-            made[part.task.task.name] = Windows(prepared.stream(), spec.train.max_seq_len)
+        if corpus := opened.get(part.task.task.name):
+            stream, block = corpus.stream(), block_of(part.task)
+            made[part.task.task.name] = (
+                ArrivingWindows(stream, spec.train.max_seq_len, block)
+                if block
+                else Windows(stream, spec.train.max_seq_len)
+            )
             continue
         examples = datasets[part.task.dataset.name].splits["train"]
         texts = encode(tokenizer, [("", task.target(example, config)) for example in examples], sys.maxsize, end=False)

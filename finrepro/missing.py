@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from finrepro import catalogue, data, store, weights
+from finrepro.corpora import feeding
 from finrepro.corpora import place as corpora
 from finrepro.errors import EnvironmentFault
 from finrepro.place import Place
@@ -44,10 +45,9 @@ def data_of(spec: RunSpec, place: Place) -> str | None:
     """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
     if spec.train.max_steps:
         for part in spec.train_on.parts:
-            corpus = corpora.corpus_of(part.task)
             reason = (
-                corpora.missing_reason(corpus, place.data_dir)
-                if corpus
+                feeding.missing_reason(spec, part.task, place)
+                if corpora.corpus_of(part.task)
                 else data.missing_reason(part.task.dataset, place.data_dir, ("train",))
             )
             if reason:

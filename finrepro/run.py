@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from finrepro import inputs, provenance, runtime, store
 from finrepro.cells import refusal
+from finrepro.corpora import feeding
+from finrepro.corpora.growing import Waiting
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError
 from finrepro.launch import parse, resolve
 from finrepro.place import Place
@@ -37,7 +39,8 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
 
     started, traced = time.time(), None
     try:
-        return walk(spec, place, report, stop_requested, started)
+        with feeding.fed(spec, place) as tend:
+            return walk(spec, place, report, stop_requested, started, inputs.patience(report, stop_requested, tend))
     except Unavailable as error:
         status, reason = store.SKIPPED, str(error)
     except (EnvironmentFault, Interrupted):
@@ -54,7 +57,7 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
 
 
 def walk(
-    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool], started: float
+    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool], started: float, waiting: Waiting
 ) -> dict[str, Any]:
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = runtime.setup(spec.seed, spec.threads)
@@ -73,10 +76,11 @@ def walk(
     report({"event": "phase", "phase": "data"})
     phases = Phases(device)
     datasets = inputs.load_data(spec, place)
+    corpora = inputs.corpora(spec, place, waiting)
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
-    text = inputs.corpora_facts(inputs.corpora(spec, place))
-    encoded = inputs.training_examples(spec, datasets, tokenizer, place)
+    text = inputs.corpora_identity(spec, corpora)
+    encoded = inputs.training_examples(spec, datasets, tokenizer, place, corpora)
 
     report({"event": "phase", "phase": "model"})
     phases.begin("load")
@@ -166,7 +170,7 @@ def walk(
             },
             "data": {
                 **inputs.data_facts(datasets),
-                "corpora": text,
+                "corpora": inputs.corpora_facts(corpora),
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),

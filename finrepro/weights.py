@@ -10,6 +10,7 @@ from finrepro import shards
 from finrepro.errors import EnvironmentFault
 from finrepro.manifest import file_digest
 from finrepro.spec import Model
+from finrepro.tokens import tokenizer_digest
 
 HUB = "https://huggingface.co"
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # how the hub's access tokens look
@@ -22,6 +23,11 @@ def locate(model: Model, models_dir: Path | None) -> Path | None:
     revision.
     """
     return next((place for place in _places(model, models_dir) if _is_checkpoint(place)), None)
+
+
+def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
+    """A local folder with the model's tokenizer, whether or not the weights lie beside it; None if there is none."""
+    return next((place for place in _places(model, models_dir) if tokenizer_digest(place) is not None), None)
 
 
 def _places(model: Model, models_dir: Path | None) -> list[Path]:

@@ -21,7 +21,7 @@ from fixtures_model import broken
 from fixtures_process import one_line
 
 from finrepro import PROJECT
-from finrepro.corpora import command, prepare, tokenizing, writer
+from finrepro.corpora import command, prepare, tokenizing, underway, writer
 from finrepro.corpora.deduplicate import held_out, identity
 from finrepro.corpora.documents import Document, Fault
 from finrepro.corpora.index import Index, read_index
@@ -321,7 +321,7 @@ def test_sources_that_changed_in_between_are_found(lines: Path, encoder: Encoder
 
 def test_two_processes_do_not_write_into_one_folder(lines: Path, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "out" / writer.PREPARING).mkdir(parents=True)
-    with prepare._alone(tmp_path / "out"):
+    with underway.alone(tmp_path / "out"):
         refused("another process", lambda: prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS))
 
 

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finrepro.corpora.entries import named_or_path
+from finrepro.corpora.entries import HeldOut, named_or_path
 from finrepro.corpora.index import Index
 from finrepro.corpora.place import keep_tokenizer
 from finrepro.corpora.prepare import Options, Progress, Sources, default_workers, prepare
 from finrepro.corpora.tokenizing import load_encoder
 from finrepro.corpora.verify import wrong_shards
-from finrepro.corpora.writer import disk_faults
 from finrepro.errors import UsageError
 from finrepro.schema import build
 
@@ -54,23 +53,29 @@ def make(
             workers=_workers(workers, sources),
             on_error=on_error,
             progress=shown.progress,
+            keep=lambda: keep_tokenizer(tokenizer, out),
         )
     finally:
         shown.close()
-    with disk_faults(out):
-        keep_tokenizer(tokenizer, out)
     print("\n".join(described(out, index)))
     return 0
 
 
-def _options(validation: str, sources: Sources, held_out: Any) -> Options:
+def default_options(sources: Sources, held_out: HeldOut | None) -> Options:
+    """The options where nothing is said: the catalogue's rule for held-out documents, if it has one."""
     fraction: float = held_out.fraction if held_out else 0.0 if sources.validation else VALIDATION
-    if validation:
-        try:
-            fraction = float(validation)
-        except ValueError:
-            raise UsageError(f"--validation '{validation}': expected a fraction from 0 to below 1, as 0.005.") from None
-    return build(Options, {"validation": fraction, "seed": held_out.seed if held_out else 0}, "--validation")
+    return Options(validation=fraction, seed=held_out.seed if held_out else 0)
+
+
+def _options(validation: str, sources: Sources, held_out: HeldOut | None) -> Options:
+    options = default_options(sources, held_out)
+    if not validation:
+        return options
+    try:
+        fraction = float(validation)
+    except ValueError:
+        raise UsageError(f"--validation '{validation}': expected a fraction from 0 to below 1, as 0.005.") from None
+    return build(Options, {"validation": fraction, "seed": options.seed}, "--validation")
 
 
 def _workers(given: str, sources: Sources) -> int:

@@ -8,7 +8,7 @@ import pydantic
 from finrepro import catalogue, data
 from finrepro.corpora import hub
 from finrepro.corpora.documents import RULES
-from finrepro.corpora.index import Index
+from finrepro.corpora.index import Begun, Index
 from finrepro.corpora.prepare import Sources
 from finrepro.corpora.sources import Local
 from finrepro.errors import EnvironmentFault, unknown
@@ -78,7 +78,7 @@ def sources_of(name: str, data_dir: Path | None) -> Sources:
     return Sources(places["train"], places["validation"])
 
 
-def unlike(name: str, index: Index) -> str | None:
+def unlike(name: str, index: Index | Begun) -> str | None:
     """Why a prepared corpus is not the one of this name, None if it is: made from another place, revision or file than its entry says."""
     found, made = entry(name), index.source.get("train", [])
     if found.hub is not None:

@@ -57,6 +57,17 @@ class Index:
     counts: dict[str, Any]
 
 
+@settings
+class Begun:
+    """`.preparing/options.json`: what a preparation that has not ended is of. When it has, the same stands in the index."""
+
+    format: Positive
+    tokenizer: Digest
+    vocabulary: Positive
+    source: dict[str, Any]
+    options: dict[str, Any]
+
+
 def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
     """The smallest type that holds every id below `vocabulary`."""
     return "uint16" if vocabulary <= 2**16 else "uint32"
@@ -91,7 +102,7 @@ def index_digest(folder: Path) -> str:
     return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
 
 
-def check_fits(folder: Path, index: Index, tokenizer: str | None, rows: int | None) -> None:
+def check_fits(folder: Path, index: Index | Begun, tokenizer: str | None, rows: int | None) -> None:
     """Raise `UsageError` where the tokenizer (its sha256) is another, or has ids that a model of `rows` embeddings lacks."""
     if tokenizer is not None and tokenizer != index.tokenizer:
         raise UsageError(

@@ -29,6 +29,11 @@ class Mixture(Rows[Window]):
             raise UsageError(
                 f"a mixture needs one weight for each of its corpora: {', '.join(corpora) or 'none given'}."
             )
+        for name, windows in corpora.items():
+            if not getattr(windows.stream, "finished", True):
+                raise UsageError(
+                    f"mixture: the corpus '{name}' is not finished, and its size decides the order: prepare it first."
+                )
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
                 raise UsageError(f"mixture: the weight of '{name}' is {weight}, expected a positive number.")

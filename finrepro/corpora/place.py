@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finrepro.corpora.index import INDEX
 from finrepro.spec import TaskSpec
+from finrepro.tokens import tokenizer_digest
 
 TOKENIZER = "tokenizer"
 FILES = (
@@ -30,6 +31,11 @@ def corpus_of(task: TaskSpec) -> str | None:
     return name
 
 
+def block_of(task: TaskSpec) -> int | None:
+    """How many windows are permuted among themselves where a corpus is read as it arrives; None where all of it is."""
+    return getattr(task.task.config, "block", None)
+
+
 def folder_of(name: str, data_dir: Path | None) -> Path | None:
     """The folder of a corpus of configs/corpora.yaml, whether or not it is there; None without a data directory."""
     return data_dir / "corpora" / name if data_dir is not None else None
@@ -48,11 +54,15 @@ def missing_reason(name: str, data_dir: Path | None) -> str | None:
 
 
 def keep_tokenizer(given: Path, folder: Path) -> None:
-    """Copy the tokenizer's files beside the shards, whole or not at all: what was trained on them needs it.
+    """Copy the tokenizer's files beside the shards, whole or not at all: what was trained on them needs it. One that is there stays.
 
     GPT-2's release is two files that no library recognizes by themselves; it gets a note of what they are.
     """
     partial, goal = folder / f".{TOKENIZER}.partial", folder / TOKENIZER
+    if goal.is_dir() and tokenizer_digest(goal) == tokenizer_digest(
+        given
+    ):  # those who follow the shards may be reading it
+        return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for name in FILES:

@@ -5,7 +5,6 @@ again from the beginning, tokenizes only what is in no whole shard yet, and ends
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,13 +22,13 @@ from finrepro.corpora.index import FORMAT, INDEX, Index, Split, dtype_for, read_
 from finrepro.corpora.quarantine import Quarantine, check_choice
 from finrepro.corpora.sources import Local
 from finrepro.corpora.tokenizing import Encoder, encode_in_order
+from finrepro.corpora.underway import BEGUN, alone, begun
 from finrepro.corpora.writer import PREPARING, SplitWriter, disk_faults, write_durably
-from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.errors import UsageError
 from finrepro.schema import Count, plain, settings
 
 Progress = Callable[[dict[str, int]], None]
 SHARD_TOKENS = 2**26  # 128 MiB at 16 bits an id
-BEGUN = "options.json"
 EVERY = 256  # documents between two reports of progress
 
 
@@ -76,8 +75,11 @@ def prepare(
     workers: int = 1,
     on_error: str = "stop",
     progress: Progress = lambda _: None,
+    keep: Callable[[], None] = lambda: None,
 ) -> Index:
     """Make the corpus in `folder`, or go on making it; one that is made is left as it is.
+
+    `keep` is called before the first shard is written, to put beside the shards what those need who follow them (the tokenizer).
 
     Raises `UsageError` when the folder holds another corpus, `EnvironmentFault` for a full disk, damaged text (`on_error` stop), a hub that
     cannot be had, sources that changed between two attempts, or when another process is at work there.
@@ -88,14 +90,16 @@ def prepare(
     identities = {
         "format": FORMAT,
         "tokenizer": encoder.digest,
+        "vocabulary": encoder.vocabulary,
         "source": sources.description,
         "options": plain(options),
     }
     with disk_faults(folder):
         (folder / PREPARING).mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder), disk_faults(folder):
             try:
                 made = _begun(folder, identities)
+                keep()
                 if made is None:
                     made = _make(sources, encoder, folder, options, workers, Quarantine(folder, on_error), progress)
                 return made
@@ -104,49 +108,27 @@ def prepare(
                     shutil.rmtree(folder / PREPARING, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when the process dies."""
-    with (folder / PREPARING / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EnvironmentFault(
-                f"another process is preparing {folder}; wait for it or choose another --out."
-            ) from None
-        yield
-
-
 def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
     """The finished index, or None after noting what is made here. Raises `UsageError` when it is something else."""
     here = json.loads(json.dumps(identities))
-    note = folder / PREPARING / BEGUN
     if (folder / INDEX).exists():
         index = read_index(folder)
-        found = {"format": index.format, "tokenizer": index.tokenizer, "source": index.source, "options": index.options}
-    elif note.exists():
-        index, found = None, _noted(note)
+        found = {key: getattr(index, key) for key in here}
+    elif noted := begun(folder):
+        index, found = None, plain(noted)
     else:
         others = [path.name for path in folder.iterdir() if path.name != PREPARING]
         if others:
             raise UsageError(f"{folder} is not empty (it holds {sorted(others)[0]}): choose another --out.")
-        write_durably(note, here)
+        write_durably(folder / PREPARING / BEGUN, here)
         return None
-    differ = [key for key in here if here[key] != found.get(key)]
+    differ = [key for key in here if here[key] != found[key]]
     if differ:
         state = "" if index else " (not finished)"
         raise UsageError(
             f"{folder} holds a corpus of another {' and '.join(differ)}{state}: choose another --out, or delete it."
         )
     return index
-
-
-def _noted(note: Path) -> dict[str, Any]:
-    """What a preparation that was begun is of. Raises `EnvironmentFault` for a note that cannot be read."""
-    try:
-        return dict(json.loads(note.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise EnvironmentFault(f"{note} is damaged: delete {note.parent}, and begin again.") from None
 
 
 def _make(

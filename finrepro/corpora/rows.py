@@ -16,15 +16,19 @@ class Rows(Sequence[T_co]):
     def at(self, row: int) -> T_co:
         """The item of a row from 0 to the last one."""
 
+    def has(self, row: int) -> bool:
+        """Whether there is a row of this number, from 0."""
+        return row < len(self)
+
     @overload
     def __getitem__(self, row: int) -> T_co: ...
     @overload
     def __getitem__(self, row: slice) -> Sequence[T_co]: ...
     def __getitem__(self, row: int | slice) -> T_co | Sequence[T_co]:
         """An item, or several."""
-        count = len(self)
         if isinstance(row, slice):
-            return [self.at(each) for each in range(*row.indices(count))]
-        if not -count <= row < count:
+            return [self.at(each) for each in range(*row.indices(len(self)))]
+        inside = row if row >= 0 else row + len(self)
+        if inside < 0 or not self.has(inside):
             raise IndexError(row)
-        return self.at(row % count)
+        return self.at(inside)

@@ -1,11 +1,13 @@
 """A split's tokens as one long array, memory-mapped from its shards: reading costs what is read, wherever it stands."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finrepro.corpora.index import Index, Split, check_fits, index_digest, read_index, split_of
+from finrepro.corpora.index import Begun, Index, Shard, Split, check_fits, index_digest, read_index, split_of
 from finrepro.errors import EnvironmentFault
 
 Tokens = NDArray[np.unsignedinteger]
@@ -14,14 +16,31 @@ Tokens = NDArray[np.unsignedinteger]
 class TokenStream:
     """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and where documents begin there."""
 
+    finished = True
+
     def __init__(self, folder: Path, index: Index, split: Split) -> None:
         """Map every shard, without reading it. Raises `EnvironmentFault` for a file that is absent or of another length."""
-        self.capacity, self.dtype = index.shard_tokens, np.dtype(index.dtype).newbyteorder("<")
+        self._begin(folder, index.dtype, index.shard_tokens)
+        self._complete(split)
+
+    def _begin(self, folder: Path, dtype: str, capacity: int) -> None:
+        self.folder, self.capacity, self.dtype = folder, capacity, np.dtype(dtype).newbyteorder("<")
+        self.shards: list[Shard] = []
+        self._tokens: list[Tokens] = []
+        self._starts: list[Tokens] = []
+
+    def _add(self, shard: Shard) -> None:
+        """Map one more shard."""
+        self._tokens.append(_map(self.folder / f"{shard.name}.tokens", self.dtype, shard.tokens))
+        self._starts.append(_map(self.folder / f"{shard.name}.starts", np.dtype("<u4"), shard.documents))
+        self.shards.append(shard)
+
+    def _complete(self, split: Split) -> None:
+        """Map the shards that are not mapped yet, the last ones."""
+        folder = self.folder
+        for shard in split.shards[len(self.shards) :]:
+            self._add(shard)
         self.documents, self.bytes, self._length = split.documents, split.bytes, split.tokens
-        self._tokens, self._starts = [], []
-        for shard in split.shards:
-            self._tokens.append(_map(folder / f"{shard.name}.tokens", self.dtype, shard.tokens))
-            self._starts.append(_map(folder / f"{shard.name}.starts", np.dtype("<u4"), shard.documents))
         if [len(each) for each in self._tokens[:-1]] != [self.capacity] * (len(self._tokens) - 1):
             raise EnvironmentFault(f"{folder}: a shard before the last one is not full; prepare the corpus again.")
         if sum(map(len, self._tokens)) != self._length or sum(map(len, self._starts)) != self.documents:
@@ -29,9 +48,18 @@ class TokenStream:
                 f"{folder}: the shards do not add up to the index's counts; prepare the corpus again."
             )
 
+    @property
+    def known(self) -> int:
+        """Tokens that are there so far."""
+        return self._length
+
     def __len__(self) -> int:
         """Tokens, start tokens included."""
         return self._length
+
+    def reaches(self, count: int) -> bool:
+        """Whether there are so many tokens. A stream that grows waits until it can tell."""
+        return count <= self._length
 
     def tokens(self, begin: int, end: int) -> Tokens:
         """Ids at positions [begin, end): a view where one shard holds them all."""
@@ -72,6 +100,20 @@ class Corpus:
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index, self.digest = folder, index, index_digest(folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What goes into a result: the sha256 of the index, where the text came from, and how much it is."""
+        train = self.index.splits["train"]
+        return {
+            "index": self.digest,
+            "source": self.index.source,
+            "documents": train.documents,
+            "tokens": train.tokens,
+        }
+
+    def made_from(self) -> dict[str, Any]:
+        """What decides every byte of it, and is known before it is finished."""
+        return {field.name: getattr(self.index, field.name) for field in fields(Begun)}
 
     def stream(self, split: str = "train") -> TokenStream:
         """The tokens of a split. Raises `UsageError` for one that there is not, `EnvironmentFault` for a missing or cut shard."""

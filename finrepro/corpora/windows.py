@@ -78,6 +78,12 @@ class Window:
         return len(self.ids) - len(self.cuts)
 
 
+def check_length(max_seq_len: int) -> None:
+    """Raise `UsageError` for windows of a token."""
+    if max_seq_len < 2:
+        raise UsageError(f"max_seq_len {max_seq_len}: windows of running text need at least 2.")
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths(Rows[int]):
     """The lengths of all windows, without storing them: `number` of them, all `size` but the last."""
@@ -115,15 +121,14 @@ class Windows(Rows[Window]):
     """
 
     def __init__(self, stream: Stream, max_seq_len: int) -> None:
-        if max_seq_len < 2:
-            raise UsageError(f"max_seq_len {max_seq_len}: windows of running text need at least 2.")
+        check_length(max_seq_len)
         self.stream, self.max_seq_len = stream, max_seq_len
         # The stream's very last token predicts nothing: it is a target only. So no window is without a supervised position.
-        self.inputs = len(stream) - 1
-        if self.inputs < 1:
+        inputs = len(stream) - 1
+        if inputs < 1:
             raise UsageError("the split holds no text to learn from.")
-        count = -(-self.inputs // max_seq_len)
-        self.lengths = Lengths(count, max_seq_len, self.inputs - (count - 1) * max_seq_len)
+        count = -(-inputs // max_seq_len)
+        self.lengths: Rows[int] = Lengths(count, max_seq_len, inputs - (count - 1) * max_seq_len)
 
     @property
     def num_supervised(self) -> int:

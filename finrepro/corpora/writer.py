@@ -138,16 +138,26 @@ def _whole_shards(folder: Path, name: str, capacity: int, id_bytes: int) -> tupl
     """The full shards that an earlier attempt has left, and by number of documents the seal over their texts."""
     shards: list[Shard] = []
     seals: dict[int, str] = {}
-    for path in sorted((folder / PREPARING).glob(f"{name}-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        shard = build(Shard, record["shard"], str(path))
-        # The last one is written again: whether it is the last is not known yet. So is one that somebody took away, with those after it.
-        there = [_size(folder / f"{shard.name}.{kind}") for kind in ("tokens", "starts")]
-        if shard.tokens < capacity or there != [capacity * id_bytes, shard.documents * 4]:
-            break
-        shards.append(shard)
-        seals[record["begun"]] = record["seal"]
+    while found := whole_shard(folder, f"{name}-{len(shards):05d}", capacity, id_bytes):
+        shards.append(found[0])
+        seals[found[1]["begun"]] = found[1]["seal"]
     return shards, seals
+
+
+def whole_shard(folder: Path, name: str, capacity: int, id_bytes: int) -> tuple[Shard, dict[str, Any]] | None:
+    """A full shard of a preparation that has not ended, with its record; None if it is not there, not full or not whole.
+
+    The last one is written again: whether it is the last is not known yet. So is one that somebody took away, with those after it.
+    """
+    path = folder / PREPARING / f"{name}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    shard = build(Shard, record["shard"], str(path))
+    there = [_size(folder / f"{shard.name}.{kind}") for kind in ("tokens", "starts")]
+    whole = shard.tokens == capacity and there == [capacity * id_bytes, shard.documents * 4]
+    return (shard, record) if whole else None
 
 
 def _size(path: Path) -> int | None:

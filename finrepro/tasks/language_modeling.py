@@ -3,13 +3,13 @@ different tokenizers have in common."""
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from finrepro.examples import Example
-from finrepro.schema import settings
+from finrepro.schema import Positive, settings
 
 
 @settings
@@ -18,7 +18,9 @@ class Config:
 
     They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
     `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, which `global_batch_size` counts.
-    `corpus` names what is trained on instead of the dataset: a prepared corpus of configs/corpora.yaml; scored is the dataset.
+    `corpus` names what is trained on instead of the dataset: a corpus of configs/corpora.yaml; scored is the dataset.
+    `order` is that of a corpus' windows: `shuffled`, each epoch a permutation of all of them, or `arriving`, for which the corpus need not
+    be finished: in the first epoch `block` windows that follow one another are permuted among themselves.
     """
 
     version: int
@@ -26,11 +28,19 @@ class Config:
     endings: tuple[str, ...] = ("",)
     windows: bool = False
     corpus: str | None = None
+    order: Literal["shuffled", "arriving"] | None = None
+    block: Positive | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a corpus that is not read in windows."""
+        """Raises `ValueError` for a corpus that is not read in windows, or not in a given order."""
         if self.corpus and not self.windows:
             raise ValueError("a corpus is read in windows: say windows: true")
+        if (self.order is None) == bool(self.corpus):
+            raise ValueError("a corpus, and nothing else, needs an order: shuffled or arriving")
+        if (self.block is None) == (self.order == "arriving"):
+            raise ValueError(
+                "order: arriving, and nothing else, needs a block: how many windows are permuted among themselves"
+            )
 
 
 def prompt(example: Example, config: Config) -> str:

@@ -1,0 +1,147 @@
+"""Tokenizing on the fly: from the source's text to batches of tensors, through the feeder's processes and the stream that grows, beside the
+bare tokenizer in as many processes on the same texts.
+
+By the clock, from when the first shard is there (processes have started, the tokenizer is loaded) to the end of the corpus; whatever the
+feeder may have in the making at that moment is not counted. The bare processes have tokenized a text before they are timed. The feeder has
+a process more, which reads, hashes and writes, and the reader is this one. GPT-2's tokenizer from FINREPRO_DATA_DIR, else a trained one;
+WikiText-2's paragraphs, three times for each process, each time with a number before it, so that none is a duplicate. On a machine that
+does other work the ratios of single rounds scatter.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core
+
+import torch  # noqa: E402
+from _measure import ratios, write  # noqa: E402
+
+from finrepro import PROJECT  # noqa: E402
+from finrepro.batches import end_to_end  # noqa: E402
+from finrepro.corpora import underway  # noqa: E402
+from finrepro.corpora.arriving import ArrivingWindows  # noqa: E402
+from finrepro.corpora.entries import sources_of  # noqa: E402
+from finrepro.corpora.growing import open_arriving  # noqa: E402
+from finrepro.corpora.index import FORMAT, Begun  # noqa: E402
+from finrepro.corpora.prepare import Options, Sources  # noqa: E402
+from finrepro.corpora.sources import Local  # noqa: E402
+from finrepro.corpora.tokenizing import load_encoder  # noqa: E402
+from finrepro.corpora.writer import PREPARING, write_durably  # noqa: E402
+from finrepro.schema import plain  # noqa: E402
+from finrepro.tokens import train_tokenizer  # noqa: E402
+
+PROCESSES, ROUNDS, SEQUENCE, BATCH, SHARD, BLOCK, CHUNK = (1, 2, 4), 5, 1024, 8, 2**17, 32, 1 << 18
+COPIES, IN_A_BATCH = 3, 62_000  # tokens of a quarter of a megabyte of text
+_bare: Any = None
+
+
+def paragraphs() -> list[str]:
+    """WikiText-2's, of both splits."""
+    entry = sources_of("wikitext2", None)
+    files = [Local(each.path, "paragraphs") for each in (*entry.train, *entry.validation)]  # type: ignore[union-attr]
+    return [document.text for each in files for _, document in each.read(lambda *_: None) if document.text.strip()]
+
+
+def load(folder: str) -> None:
+    """A bare process's beginning."""
+    global _bare
+    import transformers
+
+    os.nice(5)  # as the feeder
+
+    bare = (Path(folder) / "merges.txt").is_file()
+    kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer
+    _bare = kind.from_pretrained(folder, local_files_only=True)
+
+
+def count(texts: list[str]) -> int:
+    """Tokens of a chunk, by the library's own call."""
+    return sum(map(len, _bare(texts, add_special_tokens=False)["input_ids"]))
+
+
+def bare_rate(tokenizer: Path, texts: list[str], processes: int) -> float:
+    """Tokens a second of a pool of bare tokenizers, texts going in and a number coming out."""
+    chunks: list[list[str]] = [[]]
+    size = 0
+    for text in texts:
+        if size >= CHUNK:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(text)
+        size += len(text)
+    with multiprocessing.get_context("spawn").Pool(processes, load, (str(tokenizer),)) as pool:
+        pool.map(count, [["warm up"]] * 8 * processes, 1)
+        began = time.perf_counter()
+        tokens = sum(pool.imap(count, chunks))
+        return tokens / (time.perf_counter() - began)
+
+
+def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dict[str, float]:
+    """Tokens a second that this process gets as tensors while a feeder of so many tokenizing processes prepares them."""
+    (folder / PREPARING).mkdir(parents=True)
+    encoder, sources = load_encoder(tokenizer), Sources([Local(source)])
+    note = Begun(format=FORMAT, tokenizer=encoder.digest, vocabulary=encoder.vocabulary, source=sources.description,
+                 options=plain(Options(validation=0.0, shard_tokens=SHARD)))  # fmt: skip
+    write_durably(folder / PREPARING / underway.BEGUN, plain(note))
+    command = [sys.executable, "-m", "finrepro.corpora.feeder", str(source), "--tokenizer", str(tokenizer), "--out", str(folder),
+               "--workers", str(processes), "--parent", str(os.getpid())]  # fmt: skip
+    feeder = subprocess.Popen(command, cwd=PROJECT)
+    stream = open_arriving(folder).stream()
+    stream.reaches(1)
+    began = (folder / PREPARING / "train-00000.json").stat().st_mtime
+    there = SHARD + (2 * processes + 1) * IN_A_BATCH
+    windows = ArrivingWindows(stream, SEQUENCE, BLOCK)
+    read = step = 0
+    while stream.reaches((step + 1) * BATCH * SEQUENCE + 1):
+        read += end_to_end([windows[row] for row in windows.rows(step, BATCH, 0)]).input_ids.numel()
+        step += 1
+    seconds = time.time() - began
+    feeder.wait()
+    waited = stream.watch.seconds if hasattr(stream, "watch") else 0.0
+    return {"tokens_per_second": (read - there) / seconds, "share_waited": min(1.0, waited / seconds)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    given = os.environ.get("FINREPRO_DATA_DIR")
+    began, found = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = Path(given or name) / "gpt2_tokenizer"
+        once = paragraphs()
+        if not tokenizer.is_dir():
+            train_tokenizer(once, "gpt2", 8192).save_pretrained(tokenizer)
+        for processes in PROCESSES:
+            texts = [f"{copy} {text}" for copy in range(COPIES * processes) for text in once]
+            source = folder / f"{processes}.jsonl"
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            rounds: dict[str, list[Any]] = {"bare": [], "fed": []}
+            for turn in range(ROUNDS):
+                rounds["bare"].append(bare_rate(tokenizer, texts, processes))
+                rounds["fed"].append(fed_rate(tokenizer, source, folder / f"c{processes}-{turn}", processes))
+            rates = [each["tokens_per_second"] for each in rounds["fed"]]
+            found[str(processes)] = {
+                "rounds": rounds,
+                "bare_tokens_per_second": statistics.median(rounds["bare"]),
+                "tokens_per_second": statistics.median(rates),
+                "of_bare_tokenizer": ratios([1 / each for each in rounds["bare"]], [1 / each for each in rates]),
+            }
+    summary = {
+        processes: {key: value for key, value in each.items() if key != "rounds"} for processes, each in found.items()
+    }
+    write("streaming", {"by_processes": found, "summary": {**summary, "took_seconds": time.monotonic() - began}})
+
+
+if __name__ == "__main__":
+    main()
