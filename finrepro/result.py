@@ -31,6 +31,7 @@ def header(spec: RunSpec, status: str, reason: str | None, started: float, devic
             "batch": spec.train.global_batch_size,
             "device_type": device,
             "attention": attention,
+            "compilation": [],  # one proof a process that trained, where the setting asks for one
             "notes": [said] if said else [],
         },
         "spec": spec.canonical(),

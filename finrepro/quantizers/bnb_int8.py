@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NOT_EXPORTED = {"merged": "int8 rounds the activations too, so that no dense model computes what was evaluated"}
 
+NOT_COMPILED = "int8 has operators whose results' sizes depend on the values, at which torch.compile would cut every layer into pieces"
+
 
 @settings
 class Config:
