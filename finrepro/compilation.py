@@ -5,9 +5,8 @@ Each decoder layer is compiled by itself, whole, so that all share one code ("re
 sizes of a batch left open: a new batch is no new code. Embeddings, output head and loss are not compiled. What is compiled lies inside
 of whatever engine drives the model. Evaluation runs as written: nothing stays compiled.
 
-Tolerances are of relative differences. In float32 compiled code adds in another order: on the miniatures, full and LoRA, the loss was off by
-at most 2e-7 and the gradient by 3e-6. In bfloat16 it also leaves out roundings between fused operations, so that it is nearer to
-the exact values than what it is held against, whose own error sets the scale (docs/methods.md has what was measured).
+Tolerances are of relative differences. In float32 compiled code adds in another order: on the miniatures the loss was off by at most 2e-7, a
+parameter's gradient by 3e-6. In bfloat16 it also leaves out roundings between operations that it fuses: 1.1e-3, and 4e-2 (docs/methods.md).
 """
 
 import math
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 BACKEND = "inductor"
 GRAPHS = 64  # the most codes of a layer: few are needed, whatever the batches (tested), and torch's own limit of 8 counts all layers
 # By dtype: the loss and the gradient's norm; the gradient itself, the worst parameter's.
-TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 1e-1)}
+TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 5e-2)}
 NEARLY_ZERO = 1e-3  # a parameter's gradient shorter than this share of the whole one is measured against that share
 
 
@@ -38,8 +37,11 @@ def refusal(spec: "RunSpec") -> str | None:
         return None
     if spec.train.zero_stage == 3:
         return "torch.compile does not go with ZeRO stage 3, whose hooks gather and drop each layer's weights: take stage 0, 1 or 2"
-    reason: str | None = getattr(spec.quantizer.module("quantizers"), "NOT_COMPILED", None)
-    return reason
+    for package, choice in (("quantizers", spec.quantizer), ("adapters", spec.adapter)):
+        says = getattr(choice.module(package), "not_compiled", None)
+        if says and (reason := says(choice.config)):
+            return str(reason)
+    return None
 
 
 def expect_compiler(spec: "RunSpec", device: "torch.device") -> None:
@@ -78,8 +80,8 @@ def compiled(model: "nn.Module", batch: "Batch", dtype: str, keep: Callable[[dic
     backbone, _ = backbone_and_head(model)
     layers = next(each for each in backbone.modules() if isinstance(each, torch.nn.ModuleList))
     with ExitStack() as until_the_end:
-        # The same random numbers as without, and numbers of the configuration (epsilon, scale) as constants.
-        until_the_end.enter_context(torch._inductor.config.patch(fallback_random=True))
+        # The same random numbers and roundings as without, and numbers of the configuration (epsilon, scale) as constants.
+        until_the_end.enter_context(torch._inductor.config.patch(fallback_random=True, emulate_precision_casts=True))
         until_the_end.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS, specialize_float=True))
         torch._dynamo.reset()  # the codes of an earlier cell
         until_the_end.callback(torch._dynamo.reset)

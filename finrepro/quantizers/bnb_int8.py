@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 NOT_EXPORTED = {"merged": "int8 rounds the activations too, so that no dense model computes what was evaluated"}
 
-NOT_COMPILED = "int8 has operators whose results' sizes depend on the values, at which torch.compile would cut every layer into pieces"
-
 
 @settings
 class Config:
@@ -42,6 +40,11 @@ class Stored:
 def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     """None, or that ZeRO-3 cannot divide such a weight, whose scales are no part of the parameter."""
     return f"{quantizer.name} weights cannot be divided over devices (ZeRO-3)" if zero_stage == 3 else None
+
+
+def not_compiled(config: Config) -> str:
+    """That torch.compile would cut every layer into pieces at bitsandbytes' operators for outliers."""
+    return "int8 has operators whose results' sizes depend on the values, which torch.compile does not take"
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
