@@ -48,7 +48,13 @@ assert process  # every test here computes
 # dynamo looks at the inputs of its graphs
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 STEPS = 4
-FEW: dict[str, Any] = {"max_steps": STEPS, "warmup_steps": 1, "global_batch_size": 6, "sort_window": 1, "max_tokens": 64}
+FEW: dict[str, Any] = {
+    "max_steps": STEPS,
+    "warmup_steps": 1,
+    "global_batch_size": 6,
+    "sort_window": 1,
+    "max_tokens": 64,
+}
 METHODS = (("full", "none"), ("lora_r8", "nf4"))
 MODES = (("padded", False), ("padded", True), ("bins", False), ("bins", True))  # layout, activations computed again
 
@@ -82,6 +88,7 @@ def control(folder: Path, stop: Any = lambda: False) -> Control:
 
 def trained(of: RunSpec, folder: Path, **options: Any) -> tuple[Trained, dict[str, torch.Tensor]]:
     """What a run leaves: losses and proofs, and its trained weights."""
+    runtime.setup(0, 2)
     model = make(of).model
     left = train(model, random_examples(0, 30), of, CPU, control(folder, **options))
     return left, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -106,27 +113,29 @@ def is_proven(left: Trained, processes: int = 1) -> None:
             assert rank["off"]["gradient"] <= each["tolerance"]["gradient"]
 
 
-def compiled_training_is_training(of: RunSpec, folder: Path, rtol: float) -> None:
+def compiled_training_is_training(of: RunSpec, folder: Path, rtol: float) -> Trained:
     left, weights = trained(of, folder / "compiled")
     plain, expected = trained(dataclasses.replace(of, train=dataclasses.replace(of.train, compile=False)), folder / "p")
     is_proven(left)
     assert not plain.compilation
     are_the_same_run(left, plain, rtol)
     for key, value in expected.items():
-        assert (weights[key] - value).norm() <= max(rtol, 1e-12) ** 0.5 * value.norm(), key
+        assert (weights[key] - value).norm() <= rtol**0.5 * value.norm(), key
+    return left
 
 
 @pytest.mark.parametrize(("name", "method", "mode"), [
-    (MINIATURES[0], METHODS[0], MODES[2]), (MINIATURES[1], METHODS[1], MODES[1]),
+    (MINIATURES[0], METHODS[0], MODES[3]),
     *(pytest.param(name, method, mode, marks=pytest.mark.slow)
-      for name in MINIATURES for method in METHODS for mode in MODES),
+      for name in MINIATURES for method in METHODS for mode in MODES
+      if (name, method, mode) != (MINIATURES[0], METHODS[0], MODES[3])),
 ])  # fmt: skip
 def test_compiled_training_is_training(name: str, method: Any, mode: Any, tmp_path: Path) -> None:
     layout, again = mode
     of = spec(name, *method, layout=layout, activation_checkpointing=again)
-    compiled_training_is_training(of, tmp_path, 0.0)
-    # A mutant: the examples in another order.
-    broken(are_the_same_run, trained(dataclasses.replace(of, seed=1), tmp_path / "2")[0], trained(of, tmp_path / "3")[0], 1e-3)
+    left = compiled_training_is_training(of, tmp_path, 0.0)
+    broken(are_the_same_run, left, dataclasses.replace(left, losses=left.losses[::-1]), 1e-3)
+    broken(is_proven, left, 2)
 
 
 @pytest.mark.slow
@@ -145,8 +154,10 @@ def test_torchs_compiler_is_proven_and_trains_alike(
     compiled_training_is_training(of, tmp_path, compilation.TOLERANCES[dtype][0])
 
 
-@pytest.mark.parametrize("layout", list(COLLATE))
-@pytest.mark.parametrize("name", MINIATURES)
+@pytest.mark.parametrize(("name", "layout"), [
+    (MINIATURES[0], "bins"), (MINIATURES[1], "padded"),
+    pytest.param(MINIATURES[0], "padded", marks=pytest.mark.slow), pytest.param(MINIATURES[1], "bins", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_batches_of_any_shape_are_few_codes(name: str, layout: str) -> None:
     """Twelve batches of other sizes and numbers of segments, over four layers: a code where a layer's input has a gradient, and one where it
     has none, and no more; a layer is never cut."""
@@ -158,12 +169,14 @@ def test_batches_of_any_shape_are_few_codes(name: str, layout: str) -> None:
     assert len({batch.input_ids.shape for batch in batches}) > 6
     lm = SupervisedLM(model)
     runtime.start_process_group(CPU)
+    counters.clear()
     with compilation.compiled(model, batches[0], "float32", lambda _: None):
         for batch in batches:
             lm(batch).backward()
         found = gradients(model)
         codes, cuts = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     assert 1 <= codes <= 2 and not cuts
+    counters.clear()
     for batch in batches:
         lm(batch).backward()
     assert_same_gradients(found, gradients(model), 1e-6)
@@ -182,15 +195,20 @@ def something_else(factor: float) -> Any:
     return backend
 
 
-@pytest.mark.parametrize("factor", [1 + 1e-3, 1 - 1e-4, float("nan")])
+@pytest.mark.parametrize("factor", [1 + 1e-3, 1 - 1e-3, float("nan")])
 def test_a_code_that_computes_something_else_fails_the_cell(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "BACKEND", something_else(factor))
-    with pytest.raises(CellFailed, match=r"^rank 0: compiled code computes something else: (loss|gradient)[^\n]* as written[^\n]*$"):
-        trained(spec(), tmp_path)
+    with pytest.raises(
+        CellFailed, match=r"^rank 0: compiled code computes something else: (loss|gradient)[^\n]* as written[^\n]*$"
+    ):
+        trained(spec(adapter="full"), tmp_path)
+
+
+def test_another_code_that_computes_the_same_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", something_else(1.0))
-    trained(spec(), tmp_path)
+    assert len(trained(spec(adapter="full"), tmp_path)[0].losses) == STEPS
 
 
 def test_a_wrong_gradient_is_seen_where_the_loss_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +220,7 @@ def test_a_wrong_gradient_is_seen_where_the_loss_is_right(tmp_path: Path, monkey
 
     monkeypatch.setattr(compilation, "BACKEND", backend)
     with pytest.raises(CellFailed, match="gradient"):
-        trained(spec(), tmp_path)
+        trained(spec(adapter="full"), tmp_path)
 
 
 def test_what_does_not_compile_fails_the_cell_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +229,7 @@ def test_what_does_not_compile_fails_the_cell_in_one_line(tmp_path: Path, monkey
 
     monkeypatch.setattr(compilation, "BACKEND", backend)
     with pytest.raises(CellFailed, match=r"^rank 0: the model could not be compiled: [^\n]*no such instruction[^\n]*$"):
-        trained(spec(), tmp_path)
+        trained(spec(adapter="full"), tmp_path)
 
 
 def leaves_nothing(model: torch.nn.Module, batch: Any) -> None:
@@ -226,7 +244,7 @@ def leaves_nothing(model: torch.nn.Module, batch: Any) -> None:
     assert len(kept) == 1 and all(each._compiled_call_impl is None for each in model.modules())
 
 
-@pytest.mark.parametrize(("adapter", "quantizer"), METHODS)
+@pytest.mark.parametrize(("adapter", "quantizer"), [METHODS[0], pytest.param(*METHODS[1], marks=pytest.mark.slow)])
 def test_the_proof_leaves_nothing(adapter: str, quantizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.start_process_group(CPU)
     model, batch = make(spec(MINIATURES[1], adapter, quantizer)).model, COLLATE["bins"](random_examples(0))
@@ -245,12 +263,11 @@ def test_dropout_draws_the_same_numbers(tmp_path: Path) -> None:
     """As written and compiled the same units are dropped, so that the proof holds and so does the training after it."""
     of = spec(MINIATURES[0], "full")
     pdrop = {"resid_pdrop": 0.2, "embd_pdrop": 0.1}
-    of = dataclasses.replace(
-        of, model=dataclasses.replace(of.model, architecture={**of.model.architecture, **pdrop})
-    )
+    of = dataclasses.replace(of, model=dataclasses.replace(of.model, architecture={**of.model.architecture, **pdrop}))
     compiled_training_is_training(of, tmp_path, 0.0)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_proves_again_and_ends_like_a_whole_one(tmp_path: Path) -> None:
     of, calls = spec(layout="bins"), []
     whole, weights = trained(of, tmp_path / "whole")

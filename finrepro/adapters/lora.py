@@ -52,7 +52,11 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def not_compiled(config: Config) -> str | None:
     """None, or that PEFT's DoRA asks in its forward pass of which class a weight is."""
-    return "PEFT's DoRA inspects its weights as Python objects, which torch.compile does not take" if config.use_dora else None
+    return (
+        "PEFT's DoRA inspects its weights as Python objects, which torch.compile does not take"
+        if config.use_dora
+        else None
+    )
 
 
 def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | None:
