@@ -36,7 +36,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def later(default: Any) -> Any:
-    """A setting that came when there were results already. At its default it is left out of the plain values, hence of the identity of a run:
+    """A setting that came when there were results already. At its default it is left out of the plain values, hence of a run's identity:
     what was computed before stays what it is."""
     return dataclasses.field(default=default, metadata={"later": True})
 

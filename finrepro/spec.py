@@ -49,9 +49,7 @@ class Train:
     def __post_init__(self) -> None:
         """Raises `ValueError` for ZeRO without DeepSpeed."""
         if self.engine == "ddp" and self.zero_stage:
-            raise ValueError(
-                "engine 'ddp' keeps whole copies on all devices: zero_stage must be 0, or engine 'deepspeed'"
-            )
+            raise ValueError("engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'")
 
 
 @settings

@@ -1,5 +1,5 @@
-"""A step does not depend on the micro-batches that it is cut into: loss, gradients, their norm and the updated weights are those of the global
-batch, one example at a time, in both layouts, on every engine, on one rank and on two.
+"""A step does not depend on the micro-batches that it is cut into: loss, gradients, their norm and the updated weights are those of the
+global batch, one example at a time, in both layouts, on every engine, on one rank and on two.
 
 The law is what the sum over supervised tokens, divided once by their number in the global batch, is for: a mean of the micro-batches' own
 means weighs a token by how many others happen to lie beside it, and is the planted mutant.
@@ -43,7 +43,7 @@ CELLS = ((MINIATURES[0], "full"), (MINIATURES[1], "lora_r8"))
 CUTS = (("padded", 1), ("padded", 50), ("padded", 10_000), ("bins", 1), ("bins", 50), ("bins", 10_000))
 CLIPPED = 0.5
 ON_RANKS = (("padded", 50), ("bins", 1), ("bins", 50))
-# With so large an epsilon AdamW's step is in proportion to the gradient: its usual one moves by the sign, also of a gradient that is but rounding.
+# With so large an epsilon AdamW's step is in proportion to the gradient: its usual one moves by the sign, even where that is rounding.
 SMOOTH = {"kind": "adamw", "betas": [0.9, 0.999], "eps": 1.0, "weight_decay": 0.0}
 Step = Callable[..., tuple[float, float]]
 Found = dict[str, Any]  # loss, norm, gradients and moves of the weights in one step

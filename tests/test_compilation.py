@@ -159,8 +159,8 @@ def test_torchs_compiler_is_proven_and_trains_alike(
     pytest.param(MINIATURES[0], "padded", marks=pytest.mark.slow), pytest.param(MINIATURES[1], "bins", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_batches_of_any_shape_are_few_codes(name: str, layout: str) -> None:
-    """Twelve batches of other sizes and numbers of segments, over four layers: a code where a layer's input has a gradient, and one where it
-    has none, and no more; a layer is never cut."""
+    """Twelve batches of other sizes and numbers of segments, over four layers: a code where a layer's input has a gradient, and one
+    where it has none, and no more; a layer is never cut."""
     base = tiny(name)
     depth = "n_layer" if base.family == "gpt2" else "num_hidden_layers"
     deeper = dataclasses.replace(base, architecture={**base.architecture, depth: 4})

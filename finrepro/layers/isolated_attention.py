@@ -5,8 +5,8 @@ variable-length flash-attention call (`torch.nn.attention.varlen`); elsewhere, o
 segments, where a block-diagonal mask would be quadratic in the row's length. Passing the segments explicitly avoids Transformers'
 guess from position ids, which a key-value cache or an attention mask silently switches off.
 
-Compiled code (finrepro.compilation) calls segments as one operator of its own, whose inside is what runs without: lengths are a tensor, so that
-a bin with others is no new code, and backward computes the attention again, since an operator hands on nothing but its result.
+Compiled code (finrepro.compilation) calls segments as one operator of its own, whose inside is what runs without: lengths are a tensor, so
+that a bin with others is no new code, and backward computes the attention again, since an operator hands on nothing but its result.
 """
 
 from collections.abc import Iterator
@@ -87,9 +87,9 @@ def _backward_operator(
     slope: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad(), _recorded_by_autograd():
-        leaves = [each.detach().requires_grad_() for each in (query, key, value)]
-        out = _over_segments(*leaves, tuple(lengths.tolist()), scaling)  # type: ignore[call-arg]
-        q, k, v = torch.autograd.grad(out, leaves, slope)
+        q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
+        out = _over_segments(q, k, v, tuple(lengths.tolist()), scaling)
+        q, k, v = torch.autograd.grad(out, (q, k, v), slope)
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
