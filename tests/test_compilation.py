@@ -41,6 +41,7 @@ from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.layers import isolated_attention as attention
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.place import Place
+from finrepro.selection import Selection
 from finrepro.spec import RunSpec
 from finrepro.train import Interrupted, train
 
@@ -55,6 +56,8 @@ FEW: dict[str, Any] = {
     "sort_window": 1,
     "max_tokens": 64,
 }
+# In proportion to the gradient: AdamW's usual epsilon moves by the sign, even where that is rounding.
+SMOOTH = {"kind": "adamw", "betas": [0.9, 0.999], "eps": 1.0, "weight_decay": 0.0}
 METHODS = (("full", "none"), ("lora_r8", "nf4"))
 MODES = (("padded", False), ("padded", True), ("bins", False), ("bins", True))  # layout, activations computed again
 
@@ -79,7 +82,9 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def spec(name: str = MINIATURES[0], adapter: str = "lora_r8", quantizer: str = "none", **train: Any) -> RunSpec:
-    return spec_of(name, adapter, quantizer, **{"engine": "ddp", "compile": True, **FEW, **train})
+    return spec_of(
+        name, adapter, quantizer, **{"engine": "ddp", "compile": True, "lr": 1.0, "optimizer": SMOOTH, **FEW, **train}
+    )
 
 
 def control(folder: Path, stop: Any = lambda: False) -> Control:
@@ -120,15 +125,14 @@ def compiled_training_is_training(of: RunSpec, folder: Path, rtol: float) -> Tra
     assert not plain.compilation
     are_the_same_run(left, plain, rtol)
     for key, value in expected.items():
-        assert (weights[key] - value).norm() <= rtol**0.5 * value.norm(), key
+        assert (weights[key] - value).norm() <= 10 * rtol * value.norm(), key
     return left
 
 
 @pytest.mark.parametrize(("name", "method", "mode"), [
     (MINIATURES[0], METHODS[0], MODES[3]),
-    *(pytest.param(name, method, mode, marks=pytest.mark.slow)
-      for name in MINIATURES for method in METHODS for mode in MODES
-      if (name, method, mode) != (MINIATURES[0], METHODS[0], MODES[3])),
+    *(pytest.param(MINIATURES[number % 2], METHODS[number // 2], mode, marks=pytest.mark.slow)
+      for number, mode in zip((1, 2, 3, 0), MODES, strict=True) if number),
 ])  # fmt: skip
 def test_compiled_training_is_training(name: str, method: Any, mode: Any, tmp_path: Path) -> None:
     layout, again = mode
@@ -154,17 +158,18 @@ def test_torchs_compiler_is_proven_and_trains_alike(
     compiled_training_is_training(of, tmp_path, compilation.TOLERANCES[dtype][0])
 
 
-@pytest.mark.parametrize(("name", "layout"), [
-    (MINIATURES[0], "bins"), (MINIATURES[1], "padded"),
-    pytest.param(MINIATURES[0], "padded", marks=pytest.mark.slow), pytest.param(MINIATURES[1], "bins", marks=pytest.mark.slow),
+@pytest.mark.parametrize(("name", "adapter", "layout"), [
+    (MINIATURES[0], "lora_r8", "bins"), (MINIATURES[1], "full", "padded"),
+    pytest.param(MINIATURES[0], "full", "padded", marks=pytest.mark.slow),
+    pytest.param(MINIATURES[1], "lora_r8", "bins", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_batches_of_any_shape_are_few_codes(name: str, layout: str) -> None:
+def test_batches_of_any_shape_are_few_codes(name: str, adapter: str, layout: str) -> None:
     """Twelve batches of other sizes and numbers of segments, over four layers: a code where a layer's input has a gradient, and one
     where it has none, and no more; a layer is never cut."""
     base = tiny(name)
     depth = "n_layer" if base.family == "gpt2" else "num_hidden_layers"
     deeper = dataclasses.replace(base, architecture={**base.architecture, depth: 4})
-    model = stir(make(spec(deeper, "lora_r8")).model)
+    model = stir(make(spec(deeper, adapter)).model)
     batches = [COLLATE[layout](random_examples(seed, count=2 + seed)) for seed in range(12)]
     assert len({batch.input_ids.shape for batch in batches}) > 6
     lm = SupervisedLM(model)
@@ -269,7 +274,7 @@ def test_dropout_draws_the_same_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_proves_again_and_ends_like_a_whole_one(tmp_path: Path) -> None:
-    of, calls = spec(layout="bins"), []
+    of, calls = spec(adapter="full", layout="bins"), []
     whole, weights = trained(of, tmp_path / "whole")
     with pytest.raises(Interrupted):
         trained(of, tmp_path / "cut", stop=lambda: calls.append(1) or len(calls) >= 2)
@@ -279,6 +284,21 @@ def test_a_resumed_run_proves_again_and_ends_like_a_whole_one(tmp_path: Path) ->
     assert first != second, "of the weights as they are then"
     are_the_same_run(resumed, whole, 0.0)
     assert all(torch.equal(value, weights[key]) for key, value in again.items())
+
+
+@pytest.mark.slow
+def test_the_result_has_the_proof(place: Place) -> None:
+    only = "gpt2*-none-full-tfns-*"
+    cell = cells.expand(Selection("3", quick=True, only=only, weights="random"), "smoke")[0].spec
+    few = dataclasses.replace(cell.train, compile=True, max_steps=2, warmup_steps=1)
+    of = dataclasses.replace(cell, train=few)
+    result = run.run_cell(of, place, lambda _: None, lambda: False)
+    assert result["status"] == "done", result["reason"]
+    written = place.store.result(of.run_id)
+    assert written is not None and written["spec"]["train"]["compile"] is True
+    (proof,) = written["cell"]["compilation"]
+    assert proof["ranks"][0]["off"]["loss"] <= proof["tolerance"]["loss"]
+    assert written["costs"]["peak_compile_bytes"] > 0
 
 
 # --- what cannot be compiled -------------------------------------------------------------------------------------------------------------
@@ -361,7 +381,7 @@ compilation.BACKEND = "aot_eager"
 if sys.argv[1] == "mutant" and runtime.ranks().rank == 1:
     compilation.BACKEND = something_else(1.001)
 try:
-    found = trained(spec(max_tokens=32), Path(sys.argv[2]))[0].compilation
+    found = trained(spec(adapter="full", max_tokens=32), Path(sys.argv[2]))[0].compilation
 except CellFailed as error:
     found = str(error)
 Path(sys.argv[2], f"{runtime.ranks().rank}.json").write_text(json.dumps(found))
