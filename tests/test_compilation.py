@@ -43,7 +43,7 @@ from finrepro.layers.supervised import SupervisedLM
 from finrepro.place import Place
 from finrepro.selection import Selection
 from finrepro.spec import RunSpec
-from finrepro.train import Interrupted, train
+from finrepro.train import Diverged, Interrupted, train
 
 assert process  # every test here computes
 # dynamo looks at the inputs of its graphs
@@ -226,6 +226,14 @@ def test_a_wrong_gradient_is_seen_where_the_loss_is_right(tmp_path: Path, monkey
     monkeypatch.setattr(compilation, "BACKEND", backend)
     with pytest.raises(CellFailed, match="gradient"):
         trained(spec(adapter="full"), tmp_path)
+
+
+def test_a_run_that_diverges_as_written_says_so(tmp_path: Path) -> None:
+    of = spec(adapter="full")
+    model = make(of).model
+    next(iter(model.parameters())).data[:] = float("inf")
+    with pytest.raises(Diverged, match="diverged at step 0"):
+        train(model, random_examples(0, 30), of, CPU, control(tmp_path))
 
 
 def test_what_does_not_compile_fails_the_cell_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
