@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finrepro import compilation
 from finrepro.catalogue import (
     adapter,
     catalogue,
@@ -222,7 +223,8 @@ def refusal(spec: RunSpec) -> str | None:
     trainable = getattr(module, "supports_training", None)
     reason = reason or (trainable(spec.train, choice.config) if trainable else None)
     stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
-    return reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
+    reason = reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
+    return reason or compilation.refusal(spec)
 
 
 @cache

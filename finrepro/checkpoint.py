@@ -26,6 +26,7 @@ class Trained:
     tokens: int = 0  # real tokens that went through the model, prompt and answer
     supervised_tokens: int = 0
     computed_tokens: int = 0  # with padding
+    compilation: list[dict[str, Any]] = field(default_factory=list)  # a proof a process (finrepro.compilation)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Where a run's memory peaks: the largest memory of each phase of a cell, over all its steps, attempts and ranks.
 
 A phase begins where the one before it ends, so that every byte falls into one, and the largest of the phases is the run's peak. The phases
-are `data`, `load` (the model and its engine), `backward` (forward and backward passes), `step` (the update, whose first call allocates
-the optimizer's state), `evaluate` and `save` (checkpoints, and the weights at the end). Changing phase reads one counter and resets it.
+are `data`, `load` (the model and its engine), `compile` (the proof, where training is compiled), `backward` (forward and backward
+passes), `step` (the update, whose first call allocates the optimizer's state), `evaluate` and `save` (checkpoints, and the weights at the
+end). Changing phase reads one counter and resets it.
 On a CPU the counter is that of the whole process, with what the C library keeps of what was freed.
 """
 

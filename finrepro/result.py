@@ -39,6 +39,7 @@ def header(
             "device_type": device,
             "attention": attention,
             "layout": layout,
+            "compilation": [],  # one proof a process that trained, where the setting asks for one
             "notes": [said] if said else [],
         },
         "spec": spec.canonical(),

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from finrepro import inputs, provenance, runtime, store
+from finrepro import compilation, inputs, provenance, runtime, store
 from finrepro.cells import refusal
 from finrepro.corpora import feeding
 from finrepro.corpora.growing import Waiting
@@ -61,6 +61,7 @@ def walk(
 ) -> dict[str, Any]:
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = runtime.setup(spec.seed, spec.threads)
+    compilation.expect_compiler(spec, device)
     runtime.reset_peak_memory(device)
 
     from finrepro import layouts, stored
@@ -176,7 +177,7 @@ def walk(
                 "times_scored": place.store.times_scored(spec),
             },
         }
-        result["cell"]["notes"] += remarks
+        result["cell"] |= {"compilation": trained.compilation, "notes": result["cell"]["notes"] + remarks}
         store.write_json(target / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result

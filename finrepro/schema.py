@@ -35,6 +35,12 @@ def settings(cls: type[T]) -> type[T]:
     return decorate(cls)  # type: ignore[return-value]
 
 
+def later(default: Any) -> Any:
+    """A setting that came when there were results already. At its default it is left out of the plain values, hence of a run's identity:
+    what was computed before stays what it is."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 class _Loader(yaml.CSafeLoader):
     """YAML in which a mapping's keys are text, each once; plain YAML lets the last of several equal keys win in silence."""
 
@@ -140,7 +146,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, Choice):
         return {"kind": value.kind, **plain(value.config)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kept = [
+            each
+            for each in dataclasses.fields(value)
+            if not each.metadata.get("later") or getattr(value, each.name) != each.default
+        ]
+        return {each.name: plain(getattr(value, each.name)) for each in kept}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

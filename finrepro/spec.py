@@ -13,7 +13,7 @@ from finrepro.account import Computed
 from finrepro.data import Hub
 from finrepro.layers.linear import rank
 from finrepro.low_rank import LowRank
-from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, plain, settings, text, without
+from finrepro.schema import Choice, Count, Positive, PositiveFloat, Share, later, plain, settings, text, without
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -43,14 +43,13 @@ class Train:
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
     engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
+    compile: bool = later(False)  # torch.compile, proven equal before the first step (finrepro.compilation)
     short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for ZeRO without DeepSpeed."""
         if self.engine == "ddp" and self.zero_stage:
-            raise ValueError(
-                "engine 'ddp' keeps a whole copy on every device: zero_stage must be 0, or engine 'deepspeed'"
-            )
+            raise ValueError("engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'")
 
 
 @settings

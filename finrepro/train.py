@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from finrepro import packing, rates, runtime
+from finrepro import compilation, packing, rates, runtime
 from finrepro.batches import COLLATE, Batch, Sample, empty
 from finrepro.checkpoint import Control, Trained, resume, save_checkpoint
 from finrepro.engine import Engine, make_whole, start_engine
@@ -77,9 +78,17 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)
     hooks.start(engine)
-    last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
-    try:
-        for step, rows in steps_from(first, lengths, settings, spec.seed, getattr(data, "rows", None)):
+    order = getattr(data, "rows", None)
+    with ExitStack() as until_the_end:
+        until_the_end.callback(engine.close)
+        if settings.compile and first < settings.max_steps:
+            _, rows = next(steps_from(first, lengths, settings, spec.seed, order))
+            control.phases.begin("compile")
+            batch = micro_batches(rows, data, lengths, settings, here)[0].to(device)
+            keep = trained.compilation.append
+            until_the_end.enter_context(compilation.compiled(model, batch, spec.model.dtype, keep))
+        last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
+        for step, rows in steps_from(first, lengths, settings, spec.seed, order):
             rate = learning_rate(step, settings) * rate_factor(step)
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
@@ -113,8 +122,6 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
                 pause = max(control.checkpoint_seconds, 20 * (last_save - began_save))
                 if stop:
                     raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
-    finally:
-        engine.close()
     if here.world_size == 1:  # ZeRO-3's parts of one rank are the whole
         make_whole(model)
     return trained

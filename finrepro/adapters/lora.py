@@ -50,6 +50,15 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
     return misfit(model, config.r, config.target_modules)
 
 
+def not_compiled(config: Config) -> str | None:
+    """None, or that PEFT's DoRA asks in its forward pass of which class a weight is."""
+    return (
+        "PEFT's DoRA inspects its weights as Python objects, which torch.compile does not take"
+        if config.use_dora
+        else None
+    )
+
+
 def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | None:
     """Why factors of rank `r` cannot stand beside these layers of a catalogue entry, or None."""
     from finrepro.layers.linear import absent, block_sizes, targeted

@@ -7,6 +7,7 @@ its rows would be computed only to be ignored.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,7 +28,9 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def hidden_states(model: nn.Module, batch: Batch, **kwargs: Any) -> Float[Tensor, "tokens d_model"]:
     """Last hidden states of every position, flattened."""
     backbone, _ = backbone_and_head(model)
-    segments = {"segment_lengths": batch.segment_lengths} if batch.segment_lengths is not None else {}
+    lengths = batch.segment_lengths
+    # A tensor: compiled code would take each tuple of numbers for another program.
+    segments = {} if lengths is None else {"segment_lengths": torch.tensor(lengths)}
     output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **segments, **kwargs)
     return output.last_hidden_state.flatten(0, 1)
 

@@ -42,6 +42,11 @@ def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
     return f"{quantizer.name} weights cannot be divided over devices (ZeRO-3)" if zero_stage == 3 else None
 
 
+def not_compiled(config: Config) -> str:
+    """That torch.compile would cut every layer into pieces at bitsandbytes' operators for outliers."""
+    return "int8 has operators whose results' sizes depend on the values, which torch.compile does not take"
+
+
 def encode(weight: "Tensor", config: Config) -> Stored:
     """Quantize a weight of shape (out, in), on its device. bitsandbytes' operator takes float16, on a GPU nothing else."""
     import torch

@@ -1,0 +1,129 @@
+"""What compiled training costs and saves: the compiler's seconds, how far loss and gradient are off, and the time of a step beside training
+as written. On a GPU in its own dtype where there is one, else on one CPU thread with the miniature sizes below.
+
+Both models hold the same weights and take the same batches in turn; the batches have different shapes, as training's have, and are gone
+through twice before the clock starts, so that every code is there. Steps are whole: forward, backward, update.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from finrepro import runtime
+
+runtime.quiet_environment()
+
+import torch  # noqa: E402
+from _measure import interleaved, ratios, write  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+
+from finrepro import catalogue, cells, compilation  # noqa: E402
+from finrepro.batches import COLLATE, Batch  # noqa: E402
+from finrepro.engine import start_engine  # noqa: E402
+from finrepro.model import build  # noqa: E402
+from finrepro.selection import Selection  # noqa: E402
+from finrepro.spec import Model, RunSpec  # noqa: E402
+from finrepro.tokens import Encoded  # noqa: E402
+from finrepro.train import optimizer_step  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024)
+DTYPE = "bfloat16" if CUDA else "float32"
+BATCHES, REPEATS, THREADS = 4, 5, 1
+CONFIGURATIONS = {
+    f"{family}, {adapter}, {layout}": (family, adapter, layout)
+    for family, adapter, layout in (
+        ("gpt2", "full", "padded"), ("llama", "full", "bins"), ("llama", "lora_r8", "padded"), ("llama", "lora_r8", "bins"),
+    )
+}  # fmt: skip
+
+
+def model_of(family: str) -> Model:
+    """A catalogue's miniature of the family, in this benchmark's size."""
+    heads = WIDTH // 64
+    entry = catalogue.model({"gpt2": "gpt2_127m_mini", "llama": "llama3_1_8b_mini"}[family])
+    sizes = (
+        {"n_layer": BLOCKS, "n_embd": WIDTH, "n_head": heads, "n_positions": LONGEST}
+        if family == "gpt2"
+        else {"num_hidden_layers": BLOCKS, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH,
+              "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    )  # fmt: skip
+    architecture = {**entry.architecture, **sizes, "vocab_size": VOCABULARY}
+    return dataclasses.replace(entry, architecture=architecture, dtype=DTYPE)
+
+
+def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
+    """Table 3's smoke cell with this model, in this layout."""
+    cell = cells.find(Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0")
+    engine: Any = "deepspeed" if adapter == "full" and CUDA else "ddp"
+    train = dataclasses.replace(cell.train, layout=layout, engine=engine)
+    return dataclasses.replace(cell, model=model_of(family), train=train, weights="random")
+
+
+def batches(layout: str, device: torch.device) -> list[Batch]:
+    """Of random tokens and lengths, about `TOKENS` each, an answer of four tokens an example."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(BATCHES):
+        rows, size = [], 0
+        while size < TOKENS:
+            length = int(torch.randint(LONGEST // 4, LONGEST, (), generator=generator))
+            ids = torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+            rows.append(Encoded(tuple(ids), length - 4))
+            size += length
+        found.append(COLLATE[layout](rows).to(device))
+    return found
+
+
+def stepper(spec: RunSpec, given: list[Batch], device: torch.device) -> tuple[Any, Callable[[], None]]:
+    """A model of the cell, and a round of steps over the batches."""
+    model = build(spec, None, device).model
+    engine = start_engine(model, spec.train, device)
+
+    def steps() -> None:
+        for batch in given:
+            optimizer_step(engine, [batch], len(batch.targets), device)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return model, steps
+
+
+def main() -> None:
+    """Each configuration: the proof, then steps in turn."""
+    device = runtime.setup(0, THREADS)
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for name, (family, adapter, layout) in CONFIGURATIONS.items():
+        spec, given = spec_of(family, adapter, layout), batches(layout, device)
+        _, as_written = stepper(spec, given, device)
+        model, compiled = stepper(spec, given, device)
+        proofs: list[Any] = []
+        counters.clear()
+        with ExitStack() as until_the_end:
+            until_the_end.enter_context(compilation.compiled(model, given[0], DTYPE, proofs.append))
+            compiled()
+            seconds = interleaved({"as written": as_written, "compiled": compiled}, REPEATS)
+        codes = counters["stats"]["unique_graphs"]
+        proof = proofs[0]["ranks"][0]
+        found[name] = {"seconds_a_round": seconds, "proof": proof, "codes": codes, "batches": BATCHES}
+        summary[name] = {
+            "ms_a_step": {key: round(1e3 * statistics.median(each) / BATCHES, 1) for key, each in seconds.items()},
+            "times_faster": round(ratios(seconds["as written"], seconds["compiled"])["median"], 3),
+            "compiler_seconds": round(proof["seconds"], 1),
+            "off": {key: float(f"{each:.2g}") for key, each in proof["off"].items()},
+            "codes": codes,
+        }
+        print(name, json.dumps(summary[name]), flush=True)
+    facts = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "dtype": DTYPE, "blocks": BLOCKS, "width": WIDTH,
+             "vocabulary": VOCABULARY, "tokens_a_batch": TOKENS, "backend": compilation.BACKEND, "threads": THREADS}  # fmt: skip
+    write("compilation", {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary})
+
+
+if __name__ == "__main__":
+    main()
