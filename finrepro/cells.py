@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finrepro import compilation
 from finrepro.catalogue import (
     adapter,
     catalogue,
@@ -23,9 +22,10 @@ from finrepro.catalogue import (
 )
 from finrepro.catalogue import grid as grid_of
 from finrepro.errors import UsageError, unknown
+from finrepro.refusals import refusal
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
-from finrepro.spec import Grid, Group, Model, Pretrain, RunSpec, Scale, Weights, label_of
+from finrepro.spec import Grid, Group, Pretrain, RunSpec, Scale, Weights, label_of
 
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
 WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
@@ -202,29 +202,6 @@ def base_of(name: str) -> RunSpec | None:
     if not isinstance(trained.pretrain, str):
         return pretraining(trained) if trained.pretrain else None
     return find(Selection("2"), trained.scale, trained.pretrain)
-
-
-def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:
-    """Why a quantizer cannot hold a model at a ZeRO stage, None if it can."""
-    supports = getattr(chosen.module("quantizers"), "supports", None)
-    return supports(stored_model, chosen, zero_stage) if supports else None
-
-
-def refusal(spec: RunSpec) -> str | None:
-    """Why the combination cannot run anywhere, None if it can."""
-    stage = spec.train.zero_stage
-    if spec.weights == "scratch" and spec.model.low_rank and spec.model.low_rank.of:
-        return f"starts from the trained weights of {spec.model.low_rank.of}, not from scratch"
-    if not spec.train.max_steps and len(spec.train_on.parts) > 1:
-        return "an untrained model is scored on each task of a mix by itself"
-    reason = unstorable(spec.model, spec.quantizer, stage)
-    choice, module = spec.adapter, spec.adapter.module("adapters")
-    reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
-    trainable = getattr(module, "supports_training", None)
-    reason = reason or (trainable(spec.train, choice.config) if trainable else None)
-    stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
-    reason = reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
-    return reason or compilation.refusal(spec)
 
 
 @cache

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from finrepro import catalogue, flops, plan
-from finrepro.cells import unstorable
 from finrepro.layers.linear import rank
+from finrepro.refusals import unstorable
 from finrepro.spec import Model, RunSpec
 
 STORED = ("none", "int8", "nf4")  # 16, 8 and 4 bits

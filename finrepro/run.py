@@ -13,12 +13,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finrepro import compilation, inputs, provenance, runtime, store
-from finrepro.cells import refusal
 from finrepro.corpora import feeding
 from finrepro.corpora.growing import Waiting
 from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError
 from finrepro.launch import parse, resolve
 from finrepro.place import Place
+from finrepro.refusals import refusal
 from finrepro.result import header, seal_unfinished
 from finrepro.spec import RunSpec
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro import catalogue
-from finrepro.cells import unstorable
 from finrepro.data import Dataset
 from finrepro.evaluate import evaluate
 from finrepro.model import build
+from finrepro.refusals import unstorable
 from finrepro.schema import Choice
 from finrepro.spec import RunSpec
 

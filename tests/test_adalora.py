@@ -32,12 +32,12 @@ from safetensors.torch import load_file
 from finrepro import PROJECT, catalogue, runtime
 from finrepro.adapters import adalora
 from finrepro.batches import COLLATE
-from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.handle import Handle
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.layers.triplets import Allocation, mean_distance
 from finrepro.model import configuration, load
+from finrepro.refusals import refusal
 from finrepro.schema import build
 from finrepro.train import Interrupted
 

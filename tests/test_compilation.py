@@ -34,7 +34,7 @@ from fixtures_model import (
 )
 from torch._dynamo.utils import counters
 
-from finrepro import PROJECT, cells, compilation, run, runtime
+from finrepro import PROJECT, cells, compilation, refusals, run, runtime
 from finrepro.batches import COLLATE
 from finrepro.checkpoint import Control, Trained
 from finrepro.errors import CellFailed, EnvironmentFault
@@ -313,17 +313,17 @@ def test_the_result_has_the_proof(place: Place) -> None:
 
 
 def test_what_cannot_be_compiled_is_refused_by_name() -> None:
-    assert cells.refusal(spec()) is None
+    assert refusals.refusal(spec()) is None
     for changes, reason in (
         ({"engine": "deepspeed", "zero_stage": 3}, "ZeRO stage 3"),
         ({"quantizer": "int8"}, "int8"),
         ({"adapter": "dora_r8"}, "DoRA"),
     ):
         of = spec(**changes)
-        assert reason in str(cells.refusal(of)) and "\n" not in str(cells.refusal(of))
+        assert reason in str(refusals.refusal(of)) and "\n" not in str(refusals.refusal(of))
         as_written = dataclasses.replace(of, train=dataclasses.replace(of.train, compile=False))
-        assert cells.refusal(as_written) is None
-    assert cells.refusal(spec(quantizer="int8", max_steps=0, warmup_steps=0)) is None, "nothing is trained"
+        assert refusals.refusal(as_written) is None
+    assert refusals.refusal(spec(quantizer="int8", max_steps=0, warmup_steps=0)) is None, "nothing is trained"
 
 
 def test_a_machine_without_a_compiler_is_a_fault_before_anything_is_loaded(
@@ -334,7 +334,7 @@ def test_a_machine_without_a_compiler_is_a_fault_before_anything_is_loaded(
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("finrepro.inputs.load_data", lambda *_: pytest.fail("loaded"))
     with pytest.raises(EnvironmentFault, match=r"^'compile: true' needs a C\+\+ compiler[^\n]*$"):
-        run.walk(spec(), place, lambda _: None, lambda: False, 0.0)
+        run.walk(spec(), place, lambda _: None, lambda: False, 0.0, lambda _: False)
     compilation.expect_compiler(spec(compile=False), CPU)
 
 

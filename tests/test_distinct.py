@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fixtures_model import ADAPTERS, CPU, QUANTIZERS, broken, images, make, process, random_examples, spec_of  # noqa: F401
 
-from finrepro.cells import refusal
 from finrepro.checkpoint import Control
+from finrepro.refusals import refusal
 from finrepro.spec import RunSpec
 from finrepro.train import train
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from finrepro import catalogue, data, evaluate, runtime, store, weights
 from finrepro.adapters import lora
-from finrepro.cells import refusal
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
@@ -32,6 +31,7 @@ from finrepro.exporting.recorded import Damaged, find
 from finrepro.manifest import damaged_files
 from finrepro.model import load, load_tokenizer
 from finrepro.place import Place
+from finrepro.refusals import refusal
 from finrepro.result import header
 from finrepro.schema import Choice
 from finrepro.spec import RunSpec

@@ -26,12 +26,12 @@ from optimizers_program import (
 from torch import Tensor, nn
 
 from finrepro import catalogue
-from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers import galore
 from finrepro.layers.galore import down, projection, up
 from finrepro.layers.linear import linear_layers
 from finrepro.optimizers import adamw, galore_adamw
+from finrepro.refusals import refusal
 
 
 @pytest.fixture(autouse=True)

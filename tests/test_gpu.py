@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from finrepro import catalogue
 from finrepro.batches import COLLATE, Batch
-from finrepro.cells import refusal
 from finrepro.checkpoint import Control
 from finrepro.generation import generate
 from finrepro.layers.isolated_attention import isolated_attention
 from finrepro.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
 from finrepro.model import build
+from finrepro.refusals import refusal
 from finrepro.scoring import choice_log_likelihoods
 from finrepro.tokens import Encoded
 from finrepro.train import train

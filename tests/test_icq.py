@@ -25,11 +25,11 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from finrepro import catalogue
-from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers.linear import linear_layers
 from finrepro.layers.shift import Shifted, block_sums, dequantized
 from finrepro.quantizers import bnb_4bit, icq
+from finrepro.refusals import refusal
 from finrepro.schema import Choice, build
 from finrepro.spec import RunSpec
 

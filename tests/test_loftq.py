@@ -14,10 +14,10 @@ from torch import Tensor
 
 from finrepro import catalogue
 from finrepro.adapters import loftq, lora
-from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers.linear import linear_layers
 from finrepro.model import load
+from finrepro.refusals import refusal
 from finrepro.schema import Choice, build
 
 GPT2, LLAMA = MINIATURES

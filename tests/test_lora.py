@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from finrepro import catalogue
 from finrepro.adapters import lora
-from finrepro.cells import refusal
 from finrepro.errors import UsageError
 from finrepro.layers.linear import dense_sizes, depth, is_conv1d, linear_layers
 from finrepro.model import configuration, load
+from finrepro.refusals import refusal
 from finrepro.schema import Choice, build
 from finrepro.spec import RunSpec
 

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finrepro import catalogue, loading, plan, restructure
-from finrepro.cells import base_of, refusal
+from finrepro.cells import base_of
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.layers.linear import block_sizes, dense_sizes, depth, is_conv1d, linear_layers, other_parameters, rank
 from finrepro.layers.low_rank import LowRankLinear, SplitLowRankLinear, dense_weight, factors, fill, low_rank_layers
 from finrepro.layers.spectrum import Spectrum, spectra, spectrum
 from finrepro.low_rank import LowRank, break_even, factor_sizes, solve
 from finrepro.model import build, dense_skeleton, load, skeleton
+from finrepro.refusals import refusal
 from finrepro.spec import Model
 
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from finrepro import catalogue, partition, runtime
 from finrepro.adapters import full
-from finrepro.cells import refusal
 from finrepro.handle import Handle
 from finrepro.optimizers import adamw, adamw_8bit, adamw_frobenius
+from finrepro.refusals import refusal
 from finrepro.train import Interrupted, learning_rate
 
 EVERYWHERE = [

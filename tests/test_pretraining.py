@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from finrepro import catalogue, cells, pretraining, stored
-from finrepro.cells import refusal
 from finrepro.layers.linear import rank
 from finrepro.place import Place
+from finrepro.refusals import refusal
 from finrepro.run import median_step, run_cell
 from finrepro.selection import Selection
 from finrepro.spec import RunSpec

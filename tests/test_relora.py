@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from finrepro import catalogue, partition, runtime
 from finrepro.adapters import relora as method
 from finrepro.batches import COLLATE
-from finrepro.cells import refusal
 from finrepro.handle import Handle
 from finrepro.layers.relora import ReloraLinear
 from finrepro.layers.supervised import SupervisedLM
 from finrepro.model import configuration, load
+from finrepro.refusals import refusal
 from finrepro.train import Interrupted, learning_rate, steps_from
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3

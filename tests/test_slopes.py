@@ -16,7 +16,7 @@ from fixtures_model import (
 from torch import Tensor, nn
 
 from finrepro import catalogue
-from finrepro.cells import refusal
+from finrepro.refusals import refusal
 
 # Step, and tolerance: Transformers' RMS norm computes in float32 whatever it is given, and is what limits Llama's.
 PRECISION = dict(zip(MINIATURES, ((1e-6, 1e-6), (1e-3, 2e-3)), strict=True))

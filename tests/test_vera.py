@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from finrepro import catalogue
 from finrepro.adapters import vera
-from finrepro.cells import refusal
 from finrepro.checkpoint import Control
 from finrepro.errors import UsageError
 from finrepro.layers.linear import block_sizes
 from finrepro.model import configuration, load
+from finrepro.refusals import refusal
 from finrepro.schema import Choice, build
 from finrepro.train import train
 
