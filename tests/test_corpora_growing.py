@@ -502,6 +502,7 @@ def keep_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
     (folder / "models" / model).symlink_to(tokenizer)
 
 
+@pytest.mark.slow
 def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
