@@ -40,6 +40,8 @@ def settle(folder: Path, made_by: str = "", data: Any = None, **changes: Any) ->
 
 
 def takes_the_faster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "STEPS", 1)
+    monkeypatch.setattr(layouts, "TURNS", 1)
     for slow, fast in (("bins", "padded"), ("padded", "bins")):
         with monkeypatch.context() as context:
             context.setitem(COLLATE, slow, slowed(COLLATE[slow], 0.1))
