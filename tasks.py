@@ -19,7 +19,7 @@ from finrepro.corpora.options import HELP  # noqa: E402
 SELECT_HELP = {
     "table": "number of the table: 3",
     "scale": "auto (default), smoke or paper",
-    "quick": "a handful of cells, under two minutes",
+    "quick": "a handful of cells, about two minutes",
     "full": "the complete matrix over three seeds",
     "only": "cells whose label matches this pattern, as 'gpt2*-nf4-*'",
     "seeds": "seeds instead of the table's, as 0,1,2",

@@ -105,6 +105,8 @@ def task(name: str, template: str = "") -> TaskSpec:
             raise UsageError(f"tasks.{name}: {unknown('template', template, templates)}")
         values |= {"templates": {template: templates[template]}, "template": template}
     resolved = choose("tasks", name, values, f"tasks.{name}")
+    if (corpus := getattr(resolved.config, "corpus", None)) and corpus not in catalogue("corpora"):
+        raise UsageError(f"tasks.{name}.corpus: {unknown('corpus', corpus, catalogue('corpora'))}")
     return TaskSpec(task=resolved, dataset=dataset(resolved.config.dataset))
 
 

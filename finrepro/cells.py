@@ -201,7 +201,11 @@ def base_of(name: str) -> RunSpec | None:
     trained = origin(model(name))
     if not isinstance(trained.pretrain, str):
         return pretraining(trained) if trained.pretrain else None
-    return find(Selection("2"), trained.scale, trained.pretrain)
+    table = Selection("2")
+    points = {point.label: point for point in _points(table, trained.scale)}
+    if trained.pretrain not in points:
+        raise UsageError(f"models.{trained.name}.pretrain: {unknown('cell of table 2', trained.pretrain, points)}")
+    return _cell(_checked_grid("2", trained.scale), table, points[trained.pretrain]).spec
 
 
 @cache

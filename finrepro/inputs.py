@@ -196,11 +196,17 @@ def base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizer
 
 
 def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
-    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights."""
+    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights.
+
+    A cell of table 2 is a base as a checkpoint is: made over days, and not again because a line of the source has changed. Its maker is on
+    record, and no part of what makes the cell stale.
+    """
     if spec.base_run is not None:
         made = (place.store.result(spec.base_run) or {})["environment"]
         digests = {key: made[key] for key in ("source_digest", "lock_digest")}
-        return {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run), **digests}
+        facts = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
+        given = isinstance(catalogue.origin(spec.model).pretrain, str)
+        return facts | ({"made_by": digests} if given else digests)
     with of_this_cell():
         return {"files": weights.digests(folder) if folder else {}}
 

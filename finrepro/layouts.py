@@ -29,7 +29,7 @@ from finrepro.train import micro_batches, steps_from
 
 USUAL = "bins"  # where nothing can be measured, and where the difference is small
 MARGIN = 1.05  # another layout has to be so many times faster: a choice within the noise of a clock would differ from run to run
-STEPS, TURNS = 4, 3  # steps that are measured, evenly spread over the run, and how often
+STEPS, TURNS = 2, 2  # steps that are measured, evenly spread over the run, and how often
 NOTE = "layout.json"
 
 

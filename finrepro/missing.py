@@ -17,7 +17,7 @@ def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
     if not isinstance(model.pretrain, str):
         return weights_of(model, place.models_dir, ask_hub)
     made = place.store.result(str(spec.base_run)) or {"status": "not run"}
-    again = f"./run reproduce --table 2 --scale {model.scale} --only {model.pretrain}"
+    again = f"invoke reproduce --table 2 --scale {model.scale} --only {model.pretrain}"
     return None if made["status"] == store.DONE else f"its base, a cell of table 2, is {made['status']}: {again}"
 
 

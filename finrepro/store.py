@@ -106,7 +106,7 @@ class Store:
     def state(self, spec: RunSpec) -> str:
         """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
 
-        Stale: the result, or the base it was trained on, was made by other source or locked packages, or the base is another by now.
+        Stale: the result, or a base that its table makes, was made by other source or locked packages, or the base is another by now.
         """
         result = self.result(spec.run_id)
         if result is None:
@@ -115,7 +115,7 @@ class Store:
             return str(result["status"])
         here = (provenance.source_digest(), provenance.lock_digest())
         base = result["data"].get("base") or {}
-        makers = [result["environment"], *([base] if "run_id" in base else [])]
+        makers = [result["environment"], *([base] if "source_digest" in base else [])]
         same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (None, base["weights"])
         same_makers = all((maker["source_digest"], maker["lock_digest"]) == here for maker in makers)
         return DONE if same_makers and same_base else STALE

@@ -12,6 +12,7 @@ import pytest
 from finrepro import catalogue, data, missing, plan, provenance, store
 from finrepro.cells import base_of, expand
 from finrepro.errors import FinreproError, UsageError
+from finrepro.inputs import base_facts
 from finrepro.launch import command, parse, request, resolve
 from finrepro.place import Place
 from finrepro.result import header, seal_unfinished
@@ -298,3 +299,42 @@ def test_every_model_that_names_its_run_of_table_2_names_one_of_its_own():
         run = base_of(name)
         assert run is not None and run.model == found and run.weights == "scratch" and run.train.max_steps > 10_000
         assert run in [cell.spec for cell in expand(Selection("2"), "paper")], "among the default ones"
+
+
+def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale_for_that(place: Place):
+    spec = paper(FROM_TABLE_2)
+    (base,) = expand(Selection("2", only=f"{spec.model.pretrain}"), "paper")
+    seal_done(place, base.spec, source_digest="another")
+    assert place.store.state(base.spec) == store.STALE and missing.base_of(spec, place, ask_hub=False) is None
+    seal_done(place, spec)
+    result = place.store.result(spec.run_id)
+    assert result is not None
+    result["data"]["base"] = base_facts(spec, place, None)
+    store.write_json(place.store.run_folder(spec.run_id) / "result.json", result)
+    assert result["data"]["base"]["made_by"]["source_digest"] == "another"
+    assert place.store.state(spec) == store.DONE
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "key", "wrong", "says"),
+    [
+        ("models", "gpt2_127m_lr_r256", "pretrain", "gpt2_127m_lr_r256-none-full-openwebtext-adamw_frobenius", "Did you mean"),
+        ("tasks", "openwebtext", "corpus", "openwebtex", "Did you mean 'openwebtext'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_label_or_corpus_is_one_line_with_the_nearest(
+    name: str, entry: str, key: str, wrong: str, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    whole = catalogue.catalogue
+    changed = {**whole(name), entry: {**whole(name)[entry], key: wrong}}
+    monkeypatch.setattr(catalogue, "catalogue", lambda asked: changed if asked == name else whole(asked))
+    for cached in (catalogue.model, catalogue.task, catalogue.train_set, base_of):
+        cached.cache_clear()
+    try:
+        with pytest.raises(UsageError, match=says) as caught:
+            base_of(entry) if name == "models" else catalogue.task(entry)
+        assert f"{name}.{entry}.{key}" in str(caught.value) and "\n" not in str(caught.value)
+    finally:
+        monkeypatch.undo()
+        for cached in (catalogue.model, catalogue.task, catalogue.train_set, base_of):
+            cached.cache_clear()
