@@ -90,9 +90,18 @@ def corpora(spec: RunSpec, place: Place, waiting: "Waiting" = lambda _: False) -
     return found
 
 
-def corpora_facts(found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
-    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an unfinished one; source and size."""
-    return {name: each.facts() for name, each in found.items()}
+def corpora_facts(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
+    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an unfinished one that all steps together take
+    their windows from, in whichever attempt; source and size."""
+    from finrepro.corpora.growing import GrowingCorpus
+
+    facts = {name: each.facts() for name, each in found.items() if not isinstance(each, GrowingCorpus)}
+    for part in spec.train_on.parts:
+        each, block = found.get(part.task.task.name), block_of(part.task)
+        if isinstance(each, GrowingCorpus) and block:
+            blocks = -(-spec.train.max_steps * spec.train.global_batch_size // block)
+            facts[part.task.task.name] = each.facts(blocks * block * spec.train.max_seq_len + 1)
+    return facts
 
 
 def corpora_identity(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
@@ -111,7 +120,7 @@ def patience(
 
     def waiting(what: str) -> bool:
         if stop_requested():
-            raise Interrupted("stopped while it waited for text; it goes on from its last checkpoint")
+            raise Interrupted("stopped while it waited for text; it goes on from its last checkpoint, if there is one")
         if said[-1:] != [what]:
             said.append(what)
             report({"event": "phase", "phase": what})

@@ -90,4 +90,5 @@ def parse(arguments: list[str] | None) -> tuple[Message, Place]:
     message = {
         "selection": asdict(selection), "scale": given.scale, "label": given.cell, "run_id": given.run_id, "source": given.source,
     }  # fmt: skip
-    return message, Place(store.open_store(given.store), given.data_dir, given.models_dir)
+    folders = (path and path.absolute() for path in (given.data_dir, given.models_dir))
+    return message, Place(store.open_store(given.store), *folders)

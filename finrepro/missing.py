@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from finrepro import catalogue, data, store, weights
+from finrepro import catalogue, cells, data, store, weights
 from finrepro.corpora import feeding
 from finrepro.corpora import place as corpora
 from finrepro.errors import EnvironmentFault
@@ -18,7 +18,11 @@ def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
         return weights_of(model, place.models_dir, ask_hub)
     made = place.store.result(str(spec.base_run)) or {"status": "not run"}
     again = f"invoke reproduce --table 2 --scale {model.scale} --only {model.pretrain}"
-    return None if made["status"] == store.DONE else f"its base, a cell of table 2, is {made['status']}: {again}"
+    if made["status"] == store.DONE:
+        return None
+    base = cells.base_of(spec.model.name)
+    devices = f" on {base.world_size} devices" if base and base.world_size > 1 else ""
+    return f"its base, a cell of table 2{devices}, is {made['status']}: {again}"
 
 
 def weights_of(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
@@ -57,3 +61,10 @@ def data_of(spec: RunSpec, place: Place) -> str | None:
         if reason:
             return reason
     return None
+
+
+def corpora_of(spec: RunSpec, place: Place) -> str | None:
+    """Which of the cell's corpora is not finished, None if all are."""
+    named = [corpora.corpus_of(part.task) for part in (spec.train_on.parts if spec.train.max_steps else ())]
+    reasons = (corpora.missing_reason(name, place.data_dir) for name in named if name)
+    return next((reason for reason in reasons if reason), None)

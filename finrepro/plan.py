@@ -209,7 +209,9 @@ def auto_scale(paper: Callable[[], list[Cell]], place: Place) -> tuple[Scale, st
     here = machine()
     if not here.gpu_bytes:
         return "smoke", "no CUDA device on this machine"
-    reasons = [cannot_run(cell.spec, place, ask_hub=True) for cell in paper() if not cell.refusal]
+    specs = [cell.spec for cell in paper() if not cell.refusal]
+    # What would first be prepared from the hub, during days of pretraining, is not begun without being asked for.
+    reasons = [missing.corpora_of(spec, place) or cannot_run(spec, place, ask_hub=True) for spec in specs]
     if None in reasons:
         return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
     return "smoke", f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}"

@@ -171,7 +171,7 @@ def walk(
             },
             "data": {
                 **inputs.data_facts(datasets),
-                "corpora": inputs.corpora_facts(corpora),
+                "corpora": inputs.corpora_facts(spec, corpora),
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),

@@ -25,7 +25,7 @@ class Diverged(CellFailed):
 
 
 class Interrupted(Exception):
-    """Asked to stop; a checkpoint has been written."""
+    """Asked to stop; after a step with a checkpoint, while text is waited for without."""
 
 
 def learning_rate(step: int, settings: Train) -> float:

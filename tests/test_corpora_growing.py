@@ -21,7 +21,7 @@ from fixtures_model import broken
 from fixtures_process import environment, one_line
 from numpy.typing import NDArray
 
-from finrepro import PROJECT, catalogue, cells, inputs, missing, packing
+from finrepro import PROJECT, catalogue, cells, inputs, missing, packing, runtime
 from finrepro.corpora import feeding, growing, prepare, underway, writer
 from finrepro.corpora.arriving import ArrivingWindows
 from finrepro.corpora.entries import sources_of
@@ -341,9 +341,9 @@ def test_the_last_shard_counts_when_the_corpus_is_finished(
     opened = open_arriving(tmp_path / "c")
     assert isinstance(opened, GrowingCorpus) and len(opened.stream().shards) == len(records) - 1
     assert len(opened.stream().tokens(0, CAPACITY)) == CAPACITY and opened.facts()["finished"] is False
-    assert opened.facts()["shards"] == [read_index(finished).splits["train"].shards[0].sha256_tokens], (
-        "those that were read"
-    )
+    shards = [shard.sha256_tokens for shard in read_index(finished).splits["train"].shards]
+    assert opened.facts()["shards"] == shards[:1], "those that were read"
+    assert opened.facts(CAPACITY + 1)["shards"] == shards[:2] != opened.facts(CAPACITY)["shards"] == shards[:1]
     prepared(lines, tokenizer, encoder, tmp_path / "c")
     assert len(opened.stream()) == read_index(finished).splits["train"].tokens
     whole = open_arriving(tmp_path / "c")
@@ -357,6 +357,20 @@ def test_the_last_shard_counts_when_the_corpus_is_finished(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "PATIENCE_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the others when it ends; what it has begun is not seen by them before the folder is held."""
+    monkeypatch.setattr(growing.runtime, "ranks", lambda: runtime.Ranks(1, 2, 1))
+    watch = growing.Watch(tmp_path)
+    for _ in range(5):
+        watch.pause("text")
+    assert watch.seconds > 0.4
+    monkeypatch.undo()
+    monkeypatch.setattr(growing, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(EnvironmentFault, match="was killed, or never begun"):
+        watch.pause("text")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -533,10 +547,24 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
     assert not Path(f"/proc/{child}").exists() and not underway.held(folder)
     assert second.tend() and second.process is not None, "a cell that goes on takes over from one that has ended"
     second.end()
+    first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
+    assert first.tend() and second.tend() and second.process is not None, "both begin at once: one is there first"
+    loser, winner = (first, second) if second_is_there(first, second) else (second, first)
+    winner.end()
+    assert loser.tend() and loser.process is not None and loser.process.poll() is None, "the other one takes over"
+    loser.end()
     (folder / writer.PREPARING / underway.BEGUN).write_text("{")
     with feeding.fed(cell(), place) as tend, pytest.raises(EnvironmentFault, match="is damaged: delete"):
         while tend():
             time.sleep(0.02)
+
+
+def second_is_there(first: feeding.Feeder, second: feeding.Feeder) -> bool:
+    """Whether the first one's process has ended, once one of the two has."""
+    assert first.process is not None and second.process is not None
+    while first.process.poll() is None and second.process.poll() is None:
+        time.sleep(0.02)
+    return first.process.poll() is not None
 
 
 FEEDING = """

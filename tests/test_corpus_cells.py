@@ -116,7 +116,7 @@ def test_a_damaged_shard_costs_the_cell_and_not_the_campaign(copied: Path, tmp_p
 
 
 def test_a_result_says_what_the_text_was(prepared: Path, tmp_path: Path):
-    facts = inputs.corpora_facts(inputs.corpora(cell(), Place(open_store(tmp_path), prepared, None)))[NAME]
+    facts = inputs.corpora_facts(cell(), inputs.corpora(cell(), Place(open_store(tmp_path), prepared, None)))[NAME]
     assert facts["source"]["train"][0]["hub"] == "Skylion007/openwebtext" and facts["documents"] > 300
     assert len(facts["index"]) == 64 and facts["tokens"] > facts["documents"]
 

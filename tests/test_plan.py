@@ -144,6 +144,23 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     assert scale == "paper" and "H100" in why
 
 
+def test_a_corpus_that_is_not_finished_is_no_reason_for_the_paper_scale(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Callable[..., None]
+):
+    """The cell could prepare it from the hub, and would be at it for days."""
+    gpu(81559)
+    cells = expand(Selection("2", only="gpt2_127m-none-full-openwebtext-adamw-s0"), "paper")
+    tokenizer = tmp_path / "corpora" / "openwebtext" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    places = dataclasses.replace(place, data_dir=tmp_path)
+    assert missing.data_of(cells[0].spec, places) is None
+    scale, why = plan.auto_scale(lambda: cells, places)
+    assert scale == "smoke" and "openwebtext' is not prepared" in why
+    (tokenizer.parent / "index.json").write_text("{}")
+    assert plan.auto_scale(lambda: cells, places)[0] == "paper"
+
+
 def test_a_broken_nvidia_smi_is_no_gpu(gpu: Callable[..., None], tmp_path: Path):
     gpu(81559)
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
@@ -242,6 +259,8 @@ def test_the_launch_command_of_a_cell_runs_that_cell(place: Place, scale: Litera
             assert resolve(message) == cell.spec and where == place
         with pytest.raises(FinreproError, match="unknown cell"):
             resolve(message | {"label": cell.label + "0"})
+    _, where = parse([*line[line.index("finrepro.run") + 1 :], "--data-dir", "d", "--models-dir", "m"])
+    assert (where.data_dir, where.models_dir) == (Path.cwd() / "d", Path.cwd() / "m"), "a child looks from elsewhere"
 
 
 def test_the_largest_model_is_planned_over_devices_that_hold_it():

@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core: the rest is the training's
     try:
         feed(given.corpus, given.tokenizer, given.out, given.data_dir, given.workers)
+    except underway.Held:
+        return underway.HELD
     except FinreproError as error:
         print(" ".join(str(error).split()), flush=True)
         return error.exit_code
@@ -72,4 +74,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.end(main())

@@ -101,9 +101,11 @@ class Feeder:
         assert ended.stdout is not None
         with ended.stdout:
             said = ended.stdout.read().strip()
-        if underway.is_finished(self.folder) or underway.held(self.folder):  # another one was there first
-            return False
         code = ended.returncode
+        if code == underway.HELD:  # another one was there first, and may have gone meanwhile
+            return self.tend()
+        if underway.is_finished(self.folder) or underway.held(self.folder):
+            return False
         ended_with = f"{signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit status {code}"
         said = said or f"its process ended with {ended_with}, see {self.log}; run the same command again to go on."
         raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {said}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finrepro import runtime
 from finrepro.corpora import underway
 from finrepro.corpora.index import Begun, check_fits, dtype_for, read_index, split_of
 from finrepro.corpora.place import TOKENIZER
@@ -40,7 +41,9 @@ class Watch:
             self._idle = None
         else:
             self._idle = self._idle if self._idle is not None else began
-            if began - self._idle >= PATIENCE_SECONDS and not underway.is_finished(self.folder):
+            # The first rank knows who is about to start, and ends the others when it ends.
+            given_up = began - self._idle >= PATIENCE_SECONDS and runtime.ranks().is_main
+            if given_up and not underway.is_finished(self.folder):
                 reason = (
                     underway.failure(self.folder)
                     or "it was killed, or never begun: invoke data --prepare goes on with it"
@@ -91,6 +94,9 @@ class GrowingStream(TokenStream):
             except Unavailable:
                 raise
             except EnvironmentFault as error:
+                self.look()  # its last shard may have come just before
+                if self._length >= count or self.finished:
+                    break
                 if self.shards:
                     raise
                 raise Unavailable(str(error)) from None  # nothing was learned from it: the cell is skipped
@@ -124,14 +130,15 @@ class GrowingCorpus:
         found: dict[str, Any] = plain(self.index)
         return found
 
-    def facts(self) -> dict[str, Any]:
-        """What goes into a result: as of a finished corpus if it is one by now, else what it is of and the sha256 of what was read."""
+    def facts(self, tokens: int | None = None) -> dict[str, Any]:
+        """What goes into a result: as of a finished corpus if it is one by now, else what it is of and the sha256 of the shards that hold
+        the first `tokens`; by default of what this process has read."""
         stream = self._stream
         stream.look()
         waited = {"finished": stream.finished, "waited_seconds": round(stream.watch.seconds, 1)}
         if stream.finished:
             return Corpus(self.folder, read_index(self.folder)).facts() | waited
-        read = stream.shards[: -(-stream.read // stream.capacity)]
+        read = stream.shards[: -(-(stream.read if tokens is None else tokens) // stream.capacity)]
         return {
             **self.made_from(),
             "shards": [shard.sha256_tokens for shard in read],

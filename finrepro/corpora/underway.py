@@ -14,6 +14,7 @@ from finrepro.schema import build
 
 BEGUN, LOCK, FAILURE = "options.json", ".lock", "failure.txt"
 TRIES, TRY_SECONDS = 10, 0.05
+HELD = 75  # a feeder's exit status when another process is at work there (EX_TEMPFAIL of sysexits.h)
 
 
 def is_finished(folder: Path) -> bool:
@@ -32,11 +33,15 @@ def begun(folder: Path) -> Begun | None:
         raise EnvironmentFault(f"{path} is damaged: delete {path.parent}, and begin again.") from None
 
 
+class Held(EnvironmentFault):
+    """Another process is at work there."""
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder; the system lets go of it when the process dies. A failure inside is noted for those who wait for shards.
 
-    Raises `EnvironmentFault` where another process holds it.
+    Raises `Held` where another process is.
     """
     with (folder / PREPARING / LOCK).open("a") as file:
         for left in reversed(range(TRIES)):  # who only looks (`held`) has it for a moment, too
@@ -45,9 +50,7 @@ def alone(folder: Path) -> Iterator[None]:
                 break
             except OSError:
                 if not left:
-                    raise EnvironmentFault(
-                        f"another process is preparing {folder}; wait for it or choose another --out."
-                    ) from None
+                    raise Held(f"another process is preparing {folder}; wait for it or choose another --out.") from None
                 time.sleep(TRY_SECONDS)
         note = folder / PREPARING / FAILURE
         note.unlink(missing_ok=True)
