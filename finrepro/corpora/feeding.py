@@ -30,8 +30,13 @@ def missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | None:
     folder = corpora.folder_of(name, place.data_dir) if name else None
     if reason is None or folder is None or not is_fed(spec, task):
         return reason
-    can = underway.held(folder) or (tokenizer_for(spec, folder, place.models_dir) is not None and _writable(folder))
-    return None if can else reason
+    if underway.held(folder):
+        return None
+    if tokenizer_for(spec, folder, place.models_dir) is None:
+        return (
+            f"{reason}, or put the tokenizer of {spec.model.name} under --models-dir: the cell then prepares it itself"
+        )
+    return None if _writable(folder) else reason
 
 
 def is_fed(spec: RunSpec, task: TaskSpec) -> bool:
