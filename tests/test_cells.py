@@ -129,7 +129,7 @@ TFNS_FULL = "gpt2_127m_mini-none-full-tfns-s0"
 # What is said about a thing and does not decide a number. The sha256 of a file pins its bytes.
 SAID_ONLY = re.compile(
     r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|compared_with|of|variant|source|path|hub_path|url|report|scale)$"
-    r"|^datasets\..*\.hub\."
+    r"|^datasets\..*\.hub\.|^models\.[^.]+\.pretrain$"  # the latter a label: it refers, as `of`
 )
 SCALES: tuple[Scale, Scale] = ("smoke", "paper")
 
