@@ -54,9 +54,8 @@ def settled(
 def _measured(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
 ) -> dict[str, Any]:
-    if in_parts(model) or hasattr(
-        data, "rows"
-    ):  # only an engine computes with parts; windows of running text need bins
+    # Only an engine computes with parts, and windows of running text, which have an order of their own, need bins.
+    if in_parts(model) or hasattr(data, "rows"):
         return {"used": USUAL, "seconds": {}}
     control.report({"event": "phase", "phase": "layout"})
     control.phases.begin("load")
