@@ -22,6 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # rates are of one core
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
+from _text import bare, paragraphs  # noqa: E402
 
 from finrepro import catalogue, data, packing  # noqa: E402
 from finrepro.batches import end_to_end  # noqa: E402
@@ -29,7 +30,6 @@ from finrepro.corpora import tokenizing  # noqa: E402
 from finrepro.corpora.entries import sources_of  # noqa: E402
 from finrepro.corpora.index import FORMAT, INDEX, Index, dtype_for  # noqa: E402
 from finrepro.corpora.prepare import Options, Sources, prepare  # noqa: E402
-from finrepro.corpora.sources import Local  # noqa: E402
 from finrepro.corpora.stream import open_corpus  # noqa: E402
 from finrepro.corpora.windows import Windows  # noqa: E402
 from finrepro.corpora.writer import PREPARING, SplitWriter, write_durably  # noqa: E402
@@ -132,8 +132,7 @@ def loader(folder: Path) -> dict[str, Any]:
 
 def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
     """WikiText-2's paragraphs: the whole preparation, and the library's own call on a list of the same texts."""
-    entry = sources_of("wikitext2", None)
-    sources = Sources([Local(each.path, "paragraphs") for each in (*entry.train, *entry.validation)])  # type: ignore[union-attr]
+    sources = Sources(paragraphs())
     texts = [document.text for each in sources.train for _, document in each.read(print)]  # type: ignore[arg-type]
     encoder = tokenizing.load_encoder(tokenizer_folder)
     tokenizer = bare(tokenizer_folder)
@@ -182,15 +181,6 @@ def resuming(folder: Path) -> dict[str, Any]:
         "seconds": found,
         "times_faster": statistics.median(found["skipping"]) / statistics.median(found["ours"]),
     }
-
-
-def bare(folder: Path) -> Any:
-    """The tokenizer as Transformers gives it."""
-    import transformers
-
-    if (folder / "tokenizer.json").is_file():
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return transformers.GPT2TokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:

@@ -26,12 +26,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core
 
 import torch  # noqa: E402
 from _measure import ratios, write  # noqa: E402
+from _text import bare, paragraphs  # noqa: E402
 
 from finrepro import PROJECT  # noqa: E402
 from finrepro.batches import end_to_end  # noqa: E402
 from finrepro.corpora import underway  # noqa: E402
 from finrepro.corpora.arriving import ArrivingWindows  # noqa: E402
-from finrepro.corpora.entries import sources_of  # noqa: E402
 from finrepro.corpora.growing import open_arriving  # noqa: E402
 from finrepro.corpora.index import FORMAT, Begun  # noqa: E402
 from finrepro.corpora.prepare import Options, Sources  # noqa: E402
@@ -46,23 +46,11 @@ COPIES, IN_A_BATCH = 3, 62_000  # tokens of a quarter of a megabyte of text
 _bare: Any = None
 
 
-def paragraphs() -> list[str]:
-    """WikiText-2's, of both splits."""
-    entry = sources_of("wikitext2", None)
-    files = [Local(each.path, "paragraphs") for each in (*entry.train, *entry.validation)]  # type: ignore[union-attr]
-    return [document.text for each in files for _, document in each.read(lambda *_: None) if document.text.strip()]
-
-
 def load(folder: str) -> None:
     """A bare process's beginning."""
     global _bare
-    import transformers
-
     os.nice(5)  # as the feeder
-
-    bare = (Path(folder) / "merges.txt").is_file()
-    kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer
-    _bare = kind.from_pretrained(folder, local_files_only=True)
+    _bare = bare(Path(folder))
 
 
 def count(texts: list[str]) -> int:
@@ -113,13 +101,15 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
 
 
 def main() -> None:
+    """Each number of processes: both ways in turn."""
     torch.set_num_threads(1)
     given = os.environ.get("FINREPRO_DATA_DIR")
     began, found = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = Path(given or name) / "gpt2_tokenizer"
-        once = paragraphs()
+        read = (document.text for each in paragraphs() for _, document in each.read(lambda *_: None))
+        once = [text for text in read if text.strip()]
         if not tokenizer.is_dir():
             train_tokenizer(once, "gpt2", 8192).save_pretrained(tokenizer)
         for processes in PROCESSES:

@@ -66,6 +66,12 @@ def origin(base: Model) -> Model:
     return base if base.low_rank is None or base.low_rank.of is None else model(base.low_rank.of)
 
 
+def cell_of_table_2(base: Model) -> str | None:
+    """The label of the cell of table 2 that makes the weights that a model starts from; None where a recipe or a hub does."""
+    made_by = origin(base).pretrain
+    return made_by if isinstance(made_by, str) else None
+
+
 @cache
 def adapter(name: str) -> Choice:
     """A resolved entry of adapters.yaml."""

@@ -12,6 +12,7 @@ from typing import Any
 from finrepro.catalogue import (
     adapter,
     catalogue,
+    cell_of_table_2,
     model,
     optimizer,
     origin,
@@ -25,7 +26,7 @@ from finrepro.errors import UsageError, unknown
 from finrepro.refusals import refusal
 from finrepro.schema import Choice, choose, kind_module
 from finrepro.selection import Selection
-from finrepro.spec import Grid, Group, Pretrain, RunSpec, Scale, Weights, label_of
+from finrepro.spec import Grid, Group, RunSpec, Scale, Weights, label_of
 
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
 WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
@@ -191,21 +192,21 @@ def _cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         world_size=selection.world_size or devices,
         stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
     )
-    planned = base if isinstance(origin(base_model).pretrain, Pretrain) else None
-    return Cell(spec=spec, refusal=refusal(spec), base=planned)
+    return Cell(spec=spec, refusal=refusal(spec), base=None if cell_of_table_2(base_model) else base)
 
 
 @cache
 def base_of(name: str) -> RunSpec | None:
     """The run that makes the weights that a model starts from, by its recipe or as a cell of table 2; None where no run does."""
     trained = origin(model(name))
-    if not isinstance(trained.pretrain, str):
+    label = cell_of_table_2(trained)
+    if label is None:
         return pretraining(trained) if trained.pretrain else None
     table = Selection("2")
     points = {point.label: point for point in _points(table, trained.scale)}
-    if trained.pretrain not in points:
-        raise UsageError(f"models.{trained.name}.pretrain: {unknown('cell of table 2', trained.pretrain, points)}")
-    return _cell(_checked_grid("2", trained.scale), table, points[trained.pretrain]).spec
+    if label not in points:
+        raise UsageError(f"models.{trained.name}.pretrain: {unknown('cell of table 2', label, points)}")
+    return _cell(_checked_grid("2", trained.scale), table, points[label]).spec
 
 
 @cache

@@ -44,14 +44,15 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
 
 
 def training_examples(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast", place: Place,
-    opened: "dict[str, Corpus | GrowingCorpus] | None" = None,
+    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast",
+    opened: "dict[str, Corpus | GrowingCorpus]",
 ) -> "Sequence[Sample]":  # fmt: skip
-    """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows."""
+    """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows, from
+    what `corpora` has opened."""
     from finrepro.tokens import encode
 
     if any(is_running_text(part.task) for part in spec.train_on.parts):
-        return _windows(spec, datasets, tokenizer, corpora(spec, place) if opened is None else opened)
+        return _windows(spec, datasets, tokenizer, opened)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
@@ -214,8 +215,7 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
         made = (place.store.result(spec.base_run) or {})["environment"]
         digests = {key: made[key] for key in ("source_digest", "lock_digest")}
         facts = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
-        given = isinstance(catalogue.origin(spec.model).pretrain, str)
-        return facts | ({"made_by": digests} if given else digests)
+        return facts | ({"made_by": digests} if catalogue.cell_of_table_2(spec.model) else digests)
     with of_this_cell():
         return {"files": weights.digests(folder) if folder else {}}
 

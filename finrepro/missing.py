@@ -13,11 +13,11 @@ from finrepro.spec import Model, RunSpec
 
 def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
     """Why a model's weights, or the run of table 2 that makes them, are not to be had, in one line; None if they are."""
-    model = catalogue.origin(spec.model)
-    if not isinstance(model.pretrain, str):
+    model, label = catalogue.origin(spec.model), catalogue.cell_of_table_2(spec.model)
+    if label is None:
         return weights_of(model, place.models_dir, ask_hub)
     made = place.store.result(str(spec.base_run)) or {"status": "not run"}
-    again = f"invoke reproduce --table 2 --scale {model.scale} --only {model.pretrain}"
+    again = f"invoke reproduce --table 2 --scale {model.scale} --only {label}"
     if made["status"] == store.DONE:
         return None
     base = cells.base_of(spec.model.name)

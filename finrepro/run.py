@@ -81,7 +81,7 @@ def walk(
     folder, tokenizer, origin = inputs.base(spec, place)
     made_from = inputs.base_facts(spec, place, folder)
     text = inputs.corpora_identity(spec, corpora)
-    encoded = inputs.training_examples(spec, datasets, tokenizer, place, corpora)
+    encoded = inputs.training_examples(spec, datasets, tokenizer, corpora)
 
     report({"event": "phase", "phase": "model"})
     phases.begin("load")

@@ -329,14 +329,19 @@ def test_the_order_of_arrival_is_the_same_on_every_machine_and_in_every_version(
     assert windows.rows(0, 16, 0) == [1, 3, 2, 6, 4, 0, 7, 5, 9, 8, 13, 11, 10, 12, 14, 15]
 
 
+def cut_off(lines: Path, tokenizer: Path, encoder: Encoder, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preparation that ends between its last shard and the index."""
+    with monkeypatch.context() as context:
+        context.setattr(prepare, "_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(lines, tokenizer, encoder, folder)
+
+
 def test_the_last_shard_counts_when_the_corpus_is_finished(
     lines: Path, tokenizer: Path, encoder: Encoder, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off between its last shard and the index: a preparation that begins anew writes that shard again."""
-    monkeypatch.setattr(prepare, "_index", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepared(lines, tokenizer, encoder, tmp_path / "c")
-    monkeypatch.undo()
+    """A preparation that begins anew writes that shard again."""
+    cut_off(lines, tokenizer, encoder, tmp_path / "c", monkeypatch)
     records = sorted((tmp_path / "c" / writer.PREPARING).glob("train-*.json"))
     opened = open_arriving(tmp_path / "c")
     assert isinstance(opened, GrowingCorpus) and len(opened.stream().shards) == len(records) - 1
@@ -416,9 +421,7 @@ def test_a_writer_whose_disk_is_full_leaves_its_reason_to_those_who_wait(
 def test_a_corpus_that_is_replaced_or_mixed_while_it_is_written_is_refused(
     lines: Path, tokenizer: Path, encoder: Encoder, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_index", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepared(lines, tokenizer, encoder, tmp_path / "c")
+    cut_off(lines, tokenizer, encoder, tmp_path / "c", monkeypatch)
     windows = windows_of(tmp_path / "c")
     with pytest.raises(UsageError, match="mixture: the corpus 'a' is not finished") as mixed:
         Mixture({"a": windows, "b": windows}, {"a": 1, "b": 1})

@@ -67,7 +67,7 @@ def test_windows_and_tokenizer_are_those_of_the_prepared_corpus(prepared: Path, 
     spec, place = cell(), Place(open_store(tmp_path), prepared, None)
     folder, tokenizer, origin = inputs.base(spec, place)
     assert folder is None and origin == "corpus" and len(tokenizer) == 300
-    windows = inputs.training_examples(spec, {}, tokenizer, place)
+    windows = inputs.training_examples(spec, {}, tokenizer, inputs.corpora(spec, place))
     corpus = inputs.corpora(spec, place)[NAME]
     assert isinstance(windows, Windows) and windows.num_supervised == len(corpus.stream()) - corpus.stream().documents
     assert tokenizer.decode(windows[0].pieces[0].ids[1:]) in " ".join(TEXTS)

@@ -60,9 +60,8 @@ class ArrivingWindows(Windows):
         for block in np.unique(blocks).tolist():
             begin, here = block * self.block, blocks == block
             size = self.block
-            if not self.stream.reaches(
-                (begin + size) * self.max_seq_len + 1
-            ):  # the stream has ended: its last block is a shorter one
+            # Where the stream has ended, its last block is a shorter one.
+            if not self.stream.reaches((begin + size) * self.max_seq_len + 1):
                 size = min(self.block, max(0, len(self) - begin))
                 later |= here & (positions >= len(self))
                 here &= positions < len(self)

@@ -59,9 +59,8 @@ def keep_tokenizer(given: Path, folder: Path) -> None:
     GPT-2's release is two files that no library recognizes by themselves; it gets a note of what they are.
     """
     partial, goal = folder / f".{TOKENIZER}.partial", folder / TOKENIZER
-    if goal.is_dir() and tokenizer_digest(goal) == tokenizer_digest(
-        given
-    ):  # those who follow the shards may be reading it
+    # Those who follow the shards may be reading the one that is there.
+    if goal.is_dir() and tokenizer_digest(goal) == tokenizer_digest(given):
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
