@@ -14,7 +14,7 @@ from invoke.tasks import task
 PROJECT = Path(__file__).resolve().parent
 sys.path.insert(0, str(PROJECT))
 
-from finrepro.corpora.options import HELP  # noqa: E402
+from finrepro.data.preparing.options import HELP  # noqa: E402
 
 SELECT_HELP = {
     "table": "number of the table: 3",
@@ -71,8 +71,8 @@ def _folder(given: str | None, variable: str | None = None) -> Path | None:
 def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> Any:
     """The store and the folders, checked."""
     from finrepro.errors import EnvironmentFault
-    from finrepro.place import Place
-    from finrepro.store import open_store
+    from finrepro.evidence.place import Place
+    from finrepro.evidence.store import open_store
 
     data, models = _folder(data_dir, "FINREPRO_DATA_DIR"), _folder(models_dir)
     for flag, folder in (("--data-dir", data), ("--models-dir", models)):
@@ -95,18 +95,19 @@ def reproduce(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
 ) -> int:  # fmt: skip
     """Run a table's missing cells, record them, and print the table."""
-    from finrepro import compute, request
-    from finrepro import selection as selecting
-    from finrepro.campaign import Options, list_plan
-    from finrepro.campaign import reproduce as run
+    from finrepro.campaigns import computed
+    from finrepro.campaigns.campaign import Options, list_plan
+    from finrepro.campaigns.campaign import reproduce as run
+    from finrepro.catalogue import request
+    from finrepro.catalogue import selection as selecting
 
     number = request.whole("jobs", jobs)
     folder = str(_folder(adapter)) if adapter is not None else None
     selection = request.selection(table, quick, full, only, seeds, weights, devices, folder)
     options = Options(selecting.parse_choice("scale", scale, selecting.SCALES), number, keep)
-    if compute.is_computed(selection.table):
+    if computed.is_computed(selection.table):
         place = _place(store, data_dir, models_dir)
-        return compute.reproduce(selection, place, scale, plan, jobs=number > 1, keep=keep)
+        return computed.reproduce(selection, place, scale, plan, jobs=number > 1, keep=keep)
     if plan:
         return list_plan(selection, _place(store, data_dir, models_dir), options, launches=True)
     return run(selection, _place(store, data_dir, models_dir), options)
@@ -119,15 +120,16 @@ def cells(
     data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
 ) -> int:  # fmt: skip
     """List every cell of a table: label, run id, state, and why it cannot run."""
-    from finrepro import compute, request
-    from finrepro import selection as selecting
-    from finrepro.campaign import Options, list_plan
+    from finrepro.campaigns import computed
+    from finrepro.campaigns.campaign import Options, list_plan
+    from finrepro.catalogue import request
+    from finrepro.catalogue import selection as selecting
 
     selecting.parse_choice("scale", scale, selecting.SCALES)
     folder = str(_folder(adapter)) if adapter is not None else None
     selection = request.selection(table, quick, full, only, seeds, weights, devices, folder)
-    if compute.is_computed(selection.table):
-        return compute.reproduce(selection, _place(store, data_dir, models_dir), scale, plan=True)
+    if computed.is_computed(selection.table):
+        return computed.reproduce(selection, _place(store, data_dir, models_dir), scale, plan=True)
     return list_plan(selection, _place(store, data_dir, models_dir), Options(scale))
 
 
@@ -139,10 +141,10 @@ def data(
     workers: str = "", on_error: str = "stop", field: str = "", documents: str = "", validation: str = "", data_dir: str | None = None,
 ) -> int:  # fmt: skip
     """List the datasets: licence, source, and whether each is here; fetch one; or prepare and verify text for pretraining."""
-    from finrepro.listing import show
+    from finrepro.data.listing import show
 
     if prepare or verify is not None:
-        from finrepro.corpora import command as corpora
+        from finrepro.data.preparing import command as corpora
 
         corpora.one_of(prepare, verify)
         if verify:
@@ -155,8 +157,8 @@ def data(
 @command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})
 def record(context: Context, rebuild: bool = False, store: str | None = None) -> int:
     """Check every result against its manifest; with --rebuild, make MLflow's database again from results/."""
-    from finrepro import record as recording
-    from finrepro.manifest import damaged_files
+    from finrepro.evidence.manifest import damaged_files
+    from finrepro.tracking import view as recording
 
     place = _place(store, None, None)
     folders = sorted(path for path in (place.store.results / "runs").iterdir() if not path.name.startswith("."))
@@ -201,7 +203,7 @@ def budget(context: Context, gpu: str | None = None, gpus: str = "1", hours: str
            tokens: str | None = None, unique_tokens: str | None = None, sequence: str = "1024", price: str | None = None,
            measure: bool = False, store: str | None = None) -> int:  # fmt: skip
     """From GPUs and hours to a model and its tokens by scaling laws; or from a model and tokens to hours, price and memory."""
-    from finrepro.budget_command import budget_of, request
+    from finrepro.budget.command import budget_of, request
 
     asked = request(gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure)
     return budget_of(_place(store, None, None), asked)
@@ -216,7 +218,7 @@ def budget(context: Context, gpu: str | None = None, gpus: str = "1", hours: str
 )
 def ui(context: Context, store: str | None = None, port: str = "5000", host: str | None = None) -> int:
     """Show the results in MLflow's web interface, on this machine only; prints the address."""
-    from finrepro.ui import serve
+    from finrepro.tracking.ui import serve
 
     return serve(_place(store, None, None).store, host or os.environ.get("FINREPRO_UI_HOST", "127.0.0.1"), port)
 
@@ -224,7 +226,7 @@ def ui(context: Context, store: str | None = None, port: str = "5000", host: str
 @command(help={"store": SELECT_HELP["store"]})
 def paper(context: Context, store: str | None = None) -> None:
     """Build the paper's PDF from paper/ with the tables of the store; needs LaTeX."""
-    from finrepro.paper import build
+    from finrepro.reporting.paper import build
 
     print(build(_place(store, None, None).store.root))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro import provenance
+from finrepro.evidence import provenance
 
 
 def interleaved(

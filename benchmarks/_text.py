@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from finrepro.corpora.entries import sources_of
-from finrepro.corpora.sources import Local
+from finrepro.data.preparing.entries import sources_of
+from finrepro.data.preparing.sources import Local
 
 
 def paragraphs() -> list[Local]:

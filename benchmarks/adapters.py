@@ -16,28 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, write  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from finrepro import catalogue, data, rates  # noqa: E402
-from finrepro.batches import side_by_side  # noqa: E402
-from finrepro.cells import expand  # noqa: E402
-from finrepro.engine import Engine, start_engine  # noqa: E402
-from finrepro.hooks import Hooks  # noqa: E402
-from finrepro.inputs import embedded_tokenizer  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.place import Place  # noqa: E402
-from finrepro.selection import Selection  # noqa: E402
-from finrepro.spec import RunSpec  # noqa: E402
-from finrepro.store import open_store  # noqa: E402
-from finrepro.tokens import Encoded, encode  # noqa: E402
-from finrepro.train import optimizer_step  # noqa: E402
+from finrepro.catalogue import reader  # noqa: E402
+from finrepro.catalogue.cells import expand  # noqa: E402
+from finrepro.catalogue.selection import Selection  # noqa: E402
+from finrepro.catalogue.spec import RunSpec  # noqa: E402
+from finrepro.data import files  # noqa: E402
+from finrepro.data.batches import side_by_side  # noqa: E402
+from finrepro.data.tokens import Encoded, encode  # noqa: E402
+from finrepro.evidence.place import Place  # noqa: E402
+from finrepro.evidence.store import open_store  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.training import rates  # noqa: E402
+from finrepro.training.engines.start import Engine, start_engine  # noqa: E402
+from finrepro.training.hooks import Hooks  # noqa: E402
+from finrepro.training.loop import optimizer_step  # noqa: E402
 
 MODEL, BASES, BASELINE = "llama3_1_8b_mini", ("none", "nf4"), "lora_r8"
 BATCH, STEPS, REPEATS = 32, 4, 5  # examples a step, steps a timing, timings
@@ -46,7 +48,7 @@ BATCH, STEPS, REPEATS = 32, 4, 5  # examples a step, steps a timing, timings
 def specs(quantizer: str) -> dict[str, RunSpec]:
     """Adapter -> its cell on this base, of every adapter that can be trained there."""
     found = {}
-    for name in catalogue.table("table3").smoke.axes.adapter:
+    for name in reader.table("table3").smoke.axes.adapter:
         only = f"{MODEL}-{quantizer}-{name}-tfns-s0"
         (cell,) = expand(Selection("3", full=True, seeds=(0,), only=only, weights="random"), "smoke")
         if cell.refusal is None and cell.spec.train.max_steps:
@@ -58,7 +60,7 @@ def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
     """Enough of the real training set for a timing."""
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
-    train = data.load(spec.tasks[0].dataset, None).splits["train"][: BATCH * STEPS]
+    train = files.load(spec.tasks[0].dataset, None).splits["train"][: BATCH * STEPS]
     pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
     return encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
 
@@ -136,7 +138,7 @@ class Training:
 
 def main() -> None:
     """Both bases."""
-    runtime.setup(0, 2)
+    process.setup(0, 2)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for base in BASES:

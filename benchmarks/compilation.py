@@ -14,23 +14,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # the compiler's seconds are those of the first time
 
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-from finrepro import catalogue, cells, compilation  # noqa: E402
-from finrepro.batches import COLLATE, Batch  # noqa: E402
-from finrepro.engine import start_engine  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.selection import Selection  # noqa: E402
-from finrepro.spec import Model, RunSpec  # noqa: E402
-from finrepro.tokens import Encoded  # noqa: E402
-from finrepro.train import optimizer_step  # noqa: E402
+from finrepro.catalogue import cells, reader  # noqa: E402
+from finrepro.catalogue.selection import Selection  # noqa: E402
+from finrepro.catalogue.spec import Model, RunSpec  # noqa: E402
+from finrepro.data.batches import COLLATE, Batch  # noqa: E402
+from finrepro.data.tokens import Encoded  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.training import compilation  # noqa: E402
+from finrepro.training.engines.start import start_engine  # noqa: E402
+from finrepro.training.loop import optimizer_step  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024)
@@ -47,7 +48,7 @@ CONFIGURATIONS = {
 def model_of(family: str) -> Model:
     """A catalogue's miniature of the family, in this benchmark's size."""
     heads = WIDTH // 64
-    entry = catalogue.model({"gpt2": "gpt2_127m_mini", "llama": "llama3_1_8b_mini"}[family])
+    entry = reader.model({"gpt2": "gpt2_127m_mini", "llama": "llama3_1_8b_mini"}[family])
     sizes = (
         {"n_layer": BLOCKS, "n_embd": WIDTH, "n_head": heads, "n_positions": LONGEST}
         if family == "gpt2"
@@ -97,7 +98,7 @@ def stepper(spec: RunSpec, given: list[Batch], device: torch.device) -> tuple[An
 
 def main() -> None:
     """Each configuration: the proof, then steps in turn."""
-    device = runtime.setup(0, THREADS)
+    device = process.setup(0, THREADS)
     began = time.monotonic()
     found: dict[str, Any] = {}
     summary: dict[str, Any] = {}

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # rates are of one core
 
 import numpy as np  # noqa: E402
@@ -24,17 +24,18 @@ import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from _text import bare, paragraphs  # noqa: E402
 
-from finrepro import catalogue, data, packing  # noqa: E402
-from finrepro.batches import end_to_end  # noqa: E402
-from finrepro.corpora import tokenizing  # noqa: E402
-from finrepro.corpora.entries import sources_of  # noqa: E402
-from finrepro.corpora.index import FORMAT, INDEX, Index, dtype_for  # noqa: E402
-from finrepro.corpora.prepare import Options, Sources, prepare  # noqa: E402
-from finrepro.corpora.stream import open_corpus  # noqa: E402
-from finrepro.corpora.windows import Windows  # noqa: E402
-from finrepro.corpora.writer import PREPARING, SplitWriter, write_durably  # noqa: E402
-from finrepro.schema import plain  # noqa: E402
-from finrepro.tokens import encode, train_tokenizer  # noqa: E402
+from finrepro.catalogue import reader  # noqa: E402
+from finrepro.data import files, packing  # noqa: E402
+from finrepro.data.batches import end_to_end  # noqa: E402
+from finrepro.data.corpora.index import FORMAT, INDEX, Index, dtype_for  # noqa: E402
+from finrepro.data.corpora.stream import open_corpus  # noqa: E402
+from finrepro.data.corpora.windows import Windows  # noqa: E402
+from finrepro.data.preparing import tokenizing  # noqa: E402
+from finrepro.data.preparing.entries import sources_of  # noqa: E402
+from finrepro.data.preparing.prepare import Options, Sources, prepare  # noqa: E402
+from finrepro.data.preparing.writer import PREPARING, SplitWriter, write_durably  # noqa: E402
+from finrepro.data.tokens import encode, train_tokenizer  # noqa: E402
+from finrepro.settings import plain  # noqa: E402
 
 CAPACITY, REPEATS, SEQUENCE, BATCH, STEPS = 2048, 5, 1024, 8, 200
 
@@ -190,13 +191,13 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
     """
     tokenizer.model_max_length = 10**9
     found: dict[str, Any] = {}
-    for name, entry in catalogue.catalogue("tasks").items():
+    for name, entry in reader.catalogue("tasks").items():
         template = next(iter(entry.get("templates") or {}), "")
-        spec = catalogue.task(name, template)
-        if data.missing_reason(spec.dataset, data_dir, ("train",)):
+        spec = reader.task(name, template)
+        if files.missing_reason(spec.dataset, data_dir, ("train",)):
             continue
         module, config = spec.task.module("tasks"), spec.task.config
-        train = data.load(spec.dataset, data_dir, ("train", "development")).splits["train"]
+        train = files.load(spec.dataset, data_dir, ("train", "development")).splits["train"]
         pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
         lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]
         bins = packing.bins(list(range(len(lengths))), lengths, CAPACITY)

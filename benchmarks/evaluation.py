@@ -11,24 +11,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 
-from finrepro import catalogue, data  # noqa: E402
-from finrepro.cells import expand  # noqa: E402
-from finrepro.checkpoint import Control  # noqa: E402
-from finrepro.evaluate import answer  # noqa: E402
-from finrepro.inputs import embedded_tokenizer  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.place import Place  # noqa: E402
-from finrepro.selection import Selection  # noqa: E402
-from finrepro.store import open_store  # noqa: E402
-from finrepro.tokens import encode  # noqa: E402
-from finrepro.train import train  # noqa: E402
+from finrepro.catalogue import reader  # noqa: E402
+from finrepro.catalogue.cells import expand  # noqa: E402
+from finrepro.catalogue.selection import Selection  # noqa: E402
+from finrepro.data import files  # noqa: E402
+from finrepro.data.tokens import encode  # noqa: E402
+from finrepro.evaluation.evaluate import answer  # noqa: E402
+from finrepro.evidence.place import Place  # noqa: E402
+from finrepro.evidence.store import open_store  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.training.checkpoint import Control  # noqa: E402
+from finrepro.training.loop import train  # noqa: E402
 
 EXAMPLES, REPEATS, TRAIN_STEPS = 400, 5, 200
 
@@ -53,12 +54,12 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     """One miniature, trained on `answers` or on `text` alone: seconds of both, the ratio, and how the labels compare."""
     spec = expand(Selection("3", only=f"{name}-none-full-tfns-*", weights="random"), "smoke")[0].spec
     spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=TRAIN_STEPS))
-    device = runtime.setup(0, spec.threads)
+    device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     built = build(spec, None, device)
     (task,) = spec.tasks
     module, config = task.task.module("tasks"), task.task.config
-    splits = data.load(task.dataset, None).splits
+    splits = files.load(task.dataset, None).splits
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in splits["train"]]
     if trained_on == "text":
         pairs = [("", example.text) for example in splits["train"]]
@@ -98,7 +99,7 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every smoke model of Table 3."""
-    models = catalogue.table("3").smoke.axes.model
+    models = reader.table("3").smoke.axes.model
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, on, Path(folder)) for name in models for on in ("answers", "text")]
     shown = ("times_faster", "labels_equal_one_by_one", "agreement_with_generated", "generated_unparsable")

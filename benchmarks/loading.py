@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import write  # noqa: E402
 
-from finrepro import catalogue, loading, model  # noqa: E402
+from finrepro.catalogue import reader  # noqa: E402
+from finrepro.models import build, loading  # noqa: E402
 
 ARCHITECTURE = {
     "vocab_size": 32000, "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -73,14 +74,14 @@ def whole(folder: Path, quantizer: Any) -> tuple[Any, int]:
     from transformers import AutoModelForCausalLM
 
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model.quantize(made, quantizer)
+    build.quantize(made, quantizer)
     return made, 0
 
 
 def child(way: str, folder: Path) -> None:
     """Load once and print what it took."""
-    runtime.setup(0, 2)
-    quantizer = catalogue.quantizer("nf4", "bfloat16")
+    process.setup(0, 2)
+    quantizer = reader.quantizer("nf4", "bfloat16")
     quantizer.module("quantizers").encode(
         torch.zeros(64, 64), quantizer.config
     )  # its library is loaded before the count begins
@@ -95,7 +96,7 @@ def child(way: str, folder: Path) -> None:
         while not done.wait(0.002):
             highest.append(resident("RssAnon"))
 
-    runtime.reset_peak_memory(torch.device("cpu"))
+    process.reset_peak_memory(torch.device("cpu"))
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()

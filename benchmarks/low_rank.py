@@ -4,7 +4,7 @@ Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and t
 activation and attention take time that no operation of the bound stands for: the layers alone show what the factors do. 416 stands beside
 413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose
 processor time is counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot
-show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (finrepro/roofline.py), and
+show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (finrepro/budget/roofline.py), and
 whether they follow.
 """
 
@@ -12,18 +12,18 @@ import statistics
 import time
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from torch import nn  # noqa: E402
 
-from finrepro import roofline as roof  # noqa: E402
-from finrepro.hardware import hardware  # noqa: E402
-from finrepro.layers.linear import linear_layers  # noqa: E402
-from finrepro.layers.low_rank import like  # noqa: E402
+from finrepro.budget import roofline as roof  # noqa: E402
+from finrepro.budget.hardware import hardware  # noqa: E402
+from finrepro.methods.layers.linear import linear_layers  # noqa: E402
+from finrepro.methods.layers.low_rank import like  # noqa: E402
 
 GPUS = {name: hardware(name) for name in ("h100", "h200")}
 WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
@@ -130,7 +130,7 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
 
 def main() -> None:
     """Measure both widths and write the summary."""
-    runtime.setup(0, THREADS)
+    process.setup(0, THREADS)
     began, raw, summary = time.monotonic(), {}, {}
     for width in WIDTHS:
         raw[f"d{width}"], summary[f"d{width}"] = measured(width)

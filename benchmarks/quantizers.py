@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finrepro import PROJECT, runtime
+from finrepro import PROJECT
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from _measure import interleaved, write  # noqa: E402
 
-from finrepro import catalogue  # noqa: E402
-from finrepro.figure import Dot, Panel, draw, to_svg  # noqa: E402
+from finrepro.catalogue import reader  # noqa: E402
+from finrepro.reporting.dots import Dot, Panel, draw, to_svg  # noqa: E402
 
 QUANTIZERS, BASELINE = ("nf4", "fp4", "icq", "icq_mse"), "nf4"
 ROWS, COLUMNS, BLOCK, REPEATS = 1024, 1024, 64, 3
@@ -46,7 +47,7 @@ def entropies(packed: torch.Tensor) -> np.ndarray:
 
 def measured(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
     """Measure -> a value a block."""
-    choice = catalogue.quantizer(name, "float32")
+    choice = reader.quantizer(name, "float32")
     module = choice.module("quantizers")
     stored = module.encode(weight, choice.config)
     error = (module.decode(stored) - weight).double().square().view(-1, BLOCK).mean(1) / weight.double().square().mean()
@@ -58,16 +59,16 @@ def measured(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
 
 def peak_mib(name: str, weight: torch.Tensor) -> int:
     """Memory that encoding takes above what is held before it."""
-    choice = catalogue.quantizer(name, "float32")
-    runtime.reset_peak_memory(torch.device("cpu"))
-    before = runtime.peak_memory_bytes(torch.device("cpu"))
+    choice = reader.quantizer(name, "float32")
+    process.reset_peak_memory(torch.device("cpu"))
+    before = process.peak_memory_bytes(torch.device("cpu"))
     choice.module("quantizers").encode(weight, choice.config)
-    return round((runtime.peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
+    return round((process.peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
 
 
 def main() -> None:
     """Measure, time, draw."""
-    runtime.setup(0, 2)
+    process.setup(0, 2)
     blocks: dict[str, dict[str, dict[str, np.ndarray]]] = {
         drawn: {name: measured(name, weights(drawn)) for name in QUANTIZERS} for drawn in DISTRIBUTIONS
     }
@@ -87,7 +88,7 @@ def main() -> None:
         }
     weight, runs = weights("normal"), {}
     for name in QUANTIZERS:
-        choice = catalogue.quantizer(name, "float32")
+        choice = reader.quantizer(name, "float32")
         runs[name] = lambda choice=choice: choice.module("quantizers").encode(weight, choice.config)
     times = interleaved(runs, REPEATS)
     summary: dict[str, Any] = {

@@ -4,7 +4,7 @@ Everything is beside the dense model without recomputation. Memory is measured i
 library gives back at once what is freed (it keeps it otherwise, and the phases would run into one another), above what the process holds
 once a tiny model has been trained: libraries are no part of it. What is kept for backward is counted at autograd's own hooks, every
 storage once, parameters left out. Steps are timed in turn on one thread, by processor time: the one clock that does not count a
-machine's other work. FLOPs are computed (finrepro.flops), with attention in full.
+machine's other work. FLOPs are computed (finrepro.sizes.flops), with attention in full.
 """
 
 import dataclasses
@@ -19,25 +19,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import torch  # noqa: E402
 from _measure import interleaved, write  # noqa: E402
 
-from finrepro import catalogue, cells, flops  # noqa: E402
-from finrepro.batches import end_to_end  # noqa: E402
-from finrepro.engine import start_engine  # noqa: E402
-from finrepro.layers.linear import rank  # noqa: E402
-from finrepro.layers.supervised import SupervisedLM  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.phases import Phases  # noqa: E402
-from finrepro.scoring import text_log_likelihoods  # noqa: E402
-from finrepro.selection import Selection  # noqa: E402
-from finrepro.spec import Model, RunSpec  # noqa: E402
-from finrepro.tokens import Encoded  # noqa: E402
-from finrepro.train import optimizer_step  # noqa: E402
+from finrepro.catalogue import cells, reader  # noqa: E402
+from finrepro.catalogue.selection import Selection  # noqa: E402
+from finrepro.catalogue.spec import Model, RunSpec  # noqa: E402
+from finrepro.data.batches import end_to_end  # noqa: E402
+from finrepro.data.tokens import Encoded  # noqa: E402
+from finrepro.evaluation.log_likelihood import text_log_likelihoods  # noqa: E402
+from finrepro.methods.layers.linear import rank  # noqa: E402
+from finrepro.methods.layers.supervised import SupervisedLM  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.runtime.phases import Phases  # noqa: E402
+from finrepro.sizes import flops  # noqa: E402
+from finrepro.training.engines.start import start_engine  # noqa: E402
+from finrepro.training.loop import optimizer_step  # noqa: E402
 
 BLOCKS, WIDTH, VOCABULARY, ROWS, TOKENS = 8, 512, 2048, 4, 512
 COMPRESSION, STEPS, REPEATS, THREADS = 2.6, 3, 3, 1
@@ -49,7 +50,7 @@ CONFIGURATIONS = {PLAIN: (False, False), "dense, recomputed": (False, True),
 
 def model_of(low_rank: bool, blocks: int = BLOCKS, width: int = WIDTH) -> Model:
     """The architecture, dense or with every linear layer of the blocks factored."""
-    entry = catalogue.model("gpt2_1_5b_deep_mini_lr")
+    entry = reader.model("gpt2_1_5b_deep_mini_lr")
     sizes = {"n_layer": blocks, "n_embd": width, "n_head": width // 64, "n_positions": TOKENS, "vocab_size": VOCABULARY}
     assert entry.low_rank is not None
     factored = dataclasses.replace(entry.low_rank, compression=COMPRESSION) if low_rank else None
@@ -106,8 +107,8 @@ def memory(name: str) -> dict[str, Any]:
     text_log_likelihoods(tiny.model, tiny.rows, ROWS * TOKENS)
     tiny.engine.close()
     del tiny
-    runtime.reset_peak_memory(CPU)
-    before = runtime.peak_memory_bytes(CPU)
+    process.reset_peak_memory(CPU)
+    before = process.peak_memory_bytes(CPU)
     phases = Phases(CPU, "load")
     training, first = Training(spec_of(model_of(low_rank), recomputed)), {}
     for step in range(STEPS):
@@ -140,7 +141,7 @@ def memory_in_a_process(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Memory a configuration, then the times of all in turn."""
-    runtime.setup(0, THREADS)
+    process.setup(0, THREADS)
     began = time.monotonic()
     found = {name: memory_in_a_process(name) for name in CONFIGURATIONS}
     print(f"memory measured in {time.monotonic() - began:.0f} s", flush=True)
@@ -175,7 +176,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [CHILD]:
-        runtime.setup(0, THREADS)
+        process.setup(0, THREADS)
         print(json.dumps(memory(sys.argv[2])))
     else:
         main()

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core
 
 import torch  # noqa: E402
@@ -29,17 +29,17 @@ from _measure import ratios, write  # noqa: E402
 from _text import bare, paragraphs  # noqa: E402
 
 from finrepro import PROJECT  # noqa: E402
-from finrepro.batches import end_to_end  # noqa: E402
-from finrepro.corpora import underway  # noqa: E402
-from finrepro.corpora.arriving import ArrivingWindows  # noqa: E402
-from finrepro.corpora.growing import open_arriving  # noqa: E402
-from finrepro.corpora.index import FORMAT, Begun  # noqa: E402
-from finrepro.corpora.prepare import Options, Sources  # noqa: E402
-from finrepro.corpora.sources import Local  # noqa: E402
-from finrepro.corpora.tokenizing import load_encoder  # noqa: E402
-from finrepro.corpora.writer import PREPARING, write_durably  # noqa: E402
-from finrepro.schema import plain  # noqa: E402
-from finrepro.tokens import train_tokenizer  # noqa: E402
+from finrepro.data.arriving.arriving import ArrivingWindows  # noqa: E402
+from finrepro.data.arriving.growing import open_arriving  # noqa: E402
+from finrepro.data.batches import end_to_end  # noqa: E402
+from finrepro.data.corpora.index import FORMAT, Begun  # noqa: E402
+from finrepro.data.preparing import underway  # noqa: E402
+from finrepro.data.preparing.prepare import Options, Sources  # noqa: E402
+from finrepro.data.preparing.sources import Local  # noqa: E402
+from finrepro.data.preparing.tokenizing import load_encoder  # noqa: E402
+from finrepro.data.preparing.writer import PREPARING, write_durably  # noqa: E402
+from finrepro.data.tokens import train_tokenizer  # noqa: E402
+from finrepro.settings import plain  # noqa: E402
 
 PROCESSES, ROUNDS, SEQUENCE, BATCH, SHARD, BLOCK, CHUNK = (1, 2, 4), 5, 1024, 8, 2**17, 32, 1 << 18
 COPIES, IN_A_BATCH = 3, 62_000  # tokens of a quarter of a megabyte of text
@@ -82,7 +82,7 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
     note = Begun(format=FORMAT, tokenizer=encoder.digest, vocabulary=encoder.vocabulary, source=sources.description,
                  options=plain(Options(validation=0.0, shard_tokens=SHARD)))  # fmt: skip
     write_durably(folder / PREPARING / underway.BEGUN, plain(note))
-    command = [sys.executable, "-m", "finrepro.corpora.feeder", str(source), "--tokenizer", str(tokenizer), "--out", str(folder),
+    command = [sys.executable, "-m", "finrepro.data.arriving.feeder", str(source), "--tokenizer", str(tokenizer), "--out", str(folder),
                "--workers", str(processes), "--parent", str(os.getpid())]  # fmt: skip
     feeder = subprocess.Popen(command, cwd=PROJECT)
     stream = open_arriving(folder).stream()

@@ -1,7 +1,7 @@
 """How many of the tokens that go through the model are real, and examples a second, for four ways to lay out a batch.
 
 Side by side on a Llama miniature, forward and backward over the same examples: fixed padding to `max_seq_len`, dynamic padding of shuffled
-batches of 8, length-sorted token-budget batches, and the bins of finrepro.packing with isolated attention. TFNS, and FPB where
+batches of 8, length-sorted token-budget batches, and the bins of finrepro.data.packing with isolated attention. TFNS, and FPB where
 FINREPRO_DATA_DIR has it.
 """
 
@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 import numpy as np  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 
-from finrepro import data, packing  # noqa: E402
-from finrepro.batches import COLLATE, Batch, side_by_side  # noqa: E402
-from finrepro.cells import expand  # noqa: E402
-from finrepro.inputs import embedded_tokenizer  # noqa: E402
-from finrepro.layers.supervised import SupervisedLM  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.place import Place  # noqa: E402
-from finrepro.selection import Selection  # noqa: E402
-from finrepro.store import open_store  # noqa: E402
-from finrepro.tokens import Encoded, encode  # noqa: E402
+from finrepro.catalogue.cells import expand  # noqa: E402
+from finrepro.catalogue.selection import Selection  # noqa: E402
+from finrepro.data import files, packing  # noqa: E402
+from finrepro.data.batches import COLLATE, Batch, side_by_side  # noqa: E402
+from finrepro.data.tokens import Encoded, encode  # noqa: E402
+from finrepro.evidence.place import Place  # noqa: E402
+from finrepro.evidence.store import open_store  # noqa: E402
+from finrepro.methods.layers.supervised import SupervisedLM  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
 
 MAX_SEQ_LEN, BUDGET, EXAMPLES, REPEATS = 256, 4096, 768, 3
 CELL = "llama3_1_8b_mini-none-full-{}-*"
@@ -62,10 +62,10 @@ def computed(batches: list[list[int]], lengths: list[int], name: str) -> int:
 def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
     """One dataset."""
     spec = expand(Selection("3", only=CELL.format(task), weights="random"), "smoke")[0].spec
-    device = runtime.setup(0, spec.threads)
+    device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
-    train = data.load(spec.tasks[0].dataset, data_dir).splits["train"]
+    train = files.load(spec.tasks[0].dataset, data_dir).splits["train"]
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in train]
     encoded = encode(tokenizer, pairs, MAX_SEQ_LEN, end=True)
     lengths = [len(example.ids) for example in encoded]

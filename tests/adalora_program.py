@@ -10,13 +10,14 @@ import torch
 from fixtures_model import CPU, MINIATURES, make, random_examples, spec_of
 from steps_program import ENGINES, control
 
-from finrepro import catalogue, runtime
-from finrepro.adapters import adalora
-from finrepro.engine import collect_trained, inference
-from finrepro.generation import generate
-from finrepro.schema import Choice
-from finrepro.spec import RunSpec
-from finrepro.train import train
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evaluation.generation import generate
+from finrepro.methods.adapters import adalora
+from finrepro.runtime import process
+from finrepro.settings import Choice
+from finrepro.training.engines.start import collect_trained, inference
+from finrepro.training.loop import train
 
 STEPS = 10
 FEW = {"max_steps": STEPS, "warmup_steps": 1, "global_batch_size": 6, "sort_window": 1, "max_tokens": 64, "lr": 3e-3}
@@ -34,7 +35,7 @@ CELLS = (*((*each, "none") for each in ENGINES), ("ddp", 0, "nf4"), ("deepspeed"
 
 def settings(**changes: Any) -> Choice:
     """The catalogue's entry with another schedule."""
-    config = dataclasses.asdict(catalogue.adapter("adalora_r8").config)
+    config = dataclasses.asdict(reader.adapter("adalora_r8").config)
     return Choice(name="adalora", kind="adalora", config=adalora.Config(**config | SHORT | changes))
 
 
@@ -62,9 +63,9 @@ def run(cell: RunSpec, folder: Path, **options: Any) -> tuple[Any, dict[str, Any
 
 def main(folder: Path) -> None:
     """Every engine, on full precision and in 4 bits."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
-    here = runtime.ranks()
+    process.quiet_environment()
+    process.setup(0, 1)
+    here = process.ranks()
     found = {
         (engine, stage, quantizer): run(spec(engine=engine, stage=stage, quantizer=quantizer), folder / "checkpoints")[
             1
@@ -72,8 +73,8 @@ def main(folder: Path) -> None:
         for engine, stage, quantizer in CELLS
     }
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    runtime.leave_process_group()
-    runtime.end(0)
+    process.leave_process_group()
+    process.end(0)
 
 
 if __name__ == "__main__":

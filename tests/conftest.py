@@ -16,9 +16,10 @@ import fixtures_annotations  # noqa: F401  (first: what it does is done to what 
 import pytest
 from fixtures_process import forget, python
 
-from finrepro import PROJECT, catalogue
-from finrepro.place import Place
-from finrepro.store import open_store
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of configs/ that the catalogue reads in place of the project's, to be changed at will (then call `forget`)."""
     folder = tmp_path / "configs"
     shutil.copytree(PROJECT / "configs", folder)
-    monkeypatch.setattr(catalogue, "CONFIGS", folder)
+    monkeypatch.setattr(reader, "CONFIGS", folder)
     forget()
     yield folder
     monkeypatch.undo()

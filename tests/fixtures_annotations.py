@@ -10,7 +10,17 @@ from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from jaxtyping import install_import_hook
 
-PLAIN = ("cells", "data", "plan", "schema", "spec", "weights")
-OURS = {path.stem for path in Path(__file__).parents[1].joinpath("finrepro").iterdir() if path.stem.isidentifier()}
-beartype_packages(tuple(f"finrepro.{name}" for name in PLAIN), conf=BeartypeConf(claw_is_pep526=False))
-install_import_hook([f"finrepro.{name}" for name in sorted(OURS.difference(PLAIN))], "beartype.beartype")
+PACKAGE = Path(__file__).parents[1] / "finrepro"
+MODULES = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+]
+PLAIN = [
+    name
+    for name in MODULES
+    if name.startswith(("finrepro.catalogue.", "finrepro.planning.", "finrepro.settings", "finrepro.data.files"))
+    or name == "finrepro.models.checkpoints"
+]
+beartype_packages(tuple(PLAIN), conf=BeartypeConf(claw_is_pep526=False))
+install_import_hook([name for name in MODULES if name not in PLAIN], "beartype.beartype")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from finrepro.corpora.index import FORMAT, INDEX, Index, dtype_for
-from finrepro.corpora.stream import TokenStream, open_corpus
-from finrepro.corpora.writer import PREPARING, SplitWriter, write_durably
-from finrepro.schema import plain
+from finrepro.data.corpora.index import FORMAT, INDEX, Index, dtype_for
+from finrepro.data.corpora.stream import TokenStream, open_corpus
+from finrepro.data.preparing.writer import PREPARING, SplitWriter, write_durably
+from finrepro.settings import plain
 
 START, VOCABULARY = 0, 512
 

@@ -17,20 +17,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finrepro import PROJECT, catalogue, data, runtime
-from finrepro.examples import Example
-from finrepro.model import Built, build
-from finrepro.schema import Choice
-from finrepro.spec import Evaluation, Model, RunSpec, Train, label_of
-from finrepro.tokens import Encoded, train_tokenizer
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Evaluation, Model, RunSpec, Train, label_of
+from finrepro.data import files
+from finrepro.data.examples import Example
+from finrepro.data.tokens import Encoded, train_tokenizer
+from finrepro.models.build import Built, build
+from finrepro.runtime import process as runtime
+from finrepro.settings import Choice
 
 CPU = torch.device("cpu")
 VOCABULARY = 512
 # Of the models that a hub has; those that are trained from scratch have laws of their own.
 ALL_MINIATURES = tuple(
     name
-    for name in catalogue.catalogue("models")
-    if (original := catalogue.model(name).miniature_of) and catalogue.model(original).hub
+    for name in reader.catalogue("models")
+    if (original := reader.model(name).miniature_of) and reader.model(original).hub
 )
 MINIATURES = (
     "gpt2_127m_mini",
@@ -45,8 +48,8 @@ with_every_method = pytest.mark.parametrize(
     ("adapter", "quantizer"),
     [("full", "none"), ("lora_r8", "none"), ("lora_r8", "nf4"), ("iec_r8", "nf4"), ("houlsby_m64", "nf4")],
 )
-ADAPTERS = tuple(catalogue.catalogue("adapters"))
-QUANTIZERS = tuple(catalogue.catalogue("quantizers"))
+ADAPTERS = tuple(reader.catalogue("adapters"))
+QUANTIZERS = tuple(reader.catalogue("quantizers"))
 # Weights far from zero, so that attention is sharp and a wrong mask or position moves every number.
 SMALLER: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_positions": 128, "vocab_size": VOCABULARY, "initializer_range": 0.2},
@@ -65,7 +68,7 @@ def process() -> Iterator[None]:
 
 def tiny(name: str) -> Model:
     """A miniature of the catalogue, smaller still."""
-    model = catalogue.model(name)
+    model = reader.model(name)
     smaller = dict(SMALLER[model.family])
     if "hidden_size" in smaller and smaller["hidden_size"] % model.architecture["num_attention_heads"]:
         del smaller["hidden_size"]  # six heads do not divide it: the miniature's own width
@@ -74,8 +77,8 @@ def tiny(name: str) -> Model:
 
 def train_settings(**changes: Any) -> Train:
     """The smoke scale's training settings of table 3, changed."""
-    grid = catalogue.table("3").smoke
-    return catalogue.train_settings({**grid.train, **changes}, "test.train")
+    grid = reader.table("3").smoke
+    return reader.train_settings({**grid.train, **changes}, "test.train")
 
 
 def spec_of(
@@ -87,9 +90,9 @@ def spec_of(
 ) -> RunSpec:
     """A cell on a tiny model with random weights."""
     base = tiny(model) if isinstance(model, str) else model
-    train_on, scored = catalogue.train_set("tfns", "short")
-    weights = catalogue.quantizer(quantizer, base.dtype) if isinstance(quantizer, str) else quantizer
-    method = catalogue.adapter(adapter) if isinstance(adapter, str) else adapter
+    train_on, scored = reader.train_set("tfns", "short")
+    weights = reader.quantizer(quantizer, base.dtype) if isinstance(quantizer, str) else quantizer
+    method = reader.adapter(adapter) if isinstance(adapter, str) else adapter
     return RunSpec(
         label=label_of((base.name, weights.name, method.name, train_on.name), None, seed),
         model=base,
@@ -113,7 +116,7 @@ EVALUATION = Evaluation(split="development", max_tokens=1024, resamples=200, con
 
 def texts() -> list[str]:
     """Some of the embedded text."""
-    splits = data.load(catalogue.dataset("tfns"), None).splits
+    splits = files.load(reader.dataset("tfns"), None).splits
     return [example.text for example in splits["train"][:1500]]
 
 
@@ -162,7 +165,7 @@ def random_examples(seed: int, count: int = 9, longest: int = 40, answers: tuple
 
 def real_examples(count: int) -> list[Example]:
     """Examples of TFNS's development split, spread over it."""
-    split = data.load(catalogue.dataset("tfns"), None).splits["development"]
+    split = files.load(reader.dataset("tfns"), None).splits["development"]
     return list(split[:: len(split) // count][:count])
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finrepro import PROJECT, catalogue, cells
+from finrepro import PROJECT
+from finrepro.catalogue import cells, reader
 from finrepro.errors import FinreproError
 
-CACHED = [each for module in (catalogue, cells) for each in vars(module).values() if hasattr(each, "cache_clear")]
+CACHED = [each for module in (reader, cells) for each in vars(module).values() if hasattr(each, "cache_clear")]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -4,23 +4,23 @@ import json
 import sys
 from pathlib import Path
 
-from finrepro import runtime
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 from fixtures_model import CPU, make, random_examples, spec_of  # noqa: E402
 from test_layouts import control, slowed  # noqa: E402
 
-from finrepro import layouts  # noqa: E402
-from finrepro.batches import COLLATE  # noqa: E402
+from finrepro.data.batches import COLLATE  # noqa: E402
+from finrepro.training import layout as layouts  # noqa: E402
 
 folder = Path(sys.argv[1])
-runtime.setup(0, 1)
-rank = runtime.ranks().rank
+process.setup(0, 1)
+rank = process.ranks().rank
 COLLATE[("padded", "bins")[rank]] = slowed(COLLATE[("padded", "bins")[rank]], (0.1, 0.3)[rank])
 spec = spec_of("gpt2_127m_mini", "lora_r8", layout="fastest", max_steps=4)
 model = make(spec).model
 found = [layouts.settled(spec, model, random_examples(0, 30), CPU, control(folder))[1] for _ in range(2)]
 (folder / f"rank{rank}.json").write_text(json.dumps(found))
-runtime.leave_process_group()
-runtime.end(0)
+process.leave_process_group()
+process.end(0)

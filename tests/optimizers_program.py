@@ -17,18 +17,20 @@ from fixtures_model import CPU, MINIATURES, make, random_examples, spec_of, tiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finrepro import PROJECT, catalogue, runtime
-from finrepro.adapters import full
-from finrepro.adapters import relora as method
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control
-from finrepro.engine import collect_trained
-from finrepro.handle import Handle
-from finrepro.layers.linear import features, linear_layers
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.schema import Choice, choose
-from finrepro.spec import RunSpec
-from finrepro.train import learning_rate, steps_from, train
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import COLLATE
+from finrepro.methods.adapters import full
+from finrepro.methods.adapters import relora as method
+from finrepro.methods.layers.linear import features, linear_layers
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.runtime import process
+from finrepro.settings import Choice, choose
+from finrepro.training.checkpoint import Control
+from finrepro.training.engines.start import collect_trained
+from finrepro.training.handle import Handle
+from finrepro.training.loop import learning_rate, steps_from, train
 
 GPT2, LLAMA = MINIATURES
 STEPS, RANK = 6, 8
@@ -141,7 +143,7 @@ def kept_bytes(states: dict[str, dict[str, Any]]) -> int:
 
 def relora(engine: Any = "ddp", stage: int = 0, name: str = LLAMA, dtype: str = "float32", **changes: Any) -> RunSpec:
     """Three periods of ReLoRA, with a rate that rises over two steps of each but the first."""
-    entry = catalogue.adapter("relora").config
+    entry = reader.adapter("relora").config
     config = dataclasses.replace(
         entry, **{"r": 4, "reset_every": 3, "restart_warmup": 2, "keep_moments": 0.25, **changes}
     )
@@ -156,7 +158,7 @@ def run_relora(spec: RunSpec, folder: Path, **options: Any) -> dict[str, Any]:
     rows = train(model, random_examples(0, 30), spec, CPU, control(folder / "checkpoints", **options)).losses
     collect_trained(model)
     tensors: dict[str, Any] = {}
-    if runtime.ranks().is_main:
+    if process.ranks().is_main:
         (folder / "weights").mkdir(parents=True)
         method.export(model, folder / "weights")
         tensors = load_file(folder / "weights" / "model.safetensors")
@@ -195,16 +197,16 @@ def two_ranks() -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Every engine on several ranks."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
-    here, found = runtime.ranks(), {}
+    process.quiet_environment()
+    process.setup(0, 1)
+    here, found = process.ranks(), {}
     for kind, *engine in RANKED:
         found[kind, *engine] = run(cell(chosen(SETTINGS[kind]), *engine), folder / f"{here.world_size}-{kind}-{engine}")
     for engine in RELORA_RANKED:
         found["relora", *engine] = run_relora(relora(*engine), folder / f"{here.world_size}-relora-{engine}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    runtime.leave_process_group()
-    runtime.end(0)
+    process.leave_process_group()
+    process.end(0)
 
 
 if __name__ == "__main__":

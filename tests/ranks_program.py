@@ -12,17 +12,19 @@ from fixtures_model import CPU, EVALUATION, MINIATURES, make, random_examples, r
 from safetensors.torch import load_file
 from torch import nn
 
-from finrepro import catalogue, runtime, scoring
-from finrepro.checkpoint import Control
-from finrepro.engine import collect_trained, in_parts, inference
-from finrepro.evaluate import evaluate
-from finrepro.generation import generate
-from finrepro.shares import share_out
-from finrepro.spec import RunSpec
-from finrepro.train import Interrupted, train
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evaluation import log_likelihood
+from finrepro.evaluation.evaluate import evaluate
+from finrepro.evaluation.generation import generate
+from finrepro.evaluation.share_out import share_out
+from finrepro.runtime import process
+from finrepro.training.checkpoint import Control
+from finrepro.training.engines.start import collect_trained, in_parts, inference
+from finrepro.training.loop import Interrupted, train
 
-NAMES = tuple({catalogue.model(name).family: name for name in reversed(MINIATURES)}.values())
-TASKS = {"choices": catalogue.task("tfns", "short"), "text": catalogue.task("tfns_text")}
+NAMES = tuple({reader.model(name).family: name for name in reversed(MINIATURES)}.values())
+TASKS = {"choices": reader.task("tfns", "short"), "text": reader.task("tfns_text")}
 METHODS = (("full", "none"), ("lora_r8", "nf4"))
 OWN = (("iec_r8", "nf4"), ("houlsby_m64", "nf4"))  # the adapters that are our own layers
 STEPS = 4
@@ -41,9 +43,9 @@ def answers(model: nn.Module, name: str, **changes: Any) -> dict[str, Any]:
     settings = dataclasses.replace(EVALUATION, **{"max_tokens": 256, **changes})
     found: dict[str, Any] = {}
     for kind, task in TASKS.items():
-        result = evaluate(model, tokenizer(catalogue.model(name).family), task, real_examples(12), settings, 128)
+        result = evaluate(model, tokenizer(reader.model(name).family), task, real_examples(12), settings, 128)
         found[kind] = {"rows": result.rows, "scores": result.scores}
-    alone = evaluate(model, tokenizer(catalogue.model(name).family), TASKS["choices"], real_examples(1), settings, 128)
+    alone = evaluate(model, tokenizer(reader.model(name).family), TASKS["choices"], real_examples(1), settings, 128)
     prompts = [example.ids for example in random_examples(3, count=9)]
     whole = generate(model, prompts, [4] * 9, -1, 100)
     ended = generate(model, prompts, [4] * 9, whole[0][2], 100)
@@ -52,7 +54,7 @@ def answers(model: nn.Module, name: str, **changes: Any) -> dict[str, Any]:
 
 def neighbours(batches: Sequence[list[int]], compute: Callable[[list[int]], Any], **options: Any) -> list[Any]:
     """A mutant: a rank computes the batch that is another's. On one rank it is right."""
-    mine = runtime.ranks().rank
+    mine = process.ranks().rank
     return share_out(batches, lambda rows: compute(batches[batches.index(rows) - mine]), **options)
 
 
@@ -65,9 +67,9 @@ def evaluation() -> dict[Any, Any]:
         train(model, [], spec, CPU, control(Path()))
         found[name] = answers(model, name)
         found[name, "single rows"] = answers(model, name, max_tokens=1)["choices"]
-        scoring.share_out = neighbours
+        log_likelihood.share_out = neighbours
         found[name, "mutant"] = answers(model, name, max_tokens=1)["choices"]
-        scoring.share_out = share_out
+        log_likelihood.share_out = share_out
     return found
 
 
@@ -76,7 +78,7 @@ def zero(folder: Path) -> dict[Any, Any]:
     import deepspeed
 
     found: dict[Any, Any] = {}
-    stage = 3 if runtime.ranks().world_size > 1 else 0
+    stage = 3 if process.ranks().world_size > 1 else 0
     for name in NAMES:
         for adapter, quantizer in METHODS:
             for steps in (0, STEPS) if adapter != "full" else (STEPS,):
@@ -149,7 +151,7 @@ def own(folder: Path) -> dict[Any, Any]:
                     result = generate(model, [example.ids for example in random_examples(3, count=3)], [4] * 3, -1, 100)
                 collect_trained(model)
                 tensors: dict[str, Any] = {}
-                if runtime.ranks().is_main:
+                if process.ranks().is_main:
                     where = folder / f"{name}-{adapter}-{engine}-{stage}"
                     where.mkdir(parents=True)
                     spec.adapter.module("adapters").export(model, where)
@@ -176,17 +178,17 @@ def control(folder: Path, stop: Callable[[], bool] = lambda: False, seen: list[A
 
 def main(part: str, folder: Path) -> None:
     """Run a part and save what it gives."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
-    here = runtime.ranks()
+    process.quiet_environment()
+    process.setup(0, 1)
+    here = process.ranks()
     found = (
         evaluation()
         if part == "evaluation"
         else {"zero": zero, "training": training, "own": own}[part](folder / str(here.world_size))
     )
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    runtime.leave_process_group()
-    runtime.end(0)
+    process.leave_process_group()
+    process.end(0)
 
 
 if __name__ == "__main__":

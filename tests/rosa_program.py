@@ -13,18 +13,19 @@ from fixtures_model import CPU, MINIATURES, images, make, random_examples, spec_
 from safetensors.torch import load_file
 from torch import nn
 
-from finrepro import catalogue, partition, runtime
-from finrepro.adapters import rosa as method
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control
-from finrepro.engine import collect_trained, inference
-from finrepro.layers import rosa
-from finrepro.layers.rosa import RosaLinear, directions, factors
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.model import load
-from finrepro.schema import Choice
-from finrepro.spec import RunSpec
-from finrepro.train import learning_rate, steps_from, train
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import COLLATE
+from finrepro.methods.adapters import rosa as method
+from finrepro.methods.layers import rosa
+from finrepro.methods.layers.rosa import RosaLinear, directions, factors
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.models.build import load
+from finrepro.runtime import process, zero3
+from finrepro.settings import Choice
+from finrepro.training.checkpoint import Control
+from finrepro.training.engines.start import collect_trained, inference
+from finrepro.training.loop import learning_rate, steps_from, train
 
 GPT2, LLAMA = MINIATURES
 STEPS, EVERY = 8, 3  # periods of 3, 3 and 2 steps
@@ -40,7 +41,7 @@ RANKED = (
 
 def cell(name: str = LLAMA, engine: Any = "ddp", stage: int = 0, dtype: str = "float32", **changes: Any) -> RunSpec:
     """Three periods."""
-    config = dataclasses.replace(catalogue.adapter("rosa_r8").config, resample_every=EVERY, r=4)
+    config = dataclasses.replace(reader.adapter("rosa_r8").config, resample_every=EVERY, r=4)
     model = dataclasses.replace(tiny(name), dtype=dtype)
     choice = Choice(name="rosa", kind="rosa", config=config)
     return spec_of(model, choice, "none", engine=engine, zero_stage=stage, **{**FEW, **changes})
@@ -56,7 +57,7 @@ def parts(model: nn.Module, trained: Callable[[nn.Parameter], Any]) -> dict[str,
     found: list[Any] = []
     for layer in method.layers_of(model):
         found += [(f"{layer.name} {each}", trained(getattr(layer, each))) for each in ("lora_A", "lora_B")]
-        found.append((f"{layer.name} W_f", partition.whole(layer.base_layer.weight).float()))
+        found.append((f"{layer.name} W_f", zero3.whole(layer.base_layer.weight).float()))
     return images(found)
 
 
@@ -91,7 +92,7 @@ def run(spec: RunSpec, folder: Path, around: Callable[..., None] | None = None, 
     frozen = parts(model, lambda _: torch.zeros(1))
     collect_trained(model)
     tensors: dict[str, Any] = {}
-    if runtime.ranks().is_main:
+    if process.ranks().is_main:
         (folder / "weights").mkdir(parents=True)
         method.export(model, folder / "weights")
         tensors = load_file(folder / "weights" / "adapter_model.safetensors")
@@ -173,7 +174,7 @@ def learned(tensors: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def noisy(together: bool) -> Iterator[None]:
     """Inside, an SVD comes out another way on every rank. Without `together` they do not share the work: a mutant."""
-    rank, kept, shared = runtime.ranks().rank, rosa.factors, method._open
+    rank, kept, shared = process.ranks().rank, rosa.factors, method._open
     rosa.factors = lambda weight, *more: kept(weight * (1 + 1e-4 * rank), *more)
     method._open = shared if together else alone
     try:
@@ -188,24 +189,24 @@ def alone(layers: list[RosaLinear], compute: Callable[..., Any]) -> list[Any]:
     for layer in layers:
         weight = layer.base_layer.weight
         frozen, start = layer.kept(compute(layer, layer.frozen(weight.detach().clone())), weight.dtype)
-        partition.fill(weight, frozen)
+        zero3.fill(weight, frozen)
         starts.append(start)
     return starts
 
 
 def main(folder: Path) -> None:
     """Every engine on several ranks."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
-    here, found = runtime.ranks(), {}
+    process.quiet_environment()
+    process.setup(0, 1)
+    here, found = process.ranks(), {}
     for key in RANKED:
         found[key] = run(cell(*key), folder / str(here.world_size) / "-".join(map(str, key)))
     for together in (True, False):
         with noisy(together):
             found["noisy", together] = run(cell(), folder / str(here.world_size) / f"noisy-{together}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    runtime.leave_process_group()
-    runtime.end(0)
+    process.leave_process_group()
+    process.end(0)
 
 
 if __name__ == "__main__":

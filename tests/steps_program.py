@@ -11,15 +11,15 @@ import torch
 from fixtures_model import CPU, make, random_examples, spec_of
 from torch import Tensor, nn
 
-from finrepro import partition, runtime
-from finrepro.adapters import iec
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control
-from finrepro.engine import collect_trained
-from finrepro.handle import Handle
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.spec import RunSpec
-from finrepro.train import learning_rate, steps_from, train
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import COLLATE
+from finrepro.methods.adapters import iec
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.runtime import process, zero3
+from finrepro.training.checkpoint import Control
+from finrepro.training.engines.start import collect_trained
+from finrepro.training.handle import Handle
+from finrepro.training.loop import learning_rate, steps_from, train
 
 NAME = "llama3_1_8b_mini"
 STEPS, SET, RESET = (
@@ -85,11 +85,11 @@ class Method:
         self.seen[-1] += [handle.value(matrix), handle.value(scalar), handle.whole(base)]
 
     def state(self, model: Any) -> dict[str, Any]:
-        return {"average": model.average, "frozen": partition.whole(model.get_parameter(FROZEN))}
+        return {"average": model.average, "frozen": zero3.whole(model.get_parameter(FROZEN))}
 
     def load_state(self, model: Any, state: dict[str, Any]) -> None:
         model.average = state["average"]
-        partition.fill(model.get_parameter(FROZEN), state["frozen"])
+        zero3.fill(model.get_parameter(FROZEN), state["frozen"])
 
 
 HOOKS = ("extra_loss", "before_step", "after_step", "state", "load_state")
@@ -167,13 +167,13 @@ def reference() -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Every engine, whole."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
-    here = runtime.ranks()
+    process.quiet_environment()
+    process.setup(0, 1)
+    here = process.ranks()
     found = {key: run(spec(*key), folder / str(here.world_size) / f"{key}") for key in ENGINES}
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    runtime.leave_process_group()
-    runtime.end(0)
+    process.leave_process_group()
+    process.end(0)
 
 
 if __name__ == "__main__":

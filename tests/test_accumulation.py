@@ -29,13 +29,14 @@ from fixtures_model import (
 )
 from torch import Tensor
 
-from finrepro import PROJECT, runtime
-from finrepro.batches import side_by_side
-from finrepro.engine import start_engine
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.spec import RunSpec
-from finrepro.tokens import Encoded
-from finrepro.train import micro_batches, optimizer_step
+from finrepro import PROJECT
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import side_by_side
+from finrepro.data.tokens import Encoded
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.runtime import process as runtime
+from finrepro.training.engines.start import start_engine
+from finrepro.training.loop import micro_batches, optimizer_step
 
 assert process  # every test here computes
 ENGINES = (("ddp", 0), ("deepspeed", 0), ("deepspeed", 2))

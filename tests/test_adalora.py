@@ -29,17 +29,19 @@ from fixtures_model import (
 )
 from safetensors.torch import load_file
 
-from finrepro import PROJECT, catalogue, runtime
-from finrepro.adapters import adalora
-from finrepro.batches import COLLATE
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.data.batches import COLLATE
 from finrepro.errors import UsageError
-from finrepro.handle import Handle
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.layers.triplets import Allocation, mean_distance
-from finrepro.model import configuration, load
-from finrepro.refusals import refusal
-from finrepro.schema import build
-from finrepro.train import Interrupted
+from finrepro.methods.adapters import adalora
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.methods.layers.triplets import Allocation, mean_distance
+from finrepro.models.build import configuration, load
+from finrepro.runtime import process as runtime
+from finrepro.settings import build
+from finrepro.training.handle import Handle
+from finrepro.training.loop import Interrupted
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 LAYERS = 14  # of the tiny Llama
@@ -71,7 +73,7 @@ def follows_the_closed_form(
 
 
 def test_the_budget_falls_by_a_cubic_and_ends_at_the_target() -> None:
-    entry = catalogue.adapter("adalora_r8").config
+    entry = reader.adapter("adalora_r8").config
     follows_the_closed_form(entry, 536, 54, 268)  # shares of the steps
     follows_the_closed_form(settings(tinit=10, tfinal=20).config, 100, 10, 80)
 
@@ -105,7 +107,7 @@ def test_a_schedule_without_a_step_to_prune_in_is_refused_before_anything_is_loa
 
 
 def test_settings_that_cannot_be_are_refused_when_they_are_read() -> None:
-    good = dataclasses.asdict(catalogue.adapter("adalora_r8").config)
+    good = dataclasses.asdict(reader.adapter("adalora_r8").config)
     wrong: tuple[dict[str, Any], ...] = (
         {"target_r": 13}, {"init_r": 0}, {"target_r": 0}, {"deltaT": 0}, {"tinit": -1}, {"tfinal": 1.5}, {"beta1": 1.0}, {"beta2": 0.0},
         {"orth_reg_weight": -0.1}, {"lora_dropout": 1.0}, {"r": 8},
@@ -414,7 +416,7 @@ COUNTS = {
 def test_it_counts_on_the_real_models_as_in_the_table(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    choice, entry = catalogue.adapter("adalora_r8"), catalogue.model(name)
+    choice, entry = reader.adapter("adalora_r8"), reader.model(name)
     modules, per_rank = COUNTS[name]
     assert adalora.trainable_parameters(entry, choice.config) == 12 * (per_rank + modules)
     if entry.architecture.get("n_layer") == 12:

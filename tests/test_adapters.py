@@ -33,15 +33,15 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro import model as building
-from finrepro.adapters import bottleneck, lora, relora
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.model import Built, quantize
-from finrepro.plan import sizes
-from finrepro.schema import Choice, build, kinds
-from finrepro.spec import RunSpec
+from finrepro.methods.adapters import bottleneck, lora, relora
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.models import build as building
+from finrepro.models.build import Built, quantize
+from finrepro.planning.plan import sizes
+from finrepro.settings import Choice, build, kinds
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 
@@ -278,10 +278,10 @@ def unclaimed(found: Iterable[str], claimed: Iterable[str]) -> set[str]:
 def test_every_discovered_kind_has_its_claims_and_an_entry() -> None:
     assert not unclaimed(kinds("adapters"), CLAIMS)
     assert not unclaimed(kinds("quantizers"), QUANTIZED)
-    assert {method(catalogue.adapter(name)) for name in ADAPTERS} == {
+    assert {method(reader.adapter(name)) for name in ADAPTERS} == {
         kind for kind, claims in (CLAIMS | VARIANTS).items() if claims.entry
     }
-    assert {catalogue.quantizer(name, "float32").kind for name in QUANTIZERS} == set(QUANTIZED)
+    assert {reader.quantizer(name, "float32").kind for name in QUANTIZERS} == set(QUANTIZED)
     assert unclaimed([*kinds("adapters"), "brand_new"], CLAIMS) == {"brand_new"}
     broken(unclaimed, (), CLAIMS)
 
@@ -292,18 +292,18 @@ def method(adapter: Choice) -> str:
 
 
 def claims_of(adapter: str | Choice) -> Claims:
-    return (CLAIMS | VARIANTS)[method(catalogue.adapter(adapter) if isinstance(adapter, str) else adapter)]
+    return (CLAIMS | VARIANTS)[method(reader.adapter(adapter) if isinstance(adapter, str) else adapter)]
 
 
 def legal(adapter: str, quantizer: str) -> bool:
-    kind = catalogue.quantizer(quantizer, "float32").kind
+    kind = reader.quantizer(quantizer, "float32").kind
     if (claims_of(adapter).reads_weights and kind in KEPT_APART) or kind in claims_of(adapter).refuses:
         return False
     return claims_of(adapter).quantized or not QUANTIZED[kind]
 
 
 def kinds_of(adapter: str, quantizer: str) -> tuple[str, str]:
-    return method(catalogue.adapter(adapter)), catalogue.quantizer(quantizer, "float32").kind
+    return method(reader.adapter(adapter)), reader.quantizer(quantizer, "float32").kind
 
 
 PAIRS = [pair for pair in itertools.product(ADAPTERS, QUANTIZERS) if legal(*pair)]
@@ -354,7 +354,7 @@ merging = over(pair for pair in PAIRS if claims_of(pair[0]).merged and pair[1] =
 
 
 def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() -> None:
-    families = [{catalogue.model(name).family for name in names} for names in (MINIATURES, ALL_MINIATURES)]
+    families = [{reader.model(name).family for name in names} for names in (MINIATURES, ALL_MINIATURES)]
     assert set(MINIATURES) <= set(ALL_MINIATURES) and families[0] == families[1]
     assert FIRST.keys() == {kinds_of(*pair) for pair in PAIRS}
     claimed = (CLAIMS | VARIANTS).values()
@@ -364,7 +364,7 @@ def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() 
         if claims.entry
     ]
     assert len(FIRST) == sum(goes_with)
-    assert {catalogue.model(name).miniature_of for name in ALL_MINIATURES} == set(LORA_COUNTS)
+    assert {reader.model(name).miniature_of for name in ALL_MINIATURES} == set(LORA_COUNTS)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -381,7 +381,7 @@ def test_what_an_adapter_refuses_is_what_is_claimed(adapter: str, quantizer: str
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_adapters_settings_are_all_spelled_out(adapter: str) -> None:
-    choice = catalogue.adapter(adapter)
+    choice = reader.adapter(adapter)
     fields = dataclasses.fields(choice.config)
     assert all(field.default is field.default_factory is dataclasses.MISSING for field in fields)
     with pytest.raises(UsageError, match="rank"):
@@ -486,7 +486,7 @@ def layer_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
 def count_is_the_closed_form(model: nn.Module, spec: RunSpec, reported: int) -> None:
     """As many trainable parameters as the method's formula gives for the layers of the blocks, and as the build reports."""
-    plain = load(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", spec.model.dtype)))
+    plain = load(dataclasses.replace(spec, quantizer=reader.quantizer("none", spec.model.dtype)))
     whole = sum(parameter.numel() for parameter in plain.parameters())
     expected = claims_of(spec.adapter).count(layer_sizes(plain), whole, spec.adapter.config)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -525,18 +525,18 @@ LORA_COUNTS = {
 def test_low_rank_factors_on_the_real_models_count_as_in_the_table(name: str, adapter: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from finrepro.model import configuration
+    from finrepro.models.build import configuration
 
-    choice = catalogue.adapter(adapter)
+    choice = reader.adapter(adapter)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration(catalogue.model(name)))
+        model = AutoModelForCausalLM.from_config(configuration(reader.model(name)))
         adapted = choice.module("adapters").apply(model, choice.config, 0)
     modules, per_rank, magnitudes = LORA_COUNTS[name]
     trained = [p for p in adapted.parameters() if p.requires_grad]
     expected = choice.config.r * per_rank + claims_of(adapter).scalars * modules
     expected += magnitudes if getattr(choice.config, "use_dora", False) else 0
     assert (sum(p.ndim == 2 for p in trained), sum(p.numel() for p in trained)) == (2 * modules, expected)
-    assert choice.module("adapters").trainable_parameters(catalogue.model(name), choice.config) == expected
+    assert choice.module("adapters").trainable_parameters(reader.model(name), choice.config) == expected
 
 
 def descend(model: nn.Module, spec: RunSpec, steps: int = 3, watch: Iterable[nn.Parameter] | None = None) -> None:
@@ -806,7 +806,7 @@ def lora_on(name: str, targets: tuple[str, ...]) -> nn.Module:
 
 
 def test_named_layers_alone_are_adapted_and_no_match_is_an_error() -> None:
-    (gpt2,) = [name for name in MINIATURES if catalogue.model(name).family == "gpt2"][:1]
+    (gpt2,) = [name for name in MINIATURES if reader.model(name).family == "gpt2"][:1]
     model = lora_on(gpt2, ("c_attn",))
     assert {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if hasattr(module, "lora_A")} == {"c_attn"}
     with pytest.raises(ValueError, match=r"named q_proj, v_proj; there are c_attn, c_fc, c_proj$"):

@@ -27,12 +27,12 @@ from fixtures_model import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from finrepro import batches, packing
-from finrepro.batches import COLLATE, Batch, end_to_end, side_by_side
-from finrepro.layers.supervised import SupervisedLM, backbone_and_head
-from finrepro.model import configuration
-from finrepro.scoring import choice_log_likelihoods, text_log_likelihoods
-from finrepro.tokens import IGNORE, Encoded
+from finrepro.data import batches, packing
+from finrepro.data.batches import COLLATE, Batch, end_to_end, side_by_side
+from finrepro.data.tokens import IGNORE, Encoded
+from finrepro.evaluation.log_likelihood import choice_log_likelihoods, text_log_likelihoods
+from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head
+from finrepro.models.build import configuration
 
 LAYOUTS = tuple(COLLATE)
 METHODS = (

@@ -29,13 +29,13 @@ from fixtures_model import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import bottleneck as method
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.layers.bottleneck import NORMS, SUBLAYERS, Bottleneck, TrainedNorm
-from finrepro.model import configuration, load, quantize
-from finrepro.schema import Choice
-from finrepro.spec import RunSpec
+from finrepro.methods.adapters import bottleneck as method
+from finrepro.methods.layers.bottleneck import NORMS, SUBLAYERS, Bottleneck, TrainedNorm
+from finrepro.models.build import configuration, load, quantize
+from finrepro.settings import Choice
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3
 everywhere = pytest.mark.parametrize("name", MINIATURES)
@@ -43,7 +43,7 @@ everywhere = pytest.mark.parametrize("name", MINIATURES)
 
 def spec_with(name: str, quantizer: str = "none", dtype: str = "float32", **changes: Any) -> RunSpec:
     """A cell with the entry's settings, changed."""
-    entry = catalogue.adapter("houlsby_m64")
+    entry = reader.adapter("houlsby_m64")
     choice = Choice(name="changed", kind="bottleneck", config=dataclasses.replace(entry.config, **changes))
     return spec_of(dataclasses.replace(spec_of(name).model, dtype=dtype), choice, quantizer)
 
@@ -161,7 +161,7 @@ def test_the_real_models_count_as_in_the_table(name: str) -> None:
     """On two blocks of each, which are all alike: drawing 169 million numbers proves no more."""
     from transformers import AutoModelForCausalLM
 
-    model, config, (adapters, norms) = catalogue.model(name), catalogue.adapter("houlsby_m64").config, COUNTS[name]
+    model, config, (adapters, norms) = reader.model(name), reader.adapter("houlsby_m64").config, COUNTS[name]
     assert method.trainable_parameters(model, config) == adapters + norms
     without = dataclasses.replace(config, train_layer_norms=False)
     assert method.trainable_parameters(model, without) == adapters

@@ -11,13 +11,15 @@ import pytest
 from fixtures_model import broken
 from fixtures_process import one_line
 
-from finrepro import budget, catalogue, flops, scaling
-from finrepro.budget_command import budget_of, request
-from finrepro.budget_text import OURS
+from finrepro.budget import budget, scaling
+from finrepro.budget.command import budget_of, request
+from finrepro.budget.text import OURS
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError
-from finrepro.matmul import Rate
-from finrepro.place import Place
-from finrepro.spec import Model
+from finrepro.evidence.place import Place
+from finrepro.runtime.matmul import Rate
+from finrepro.sizes import flops
 
 LAWS = scaling.laws()
 OPERATIONS = (1e19, 2.73e20, 5.76e23)
@@ -107,13 +109,13 @@ RUNS = [
 
 @pytest.mark.parametrize(("gpu", "devices", "mfu", "name", "tokens", "hours"), RUNS)
 def test_the_hours_are_those_of_known_runs(gpu: str, devices: str, mfu: str, name: str, tokens: float, hours: float):
-    made = budget.plan(machine(gpu, devices, mfu), catalogue.model(name), tokens, 1024, None)
+    made = budget.plan(machine(gpu, devices, mfu), reader.model(name), tokens, 1024, None)
     assert made.hours == pytest.approx(hours, rel=0.02)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_tokens_for_hours_and_hours_for_tokens_are_each_others_inverse(name: str):
-    model, here = catalogue.model(name), machine("h200", "8")
+    model, here = reader.model(name), machine("h200", "8")
     tokens = budget.affordable(here, model, 24.0, 1024)
     made = budget.plan(here, model, tokens, 1024, 1e9)
     assert made.hours == pytest.approx(24.0) and made.epochs == pytest.approx(tokens / 1e9)
@@ -123,18 +125,18 @@ def test_tokens_for_hours_and_hours_for_tokens_are_each_others_inverse(name: str
 
 
 def test_memory_is_the_state_of_every_parameter_and_shrinks_in_parts():
-    model = catalogue.model("llama2_7b")
+    model = reader.model("llama2_7b")
     one, eight = (budget.needed(machine("h100", devices), model, 1024) for devices in ("1", "8"))
     assert one["whole_bytes"] == eight["whole_bytes"] > 16 * model.parameters
     assert one["parts_bytes"] == one["whole_bytes"] and eight["parts_bytes"] < one["whole_bytes"] / 7
     assert (one["fits"], eight["fits"]) == ("no", "parts")
-    assert budget.needed(machine(), catalogue.model("gpt2_127m"), 1024)["fits"] == "whole"
+    assert budget.needed(machine(), reader.model("gpt2_127m"), 1024)["fits"] == "whole"
     unknown = dataclasses.replace(machine(), memory_bytes=None)
     assert budget.needed(unknown, model, 1024)["fits"] is None
 
 
 def test_the_nearest_model_is_the_one_whose_size_is_the_fewest_times_away():
-    models: tuple[Model, ...] = tuple(map(catalogue.model, OURS))
+    models: tuple[Model, ...] = tuple(map(reader.model, OURS))
     assert {each.nearest for each in budget.best(2.73e20, models, None)} == {"gpt2_1_5b"}
     assert {each.nearest for each in budget.best(5e18, models, None)} == {"gpt2_127m"}
 
@@ -143,7 +145,7 @@ def test_the_nearest_model_is_the_one_whose_size_is_the_fewest_times_away():
 def test_every_constant_says_where_it_was_read(name: str):
     found = scaling.repetition() if name == "repetition" else scaling.law(name)
     assert "arXiv" in found.source and found.read in ("paper", "code", "second-hand")
-    entry = catalogue.catalogue("scaling")[name]
+    entry = reader.catalogue("scaling")[name]
     missing = {key: value for key, value in entry.items() if key != "read"}
     with pytest.raises(UsageError):
         scaling.build(type(found), {"name": name, **missing}, "scaling")
@@ -193,10 +195,10 @@ def test_a_measured_rate_takes_the_place_of_a_peak_only_when_it_is_asked_for(
     def never() -> Rate:
         raise AssertionError("measured without being asked")
 
-    monkeypatch.setattr("finrepro.budget_command.at_hand", never)
+    monkeypatch.setattr("finrepro.budget.command.at_hand", never)
     said(place, capsys, gpu="h100", hours="1")
     monkeypatch.setattr(
-        "finrepro.budget_command.at_hand", lambda: Rate(7e14, (4096, 4096, 4096), "Some card", "bfloat16")
+        "finrepro.budget.command.at_hand", lambda: Rate(7e14, (4096, 4096, 4096), "Some card", "bfloat16")
     )
     told, kept = said(place, capsys, measure=True, hours="1", mfu="0.5", price="2")
     assert "1 x Some card for 1 h: 1.26e+18 operations" in told and "2 USD at 2.00" in told

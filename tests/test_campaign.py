@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from finrepro import PROJECT
-from finrepro.manifest import damaged_files
+from finrepro.evidence.manifest import damaged_files
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +144,9 @@ def test_running_again_computes_nothing_and_takes_five_seconds_at_most(first: tu
 
 def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return [
-        child for child in psutil.Process(process.pid).children(recursive=True) if "finrepro.worker" in child.cmdline()
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "finrepro.running.worker" in child.cmdline()
     ]
 
 

@@ -6,16 +6,17 @@ import re
 import pytest
 from fixtures_process import one_line
 
-from finrepro import PROJECT, catalogue
-from finrepro.cells import base_of
-from finrepro.data import Hub
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import base_of
+from finrepro.catalogue.spec import Model
+from finrepro.data.files import Hub
 from finrepro.errors import UsageError
-from finrepro.plan import block_linear_parameters
-from finrepro.schema import kind_module, kinds, plain
-from finrepro.spec import Model
+from finrepro.planning.plan import block_linear_parameters
+from finrepro.settings import kind_module, kinds, plain
 
 ENTRIES = {
-    name: tuple(catalogue.catalogue(name))
+    name: tuple(reader.catalogue(name))
     for name in ("models", "adapters", "quantizers", "optimizers", "datasets", "tasks")
 }
 MODELS, ADAPTERS, QUANTIZERS, OPTIMIZERS, DATASETS, TASKS = ENTRIES.values()
@@ -28,7 +29,7 @@ def test_no_catalogue_is_empty(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_resolves_and_says_what_it_is(name: str):
-    model = catalogue.model(name)
+    model = reader.model(name)
     assert model.name == name
     if model.scale == "paper":
         trained_here = model.hub is None and (model.low_rank is None or model.low_rank.of is None)
@@ -36,83 +37,83 @@ def test_every_model_resolves_and_says_what_it_is(name: str):
         assert (model.hub is None) == (model.compared_with is not None), "a model of no hub is trained from scratch"
     else:
         assert model.miniature_of in MODELS and model.hub is None and base_of(name) is not None
-        original = catalogue.model(model.miniature_of)
+        original = reader.model(model.miniature_of)
         assert model.family == original.family and (model.low_rank is None) == (original.low_rank is None)
         size, _, variant = name.replace("_deep_mini", "_mini").partition("_mini")
         assert original.name.startswith(size + variant.partition("_r")[0])
         assert model.parameters < original.parameters / (100 if original.hub else 45)
-        assert catalogue.pretraining(catalogue.origin(model)).train_on.name in TASKS
+        assert reader.pretraining(reader.origin(model)).train_on.name in TASKS
 
 
 def test_a_chat_or_instruct_model_is_its_base_with_other_weights():
-    variants = [catalogue.model(name) for name in MODELS if catalogue.model(name).variant != "base"]
+    variants = [reader.model(name) for name in MODELS if reader.model(name).variant != "base"]
     assert len(variants) == 4
     for each in variants:
-        base = catalogue.model(each.name.removesuffix(f"_{each.variant}"))
+        base = reader.model(each.name.removesuffix(f"_{each.variant}"))
         assert base.variant == "base" and each.architecture == base.architecture
         assert each.hub is not None and base.hub is not None and each.hub.id != base.hub.id
 
 
 def test_the_miniatures_keep_their_families_order_of_size():
     sizes = {
-        catalogue.model(name).miniature_of: catalogue.model(name).parameters
+        reader.model(name).miniature_of: reader.model(name).parameters
         for name in MODELS
-        if name == f"{catalogue.model(name).miniature_of}_mini"
+        if name == f"{reader.model(name).miniature_of}_mini"
     }
     for smaller, larger in (("gpt2_127m", "gpt2_1_5b"), ("llama2_7b", "llama2_13b"), ("llama3_1_8b", "llama3_1_70b")):
         assert sizes[smaller] < sizes[larger]
 
 
 def test_every_real_model_has_a_miniature():
-    real = {name for name in MODELS if catalogue.model(name).hub and catalogue.model(name).variant == "base"}
+    real = {name for name in MODELS if reader.model(name).hub and reader.model(name).variant == "base"}
     assert len(real) == 6
-    small = {catalogue.model(name).miniature_of for name in MODELS} - {None}
-    assert real <= small and all(catalogue.model(name).compared_with for name in small - real)
+    small = {reader.model(name).miniature_of for name in MODELS} - {None}
+    assert real <= small and all(reader.model(name).compared_with for name in small - real)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if catalogue.model(name).compared_with])
+@pytest.mark.parametrize("name", [name for name in MODELS if reader.model(name).compared_with])
 def test_a_model_is_compared_with_a_dense_one_of_its_scale_and_purpose(name: str):
-    model = catalogue.model(name)
-    dense = catalogue.model(str(model.compared_with))
+    model = reader.model(name)
+    dense = reader.model(str(model.compared_with))
     assert dense.compared_with is None and dense.low_rank is None and dense.scale == model.scale
     assert dense.parameters > model.parameters and dense.architecture["vocab_size"] == model.architecture["vocab_size"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_resolves(name: str):
-    assert catalogue.adapter(name).kind in kinds("adapters")
+    assert reader.adapter(name).kind in kinds("adapters")
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtype: str):
-    choice = catalogue.quantizer(name, dtype)
+    choice = reader.quantizer(name, dtype)
     settings = vars(choice.config)
     assert "model" not in settings.values(), "the compute dtype has to be written out"
     if "compute_dtype" in settings:
         assert settings["compute_dtype"] == dtype
-    written = set(catalogue.catalogue("quantizers")[name]) - {"kind"}
+    written = set(reader.catalogue("quantizers")[name]) - {"kind"}
     assert {key for key in settings if not key.startswith("_")} == written, "a library's default decides"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_resolves_with_every_setting_written_out(name: str):
-    choice = catalogue.optimizer(name)
+    choice = reader.optimizer(name)
     assert choice.kind in kinds("optimizers")
-    assert set(vars(choice.config)) == set(catalogue.catalogue("optimizers")[name]) - {"kind"}, "a default decides"
+    assert set(vars(choice.config)) == set(reader.catalogue("optimizers")[name]) - {"kind"}, "a default decides"
 
 
 def test_training_settings_name_an_optimizer_or_spell_it_out():
-    values = dict(catalogue.table("3").smoke.train)
-    named = catalogue.train_settings({**values, "optimizer": "adamw"}, "test.train")
-    entry = catalogue.catalogue("optimizers")["adamw"]
-    spelled = catalogue.train_settings({**values, "optimizer": entry}, "test.train")
+    values = dict(reader.table("3").smoke.train)
+    named = reader.train_settings({**values, "optimizer": "adamw"}, "test.train")
+    entry = reader.catalogue("optimizers")["adamw"]
+    spelled = reader.train_settings({**values, "optimizer": entry}, "test.train")
     assert plain(named) == plain(spelled) and plain(named)["optimizer"] == {**entry}
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_dataset_resolves_with_a_licence_and_whole_digests(name: str):
-    config = catalogue.dataset(name).config
+    config = reader.dataset(name).config
     assert config.licence.strip() and config.title.strip()
     for file in config.files.values():
         unknown = file.sha256 is None and file.rows is None
@@ -121,8 +122,8 @@ def test_every_dataset_resolves_with_a_licence_and_whole_digests(name: str):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_resolves_with_each_of_its_templates(name: str):
-    for template in catalogue.catalogue("tasks")[name].get("templates", {"": ""}):
-        resolved = catalogue.task(name, template)
+    for template in reader.catalogue("tasks")[name].get("templates", {"": ""}):
+        resolved = reader.task(name, template)
         assert resolved.dataset.name in DATASETS
         assert resolved.task.module("tasks") is kind_module("tasks", resolved.task.kind)
         if template:
@@ -130,8 +131,8 @@ def test_every_task_resolves_with_each_of_its_templates(name: str):
 
 
 def hubs() -> list[Hub]:
-    models = [catalogue.model(name).hub for name in MODELS]
-    return [hub for hub in [*models, *(catalogue.dataset(name).config.hub for name in DATASETS)] if hub is not None]
+    models = [reader.model(name).hub for name in MODELS]
+    return [hub for hub in [*models, *(reader.dataset(name).config.hub for name in DATASETS)] if hub is not None]
 
 
 @pytest.mark.parametrize("hub", hubs(), ids=lambda hub: hub.id)
@@ -155,13 +156,13 @@ def closed_form(model: Model) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_number_of_parameters_follows_from_the_architecture(name: str):
-    model = catalogue.model(name)
+    model = reader.model(name)
     assert closed_form(model) == model.parameters
 
 
 def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_parameters():
-    from finrepro.cells import expand
-    from finrepro.selection import Selection
+    from finrepro.catalogue.cells import expand
+    from finrepro.catalogue.selection import Selection
 
     (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
     assert (
@@ -173,12 +174,12 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
 @pytest.mark.parametrize(
     ("read", "name", "near"),
     [
-        (catalogue.model, "gpt2_128m", "gpt2_127m"),
-        (catalogue.adapter, "lora_r", "lora_r8"),
-        (catalogue.optimizer, "adamv", "adamw"),
-        (catalogue.dataset, "tfn", "tfns"),
-        (catalogue.task, "fbp", "fpb"),
-        (lambda name: catalogue.quantizer(name, "float32"), "nf3", "nf4"),
+        (reader.model, "gpt2_128m", "gpt2_127m"),
+        (reader.adapter, "lora_r", "lora_r8"),
+        (reader.optimizer, "adamv", "adamw"),
+        (reader.dataset, "tfn", "tfns"),
+        (reader.task, "fbp", "fpb"),
+        (lambda name: reader.quantizer(name, "float32"), "nf3", "nf4"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, near: str):
@@ -190,14 +191,14 @@ def test_an_unknown_name_gets_the_nearest_and_all_allowed_ones(read, name: str, 
 
 def test_an_unknown_table_and_template_are_refused():
     with pytest.raises(UsageError, match=r"unknown table '99'.*Allowed: 1, 2, 3, 5\."):
-        catalogue.table("99")
+        reader.table("99")
     with pytest.raises(UsageError, match=r"unknown template 'shrt'.*'short'"):
-        catalogue.task("tfns", "shrt")
+        reader.task("tfns", "shrt")
 
 
 def test_every_table_file_is_a_table_with_a_report_and_says_what_it_costs():
-    for name in catalogue.tables():
-        table = catalogue.table(name)
+    for name in reader.tables():
+        table = reader.table(name)
         assert hasattr(kind_module("report", table.report), "build")
         head = (PROJECT / "configs" / "tables" / f"{name}.yaml").read_text().split("\n\n")[0]
         assert all(f"# {word}:" in head for word in ("command", "cost", "expect"))
@@ -206,7 +207,7 @@ def test_every_table_file_is_a_table_with_a_report_and_says_what_it_costs():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_has_its_settings(stage: int):
-    settings = catalogue.deepspeed_config(stage)
+    settings = reader.deepspeed_config(stage)
     assert json.loads(json.dumps(settings)) == settings
     assert settings["zero_optimization"]["stage"] == stage
 
@@ -214,5 +215,5 @@ def test_every_zero_stage_has_its_settings(stage: int):
 def test_a_broken_zero_file_is_one_line(configs):
     (configs / "deepspeed" / "zero1.json").write_text('{"zero_optimization": ')
     with pytest.raises(UsageError) as refused:
-        catalogue.deepspeed_config(1)
+        reader.deepspeed_config(1)
     assert "zero1.json" in one_line(refused.value)

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from fixtures_process import forget, one_line, python
 
-from finrepro import catalogue
-from finrepro.cells import Cell, expand, find
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import Cell, expand, find
+from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
+from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
 from finrepro.errors import UsageError
-from finrepro.schema import kind_module, kinds
-from finrepro.selection import Selection, parse_choice, parse_seeds
-from finrepro.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
+from finrepro.settings import kind_module, kinds
 
 SMOKE = [
     "gpt2_127m_mini-none-base-tfns-s0",
@@ -311,9 +311,9 @@ def identities(patterns: tuple[str, ...] = ALL, more: bool = True) -> dict[str, 
                 found[name + cell.label] = cell.spec.run_id
                 if cell.base is not None:
                     found[cell.base.label] = cell.base.run_id
-    for name in catalogue.catalogue("models"):
-        if isinstance(catalogue.model(name).pretrain, Pretrain):
-            found[f"base {name}"] = catalogue.pretraining(catalogue.model(name)).run_id
+    for name in reader.catalogue("models"):
+        if isinstance(reader.model(name).pretrain, Pretrain):
+            found[f"base {name}"] = reader.pretraining(reader.model(name)).run_id
     return found
 
 
@@ -345,8 +345,8 @@ def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
     kept = ("train", "evaluation", "threads", "template")
     inside = leaves(content)
     if name in ("adapters", "quantizers", "models"):
-        tables = [each for each in catalogue.tables() if not catalogue.table(each).computed]
-        grids = [catalogue.grid(each, scale) for each in tables for scale in SCALES]
+        tables = [each for each in reader.tables() if not reader.table(each).computed]
+        grids = [reader.grid(each, scale) for each in tables for scale in SCALES]
         on_axes = {each for grid in grids for each in getattr(grid.axes, name.removesuffix("s"))}
         inside = [(path, value) for path, value in inside if path[0] in on_axes or "pretrain" in content[path[0]]]
     if not name.startswith("tables"):  # entries of one kind are read by one class: each of its settings once
@@ -570,6 +570,6 @@ def test_a_choice_is_one_of_the_allowed():
 
 def test_the_paper_cells_carry_the_pinned_revision_of_their_weights():
     for cell in expand(Selection("3"), "paper"):
-        hub = catalogue.model(cell.spec.model.name).hub
+        hub = reader.model(cell.spec.model.name).hub
         assert (hub is None) == (cell.spec.base_run is not None)
         assert hub is None or cell.spec.base_checkpoint == f"{hub.id}@{hub.revision}"

@@ -11,11 +11,11 @@ import pytest
 from fixtures_process import environment, python
 
 from finrepro import PROJECT
-from finrepro.cells import expand
-from finrepro.data import EMBEDDED
-from finrepro.manifest import damaged_files
-from finrepro.selection import Selection
-from finrepro.store import open_store
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.data.files import EMBEDDED
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.store import open_store
 
 Invoke = Callable[..., "subprocess.CompletedProcess[str]"]
 RUN = ("reproduce", "--table", "3")

@@ -34,16 +34,20 @@ from fixtures_model import (
 )
 from torch._dynamo.utils import counters
 
-from finrepro import PROJECT, cells, compilation, refusals, run, runtime
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control, Trained
+from finrepro import PROJECT
+from finrepro.catalogue import cells, compatibility
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import COLLATE
 from finrepro.errors import CellFailed, EnvironmentFault
-from finrepro.layers import isolated_attention as attention
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.place import Place
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.train import Diverged, Interrupted, train
+from finrepro.evidence.place import Place
+from finrepro.methods.layers import isolated_attention as attention
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.running import cell as run
+from finrepro.runtime import process as runtime
+from finrepro.training import compilation
+from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.loop import Diverged, Interrupted, train
 
 assert process  # every test here computes
 # dynamo looks at the inputs of its graphs
@@ -313,17 +317,17 @@ def test_the_result_has_the_proof(place: Place) -> None:
 
 
 def test_what_cannot_be_compiled_is_refused_by_name() -> None:
-    assert refusals.refusal(spec()) is None
+    assert compatibility.refusal(spec()) is None
     for changes, reason in (
         ({"engine": "deepspeed", "zero_stage": 3}, "ZeRO stage 3"),
         ({"quantizer": "int8"}, "int8"),
         ({"adapter": "dora_r8"}, "DoRA"),
     ):
         of = spec(**changes)
-        assert reason in str(refusals.refusal(of)) and "\n" not in str(refusals.refusal(of))
+        assert reason in str(compatibility.refusal(of)) and "\n" not in str(compatibility.refusal(of))
         as_written = dataclasses.replace(of, train=dataclasses.replace(of.train, compile=False))
-        assert refusals.refusal(as_written) is None
-    assert refusals.refusal(spec(quantizer="int8", max_steps=0, warmup_steps=0)) is None, "nothing is trained"
+        assert compatibility.refusal(as_written) is None
+    assert compatibility.refusal(spec(quantizer="int8", max_steps=0, warmup_steps=0)) is None, "nothing is trained"
 
 
 def test_a_machine_without_a_compiler_is_a_fault_before_anything_is_loaded(
@@ -332,7 +336,7 @@ def test_a_machine_without_a_compiler_is_a_fault_before_anything_is_loaded(
     compilation.expect_compiler(spec(), CPU)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("finrepro.inputs.load_data", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("finrepro.running.inputs.load_data", lambda *_: pytest.fail("loaded"))
     with pytest.raises(EnvironmentFault, match=r"^'compile: true' needs a C\+\+ compiler[^\n]*$"):
         run.walk(spec(), place, lambda _: None, lambda: False, 0.0, lambda _: False)
     compilation.expect_compiler(spec(compile=False), CPU)

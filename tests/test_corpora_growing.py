@@ -21,30 +21,37 @@ from fixtures_model import broken
 from fixtures_process import environment, one_line
 from numpy.typing import NDArray
 
-from finrepro import PROJECT, catalogue, cells, inputs, missing, packing, runtime
-from finrepro.corpora import feeding, growing, prepare, underway, writer
-from finrepro.corpora.arriving import ArrivingWindows
-from finrepro.corpora.entries import sources_of
-from finrepro.corpora.growing import GrowingCorpus, Waiting, open_arriving
-from finrepro.corpora.index import Begun, read_index
-from finrepro.corpora.mixture import Mixture
-from finrepro.corpora.order import permute
-from finrepro.corpora.place import folder_of, keep_tokenizer, missing_reason
-from finrepro.corpora.prepare import Options, Sources
-from finrepro.corpora.sources import Local
-from finrepro.corpora.stream import Corpus
-from finrepro.corpora.tokenizing import Encoder, load_encoder
-from finrepro.corpora.windows import Windows
+from finrepro import PROJECT
+from finrepro.catalogue import cells
+from finrepro.catalogue import reader as catalogue
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec, TrainSet
+from finrepro.data import packing
+from finrepro.data.arriving import growing
+from finrepro.data.arriving.arriving import ArrivingWindows
+from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
+from finrepro.data.corpora.index import Begun, read_index
+from finrepro.data.corpora.mixture import Mixture
+from finrepro.data.corpora.order import permute
+from finrepro.data.corpora.place import folder_of, keep_tokenizer, missing_reason
+from finrepro.data.corpora.stream import Corpus
+from finrepro.data.corpora.windows import Windows
+from finrepro.data.preparing import prepare, underway, writer
+from finrepro.data.preparing.entries import sources_of
+from finrepro.data.preparing.prepare import Options, Sources
+from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.tokenizing import Encoder, load_encoder
+from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import EnvironmentFault, Unavailable, UsageError
-from finrepro.place import Place
-from finrepro.run import run_cell
-from finrepro.schema import build, plain
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec, TrainSet
-from finrepro.store import open_store
-from finrepro.tasks.language_modeling import Config
-from finrepro.tokens import train_tokenizer
-from finrepro.train import Interrupted
+from finrepro.evaluation.tasks.language_modeling import Config
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
+from finrepro.planning import availability
+from finrepro.running import feeding, inputs
+from finrepro.running.cell import run_cell
+from finrepro.runtime import process
+from finrepro.settings import build, plain
+from finrepro.training.loop import Interrupted
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
 OPTIONS = Options(validation=0.1, shard_tokens=CAPACITY)
@@ -367,7 +374,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends the others when it ends; what it has begun is not seen by them before the folder is held."""
-    monkeypatch.setattr(growing.runtime, "ranks", lambda: runtime.Ranks(1, 2, 1))
+    monkeypatch.setattr(growing.runtime, "ranks", lambda: process.Ranks(1, 2, 1))
     watch = growing.Watch(tmp_path)
     for _ in range(5):
         watch.pause("text")
@@ -499,19 +506,19 @@ def begun_with(tokenizer: Path, data_dir: Path, shard_tokens: int) -> Path:
 def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(tokenizer: Path, tmp_path: Path) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
     reason = missing_reason("wikitext2", tmp_path)
-    said = str(missing.data_of(spec, place))
+    said = str(availability.data_of(spec, place))
     assert said.startswith(str(reason)) and said.endswith("under --models-dir: the cell then prepares it itself")
     assert "invoke data --prepare wikitext2" in said
-    assert "--data-dir" in str(missing.data_of(spec, dataclasses.replace(place, data_dir=None)))
+    assert "--data-dir" in str(availability.data_of(spec, dataclasses.replace(place, data_dir=None)))
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
     keep_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
-    assert missing.data_of(real, place) is None, "of the model that it is compared with"
+    assert availability.data_of(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
-    assert missing.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
+    assert availability.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
     twice = dataclasses.replace(real, train_on=TrainSet(name="two", parts=real.train_on.parts * 2))
-    assert missing.data_of(twice, place) == reason, "corpora that are mixed have to be finished"
+    assert availability.data_of(twice, place) == reason, "corpora that are mixed have to be finished"
     begun_with(tokenizer, tmp_path, 900)
-    assert missing.data_of(spec, place) is None, "its own tokenizer lies there"
+    assert availability.data_of(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
         inputs.corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 
@@ -615,7 +622,7 @@ def feeder_pid() -> int:
     """The process that feeds a cell of this one."""
     for _ in range(600):
         for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-            if b"finrepro.corpora.feeder" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"finrepro.data.arriving.feeder" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return int(pid)
         time.sleep(0.02)
     raise AssertionError("no feeder")

@@ -21,17 +21,17 @@ from fixtures_model import broken
 from fixtures_process import one_line
 
 from finrepro import PROJECT
-from finrepro.corpora import command, prepare, tokenizing, underway, writer
-from finrepro.corpora.deduplicate import held_out, identity
-from finrepro.corpora.documents import Document, Fault
-from finrepro.corpora.index import Index, read_index
-from finrepro.corpora.prepare import Options, Sources
-from finrepro.corpora.sources import Local
-from finrepro.corpora.stream import open_corpus
-from finrepro.corpora.tokenizing import Encoder, load_encoder
-from finrepro.corpora.windows import Windows
+from finrepro.data.corpora.index import Index, read_index
+from finrepro.data.corpora.stream import open_corpus
+from finrepro.data.corpora.windows import Windows
+from finrepro.data.preparing import command, prepare, tokenizing, underway, writer
+from finrepro.data.preparing.deduplicate import held_out, identity
+from finrepro.data.preparing.documents import Document, Fault
+from finrepro.data.preparing.prepare import Options, Sources
+from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.tokenizing import Encoder, load_encoder
+from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError
-from finrepro.tokens import train_tokenizer
 
 WORDS = "the bank raised its guidance for margin , debt and cash flow after a strong quarter in Zürich".split(" ")  # noqa: SIM905
 

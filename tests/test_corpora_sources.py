@@ -13,12 +13,12 @@ from fixtures_process import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finrepro.corpora.documents import RULES, split_file
-from finrepro.corpora.entries import Entry, entry, listed, named_or_path, sources_of
-from finrepro.corpora.hub import Hub
-from finrepro.corpora.sources import Local
+from finrepro.data.preparing.documents import RULES, split_file
+from finrepro.data.preparing.entries import Entry, entry, listed, named_or_path, sources_of
+from finrepro.data.preparing.hub import Hub
+from finrepro.data.preparing.sources import Local
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.schema import build
+from finrepro.settings import build
 
 Faults = list[tuple[str, int, str]]
 

@@ -12,18 +12,18 @@ import torch
 from fixtures_corpora import random_documents, stream_of
 from fixtures_model import broken
 
-from finrepro import runtime
-from finrepro.batches import side_by_side
-from finrepro.cells import Selection, expand
-from finrepro.checkpoint import Control, Trained
-from finrepro.corpora.mixture import Mixture
-from finrepro.corpora.windows import Piece, Window, Windows
+from finrepro.catalogue.cells import Selection, expand
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import side_by_side
+from finrepro.data.corpora.mixture import Mixture
+from finrepro.data.corpora.windows import Piece, Window, Windows
+from finrepro.data.tokens import Encoded
 from finrepro.errors import UsageError
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.model import build
-from finrepro.spec import RunSpec
-from finrepro.tokens import Encoded
-from finrepro.train import Interrupted, learning_rate, train
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.models.build import build
+from finrepro.runtime import process
+from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.loop import Interrupted, learning_rate, train
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -31,8 +31,8 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def _setup() -> None:
-    runtime.quiet_environment()
-    runtime.setup(0, 2)
+    process.quiet_environment()
+    process.setup(0, 2)
 
 
 @pytest.fixture(scope="module")

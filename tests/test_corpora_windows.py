@@ -32,15 +32,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finrepro import PROJECT, packing, train
-from finrepro.batches import Batch, end_to_end, side_by_side
-from finrepro.corpora import order
-from finrepro.corpora.mixture import Mixture
-from finrepro.corpora.stream import open_corpus
-from finrepro.corpora.windows import Lengths, Window, Windows
+from finrepro import PROJECT
+from finrepro.data import packing
+from finrepro.data.batches import Batch, end_to_end, side_by_side
+from finrepro.data.corpora import order
+from finrepro.data.corpora.mixture import Mixture
+from finrepro.data.corpora.stream import open_corpus
+from finrepro.data.corpora.windows import Lengths, Window, Windows
+from finrepro.data.tokens import IGNORE, Encoded
 from finrepro.errors import UsageError
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.tokens import IGNORE, Encoded
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.training import loop
 
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 
@@ -341,6 +343,6 @@ def test_a_mixture_needs_a_positive_weight_for_each_corpus(weights: dict[str, fl
 def test_the_loop_takes_the_order_of_the_data_where_it_has_one(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path / "c", random_documents(0, 30)), 10)
     chosen = type("Settings", (), {"max_steps": 7, "global_batch_size": 4})()
-    steps = train.steps_from.__wrapped__ if hasattr(train.steps_from, "__wrapped__") else train.steps_from
+    steps = loop.steps_from.__wrapped__ if hasattr(loop.steps_from, "__wrapped__") else loop.steps_from
     found = list(steps(2, windows.lengths, chosen, 9, windows.rows))
     assert found == [(step, windows.rows(step, 4, 9)) for step in range(2, 7)]

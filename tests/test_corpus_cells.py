@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from finrepro import catalogue, cells, inputs, missing
-from finrepro.corpora import command, entries
-from finrepro.corpora.place import folder_of, missing_reason
-from finrepro.corpora.windows import Windows
+from finrepro.catalogue import cells, reader
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.corpora.place import folder_of, missing_reason
+from finrepro.data.corpora.windows import Windows
+from finrepro.data.preparing import command, entries
+from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import Unavailable, UsageError
-from finrepro.place import Place
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.store import open_store
-from finrepro.tokens import train_tokenizer
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
+from finrepro.planning import availability
+from finrepro.running import inputs
 
 TEXTS = [f"paragraph {number} of a corpus , with its own words : {number * 7919} ." for number in range(400)]
 NAME = "openwebtext"
@@ -80,7 +82,7 @@ def test_the_scored_dataset_is_read_and_its_training_split_is_not(prepared: Path
 
 def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(tmp_path: Path):
     place = Place(open_store(tmp_path), tmp_path, None)
-    reason = missing.data_of(cell(), place)
+    reason = availability.data_of(cell(), place)
     assert str(reason).startswith(
         f"{missing_reason(NAME, tmp_path)}, or put the tokenizer of"
     ) and "invoke data --prepare openwebtext" in str(reason)
@@ -125,7 +127,7 @@ def test_a_result_says_what_the_text_was(prepared: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("changed", [{"weights": "random"}, {"adapter": "/somewhere/made_elsewhere"}])
 def test_what_makes_no_sense_from_scratch_is_refused(changed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cells, "foreign_adapter", lambda _: catalogue.adapter("lora_r8"))
+    monkeypatch.setattr(cells, "foreign_adapter", lambda _: reader.adapter("lora_r8"))
     with pytest.raises(UsageError, match=f"trains from scratch: --{next(iter(changed))} does not apply"):
         cells.expand(Selection(table="2", **changed), "smoke")  # type: ignore[arg-type]
 

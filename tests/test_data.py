@@ -13,17 +13,19 @@ from fixtures_process import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finrepro import PROJECT, catalogue, data
-from finrepro.corpora import entries
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.data import files as data
+from finrepro.data.examples import Example, fingerprint, normalized, overlap
+from finrepro.data.preparing import entries
 from finrepro.errors import EnvironmentFault
-from finrepro.examples import Example, fingerprint, normalized, overlap
-from finrepro.schema import Choice
+from finrepro.settings import Choice
 
-DATASETS = tuple(catalogue.catalogue("datasets"))
-TFNS = catalogue.dataset("tfns")
-FPB = catalogue.dataset("fpb")
-CORPORA = [entry for entry in map(entries.entry, catalogue.catalogue("corpora")) if entry.files]
-WITH_FILES = [*(catalogue.dataset(name).config for name in DATASETS), *CORPORA]
+DATASETS = tuple(reader.catalogue("datasets"))
+TFNS = reader.dataset("tfns")
+FPB = reader.dataset("fpb")
+CORPORA = [entry for entry in map(entries.entry, reader.catalogue("corpora")) if entry.files]
+WITH_FILES = [*(reader.dataset(name).config for name in DATASETS), *CORPORA]
 
 
 def finlora(path: Path) -> list[tuple[str, str]]:
@@ -116,7 +118,7 @@ def test_tfns_repeats_three_texts_but_for_white_space_and_nothing_of_the_test_se
 
 
 def folder_of(name: str, request: pytest.FixtureRequest) -> Path | None:
-    return None if catalogue.dataset(name).config.embedded else request.getfixturevalue("data_dir")
+    return None if reader.dataset(name).config.embedded else request.getfixturevalue("data_dir")
 
 
 def unit_of(example: Example, unit: str) -> str:
@@ -125,7 +127,7 @@ def unit_of(example: Example, unit: str) -> str:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_development_split_is_cut_from_train_and_nothing_is_lost(name: str, request: pytest.FixtureRequest):
-    dataset, folder = catalogue.dataset(name), folder_of(name, request)
+    dataset, folder = reader.dataset(name), folder_of(name, request)
     whole, loaded = undivided(dataset, folder), data.load(dataset, folder, to_be_had(dataset, folder))
     splits = loaded.splits
     assert splits["test"] == whole["test"], "the test set is never touched"
@@ -149,7 +151,7 @@ def test_the_development_split_is_cut_from_train_and_nothing_is_lost(name: str, 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_another_seed_cuts_another_development_split(name: str, request: pytest.FixtureRequest):
-    dataset, folder = catalogue.dataset(name), folder_of(name, request)
+    dataset, folder = reader.dataset(name), folder_of(name, request)
     rule = dataset.config.development
     whole = undivided(dataset, folder)
     first, second = (data.cut_development(whole, dataclasses.replace(rule, seed=seed)) for seed in (0, 1))
@@ -162,7 +164,7 @@ def test_another_seed_cuts_another_development_split(name: str, request: pytest.
 
 def test_rows_of_one_text_would_be_divided_by_drawing_rows(data_dir: Path):
     """The planted mutant: FiQA has sentences of several rows, and drawing rows puts some in both splits."""
-    dataset = catalogue.dataset("fiqa_sa")
+    dataset = reader.dataset("fiqa_sa")
     assert data.load(dataset, data_dir).overlap["development/also_in_train"] == 0
     by_row = data.Development(fraction=0.1, seed=0, unit="row")
     assert overlap(data.cut_development(undivided(dataset, data_dir), by_row))["development/also_in_train"] > 0
@@ -170,7 +172,7 @@ def test_rows_of_one_text_would_be_divided_by_drawing_rows(data_dir: Path):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_part_of_a_dataset_is_the_same_part(name: str, request: pytest.FixtureRequest):
-    dataset, folder = catalogue.dataset(name), folder_of(name, request)
+    dataset, folder = reader.dataset(name), folder_of(name, request)
     whole = data.load(dataset, folder, to_be_had(dataset, folder))
     for split, rows in whole.splits.items():
         part = data.load(dataset, folder, (split,))
@@ -268,7 +270,7 @@ def test_a_missing_dataset_is_one_line_that_says_what_to_do(tmp_path: Path, monk
 
 def test_what_is_missing_for_a_split_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    dataset = catalogue.dataset("nwgi")
+    dataset = reader.dataset("nwgi")
     content = b'{"context": "Instruction: x\\nInput: Up.\\nAnswer: ", "target": "neutral"}\n'
     file = dataclasses.replace(dataset.config.files["test"], sha256=None, rows=1)
     config = dataclasses.replace(dataset.config, files={**dataset.config.files, "test": file})
@@ -345,7 +347,7 @@ def test_every_embedded_folder_names_its_source_and_licence(folder: str):
         for p in (data.EMBEDDED / folder).iterdir()
         if p.suffix == ".md" or p.name == "LICENSE"
     ]
-    assert texts, f"finrepro/embedded/{folder} has neither README.md nor LICENSE"
+    assert texts, f"finrepro/data/embedded/{folder} has neither README.md nor LICENSE"
     text = "\n".join(texts)
     described = [each for each in WITH_FILES if any(file.path.startswith(f"{folder}/") for file in each.files.values())]
     for config in described:

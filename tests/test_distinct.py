@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from fixtures_model import ADAPTERS, CPU, QUANTIZERS, broken, images, make, process, random_examples, spec_of  # noqa: F401
 
-from finrepro.checkpoint import Control
-from finrepro.refusals import refusal
-from finrepro.spec import RunSpec
-from finrepro.train import train
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.spec import RunSpec
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import train
 
 DATA = random_examples(3, count=64, longest=20, answers=(1, 3))
 STEPS, TWIN = 20, {"max_steps": 20, "warmup_steps": 2, "global_batch_size": 4, "max_tokens": 96, "engine": "ddp"}

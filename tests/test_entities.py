@@ -8,13 +8,14 @@ from fixtures_model import broken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finrepro import catalogue, data
-from finrepro.examples import Example
-from finrepro.statistics import intervals, paired_differences
+from finrepro.catalogue import reader
+from finrepro.data import files
+from finrepro.data.examples import Example
+from finrepro.statistics.bootstrap import intervals, paired_differences
 
-SPEC = catalogue.task("fin_ner", "short")
+SPEC = reader.task("fin_ner", "short")
 TASK, CONFIG = SPEC.task.module("tasks"), SPEC.task.config
-SPLITS = data.load(SPEC.dataset, None).splits
+SPLITS = files.load(SPEC.dataset, None).splits
 TAGS = ["O", "I-PER", "I-ORG", "I-LOC"]
 # Few different words, so that names repeat and overlap; many lengths.
 SENTENCES = st.lists(
@@ -69,7 +70,7 @@ def test_no_right_answer_is_cut_with_the_tokens_of_gpt2(data_dir):
 def test_the_corpus_has_the_published_counts():
     config = SPEC.dataset.config
     kept = dataclasses.replace(config, types=("PER", "ORG", "LOC", "MISC"), dropped=())
-    contents = {role: path.read_bytes() for role, (_, path) in (data.locate(SPEC.dataset, None) or {}).items()}
+    contents = {role: path.read_bytes() for role, (_, path) in (files.locate(SPEC.dataset, None) or {}).items()}
     whole = SPEC.dataset.module("datasets").read(contents, "fin_ner", kept)
     assert {split: len(rows) for split, rows in whole.items()} == {"train": 1164, "test": 303}
     assert {split: len({e.source for e in rows}) for split, rows in whole.items()} == {"train": 5, "test": 3}
@@ -89,7 +90,7 @@ def test_the_corpus_has_the_published_counts():
 def test_the_embedded_files_are_those_of_the_data_folder(data_dir):
     for file in SPEC.dataset.config.files.values():
         original = data_dir / "ner_fin" / file.path.rpartition("/")[2]
-        assert original.read_bytes() == (data.EMBEDDED / file.path).read_bytes()
+        assert original.read_bytes() == (files.EMBEDDED / file.path).read_bytes()
 
 
 def test_the_development_split_is_one_agreement():
@@ -190,9 +191,9 @@ def test_the_constant_answers_are_those_of_the_corpus():
     assert found["f1_entity"] == pytest.approx(0.761, abs=5e-4)
 
 
-@pytest.mark.parametrize("template", catalogue.catalogue("tasks")["fin_ner"]["templates"])
+@pytest.mark.parametrize("template", reader.catalogue("tasks")["fin_ner"]["templates"])
 def test_a_repeated_prompt_finds_nothing(template: str):
-    config = catalogue.task("fin_ner", template).task.config
+    config = reader.task("fin_ner", template).task.config
     examples = SPLITS["test"]
     prompts = [TASK.prompt(example, config) for example in examples]
     assert all(prompt == prompt.rstrip() and "{text}" not in prompt for prompt in prompts)

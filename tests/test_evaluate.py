@@ -31,13 +31,13 @@ from fixtures_model import (
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 
-from finrepro import catalogue
-from finrepro.evaluate import Evaluated, Row, evaluate, score_rows
-from finrepro.examples import Example
-from finrepro.tokens import Encoded, cut
+from finrepro.catalogue import reader
+from finrepro.data.examples import Example
+from finrepro.data.tokens import Encoded, cut
+from finrepro.evaluation.evaluate import Evaluated, Row, evaluate, score_rows
 
 COUNT = 60
-TASK, TEXT = catalogue.task("tfns", "short"), catalogue.task("tfns_text")
+TASK, TEXT = reader.task("tfns", "short"), reader.task("tfns_text")
 LABELS = TASK.task.config.labels
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 
@@ -49,7 +49,7 @@ def examples() -> list[Example]:
 
 def evaluated(model: nn.Module, name: str, task: Any = TASK, **changes: Any) -> Evaluated:
     settings = dataclasses.replace(EVALUATION, **changes)
-    return evaluate(model, tokenizer(catalogue.model(name).family), task, examples(), settings, 128)
+    return evaluate(model, tokenizer(reader.model(name).family), task, examples(), settings, 128)
 
 
 @cache
@@ -82,7 +82,7 @@ def test_rows_stand_in_the_order_of_the_examples(name: str) -> None:
 @torch.no_grad()
 def rows_hold_the_plain_numbers(model: nn.Module, name: str, rows: list[Row]) -> None:
     """Each row's log-probabilities are those of its own text, and the prediction is the largest."""
-    tokens: Any = tokenizer(catalogue.model(name).family)
+    tokens: Any = tokenizer(reader.model(name).family)
     for row, example in zip(rows, examples(), strict=True):
         prompt = f"{example.text}\nSentiment:"
         head = tokens(prompt)["input_ids"]
@@ -261,7 +261,7 @@ def test_equal_texts_are_one_observation_in_the_bootstrap() -> None:
 def test_the_score_of_text_is_its_perplexity_per_token(name: str) -> None:
     model = stirred(name)
     found = evaluated(model, name, TEXT)
-    tokens: Any = tokenizer(catalogue.model(name).family)
+    tokens: Any = tokenizer(reader.model(name).family)
     assert [row["id"] for row in found.rows] == [example.id for example in examples()]
     total, count, size = 0.0, 0, 0
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_a_text_that_is_too_long_for_the_model_is_scored_in_pieces_and_no_token_
 
 # --- answers that are generated ---------------------------------------------------------------------------------------------------------
 
-NER = catalogue.task("fin_ner", "short")
+NER = reader.task("fin_ner", "short")
 SENTENCES = [
     (
         "This Agreement is made by Acme Corp of New York with the Lender .",
@@ -317,7 +317,7 @@ def outputs_are_those_of_one_by_one(
 
     Prompt and answer have `longest` tokens at most, and a prompt half of them: its end.
     """
-    tokens: Any = tokenizer(catalogue.model(name).family)
+    tokens: Any = tokenizer(reader.model(name).family)
     module = NER.task.module("tasks")
     for row, example in zip(rows, examples, strict=True):
         ids = tokens(module.prompt(example, NER.task.config))["input_ids"]
@@ -337,7 +337,7 @@ def outputs_are_those_of_one_by_one(
 @everywhere
 def test_a_task_that_is_answered_freely_is_generated_and_parsed(name: str) -> None:
     model, longest = stirred(name).eval(), 96
-    found = evaluate(model, tokenizer(catalogue.model(name).family), NER, sentences(), EVALUATION, longest)
+    found = evaluate(model, tokenizer(reader.model(name).family), NER, sentences(), EVALUATION, longest)
     outputs_are_those_of_one_by_one(model, name, found.rows, longest, sentences())
     broken(outputs_are_those_of_one_by_one, model, name, [*found.rows[1:], found.rows[0]], longest, sentences())
     again = score_rows(NER, sentences(), [json.loads(json.dumps(row)) for row in found.rows], EVALUATION)
@@ -348,7 +348,7 @@ def test_a_task_that_is_answered_freely_is_generated_and_parsed(name: str) -> No
 @everywhere
 def test_a_prompt_that_leaves_an_answer_too_little_room_loses_its_beginning(name: str) -> None:
     """The end of a prompt decides: two that differ only in what is cut off get the same answer."""
-    model, tokens = stirred(name).eval(), tokenizer(catalogue.model(name).family)
+    model, tokens = stirred(name).eval(), tokenizer(reader.model(name).family)
     tail = " and the rest of a sentence that is long enough to fill the half that a prompt may have here" * 2
     pair = [
         Example(id=str(row), text=start + tail, label="O")

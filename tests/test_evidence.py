@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from finrepro import plan, provenance, store
-from finrepro.cells import Cell, expand
-from finrepro.manifest import damaged_files
-from finrepro.place import Place
-from finrepro.result import header, seal_unfinished
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
+from finrepro.catalogue.cells import Cell, expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evidence import provenance, store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.place import Place
+from finrepro.evidence.result import header, seal_unfinished
+from finrepro.planning import plan
 
 CELL = "gpt2_127m_mini-none-full-tfns-s0"
 

@@ -21,28 +21,33 @@ from fixtures_model import MINIATURES, broken, make, process, spec_of, stir, tok
 from fixtures_process import environment, forget, one_line
 from safetensors.torch import load_file, save_file
 
-from finrepro import catalogue, data, evaluate, runtime, store, weights
-from finrepro.adapters import lora
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data import files as data
+from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.evaluation import evaluate
+from finrepro.evidence import store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.place import Place
+from finrepro.evidence.result import header
+from finrepro.evidence.store import open_store
 from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
 from finrepro.exporting.layout import Layout, layout
 from finrepro.exporting.recorded import Damaged, find
-from finrepro.manifest import damaged_files
-from finrepro.model import load, load_tokenizer
-from finrepro.place import Place
-from finrepro.refusals import refusal
-from finrepro.result import header
-from finrepro.schema import Choice
-from finrepro.spec import RunSpec
-from finrepro.store import open_store
-from finrepro.tokens import tokenizer_digest
+from finrepro.methods.adapters import lora
+from finrepro.models import checkpoints
+from finrepro.models.build import load, load_tokenizer
+from finrepro.runtime import process as runtime
+from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
 SCORE = {"task": "tfns", "metric": "accuracy", "value": 0.625, "low": 0.55, "high": 0.7, "n": 9, "constant": 0.5}
 
 
-TFNS = data.load(catalogue.dataset("tfns"), None, ("development",))
+TFNS = data.load(reader.dataset("tfns"), None, ("development",))
 
 
 def recorded_answers(spec: RunSpec, model: Any, folder: Path | None) -> list[dict[str, Any]]:
@@ -64,7 +69,7 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
         spec.adapter.module("adapters").export(model, target / "weights")
         if spec.weights == "scratch":
             tokenizer(spec.model.family).save_pretrained(target / "weights")
-        base: dict[str, Any] = {"files": weights.digests(checkpoint) if checkpoint else {}}
+        base: dict[str, Any] = {"files": checkpoints.digests(checkpoint) if checkpoint else {}}
         if spec.base_run:
             base = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
         digest = tokenizer_digest(folder or target / "weights")
@@ -83,7 +88,7 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
 
 
 def miniature(name: str, adapter: str | Choice, quantizer: str = "none", **changes: Any) -> RunSpec:
-    return dataclasses.replace(spec_of(catalogue.model(name), adapter, quantizer), **changes)
+    return dataclasses.replace(spec_of(reader.model(name), adapter, quantizer), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +382,7 @@ def copied(begun: Place, tmp_path: Path) -> Iterator[tuple[Place, str]]:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    from finrepro.manifest import write_manifest
+    from finrepro.evidence.manifest import write_manifest
 
     path = folder / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -479,7 +484,7 @@ def from_hub(configs: Path, tmp_path: Path) -> Callable[[str], tuple[Place, RunS
         path.write_text(yaml.safe_dump(entries | {"tiny": small | more}))
         forget()
         folder = tmp_path / "models" / "someone" / "tiny"
-        drawn: Any = make(spec_of(catalogue.model("tiny"), "full")).model
+        drawn: Any = make(spec_of(reader.model("tiny"), "full")).model
         drawn.save_pretrained(folder)
         tokenizer("llama").save_pretrained(folder)
         spec = miniature("tiny", "lora_r4", "nf4", weights="pretrained")
@@ -524,7 +529,7 @@ def test_a_base_that_everybody_gets_does_not_go_along(
     merged = export(run_id, "merged", None, place)
     assert next(iter(tensors(merged).values())).dtype == getattr(torch, dtype)
     shutil.rmtree(folder)
-    monkeypatch.setattr(weights, "fetch", unreachable)
+    monkeypatch.setattr(checkpoints, "fetch", unreachable)
     with pytest.raises(EnvironmentFault, match="could not fetch someone/tiny"):
         export(run_id, "peft", tmp_path / "again", place)
 
@@ -651,10 +656,10 @@ def test_a_low_rank_run_is_exported_as_the_dense_model_that_computes_the_same(
 def test_a_low_rank_model_multiplied_wrongly_is_no_export(
     low_rank: tuple[Place, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from finrepro import restructure
+    from finrepro.models import factorize
 
-    right = restructure.dense_weight
-    monkeypatch.setattr(restructure, "dense_weight", lambda layer: (right(layer)[0] * 1.01, right(layer)[1]))
+    right = factorize.dense_weight
+    monkeypatch.setattr(factorize, "dense_weight", lambda layer: (right(layer)[0] * 1.01, right(layer)[1]))
     with pytest.raises(verify.NotEqual):
         export(low_rank[1]["full"], "merged", tmp_path / "out", low_rank[0])
     assert not list(tmp_path.iterdir())

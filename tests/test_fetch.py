@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from fixtures_process import one_line
 
-from finrepro import catalogue, data
-from finrepro.data import File, Hub
+from finrepro.catalogue import reader
+from finrepro.data import files as data
+from finrepro.data.fetch import fetch, without_secrets
+from finrepro.data.files import File, Hub
 from finrepro.errors import EnvironmentFault
-from finrepro.fetch import fetch, without_secrets
-from finrepro.schema import Choice
+from finrepro.settings import Choice
 
 CONTENT = b'{"news": "Up.", "label": "neutral"}\n'
 
@@ -87,7 +88,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def dataset(hub: Hub | None = None, **files: File) -> Choice:
     """NWGI from other places."""
-    known = catalogue.dataset("nwgi")
+    known = reader.dataset("nwgi")
     columns = dict.fromkeys(files, known.config.columns["train"])
     return dataclasses.replace(known, config=dataclasses.replace(known.config, hub=hub, files=files, columns=columns))
 
@@ -167,9 +168,9 @@ def test_no_secret_stands_in_a_message(text: str, left: str, monkeypatch: pytest
     assert without_secrets(ValueError(text)) == left
 
 
-@pytest.mark.parametrize("name", catalogue.catalogue("datasets"))
+@pytest.mark.parametrize("name", reader.catalogue("datasets"))
 def test_every_file_has_an_address(name: str):
-    config = catalogue.dataset(name).config
+    config = reader.dataset(name).config
     for file in config.files.values():
         assert file.url or config.hub, f"{file.path} comes from nowhere"
         assert not file.url or file.url.startswith("https://")

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from fixtures_process import one_line
 
-from finrepro import catalogue, data
-from finrepro.datasets import fiqa
-from finrepro.datasets.jsonl_labels import asked
+from finrepro.catalogue import reader
+from finrepro.data import files as data
+from finrepro.data.examples import Example
+from finrepro.data.formats import fiqa
+from finrepro.data.formats.jsonl_labels import asked
 from finrepro.errors import EnvironmentFault
-from finrepro.examples import Example
-from finrepro.schema import Choice
+from finrepro.settings import Choice
 
-FIQA, NWGI = catalogue.dataset("fiqa_sa"), catalogue.dataset("nwgi")
+FIQA, NWGI = reader.dataset("fiqa_sa"), reader.dataset("nwgi")
 
 
 def contents(dataset: Choice, folder: Path, splits: tuple[str, ...]) -> dict[str, bytes]:
@@ -97,7 +98,7 @@ def test_nwgis_test_set_is_finloras_with_the_text_out_of_the_prompt(data_dir: Pa
     }  # fmt: skip
     path = data_dir / NWGI.config.files["test"].path
     prompts = [json.loads(line)["context"] for line in path.read_text(encoding="utf-8").splitlines()]
-    spec = catalogue.task("nwgi_7", "fingpt")
+    spec = reader.task("nwgi_7", "fingpt")
     task = spec.task.module("tasks")
     ours = [task.prompt(e, spec.task.config) for e in test]
     assert [" ".join(p.split()) for p in ours] == [" ".join(p.split()) for p in prompts], "and back in"

@@ -25,15 +25,17 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import PROJECT, loading, runtime
-from finrepro.adapters import lora, pissa
-from finrepro.checkpoint import Control
-from finrepro.first_stage import FirstStage, first_stage
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.layers.principal import principal_factors
-from finrepro.model import load, skeleton, source
-from finrepro.schema import Choice
-from finrepro.train import Interrupted, train
+from finrepro import PROJECT
+from finrepro.methods.adapters import lora, pissa
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.methods.layers.principal import principal_factors
+from finrepro.models import loading
+from finrepro.models.before_quantization import FirstStage, first_stage
+from finrepro.models.build import load, skeleton, source
+from finrepro.runtime import process as runtime
+from finrepro.settings import Choice
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import Interrupted, train
 
 GPT2, LLAMA = MINIATURES
 both = pytest.mark.parametrize("name", MINIATURES)
@@ -130,7 +132,7 @@ def test_a_method_without_a_first_stage_has_none() -> None:
 @preparing
 @pytest.mark.parametrize("quantizer", ["none", "nf4", "int8"])
 def test_without_the_first_stage_nothing_is_adapted(adapter: str, quantizer: str) -> None:
-    from finrepro.model import quantize
+    from finrepro.models.build import quantize
 
     spec = spec_of(GPT2, adapter, quantizer)
     model = load(spec, None)

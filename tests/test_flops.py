@@ -14,14 +14,15 @@ from fixtures_model import ALL_MINIATURES, broken, process  # noqa: F401
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finrepro import catalogue, flops
-from finrepro.adapters import lora
-from finrepro.layers.linear import block_sizes, depth, features, linear_layers, other_parameters
-from finrepro.layers.linear import rank as layer_rank
-from finrepro.low_rank import break_even
-from finrepro.model import configuration
-from finrepro.restructure import restructured
-from finrepro.spec import Model
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Model
+from finrepro.methods.adapters import lora
+from finrepro.methods.layers.linear import block_sizes, depth, features, linear_layers, other_parameters
+from finrepro.methods.layers.linear import rank as layer_rank
+from finrepro.models.build import configuration
+from finrepro.models.factorize import restructured
+from finrepro.sizes import flops
+from finrepro.sizes.low_rank import break_even
 
 TOKENS, LORA, LOW_RANK = 48, 8, 24
 REAL = ("gpt2_127m", "gpt2_1_5b", "llama2_7b", "llama2_13b", "llama3_1_8b", "llama3_1_70b")
@@ -30,7 +31,7 @@ TOLERANCE = 0.005
 
 def shallow(name: str, blocks: int = 2) -> Model:
     """A catalogue entry with fewer blocks, of the same rank."""
-    model = catalogue.model(name)
+    model = reader.model(name)
     if model.low_rank:
         given = {"rank": layer_rank(model), "compression": None, "total_parameters": None, "multiple_of": 1}
         model = dataclasses.replace(model, low_rank=dataclasses.replace(model.low_rank, **given))
@@ -147,14 +148,14 @@ def generation(model: Model, context: int) -> float:
 
 @pytest.mark.parametrize("name", QUICK[:2])
 def test_a_generated_token_costs_what_torch_counts(name: str):
-    model = catalogue.model(name)
+    model = reader.model(name)
     for context in (2, 33):
         equal(flops.generated(model, context).total, generation(model, context))
     broken(equal, flops.generated(model, 32).total, generation(model, 33))
 
 
-LOW_RANK_ENTRIES = tuple(name for name in catalogue.catalogue("models") if catalogue.model(name).low_rank)
-SMALL = tuple(name for name in LOW_RANK_ENTRIES if catalogue.model(name).scale == "smoke")
+LOW_RANK_ENTRIES = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
+SMALL = tuple(name for name in LOW_RANK_ENTRIES if reader.model(name).scale == "smoke")
 
 
 def split(model: Model) -> Model:
@@ -177,9 +178,9 @@ def test_a_low_rank_entry_costs_what_torch_counts(name: str, rank: int):
             equal(flops.training(each, TOKENS, rank, checkpointing=checkpointing).total, run)
 
 
-@pytest.mark.parametrize("name", [name for name in LOW_RANK_ENTRIES if catalogue.model(name).low_rank.compression])  # type: ignore[union-attr]
+@pytest.mark.parametrize("name", [name for name in LOW_RANK_ENTRIES if reader.model(name).low_rank.compression])  # type: ignore[union-attr]
 def test_a_rank_is_the_one_that_the_low_rank_entries_have(name: str):
-    entry = catalogue.model(name)
+    entry = reader.model(name)
     dense = dataclasses.replace(entry, low_rank=None)
     dense = dataclasses.replace(
         dense, parameters=other_parameters(dense) + depth(dense) * sum(i * o for i, o in block_sizes(dense).values())
@@ -189,7 +190,7 @@ def test_a_rank_is_the_one_that_the_low_rank_entries_have(name: str):
 
 
 def test_a_layer_in_which_a_rank_saves_nothing_stays_dense():
-    sizes = block_sizes(catalogue.model("llama3_1_8b"))
+    sizes = block_sizes(reader.model("llama3_1_8b"))
     found = flops.factored(sizes, 1000)  # above the break-even of keys and values, 819
     assert {name for name in found if name in sizes} == {"self_attn.k_proj", "self_attn.v_proj"}
     assert len(flops.factored(sizes, 819)) == 2 * len(sizes)
@@ -231,14 +232,14 @@ def test_a_forgotten_term_is_found(mutant: str):
 
 
 def test_positions_that_are_not_scored_cost_no_head():
-    model = catalogue.model("gpt2_127m")
+    model = reader.model("gpt2_127m")
     all_of_them, some = flops.training(model, 1024), flops.training(model, 1024, scored=0.25)
     assert some.head == all_of_them.head / 4 and some.linear == all_of_them.linear
 
 
 def test_a_low_rank_layer_costs_2_r_in_plus_out_forward_a_token():
     """2 r (out + in) a token and layer."""
-    model = catalogue.model("gpt2_1_5b")
+    model = reader.model("gpt2_1_5b")
     for name, (i, o) in block_sizes(model).items():
         (a, b) = flops.products(flops.factored({name: (i, o)}, 400), "gpt2")
         assert a.forward + b.forward == 2 * 400 * (i + o)
@@ -256,7 +257,7 @@ RUNS = [
 def test_both_conventions_of_mfu_give_what_published_runs_give(
     name: str, speed: float, peak: float, palm: float, causal: float
 ):
-    model = catalogue.model(name)
+    model = reader.model(name)
     for convention, known in (("palm", palm), ("causal", causal)):
         found = flops.mfu(speed, flops.model_flops(model, 1024, convention), peak)
         assert found == pytest.approx(known, rel=0.02), convention
@@ -272,7 +273,7 @@ def test_both_conventions_of_mfu_give_what_published_runs_give(
 @pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama3_1_70b"])
 def test_a_lora_costs_about_4_n(name: str):
     """NVIDIA's published LoRA throughputs and TFLOP/s agree with 4 N, not 6 N, a token."""
-    model = catalogue.model(name)
+    model = reader.model(name)
     cost = flops.training(model, 4096, 8)
     assert (cost.linear + cost.head) / flops.matrix_parameters(model) == pytest.approx(4, rel=0.02)
 
@@ -288,7 +289,7 @@ RANKS = [
 def test_the_rank_of_a_compression_and_its_bound_are_those_of_the_formulas(
     name: str, whole: bool, rank: int, parameters: float | None, bound: float | None
 ):
-    model = catalogue.model(name)
+    model = reader.model(name)
     found = flops.rank_for(model, 2.64, whole)
     assert found == rank
     sizes = flops.factored(block_sizes(model), found)
@@ -306,4 +307,4 @@ def test_the_rank_of_a_compression_and_its_bound_are_those_of_the_formulas(
 
 
 def test_no_rank_reaches_a_compression_that_the_embeddings_alone_forbid():
-    assert flops.rank_for(catalogue.model("gpt2_127m"), 4.0, whole=True) == 0
+    assert flops.rank_for(reader.model("gpt2_127m"), 4.0, whole=True) == 0

@@ -10,14 +10,16 @@ import pytest
 import torch
 from fixtures_model import process  # noqa: F401
 
-from finrepro import catalogue, plan, weights
-from finrepro.cells import expand
-from finrepro.manifest import file_digest
-from finrepro.model import load_tokenizer
-from finrepro.place import Place
-from finrepro.run import run_cell
-from finrepro.selection import Selection
-from finrepro.store import open_store
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.evidence.manifest import file_digest
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
+from finrepro.models import checkpoints
+from finrepro.models.build import load_tokenizer
+from finrepro.planning import plan
+from finrepro.running.cell import run_cell
 
 pytestmark = pytest.mark.slow
 PARAMETERS, BLOCKS, WIDTH = 124_439_808, 12, 768
@@ -50,15 +52,15 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
     spec = dataclasses.replace(cell.spec, train=train, threads=2)
     place = Place(open_store(tmp_path / "store"), data_dir, models_dir)
     folder = models_dir / "openai-community" / "gpt2"
-    weights.check(spec.model, folder)
-    assert weights.locate(spec.model, models_dir) == folder
+    checkpoints.check(spec.model, folder)
+    assert checkpoints.locate(spec.model, models_dir) == folder
     assert len(load_tokenizer(folder, spec.model)) == spec.model.architecture["vocab_size"] == 50257
     assert plan.cannot_run(spec, place) is None
 
     result: dict[str, Any] = run_cell(spec, place, lambda _: None, lambda: False)
     assert result["status"] == "done", result["reason"]
     costs = result["costs"]
-    assert costs["total_params"] == PARAMETERS == catalogue.model("gpt2_127m").parameters
+    assert costs["total_params"] == PARAMETERS == reader.model("gpt2_127m").parameters
     assert costs["trainable_params"] == 8 * BLOCKS * 16 * WIDTH
     assert costs["base_bytes"] == plan.base_bytes(spec)
     assert (costs["base_bytes"] == 2 * PARAMETERS) == (quantizer == "none")  # bf16

@@ -25,13 +25,13 @@ from optimizers_program import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
-from finrepro.layers import galore
-from finrepro.layers.galore import down, projection, up
-from finrepro.layers.linear import linear_layers
-from finrepro.optimizers import adamw, galore_adamw
-from finrepro.refusals import refusal
+from finrepro.methods.layers import galore
+from finrepro.methods.layers.galore import down, projection, up
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.methods.optimizers import adamw, galore_adamw
 
 
 @pytest.fixture(autouse=True)
@@ -273,11 +273,11 @@ RANK = GALORE["rank"]
 def test_what_it_does_not_step_is_refused_by_name() -> None:
     settings = chosen(GALORE)
     assert refusal(cell(settings)) is None
-    lora = dataclasses.replace(cell(settings), adapter=catalogue.adapter("lora_r8"))
+    lora = dataclasses.replace(cell(settings), adapter=reader.adapter("lora_r8"))
     assert refusal(lora) == "galore_adamw steps dense weights in a subspace, and lora_r8 trains others"
     wide = refusal(cell(chosen(GALORE, rank=4096)))
     assert wide is not None and "rank 4096 is more than" in wide and "q_proj" in wide
-    low_rank = dataclasses.replace(cell(settings), model=catalogue.model("gpt2_127m_mini_lr"))
+    low_rank = dataclasses.replace(cell(settings), model=reader.model("gpt2_127m_mini_lr"))
     assert (
         refusal(low_rank)
         == "galore_adamw steps dense weights in a subspace, and those of gpt2_127m_mini_lr are factors"

@@ -19,9 +19,9 @@ from fixtures_model import (
 )
 from torch import nn
 
-from finrepro import generation
-from finrepro.generation import Tokens, generate
-from finrepro.layers.supervised import backbone_and_head
+from finrepro.evaluation import generation
+from finrepro.evaluation.generation import Tokens, generate
+from finrepro.methods.layers.supervised import backbone_and_head
 
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 NEW = 8

@@ -25,17 +25,17 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.batches import COLLATE, Batch
-from finrepro.checkpoint import Control
-from finrepro.generation import generate
-from finrepro.layers.isolated_attention import isolated_attention
-from finrepro.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
-from finrepro.model import build
-from finrepro.refusals import refusal
-from finrepro.scoring import choice_log_likelihoods
-from finrepro.tokens import Encoded
-from finrepro.train import train
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.data.batches import COLLATE, Batch
+from finrepro.data.tokens import Encoded
+from finrepro.evaluation.generation import generate
+from finrepro.evaluation.log_likelihood import choice_log_likelihoods
+from finrepro.methods.layers.isolated_attention import isolated_attention
+from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head, hidden_states, log_likelihood
+from finrepro.models.build import build
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,7 +159,7 @@ def test_scoring_on_the_gpu_gives_the_cpus_labels(name: str, adapter: str, quant
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("none", "int8")])
 def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(name: str) -> None:
-    choice = catalogue.quantizer(name, "float32")
+    choice = reader.quantizer(name, "float32")
     module, config = choice.module("quantizers"), choice.config
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(256, 512, generator=generator), torch.randn(7, 512, generator=generator)

@@ -8,11 +8,12 @@ import torch
 from fixtures_model import broken
 from fixtures_process import one_line
 
-from finrepro import matmul, roofline
-from finrepro.catalogue import catalogue
+from finrepro.budget import roofline
+from finrepro.budget.hardware import NUMBERS, Hardware, hardware, of_card
+from finrepro.catalogue.reader import catalogue
 from finrepro.errors import UsageError
-from finrepro.hardware import NUMBERS, Hardware, hardware, of_card
-from finrepro.schema import build
+from finrepro.runtime import matmul
+from finrepro.settings import build
 
 GPUS = tuple(catalogue("hardware"))
 

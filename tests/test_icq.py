@@ -24,14 +24,14 @@ from fixtures_model import (
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.layers.linear import linear_layers
-from finrepro.layers.shift import Shifted, block_sums, dequantized
-from finrepro.quantizers import bnb_4bit, icq
-from finrepro.refusals import refusal
-from finrepro.schema import Choice, build
-from finrepro.spec import RunSpec
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.methods.layers.shift import Shifted, block_sums, dequantized
+from finrepro.methods.quantizers import bnb_4bit, icq
+from finrepro.settings import Choice, build
 
 BLOCK = 64
 OFFICIAL = {"fallback": False, "tie_break": "first"}
@@ -39,7 +39,7 @@ OFFICIAL = {"fallback": False, "tie_break": "first"}
 
 def settings(**changes: Any) -> icq.Config:
     """The catalogue's entry in float32, changed."""
-    return dataclasses.replace(catalogue.quantizer("icq", "float32").config, **changes)
+    return dataclasses.replace(reader.quantizer("icq", "float32").config, **changes)
 
 
 def drawn(rows: int, columns: int, tails: str = "gaussian", seed: int = 0) -> Tensor:
@@ -513,8 +513,8 @@ def test_merged_by_pefts_4_bit_layer_the_shift_is_kept() -> None:
 
 
 def test_the_entries_are_what_their_names_say() -> None:
-    entropy, error = (catalogue.quantizer(name, "bfloat16").config for name in ("icq", "icq_mse"))
-    nf4 = catalogue.quantizer("nf4", "bfloat16").config
+    entropy, error = (reader.quantizer(name, "bfloat16").config for name in ("icq", "icq_mse"))
+    nf4 = reader.quantizer("nf4", "bfloat16").config
     assert {field.name: getattr(entropy, field.name) for field in dataclasses.fields(nf4)} == dataclasses.asdict(nf4)
     assert (entropy.n, entropy.range_factor, entropy.fallback, entropy.tie_break) == (100, 0.1, True, "smallest")
     assert dataclasses.replace(error, objective="entropy") == entropy and error.objective == "mse"
@@ -537,8 +537,8 @@ def refused(spec: RunSpec) -> None:
 
 def test_blocks_that_do_not_divide_a_row_are_refused_by_name_before_anything_is_loaded() -> None:
     wide = Choice(name="icq", kind="icq", config=settings(block_size=128))
-    refused(spec_of(catalogue.model("gpt2_1_5b"), "lora_r8", wide))
-    broken(refused, spec_of(catalogue.model("gpt2_1_5b"), "lora_r8", "icq"))
-    broken(refused, spec_of(catalogue.model("llama3_1_8b"), "lora_r8", wide))
+    refused(spec_of(reader.model("gpt2_1_5b"), "lora_r8", wide))
+    broken(refused, spec_of(reader.model("gpt2_1_5b"), "lora_r8", "icq"))
+    broken(refused, spec_of(reader.model("llama3_1_8b"), "lora_r8", wide))
     with pytest.raises(UsageError, match="blocks of 64 do not divide rows of 96 weights"):
         icq.encode(drawn(8, 96), settings())

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from finrepro.interrupts import HELD, held_back
+from finrepro.runtime.interrupts import HELD, held_back
 
 
 @pytest.fixture(autouse=True)

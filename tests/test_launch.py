@@ -8,13 +8,13 @@ import pytest
 from fixtures_model import process  # noqa: F401
 from fixtures_process import python
 
-from finrepro import store
-from finrepro.cells import expand
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
-from finrepro.place import Place
-from finrepro.run import check_launch, run_cell
-from finrepro.selection import Selection
-from finrepro.worker import Worker
+from finrepro.evidence import store
+from finrepro.evidence.place import Place
+from finrepro.running.cell import check_launch, run_cell
+from finrepro.running.worker import Worker
 
 TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"
 FAILING = """
@@ -40,7 +40,7 @@ def test_a_launch_with_another_number_of_ranks_is_refused():
 def test_a_refused_cell_is_refused_however_it_is_started(tmp_path: Path):
     label = "gpt2_127m_mini-nf4-full-tfns-s0"
     place = ("--store", str(tmp_path))
-    answer = python("-m", "finrepro.run", "--table", "3", "--scale", "smoke", "--cell", label, *place)
+    answer = python("-m", "finrepro.running.cell", "--table", "3", "--scale", "smoke", "--cell", label, *place)
     assert answer.returncode == 2 and "cannot train weights stored as nf4" in answer.stderr
     assert not list((tmp_path / "results" / "runs").iterdir())
 

@@ -18,20 +18,23 @@ from fixtures_annotations import PLAIN
 from fixtures_process import environment, python
 from jaxtyping import TypeCheckError
 
-from finrepro import PROJECT, cells, metrics
-from finrepro.manifest import file_digest
+from finrepro import PROJECT
+from finrepro.catalogue import cells
+from finrepro.evaluation import metrics
+from finrepro.evidence.manifest import file_digest
+from finrepro.settings import HOMES
 
 SOURCES = sorted((PROJECT / "finrepro").rglob("*.py"))
 FILES = [*SOURCES, PROJECT / "tasks.py"]
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "mlflow", "datasets", "sklearn", "scipy")
 # Where a library may be imported at all, also inside a function.
 OWNERS = {
-    "mlflow": ("record.py",),
-    "deepspeed": ("engine.py", "partition.py", "runtime.py", "train.py"),
-    "peft": ("adapters/", "exporting/"),
-    "bitsandbytes": ("quantizers/", "optimizers/"),
-    "datasets": ("fetch.py", "corpora/hub.py"),
-    "seqeval": ("tasks/entities.py",),
+    "mlflow": ("tracking/",),
+    "deepspeed": ("training/", "runtime/"),
+    "peft": ("methods/adapters/", "exporting/"),
+    "bitsandbytes": ("methods/quantizers/", "methods/optimizers/"),
+    "datasets": ("data/fetch.py", "data/preparing/hub.py"),
+    "seqeval": ("evaluation/tasks/entities.py",),
     "sklearn": (),
 }
 SELECTING = (
@@ -121,7 +124,7 @@ def test_a_file_says_what_it_is_and_evaluates_its_annotations(path: Path):
 
 def test_in_these_tests_every_call_is_held_to_its_annotations():
     for module in PLAIN:
-        text = (PROJECT / "finrepro" / f"{module}.py").read_text()
+        text = PROJECT.joinpath(*module.split(".")).with_suffix(".py").read_text()
         assert "TYPE_CHECKING" not in text, f"beartype cannot check {module}: leave it to jaxtyping"
     with pytest.raises(BeartypeCallHintParamViolation):
         cells.foreign_adapter(3)  # type: ignore[arg-type]
@@ -221,7 +224,7 @@ def trainable_parameters(model, config):
 def test_a_new_adapter_is_a_file_and_an_entry(copy: Path):
     whole = ("cells", "--scale", "smoke", "--full", "--seeds", "0")
     before = listed(copy, *whole)
-    (copy / "finrepro" / "adapters" / "bitfit.py").write_text(ADAPTER)
+    (copy / "finrepro" / "methods" / "adapters" / "bitfit.py").write_text(ADAPTER)
     add(copy / "configs" / "adapters.yaml", {"bitfit_norms": {"kind": "bitfit", "also_norms": True}})
     after = listed(copy, *whole)
     lines = {line.split()[0]: line for line in after.splitlines() if "bitfit" in line and "-s0" in line}
@@ -263,8 +266,8 @@ def test_a_new_model_adapter_setting_and_dataset_are_entries_alone(copy: Path):
 
 
 def test_a_new_table_is_a_report_and_its_file(copy: Path):
-    report = (copy / "finrepro" / "report" / "table3.py").read_text()
-    (copy / "finrepro" / "report" / "little_data.py").write_text(report)
+    report = (copy / "finrepro" / "reporting" / "tables" / "table3.py").read_text()
+    (copy / "finrepro" / "reporting" / "tables" / "little_data.py").write_text(report)
     table = yaml.safe_load((copy / "configs" / "tables" / "table3.yaml").read_text())
     (copy / "configs" / "tables" / "table8.yaml").write_text(
         yaml.safe_dump(table | {"title": "Little data", "report": "little_data"})
@@ -274,8 +277,8 @@ def test_a_new_table_is_a_report_and_its_file(copy: Path):
 
 @pytest.mark.parametrize("package", ["adapters", "quantizers", "optimizers", "tasks", "datasets", "report"])
 def test_a_new_kind_is_discovered_in_every_package(copy: Path, package: str):
-    (copy / "finrepro" / package / "brand_new.py").write_text('"""New."""\n')
-    answer = python("-c", f"from finrepro.schema import kinds; print(*kinds('{package}'))", cwd=copy)
+    (copy.joinpath(*HOMES[package].split(".")) / "brand_new.py").write_text('"""New."""\n')
+    answer = python("-c", f"from finrepro.settings import kinds; print(*kinds('{package}'))", cwd=copy)
     assert "brand_new" in answer.stdout.split(), answer.stderr
 
 

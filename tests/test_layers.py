@@ -22,18 +22,18 @@ from fixtures_model import (
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from finrepro import catalogue
-from finrepro.batches import COLLATE, Batch
-from finrepro.layers import isolated_attention as ours
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.layers.supervised import SupervisedLM, backbone_and_head
-from finrepro.model import configuration
-from finrepro.result import header
-from finrepro.scoring import text_log_likelihoods
-from finrepro.tokens import IGNORE
+from finrepro.catalogue import reader
+from finrepro.data.batches import COLLATE, Batch
+from finrepro.data.tokens import IGNORE
+from finrepro.evaluation.log_likelihood import text_log_likelihoods
+from finrepro.evidence.result import header
+from finrepro.methods.layers import isolated_attention as ours
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head
+from finrepro.models.build import configuration
 
 MODELS = tuple(
-    name for name in catalogue.catalogue("models") if catalogue.model(name).low_rank is None
+    name for name in reader.catalogue("models") if reader.model(name).low_rank is None
 )  # test_low_rank.py has the others
 HEADS = ((4, 4), (4, 2), (8, 1))  # multi-head, grouped-query, one key-value head
 
@@ -242,12 +242,12 @@ def on_meta(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(configuration(catalogue.model(name)))
+        return AutoModelForCausalLM.from_config(configuration(reader.model(name)))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_catalogues_parameters_are_those_of_the_architecture(name: str) -> None:
-    assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == catalogue.model(name).parameters
+    assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == reader.model(name).parameters
 
 
 def shapes(layers: dict[str, nn.Module]) -> list[tuple[int, int]]:
@@ -264,7 +264,7 @@ CLOSED_FORMS = {
     "llama3_1_8b": (224, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2_621_440),
     "llama3_1_70b": (560, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 12_943_360),
 }
-REAL = tuple(name for name in MODELS if (model := catalogue.model(name)).hub and model.variant == "base")
+REAL = tuple(name for name in MODELS if (model := reader.model(name)).hub and model.variant == "base")
 
 
 def linear_layers_are_counted(name: str, layers: dict[str, nn.Module]) -> None:
@@ -292,7 +292,7 @@ def test_the_linear_layers_are_those_of_the_closed_forms(name: str) -> None:
 @pytest.mark.parametrize("quantizer", ["none", "nf4"])
 def test_the_linear_layers_are_found_whatever_class_holds_them(name: str, quantizer: str) -> None:
     model = make(spec_of(name, "lora_r8", quantizer)).model.unload()
-    per_block = {"gpt2": 4, "llama": 7}[catalogue.model(name).family]
+    per_block = {"gpt2": 4, "llama": 7}[reader.model(name).family]
     blocks = model.config.num_hidden_layers
     names = list(linear_layers(model))
     assert len(names) == per_block * blocks

@@ -13,13 +13,14 @@ import pytest
 import torch
 from fixtures_model import CPU, broken, make, process, random_examples, spec_of  # noqa: F401
 
-from finrepro import PROJECT, layouts
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control
-from finrepro.corpora.memory import TextStream
-from finrepro.corpora.windows import Windows
-from finrepro.result import header
-from finrepro.train import train
+from finrepro import PROJECT
+from finrepro.data.batches import COLLATE
+from finrepro.data.corpora.memory import TextStream
+from finrepro.data.corpora.windows import Windows
+from finrepro.evidence.result import header
+from finrepro.training import layout as layouts
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import train
 
 NAME = "gpt2_127m_mini"
 FEW = {"max_steps": 4, "warmup_steps": 1, "global_batch_size": 6, "sort_window": 1, "max_tokens": 64}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from finrepro import catalogue, data, listing
+from finrepro.catalogue import reader
+from finrepro.data import files, listing
 
-NAMES = tuple(catalogue.catalogue("datasets"))
+NAMES = tuple(reader.catalogue("datasets"))
 
 
 def entry(name: str, folder: Path | None) -> list[str]:
@@ -23,7 +24,7 @@ def nothing_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dataset_says_what_it_is_and_how_it_is_had(name: str):
-    config, text = catalogue.dataset(name).config, " ".join(" ".join(entry(name, None)).split())
+    config, text = reader.dataset(name).config, " ".join(" ".join(entry(name, None)).split())
     assert config.title in text and config.licence in text
     for role, file in config.files.items():
         state = "here (embedded)" if config.embedded else "not here"
@@ -35,14 +36,14 @@ def test_every_dataset_says_what_it_is_and_how_it_is_had(name: str):
     if config.hub:
         assert config.hub.id in text and (config.hub.revision or "revision not pinned") in text
     assert (f"invoke data --fetch {name}" in text) == (not config.embedded)
-    users = [task for task, values in catalogue.catalogue("tasks").items() if values["dataset"] == name]
+    users = [task for task, values in reader.catalogue("tasks").items() if values["dataset"] == name]
     assert users and f"tasks: {', '.join(users)}" in text
 
 
 def test_what_is_in_the_data_folder_needs_no_step(data_dir: Path):
     for name in NAMES:
         text = " ".join(entry(name, data_dir))
-        there = data.missing_reason(catalogue.dataset(name), data_dir) is None
+        there = files.missing_reason(reader.dataset(name), data_dir) is None
         assert ("to get it" not in text) == there
     assert "train:     not here" in "\n".join(entry("nwgi", data_dir))
     assert "test:      here (data directory)" in "\n".join(entry("nwgi", data_dir))

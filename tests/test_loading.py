@@ -16,11 +16,13 @@ from fixtures_model import CPU, all_logits, broken, images, process, random_exam
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finrepro import PROJECT, catalogue, loading
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.layers.linear import linear_layers
-from finrepro.model import build, configuration, load, quantize, skeleton, source
-from finrepro.spec import RunSpec
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.models import loading
+from finrepro.models.build import build, configuration, load, quantize, skeleton, source
 
 IDS = random_examples(0, count=1, longest=40)[0].ids
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"
@@ -119,9 +121,9 @@ def test_what_is_quantized_on_the_way_is_what_is_quantized_afterwards(
     case: str, quantizer: str, tmp_path: Path
 ) -> None:
     of, folder, reference = written(case, tmp_path)
-    if quantizer not in catalogue.catalogue("quantizers"):
+    if quantizer not in reader.catalogue("quantizers"):
         pytest.skip(f"no quantizer {quantizer}")
-    choice = catalogue.quantizer(quantizer, of.model.dtype)
+    choice = reader.quantizer(quantizer, of.model.dtype)
     quantize(reference, choice)
     reference.requires_grad_(False)
     found = skeleton(of)
@@ -173,7 +175,7 @@ def one_part_at_a_time(name: str, folder: Path | None, quantizer: str) -> None:
     of = spec(name)
     model = skeleton(of)
     watch = Watch(model, quantized=True)
-    loading.stream(model, source(of, model, folder), catalogue.quantizer(quantizer, "float32"), CPU, watch)
+    loading.stream(model, source(of, model, folder), reader.quantizer(quantizer, "float32"), CPU, watch)
     assert watch.seen == (6 if name == GPT2 else 5)  # embeddings (two in GPT-2), two blocks, the norm, the head
 
 
@@ -188,7 +190,7 @@ def test_one_part_is_there_in_full_precision_at_a_time(name: str, drawn: bool, t
 @pytest.mark.parametrize("name", [GPT2, LLAMA])
 def test_base_bytes_are_what_lies_in_memory(name: str) -> None:
     """Every tensor that the built base holds, its scales among them, without the code books that all layers share."""
-    for quantizer in catalogue.catalogue("quantizers"):
+    for quantizer in reader.catalogue("quantizers"):
         of = spec(name, quantizer)
         model = skeleton(of)
         total = loading.stream(model, source(of, model, None), of.quantizer, CPU)

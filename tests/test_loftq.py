@@ -12,13 +12,13 @@ from fixtures_model import MINIATURES, assert_close, broken, images, make, proce
 from test_first_stage import decaying, upright
 from torch import Tensor
 
-from finrepro import catalogue
-from finrepro.adapters import loftq, lora
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
-from finrepro.layers.linear import linear_layers
-from finrepro.model import load
-from finrepro.refusals import refusal
-from finrepro.schema import Choice, build
+from finrepro.methods.adapters import loftq, lora
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.models.build import load
+from finrepro.settings import Choice, build
 
 GPT2, LLAMA = MINIATURES
 FOUR_BITS = ("nf4", "nf4_single", "fp4", "icq", "icq_mse")
@@ -27,12 +27,12 @@ searching = [pytest.param(each, marks=pytest.mark.slow) if "icq" in each else ea
 
 def settings(**changes: Any) -> loftq.Config:
     """loftq_r8's with other values."""
-    return loftq.Config(**dataclasses.asdict(catalogue.adapter("loftq_r8").config) | changes)
+    return loftq.Config(**dataclasses.asdict(reader.adapter("loftq_r8").config) | changes)
 
 
 def rounding(name: str) -> Callable[[Tensor], Tensor]:
     """Decode after encode of a catalogue entry."""
-    choice = catalogue.quantizer(name, "float32")
+    choice = reader.quantizer(name, "float32")
     module = choice.module("quantizers")
     return lambda matrix: module.decode(module.encode(matrix.contiguous(), choice.config))
 
@@ -170,7 +170,7 @@ def test_other_settings_that_cannot_be_are_refused(key: str, value: float) -> No
 
 
 def test_what_leaves_nothing_to_compensate_is_refused_by_name() -> None:
-    model = catalogue.model("llama3_1_8b")
+    model = reader.model("llama3_1_8b")
     says = {
         "none": "LoftQ makes up for what a quantizer takes from the weights; none takes nothing",
         "int8": "LoftQ makes up for what a quantizer takes from the weights; int8 rounds every input as well",

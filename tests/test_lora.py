@@ -25,14 +25,14 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import lora
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.layers.linear import dense_sizes, depth, is_conv1d, linear_layers
-from finrepro.model import configuration, load
-from finrepro.refusals import refusal
-from finrepro.schema import Choice, build
-from finrepro.spec import RunSpec
+from finrepro.methods.adapters import lora
+from finrepro.methods.layers.linear import dense_sizes, depth, is_conv1d, linear_layers
+from finrepro.models.build import configuration, load
+from finrepro.settings import Choice, build
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 GPT2, LLAMA = MINIATURES
@@ -41,7 +41,7 @@ both = pytest.mark.parametrize("name", MINIATURES)
 
 def settings(**changes: Any) -> Choice:
     """lora_r8 with other settings."""
-    config = dataclasses.asdict(catalogue.adapter("lora_r8").config)
+    config = dataclasses.asdict(reader.adapter("lora_r8").config)
     return Choice(name="changed", kind="lora", config=lora.Config(**config | changes))
 
 
@@ -216,7 +216,7 @@ def test_merged_rows_are_as_long_as_the_magnitudes_and_unmerging_restores_the_we
 def with_the_rounded_weights(spec: RunSpec) -> nn.Module:
     """The cell's adapter on a base in full precision whose weights are what the quantizer makes of them."""
     quantizer = spec.quantizer.module("quantizers")
-    plain = load(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", spec.model.dtype)), None)
+    plain = load(dataclasses.replace(spec, quantizer=reader.quantizer("none", spec.model.dtype)), None)
     with torch.no_grad():
         for layer in linear_layers(plain).values():
             weight = layer.weight.T.contiguous() if is_conv1d(layer) else layer.weight
@@ -281,14 +281,14 @@ def test_dora_on_int8_takes_the_norm_of_the_weights_as_stored(name: str) -> None
     ],
 )
 def test_settings_that_cannot_be_are_refused_when_they_are_read(change: dict[str, Any], says: str) -> None:
-    values = dataclasses.asdict(catalogue.adapter("lora_r8").config) | change
+    values = dataclasses.asdict(reader.adapter("lora_r8").config) | change
     with pytest.raises(UsageError) as error:
         build(lora.Config, values, "adapters.x")
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_loaded() -> None:
-    model = catalogue.model("llama3_1_8b")  # k_proj and v_proj have fewer outputs: grouped queries
+    model = reader.model("llama3_1_8b")  # k_proj and v_proj have fewer outputs: grouped queries
     for changes, says in [
         ({"r": 1025}, "rank 1025 is more than llama3_1_8b can have in self_attn.k_proj, 4096 in and 1024 out"),
         (
@@ -313,15 +313,15 @@ def test_dora_is_refused_where_the_base_is_in_parts() -> None:
 
 
 def test_named_targets_alone_are_counted() -> None:
-    model, config = catalogue.model("llama3_1_8b"), settings(target_modules=("q_proj", "k_proj"), use_dora=True).config
+    model, config = reader.model("llama3_1_8b"), settings(target_modules=("q_proj", "k_proj"), use_dora=True).config
     assert lora.trainable_parameters(model, config) == 32 * (8 * (4096 + 4096 + 4096 + 1024) + 4096 + 1024)
 
 
-@pytest.mark.parametrize("name", list(catalogue.catalogue("models")))
+@pytest.mark.parametrize("name", list(reader.catalogue("models")))
 def test_the_sizes_of_the_layers_are_those_of_the_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    entry = catalogue.model(name)
+    entry = reader.model(name)
     with torch.device("meta"):
         layers = linear_layers(AutoModelForCausalLM.from_config(configuration(entry)))
     sizes = dense_sizes(entry)

@@ -13,15 +13,17 @@ import torch
 from fixtures_model import CPU, MINIATURES, broken, make, process, random_examples, spec_of  # noqa: F401
 from torch import Tensor, nn
 
-from finrepro import catalogue, rates, runtime
-from finrepro.adapters import iec, lora
-from finrepro.batches import COLLATE
-from finrepro.checkpoint import Control
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import COLLATE
 from finrepro.errors import UsageError
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.schema import Choice, build
-from finrepro.spec import RunSpec
-from finrepro.train import Interrupted, learning_rate, steps_from, train
+from finrepro.methods.adapters import iec, lora
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.runtime import process as runtime
+from finrepro.settings import Choice, build
+from finrepro.training import rates
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import Interrupted, learning_rate, steps_from, train
 
 RATIO, STEPS = 16.0, 5
 DATA = random_examples(3, count=40, longest=20, answers=(1, 3))
@@ -33,12 +35,12 @@ over_engines = pytest.mark.parametrize(
 
 
 def plus(**changes: Any) -> Choice:
-    config = dataclasses.asdict(catalogue.adapter("loraplus_r8").config)
+    config = dataclasses.asdict(reader.adapter("loraplus_r8").config)
     return Choice(name="changed", kind="lora", config=lora.Config(**config | changes))
 
 
 def iec_plus() -> Choice:
-    config = dataclasses.asdict(catalogue.adapter("iec_r8").config)
+    config = dataclasses.asdict(reader.adapter("iec_r8").config)
     return Choice(name="changed", kind="iec", config=iec.Config(**config | {"lr_ratio_b": RATIO}))
 
 
@@ -121,7 +123,7 @@ def test_every_engine_equals_a_plain_loop_with_two_rates(
 def test_the_ratio_holds_at_every_step_and_in_a_resumed_run(
     engine: Any, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finrepro import train as loop
+    from finrepro.training import loop
 
     seen: list[list[tuple[float, float]]] = []
     step = loop.optimizer_step
@@ -212,13 +214,13 @@ def test_any_optimizer_is_split_eight_bit_ones_too() -> None:
 
 
 def test_it_is_a_method_of_its_own_and_changes_nothing_else() -> None:
-    plain, other = catalogue.adapter("lora_r8"), catalogue.adapter("loraplus_r8")
+    plain, other = reader.adapter("lora_r8"), reader.adapter("loraplus_r8")
     assert other.config == dataclasses.replace(plain.config, lr_ratio_b=RATIO)
     assert spec_with("lora_r8").run_id != spec_with("loraplus_r8").run_id
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.0, math.inf, "16"])
 def test_a_ratio_below_one_is_refused(ratio: Any) -> None:
-    values = dataclasses.asdict(catalogue.adapter("loraplus_r8").config) | {"lr_ratio_b": ratio}
+    values = dataclasses.asdict(reader.adapter("loraplus_r8").config) | {"lr_ratio_b": ratio}
     with pytest.raises(UsageError, match=r"^adapters\.x[^\n]*$"):
         build(lora.Config, values, "adapters.x")

@@ -27,19 +27,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finrepro import catalogue, loading, plan, restructure
-from finrepro.cells import base_of
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import base_of
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.layers.linear import block_sizes, dense_sizes, depth, is_conv1d, linear_layers, other_parameters, rank
-from finrepro.layers.low_rank import LowRankLinear, SplitLowRankLinear, dense_weight, factors, fill, low_rank_layers
-from finrepro.layers.spectrum import Spectrum, spectra, spectrum
-from finrepro.low_rank import LowRank, break_even, factor_sizes, solve
-from finrepro.model import build, dense_skeleton, load, skeleton
-from finrepro.refusals import refusal
-from finrepro.spec import Model
+from finrepro.methods.layers.linear import (
+    block_sizes,
+    dense_sizes,
+    depth,
+    is_conv1d,
+    linear_layers,
+    other_parameters,
+    rank,
+)
+from finrepro.methods.layers.low_rank import (
+    LowRankLinear,
+    SplitLowRankLinear,
+    dense_weight,
+    factors,
+    fill,
+    low_rank_layers,
+)
+from finrepro.methods.layers.spectrum import Spectrum, spectra, spectrum
+from finrepro.models import factorize, loading
+from finrepro.models.build import build, dense_skeleton, load, skeleton
+from finrepro.planning import plan
+from finrepro.sizes.low_rank import LowRank, break_even, factor_sizes, solve
 
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"
-LOW_RANK = tuple(name for name in catalogue.catalogue("models") if catalogue.model(name).low_rank)
+LOW_RANK = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
 IDS = list(range(30, 60))
 
 
@@ -175,16 +192,16 @@ def test_one_seed_is_one_model() -> None:
 
 def saved(model: nn.Module, folder: Path) -> Path:
     """The checkpoint that a run of the whole model leaves."""
-    catalogue.adapter("full").module("adapters").export(model, folder)
+    reader.adapter("full").module("adapters").export(model, folder)
     return folder
 
 
 def of_rank(model: Model, r: int, folder: Path) -> Any:
     """The trained weights in `folder` as a low-rank model of any rank, also one that saves nothing."""
     spec, low_rank = spec_of(model), chosen()
-    low = restructure.restructured(dense_skeleton(spec), low_rank, r)
+    low = factorize.restructured(dense_skeleton(spec), low_rank, r)
     dense = dense_skeleton(spec)
-    source = restructure.Factored(dense, loading.Checkpoint(dense, folder, model.name), low_rank, 0)
+    source = factorize.Factored(dense, loading.Checkpoint(dense, folder, model.name), low_rank, 0)
     loading.stream(low, source, None, CPU)
     return low.eval()
 
@@ -222,12 +239,12 @@ def test_a_checkpoint_of_factors_is_read_as_it_is_and_a_dense_one_is_decomposed(
     spec = spec_of(model)
     trained = stir(load(spec, None))
     folder = saved(trained, tmp_path / "factors")
-    monkeypatch.setattr("finrepro.layers.low_rank.principal_factors", None)  # whoever decomposes fails
+    monkeypatch.setattr("finrepro.methods.layers.low_rank.principal_factors", None)  # whoever decomposes fails
     assert images(load(spec, folder).named_parameters()) == images(trained.named_parameters())
     with pytest.raises(TypeError):
         load(spec, None)
     monkeypatch.undo()
-    dense = restructure.to_dense(load(spec, folder), dense_skeleton(spec))
+    dense = factorize.to_dense(load(spec, folder), dense_skeleton(spec))
     assert "finrepro_low_rank" not in dense.config.to_dict()
     again = load(spec, saved(dense, tmp_path / "dense")).eval()  # its rank is the model's own: nothing is lost
     assert_close(all_logits(again, IDS), all_logits(trained.eval(), IDS), 1e-4)
@@ -257,13 +274,13 @@ def test_factors_of_another_rank_or_with_a_tensor_too_few_are_refused(tmp_path: 
 
 def test_no_part_of_the_dense_model_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    original = restructure.Factored.__init__
+    original = factorize.Factored.__init__
 
     def keep(self: Any, dense: Any, *arguments: Any) -> None:
         made.append(dense)
         original(self, dense, *arguments)
 
-    monkeypatch.setattr(restructure.Factored, "__init__", keep)
+    monkeypatch.setattr(factorize.Factored, "__init__", keep)
     model = load(spec_of(small()), None)
     assert len(made) == 1 and all(parameter.is_meta for parameter in made[0].parameters())
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -335,7 +352,7 @@ def test_token_by_token_it_computes_what_it_computes_at_once() -> None:
 )
 def test_an_entry_has_as_many_parameters_as_arithmetic_and_the_built_model_say(name: str) -> None:
     """With the tied head and the biases; the names and sizes of the layers are those of the model."""
-    entry = catalogue.model(name)
+    entry = reader.model(name)
     sizes = block_sizes(entry)
     assert entry.parameters == other_parameters(entry) + depth(entry) * sum(i * o for i, o in sizes.values())
     model = skeleton(spec_of(entry))
@@ -353,7 +370,7 @@ def test_an_entry_has_as_many_parameters_as_arithmetic_and_the_built_model_say(n
      ("gpt2_1_5b", 200, 245.8, 328.8, 4.74), ("gpt2_1_5b", 400, 491.5, 574.6, 2.71), ("gpt2_1_5b", 533, 655.0, 738.0, 2.11)],
 )  # fmt: skip
 def test_the_sizes_are_the_published_arithmetic(name: str, r: int, linear: float, total: float, ratio: float) -> None:
-    dense = catalogue.model(name)
+    dense = reader.model(name)
     model = dataclasses.replace(dense, low_rank=chosen(rank=r))
     factors_of = depth(model) * sum(i * o for i, o in block_sizes(model).values())
     whole = factors_of + other_parameters(model)
@@ -365,9 +382,9 @@ def test_the_sizes_are_the_published_arithmetic(name: str, r: int, linear: float
 
 
 def test_the_ranks_that_the_papers_compression_implies() -> None:
-    assert rank(catalogue.model("gpt2_1_5b_lr_2_64x")) == 413
-    assert rank(catalogue.model("gpt2_127m_lr_2_64x")) == 52
-    dense = catalogue.model("gpt2_1_5b")
+    assert rank(reader.model("gpt2_1_5b_lr_2_64x")) == 413
+    assert rank(reader.model("gpt2_127m_lr_2_64x")) == 52
+    dense = reader.model("gpt2_1_5b")
     separate = dataclasses.replace(dense, low_rank=chosen(rank=None, compression=2.64, split_qkv=True))
     assert rank(separate) == 367
 
@@ -378,7 +395,7 @@ def test_the_ranks_that_the_papers_compression_implies() -> None:
      ("gpt2_127m_mini_lr", "gpt2_127m_mini_equal"), ("gpt2_1_5b_mini_lr", "gpt2_1_5b_mini_equal")],
 )  # fmt: skip
 def test_the_dense_model_to_be_held_against_is_of_equal_size(low: str, dense: str) -> None:
-    one, other = catalogue.model(low), catalogue.model(dense)
+    one, other = reader.model(low), reader.model(dense)
     assert other.low_rank is None and abs(one.parameters / other.parameters - 1) <= 0.005
 
 
@@ -429,11 +446,11 @@ PLAIN = {"rank": 16, "targets": "all-linear", "split_qkv": False, "multiple_of":
 def test_settings_that_cannot_be_are_one_line(
     changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = catalogue.catalogue("models")
+    entries = reader.catalogue("models")
     entry = {**entries["gpt2_127m_lr_r256"], "low_rank": {**PLAIN, **changes}}
     monkeypatch.setitem(entries, "x", entry)
     with pytest.raises(UsageError, match=says) as refused:
-        catalogue.model.__wrapped__("x")
+        reader.model.__wrapped__("x")
     assert one_line(refused.value).startswith(("models.x", "unknown model"))
 
 
@@ -460,25 +477,25 @@ def misaligned(spec: Any) -> None:
 def test_factors_whose_rows_4_bit_blocks_would_cross_are_refused_by_name() -> None:
     """B's rows are as long as the rank."""
     for r in (48, 37):
-        model = dataclasses.replace(catalogue.model(GPT2), low_rank=chosen(rank=r))
+        model = dataclasses.replace(reader.model(GPT2), low_rank=chosen(rank=r))
         for quantizer in ("nf4", "fp4", "icq"):
             misaligned(spec_of(model, "lora_r8", quantizer))
         for quantizer in ("none", "int8"):
             assert refusal(spec_of(model, "lora_r8", quantizer)) is None
-    broken(misaligned, spec_of(catalogue.model("gpt2_127m_mini_lr_r64"), "lora_r8", "nf4"))
-    broken(misaligned, spec_of(catalogue.model("gpt2_1_5b_lr_r384"), "lora_r8", "icq"))
-    misaligned(spec_of(catalogue.model("gpt2_1_5b_lr_2_64x"), "lora_r8", "nf4"))
+    broken(misaligned, spec_of(reader.model("gpt2_127m_mini_lr_r64"), "lora_r8", "nf4"))
+    broken(misaligned, spec_of(reader.model("gpt2_1_5b_lr_r384"), "lora_r8", "icq"))
+    misaligned(spec_of(reader.model("gpt2_1_5b_lr_2_64x"), "lora_r8", "nf4"))
 
 
 @pytest.mark.parametrize("quantizer", ["none", "int8", "nf4", "icq"])
 def test_the_factors_are_what_is_quantized_and_as_many_bytes_as_planned(quantizer: str) -> None:
-    spec = spec_of(catalogue.model("gpt2_127m_mini_lr_r64"), "lora_r8", quantizer)
+    spec = spec_of(reader.model("gpt2_127m_mini_lr_r64"), "lora_r8", quantizer)
     built = make(spec)
     assert built.base_bytes == plan.base_bytes(spec) and built.base_parameters == spec.model.parameters
     assert built.trainable_parameters == plan.sizes(spec)["trainable_params"] == 2 * 8 * (1792 + 384 + 256)
     if quantizer == "none":
         return
-    exact = load(dataclasses.replace(spec, quantizer=catalogue.quantizer("none", "float32")), None).eval()
+    exact = load(dataclasses.replace(spec, quantizer=reader.quantizer("none", "float32")), None).eval()
     assert_close(all_logits(built.model.eval(), IDS), all_logits(exact, IDS), 0.2)
 
 
@@ -490,7 +507,7 @@ def test_the_factors_are_what_is_quantized_and_as_many_bytes_as_planned(quantize
     ],
 )
 def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter: str) -> None:
-    spec = spec_of(catalogue.model("gpt2_127m_mini_lr_r64"), adapter, "nf4" if adapter.startswith("loftq") else "none")
+    spec = spec_of(reader.model("gpt2_127m_mini_lr_r64"), adapter, "nf4" if adapter.startswith("loftq") else "none")
     if refusal(spec):
         pytest.skip(str(refusal(spec)))
     built = make(spec)
@@ -534,7 +551,7 @@ def test_every_pair_of_a_model_has_a_spectrum_and_begins_in_balance() -> None:
     model = load(spec_of(small(split_qkv=True)), None)
     found = spectra(model)
     assert len(found) == 2 * 6 and all(abs(each.balance) < 1e-4 and each.rank == 16 for each in found.values())
-    quantized = make(spec_of(catalogue.model("gpt2_127m_mini_lr_r64"), "base", "nf4")).model
+    quantized = make(spec_of(reader.model("gpt2_127m_mini_lr_r64"), "base", "nf4")).model
     with pytest.raises(ValueError, match="are quantized"):
         spectra(quantized)
 
@@ -544,9 +561,9 @@ def test_every_pair_of_a_model_has_a_spectrum_and_begins_in_balance() -> None:
 
 def test_an_entry_that_decomposes_another_starts_from_its_run(tmp_path: Path) -> None:
     name = "gpt2_127m_mini_svd_r64"
-    model, dense = catalogue.model(name), catalogue.model(GPT2)
-    assert base_of(name) == base_of(GPT2) and catalogue.origin(model) == dense
-    assert catalogue.origin(catalogue.model("gpt2_127m_mini_lr")).name == "gpt2_127m_mini_lr"
+    model, dense = reader.model(name), reader.model(GPT2)
+    assert base_of(name) == base_of(GPT2) and reader.origin(model) == dense
+    assert reader.origin(reader.model("gpt2_127m_mini_lr")).name == "gpt2_127m_mini_lr"
     trained = stir(load(spec_of(dense), None))
     low = build(spec_of(model), saved(trained, tmp_path), CPU).model
     found = pairs_with_weights(low, trained)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from finrepro.metrics import classification_scores, pair_index
+from finrepro.evaluation.metrics import classification_scores, pair_index
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=80)
 

@@ -23,12 +23,12 @@ from fixtures_model import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.layers import isolated_attention
-from finrepro.layers.linear import linear_layers
-from finrepro.model import build, load, load_tokenizer, quantize
-from finrepro.spec import RunSpec
+from finrepro.methods.layers import isolated_attention
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.models.build import build, load, load_tokenizer, quantize
 
 IDS = random_examples(0, count=1, longest=40)[0].ids
 everywhere = pytest.mark.parametrize("name", MINIATURES)
@@ -85,7 +85,7 @@ def test_a_built_model_is_in_training_mode_without_dropout_or_cache(
 @everywhere
 @pytest.mark.parametrize("quantizer", ["none", "nf4"])
 def test_parameters_are_counted_before_quantization_as_the_catalogue_says(name: str, quantizer: str) -> None:
-    whole = catalogue.model(name)
+    whole = reader.model(name)
     built = build(spec_of(whole, "lora_r8", quantizer), None, CPU)
     assert built.base_parameters == whole.parameters
 

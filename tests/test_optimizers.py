@@ -32,12 +32,14 @@ from optimizers_program import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue, partition, runtime
-from finrepro.adapters import full
-from finrepro.handle import Handle
-from finrepro.optimizers import adamw, adamw_8bit, adamw_frobenius
-from finrepro.refusals import refusal
-from finrepro.train import Interrupted, learning_rate
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.methods.adapters import full
+from finrepro.methods.optimizers import adamw, adamw_8bit, adamw_frobenius
+from finrepro.runtime import process as runtime
+from finrepro.runtime import zero3
+from finrepro.training.handle import Handle
+from finrepro.training.loop import Interrupted, learning_rate
 
 EVERYWHERE = [
     (*key, dtype) for key in ENGINES for dtype in ("float32", "bfloat16") if (key[0], dtype) != ("ddp", "bfloat16")
@@ -158,9 +160,9 @@ def test_pairs_are_recognised_by_name_and_a_factor_alone_is_none() -> None:
 def test_a_cell_without_factors_is_refused_by_name() -> None:
     spec = cell(chosen(FROBENIUS))
     assert refusal(spec) == f"adamw_frobenius decays the factors of low-rank layers, and {spec.model.name} has none"
-    low_rank = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_mini_lr"))
+    low_rank = dataclasses.replace(spec, model=reader.model("gpt2_127m_mini_lr"))
     assert refusal(low_rank) is None
-    adapted = dataclasses.replace(low_rank, adapter=catalogue.adapter("lora_r8"))
+    adapted = dataclasses.replace(low_rank, adapter=reader.adapter("lora_r8"))
     assert refusal(adapted) == "adamw_frobenius decays the factors of low-rank layers, and lora_r8 trains none"
 
 
@@ -206,7 +208,7 @@ def test_a_run_with_frobenius_decay_is_the_loop_by_hand(engine: Any, stage: int,
 
 def only_the_model(handle: Handle, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the engine's own copies are forgotten."""
-    handle.set = lambda parameter, value: partition.fill(parameter, value)  # type: ignore[method-assign]
+    handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
     DECAY(handle, config, step, max_steps)
 
 
@@ -476,7 +478,7 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(kind: str, rea
         run(cell(settings, max_steps=1), tmp_path)
     finally:
         del full.after_step  # type: ignore[attr-defined]
-    forgetful = dataclasses.replace(cell(settings), adapter=catalogue.adapter("rosa_r8"))
+    forgetful = dataclasses.replace(cell(settings), adapter=reader.adapter("rosa_r8"))
     assert "rosa_r8" in str(refusal(forgetful))
 
 

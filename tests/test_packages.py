@@ -7,7 +7,7 @@ import pytest
 from fixtures_process import python
 
 from finrepro.errors import CellFailed, EnvironmentFault
-from finrepro.store import FAILED, open_store
+from finrepro.evidence.store import FAILED, open_store
 
 pytestmark = pytest.mark.slow
 

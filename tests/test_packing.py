@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finrepro import packing
-from finrepro.packing import LAYOUTS, Rows, bins, computed_tokens, num_steps, padded, rank_rows, steps_of_epoch
+from finrepro.data import packing
+from finrepro.data.packing import LAYOUTS, Rows, bins, computed_tokens, num_steps, padded, rank_rows, steps_of_epoch
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=100)
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)

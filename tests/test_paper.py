@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from fixtures_process import one_line
 
-from finrepro import paper
-from finrepro.catalogue import table, tables
+from finrepro.catalogue.reader import table, tables
 from finrepro.errors import CellFailed, EnvironmentFault
-from finrepro.render import Line, Table, to_latex
+from finrepro.reporting import paper
+from finrepro.reporting.table import Line, Table, to_latex
 
 MAIN = (paper.SOURCES / "main.tex").read_text(encoding="utf-8")
 BIBLIOGRAPHY = (paper.SOURCES / "refs.bib").read_text(encoding="utf-8")

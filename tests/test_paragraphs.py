@@ -2,11 +2,11 @@
 
 import pytest
 
-from finrepro import catalogue
-from finrepro.datasets.paragraphs import Config, read
+from finrepro.catalogue import reader
+from finrepro.data.formats.paragraphs import Config, read
 from finrepro.errors import EnvironmentFault
 
-DATASET = catalogue.dataset("wikitext2")
+DATASET = reader.dataset("wikitext2")
 TEXT = """
  = Nero =
 
@@ -23,8 +23,8 @@ TEXT = """
 
 def config(articles: int | None = None, **files: int | None) -> Config:
     given = {name: {"path": name, "sha256": None, "rows": rows} for name, rows in files.items()}
-    raw = catalogue.entry("datasets", "wikitext2", "dataset")
-    choice = catalogue.choose("datasets", "text", raw | {"files": given, "articles": {"test": articles}}, "text")
+    raw = reader.entry("datasets", "wikitext2", "dataset")
+    choice = reader.choose("datasets", "text", raw | {"files": given, "articles": {"test": articles}}, "text")
     return choice.config
 
 

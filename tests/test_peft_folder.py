@@ -23,17 +23,17 @@ from fixtures_model import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import peft_folder
-from finrepro.campaign import choose_scale
-from finrepro.cells import expand
+from finrepro.campaigns.campaign import choose_scale
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import Scale
 from finrepro.errors import EnvironmentFault
-from finrepro.layers.linear import linear_layers
-from finrepro.model import load
-from finrepro.place import Place
-from finrepro.schema import Choice, choose
-from finrepro.selection import Selection
-from finrepro.spec import Scale
+from finrepro.evidence.place import Place
+from finrepro.methods.adapters import peft_folder
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.models.build import load
+from finrepro.settings import Choice, choose
 
 GPT2, LLAMA = MINIATURES
 IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
@@ -126,8 +126,8 @@ def test_the_identity_of_an_adapter_is_its_files_and_not_its_place(tmp_path: Pat
 )
 def test_an_adapter_is_for_the_base_that_it_names(model: str, written: str, fits: bool) -> None:
     config = peft_folder.Config(path="x/adapter", sha256="0", base_model=written)
-    entry = catalogue.model(model)
-    reason = peft_folder.supports(entry, catalogue.quantizer("nf4", entry.dtype), 0, config)
+    entry = reader.model(model)
+    reason = peft_folder.supports(entry, reader.quantizer("nf4", entry.dtype), 0, config)
     if fits:
         assert reason is None
     else:
@@ -269,4 +269,4 @@ def test_the_cells_of_an_adapter_are_those_of_its_base_and_the_scale_is_where_th
 
 def catalogue_name(base: str) -> str:
     """The catalogue's name of a base."""
-    return base if base in catalogue.catalogue("models") else "llama3_1_8b"
+    return base if base in reader.catalogue("models") else "llama3_1_8b"

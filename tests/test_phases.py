@@ -9,10 +9,11 @@ import pytest
 import torch
 from fixtures_model import CPU, broken, make, process, random_examples, spec_of  # noqa: F401
 
-from finrepro import phases, runtime
-from finrepro.checkpoint import Control
-from finrepro.phases import Phases
-from finrepro.train import Interrupted, train
+from finrepro.runtime import phases
+from finrepro.runtime import process as runtime
+from finrepro.runtime.phases import Phases
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import Interrupted, train
 
 MIB = 2**20
 WALK = (

@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 from test_first_stage import decaying, upright
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import lora, pissa
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.model import load
-from finrepro.refusals import refusal
-from finrepro.schema import Choice, build
+from finrepro.methods.adapters import lora, pissa
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.models.build import load
+from finrepro.settings import Choice, build
 
 GPT2, LLAMA = MINIATURES
 both = pytest.mark.parametrize("name", MINIATURES)
@@ -40,7 +40,7 @@ IDS = random_examples(11, count=1, longest=30)[0].ids
 
 def settings(**changes: Any) -> Choice:
     """pissa_r8 with other settings."""
-    values = dataclasses.asdict(catalogue.adapter("pissa_r8").config)
+    values = dataclasses.asdict(reader.adapter("pissa_r8").config)
     return Choice(name="changed", kind="pissa", config=pissa.Config(**values | changes))
 
 
@@ -93,7 +93,7 @@ def test_it_is_pefts_pissa(alpha: int) -> None:
 
 @pytest.mark.parametrize("quantizer", ["nf4", "nf4_single", "fp4", "icq", "int8"])
 def test_the_rest_is_rounded_with_less_error_than_the_weight(quantizer: str) -> None:
-    choice, weight = catalogue.quantizer(quantizer, "float32"), decaying(256, 128)
+    choice, weight = reader.quantizer(quantizer, "float32"), decaying(256, 128)
     module = choice.module("quantizers")
 
     def error(matrix: Tensor) -> float:
@@ -225,7 +225,7 @@ def test_what_is_kept_for_the_export_is_neither_trained_nor_saved() -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused_when_they_are_read(change: dict[str, Any], says: str) -> None:
-    values = dataclasses.asdict(catalogue.adapter("pissa_r8").config) | change
+    values = dataclasses.asdict(reader.adapter("pissa_r8").config) | change
     with pytest.raises(UsageError) as error:
         build(pissa.Config, values, "adapters.x")
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
@@ -233,16 +233,16 @@ def test_settings_that_cannot_be_are_refused_when_they_are_read(change: dict[str
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rank_that_does_not_fit_is_refused_and_no_quantizer_is(stage: int) -> None:
-    model = catalogue.model("llama3_1_8b")
+    model = reader.model("llama3_1_8b")
     reason = refusal(spec_of(model, settings(r=1025), zero_stage=stage))
     assert reason is not None and reason.startswith("rank 1025 is more than llama3_1_8b can have in self_attn.k_proj")
-    for quantizer in catalogue.catalogue("quantizers"):
+    for quantizer in reader.catalogue("quantizers"):
         if stage < 3 or quantizer != "int8":  # which ZeRO-3 cannot divide, whatever the adapter
             assert refusal(spec_of(model, "pissa_r8", quantizer, zero_stage=stage)) is None
 
 
 @pytest.mark.parametrize("adapter", ["pissa_r8", "loftq_r8"])
 def test_the_closed_form_is_loras(adapter: str) -> None:
-    count: Callable[..., int] = catalogue.adapter(adapter).module("adapters").trainable_parameters
+    count: Callable[..., int] = reader.adapter(adapter).module("adapters").trainable_parameters
     for name, per_rank in (("gpt2_127m", 147_456), ("llama2_13b", 3_911_680), ("llama3_1_70b", 12_943_360)):
-        assert count(catalogue.model(name), catalogue.adapter(adapter).config) == 8 * per_rank
+        assert count(reader.model(name), reader.adapter(adapter).config) == 8 * per_rank

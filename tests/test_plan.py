@@ -9,15 +9,18 @@ from typing import Literal
 
 import pytest
 
-from finrepro import catalogue, data, missing, plan, provenance, store
-from finrepro.cells import base_of, expand
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import base_of, expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data import files
 from finrepro.errors import FinreproError, UsageError
-from finrepro.inputs import base_facts
-from finrepro.launch import command, parse, request, resolve
-from finrepro.place import Place
-from finrepro.result import header, seal_unfinished
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
+from finrepro.evidence import provenance, store
+from finrepro.evidence.place import Place
+from finrepro.evidence.result import header, seal_unfinished
+from finrepro.planning import availability, plan
+from finrepro.running.inputs import base_facts
+from finrepro.running.launch import command, parse, request, resolve
 
 QUICK = expand(Selection("3", quick=True), "smoke")
 PAPER = expand(Selection("3"), "paper")
@@ -93,7 +96,7 @@ def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
     (here / "Sentences_50Agree.txt").write_text("found without being opened")
     found = dataclasses.replace(place, data_dir=tmp_path / "data")
     assert {step.action for step in plan.plan(cells, found, False)} == {"run"}
-    assert data.missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
+    assert files.missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
 
 
 @pytest.fixture
@@ -138,8 +141,8 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     places = dataclasses.replace(place, models_dir=tmp_path / "models")
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "smoke", "a folder that is no checkpoint of the model"
-    monkeypatch.setattr(missing.weights, "check", lambda *_: None)
-    missing._wrong_weights.cache_clear()
+    monkeypatch.setattr(availability.weights, "check", lambda *_: None)
+    availability._wrong_weights.cache_clear()
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "paper" and "H100" in why
 
@@ -154,7 +157,7 @@ def test_a_corpus_that_is_not_finished_is_no_reason_for_the_paper_scale(
     tokenizer.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text("{}")
     places = dataclasses.replace(place, data_dir=tmp_path)
-    assert missing.data_of(cells[0].spec, places) is None
+    assert availability.data_of(cells[0].spec, places) is None
     scale, why = plan.auto_scale(lambda: cells, places)
     assert scale == "smoke" and "openwebtext' is not prepared" in why
     (tokenizer.parent / "index.json").write_text("{}")
@@ -255,11 +258,11 @@ def test_the_launch_command_of_a_cell_runs_that_cell(place: Place, scale: Litera
         for cell in cells[:: max(1, len(cells) // 30)]:
             line = command(cell.spec, selection, scale, place)
             assert ("torch.distributed.run" in line) == (cell.spec.world_size > 1)
-            message, where = parse(line[line.index("finrepro.run") + 1 :])
+            message, where = parse(line[line.index("finrepro.running.cell") + 1 :])
             assert resolve(message) == cell.spec and where == place
         with pytest.raises(FinreproError, match="unknown cell"):
             resolve(message | {"label": cell.label + "0"})
-    _, where = parse([*line[line.index("finrepro.run") + 1 :], "--data-dir", "d", "--models-dir", "m"])
+    _, where = parse([*line[line.index("finrepro.running.cell") + 1 :], "--data-dir", "d", "--models-dir", "m"])
     assert (where.data_dir, where.models_dir) == (Path.cwd() / "d", Path.cwd() / "m"), "a child looks from elsewhere"
 
 
@@ -300,18 +303,16 @@ def test_a_cell_whose_base_is_trained_by_table_2_waits_for_that_run(place: Place
     (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
     assert step.action == "skip" and f"--table 2 --scale paper --only {base.label}" in step.reason
     seal_unfinished(base.spec, place.store, store.FAILED, "out of memory", time.time())
-    assert "is failed" in str(missing.base_of(spec, place, ask_hub=True))
+    assert "is failed" in str(availability.base_of(spec, place, ask_hub=True))
     seal_done(place, base.spec)
-    assert missing.base_of(spec, place, ask_hub=True) is None
+    assert availability.base_of(spec, place, ask_hub=True) is None
     (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
     assert step.action == "run" and step.base is None
 
 
 def test_every_model_that_names_its_run_of_table_2_names_one_of_its_own():
     named = {
-        name: found
-        for name in catalogue.catalogue("models")
-        if isinstance((found := catalogue.model(name)).pretrain, str)
+        name: found for name in reader.catalogue("models") if isinstance((found := reader.model(name)).pretrain, str)
     }
     assert len(named) == 8 and not any(found.hub for found in named.values())
     for name, found in named.items():
@@ -324,7 +325,7 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
     spec = paper(FROM_TABLE_2)
     (base,) = expand(Selection("2", only=f"{spec.model.pretrain}"), "paper")
     seal_done(place, base.spec, source_digest="another")
-    assert place.store.state(base.spec) == store.STALE and missing.base_of(spec, place, ask_hub=False) is None
+    assert place.store.state(base.spec) == store.STALE and availability.base_of(spec, place, ask_hub=False) is None
     seal_done(place, spec)
     result = place.store.result(spec.run_id)
     assert result is not None
@@ -344,16 +345,16 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
 def test_a_wrong_label_or_corpus_is_one_line_with_the_nearest(
     name: str, entry: str, key: str, wrong: str, says: str, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = catalogue.catalogue
+    whole = reader.catalogue
     changed = {**whole(name), entry: {**whole(name)[entry], key: wrong}}
-    monkeypatch.setattr(catalogue, "catalogue", lambda asked: changed if asked == name else whole(asked))
-    for cached in (catalogue.model, catalogue.task, catalogue.train_set, base_of):
+    monkeypatch.setattr(reader, "catalogue", lambda asked: changed if asked == name else whole(asked))
+    for cached in (reader.model, reader.task, reader.train_set, base_of):
         cached.cache_clear()
     try:
         with pytest.raises(UsageError, match=says) as caught:
-            base_of(entry) if name == "models" else catalogue.task(entry)
+            base_of(entry) if name == "models" else reader.task(entry)
         assert f"{name}.{entry}.{key}" in str(caught.value) and "\n" not in str(caught.value)
     finally:
         monkeypatch.undo()
-        for cached in (catalogue.model, catalogue.task, catalogue.train_set, base_of):
+        for cached in (reader.model, reader.task, reader.train_set, base_of):
             cached.cache_clear()

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from finrepro import catalogue, cells, pretraining, stored
-from finrepro.layers.linear import rank
-from finrepro.place import Place
-from finrepro.refusals import refusal
-from finrepro.run import median_step, run_cell
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.store import open_store
+from finrepro.catalogue import cells, reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evaluation import quantized
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
+from finrepro.methods.layers.linear import rank
+from finrepro.reporting import pretraining
+from finrepro.running.cell import median_step, run_cell
 
 MODEL = "gpt2_1_5b_deep_mini_lr_r64"  # of a rank that 4-bit blocks divide
 STEPS = 4
@@ -49,7 +51,7 @@ def test_it_is_scored_stored_and_the_same_twice(tmp_path: Path):
     again, other = walked(tmp_path / "two")
     assert result["status"] == "done", result["reason"]
     scores = {(score["task"], score["metric"]): score["value"] for score in result["scores"]}
-    names = ["wikitext2_text", *(stored.task_name("wikitext2_text", each) for each in ("int8", "nf4"))]
+    names = ["wikitext2_text", *(quantized.task_name("wikitext2_text", each) for each in ("int8", "nf4"))]
     assert set(scores) == {(name, metric) for name in names for metric in ("perplexity", "bits_per_byte")}
     # A model that has hardly learned says about the same as a uniform one, in every form; yet no two forms say the same.
     perplexities = [scores[name, "perplexity"] for name in names]
@@ -57,7 +59,7 @@ def test_it_is_scored_stored_and_the_same_twice(tmp_path: Path):
     costs = result["costs"]
     assert costs["train_tokens"] == STEPS * 2 * 64 and costs["useful_token_share"] == 1.0
     assert costs["base_bytes"] > costs["bytes_as_int8"] > costs["bytes_as_nf4"] > 0
-    assert costs["total_params"] == catalogue.model(MODEL).parameters == costs["trainable_params"]
+    assert costs["total_params"] == reader.model(MODEL).parameters == costs["trainable_params"]
     assert costs["matmul_flops"] > 0 and costs["step_seconds"] > 0
     assert result["scores"] == again["scores"]
     for name in ("loss.jsonl", "predictions.jsonl"):
@@ -70,7 +72,7 @@ def test_it_is_scored_stored_and_the_same_twice(tmp_path: Path):
 
 def test_the_arithmetic_of_a_cell_needs_no_run():
     facts = pretraining.facts(cell())
-    model, dense = catalogue.model(MODEL), catalogue.model("gpt2_1_5b_deep_mini")
+    model, dense = reader.model(MODEL), reader.model("gpt2_1_5b_deep_mini")
     assert facts["reference"] == dense.name and facts["rank"] == rank(model)
     assert facts["compression"] == pytest.approx(dense.parameters / model.parameters) and facts["compression"] > 1.9
     assert (
@@ -83,7 +85,7 @@ def test_the_arithmetic_of_a_cell_needs_no_run():
     plain = dataclasses.replace(cell(), model=dense)
     assert pretraining.facts(plain)["flop_bound"] == pretraining.facts(plain)["compression"] == 1
     assert pretraining.facts(plain)["rank"] is None
-    narrow = dataclasses.replace(cell(), model=catalogue.model("gpt2_1_5b_deep_mini_lr"))
+    narrow = dataclasses.replace(cell(), model=reader.model("gpt2_1_5b_deep_mini_lr"))
     assert pretraining.facts(narrow)["stored_bytes"]["nf4"] is None, "blocks would cross rows of 41"
 
 
@@ -92,19 +94,19 @@ def test_the_dense_model_of_equal_parameters_has_as_many_within_half_a_percent()
         ("gpt2_1_5b_deep_mini_lr", "gpt2_1_5b_deep_mini_equal"), ("gpt2_1_5b_lr_2_64x", "gpt2_1_5b_equal"),
         ("gpt2_127m_lr_2_64x", "gpt2_127m_equal"),
     ):  # fmt: skip
-        numbers = [catalogue.model(name).parameters for name in (small, equal)]
+        numbers = [reader.model(name).parameters for name in (small, equal)]
         assert math.isclose(*numbers, rel_tol=5e-3)
 
 
 def test_a_quantizer_that_cannot_hold_the_model_is_left_out():
-    assert [each.name for each in stored.possible(cell())] == ["int8", "nf4"]
-    narrow = dataclasses.replace(cell(), model=catalogue.model("gpt2_1_5b_deep_mini_lr"))
-    assert [each.name for each in stored.possible(narrow)] == ["int8"]
-    assert stored.possible(dataclasses.replace(cell(), world_size=2)) == []
+    assert [each.name for each in quantized.possible(cell())] == ["int8", "nf4"]
+    narrow = dataclasses.replace(cell(), model=reader.model("gpt2_1_5b_deep_mini_lr"))
+    assert [each.name for each in quantized.possible(narrow)] == ["int8"]
+    assert quantized.possible(dataclasses.replace(cell(), world_size=2)) == []
 
 
 def test_a_model_that_starts_from_trained_weights_is_not_pretrained_from_scratch():
-    decomposed = catalogue.model("gpt2_127m_mini_svd_r64")
+    decomposed = reader.model("gpt2_127m_mini_svd_r64")
     reason = refusal(dataclasses.replace(cell(), model=decomposed))
     assert reason == "starts from the trained weights of gpt2_127m_mini, not from scratch"
 

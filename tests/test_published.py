@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
+from finrepro.catalogue.published import Comparison, Published, candidates, comparability, read
 from finrepro.errors import UsageError
-from finrepro.lines import margin_of
-from finrepro.published import Comparison, Published, candidates, comparability, read
-from finrepro.report.table3 import FAMILIES
-from finrepro.report.table5 import PUBLISHED
-from finrepro.schema import read_yaml
-from finrepro.verdict import Estimate, Judgement, estimate, half_width, judge, student_quantile
+from finrepro.reporting.grouping import margin_of
+from finrepro.reporting.tables.table3 import FAMILIES
+from finrepro.reporting.tables.table5 import PUBLISHED
+from finrepro.settings import read_yaml
+from finrepro.statistics.equivalence import Estimate, Judgement, estimate, half_width, judge, student_quantile
 
-FILES = sorted((catalogue.CONFIGS / "published").glob("*.yaml"))
+FILES = sorted((reader.CONFIGS / "published").glob("*.yaml"))
 VALUES = {value.name: value for path in FILES for value in read(read_yaml(path), f"published.{path.stem}")}
 Judge = Callable[[Estimate | None, float, float], Judgement]
 
 
 def raw(name: str) -> dict[str, Any]:
-    return copy.deepcopy(read_yaml(catalogue.CONFIGS / "published" / f"{name}.yaml"))
+    return copy.deepcopy(read_yaml(reader.CONFIGS / "published" / f"{name}.yaml"))
 
 
 def cell(**changes: Any) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def test_names_of_ours_are_in_the_catalogue():
         known = {"models": value.system.model, "adapters": value.system.adapter, "quantizers": value.system.quantizer,
                  "mixes": value.system.train_on, "tasks": value.test_set.task}  # fmt: skip
         for kind, name in known.items():
-            assert name is None or name in catalogue.catalogue(kind), f"{value.name}: {kind} has no {name}"
-        assert set(value.system.one_of) <= set(catalogue.catalogue("quantizers")), value.name
+            assert name is None or name in reader.catalogue(kind), f"{value.name}: {kind} has no {name}"
+        assert set(value.system.one_of) <= set(reader.catalogue("quantizers")), value.name
         assert not (value.system.one_of and value.system.quantizer), f"{value.name}: known, and disagreed about"
         assert value.measure.ours is None or value.measure.beside is None, value.name
 
@@ -250,7 +250,7 @@ def paper_rows() -> Iterator[tuple[dict[str, Any], str | None, Sequence[str]]]:
     """Every cell of Tables 3 and 5 at paper scale as (row, task, the metrics looked for)."""
     quality = {"fin_ner": ("f1_entity", *FAMILIES["f1_entity"])}
     for table, batches in (("table3", [64]), ("table5", [4, 8])):
-        axes = catalogue.table(table).paper.axes
+        axes = reader.table(table).paper.axes
         for model, quantizer, adapter, train_on, batch in product(
             axes.model, axes.quantizer, axes.adapter, axes.train_on, batches
         ):

@@ -28,14 +28,14 @@ from fixtures_model import (
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
 from finrepro.errors import UsageError
-from finrepro.layers.linear import block_sizes, depth, linear_layers
-from finrepro.model import load, quantize
-from finrepro.plan import base_bytes, block_linear_parameters
-from finrepro.quantizers import bnb_4bit, bnb_int8
-from finrepro.schema import Choice, build, kind_module, kinds
-from finrepro.scoring import text_log_likelihoods
+from finrepro.evaluation.log_likelihood import text_log_likelihoods
+from finrepro.methods.layers.linear import block_sizes, depth, linear_layers
+from finrepro.methods.quantizers import bnb_4bit, bnb_int8
+from finrepro.models.build import load, quantize
+from finrepro.planning.plan import base_bytes, block_linear_parameters
+from finrepro.settings import Choice, build, kind_module, kinds
 
 # The sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
 NF4 = (
@@ -50,7 +50,7 @@ BLOCKS = (32, 64, 128, 256)
 
 def settings(**changes: Any) -> bnb_4bit.Config:
     """The catalogue's NF4, in float32, changed."""
-    return dataclasses.replace(catalogue.quantizer("nf4", "float32").config, **changes)
+    return dataclasses.replace(reader.quantizer("nf4", "float32").config, **changes)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -67,7 +67,7 @@ def codes(stored: bnb_4bit.Stored) -> np.ndarray:
 
 
 def test_every_quantizer_has_an_entry_and_the_entries_are_what_their_names_say() -> None:
-    choices = {name: catalogue.quantizer(name, "float32") for name in QUANTIZERS}
+    choices = {name: reader.quantizer(name, "float32") for name in QUANTIZERS}
     assert {choice.kind for choice in choices.values()} == set(kinds("quantizers"))
     assert choices["int8"].config == bnb_int8.Config(threshold=6.0)
     asked = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
@@ -101,7 +101,7 @@ def test_a_layers_settings_are_those_of_the_entry_and_not_the_librarys() -> None
 
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_the_compute_dtype_of_the_entry_is_the_models(dtype: str, name: str) -> None:
-    assert catalogue.quantizer("nf4", dtype).config.compute_dtype == name
+    assert reader.quantizer("nf4", dtype).config.compute_dtype == name
 
 
 # --- the codes ------------------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def bytes_are_those_of_its_parts(name: str, quantizer: str, found: int) -> None:
     plain = load(spec_of(name), None)
     weights = [layer.weight for layer in linear_layers(plain).values()]
     rest = sum(parameter.numel() for parameter in plain.parameters()) - sum(each.numel() for each in weights)
-    rows = [each.shape[1] if catalogue.model(name).family == "gpt2" else each.shape[0] for each in weights]
+    rows = [each.shape[1] if reader.model(name).family == "gpt2" else each.shape[0] for each in weights]
     blocks = [each.numel() // 64 for each in weights]
     sizes = {
         "none": [4 * each.numel() for each in weights],
@@ -287,7 +287,7 @@ SINGLE = (
 
 def storage_is_the_tables(name: str, quantizer: str, expected: float) -> None:
     """The planner's bytes of the base, in bfloat16 what is not quantized; the table leaves out LLM.int8's scales, 4 bytes a row."""
-    spec = spec_of(catalogue.model(name), "base", quantizer)
+    spec = spec_of(reader.model(name), "base", quantizer)
     assert spec.model.dtype == "bfloat16"
     scales = 4 * depth(spec.model) * sum(outputs for _, outputs in block_sizes(spec.model).values())
     assert (base_bytes(spec) - scales * (quantizer == "int8")) / 1e9 == pytest.approx(expected, abs=0.0051)
@@ -298,9 +298,9 @@ def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
     sizes = STORAGE[name] | {"fp4": STORAGE[name]["nf4"]}
     for quantizer, expected in sizes.items():
         storage_is_the_tables(name, quantizer, expected)
-    single = sizes["nf4"] + SINGLE * block_linear_parameters(catalogue.model(name)) / 1e9
+    single = sizes["nf4"] + SINGLE * block_linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "nf4_single", single)
-    with_tau = sizes["nf4"] + 0.126 / 8 * block_linear_parameters(catalogue.model(name)) / 1e9
+    with_tau = sizes["nf4"] + 0.126 / 8 * block_linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "icq", with_tau)
     broken(storage_is_the_tables, name, "int8", sizes["none"])
 
@@ -308,7 +308,7 @@ def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_counts_what_it_stores(name: str) -> None:
     """To the byte, also where a layer does not fill the groups of its scales: 1,600 wide, as GPT-2-1.5B is."""
-    choice = catalogue.quantizer(name, "bfloat16")
+    choice = reader.quantizer(name, "bfloat16")
     module, weight = choice.module("quantizers"), gaussian(512, 1024).bfloat16()
     for each in (weight, gaussian(100, 1600).bfloat16()):
         outputs, inputs = each.shape
@@ -319,7 +319,7 @@ def test_every_quantizer_counts_what_it_stores(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_tells_its_bits(name: str) -> None:
-    choice = catalogue.quantizer(name, "bfloat16")
+    choice = reader.quantizer(name, "bfloat16")
     bits = bits_a_weight(choice.module("quantizers"), choice.config, 16)
     assert bits == 16 if choice.kind == "none" else 0 < bits < 16
 
@@ -424,7 +424,7 @@ def test_every_linear_layer_of_the_blocks_is_replaced_and_nothing_else(name: str
     import bitsandbytes
 
     plain, quantized = (load(spec_of(name), None) for _ in range(2))
-    choice = catalogue.quantizer(quantizer, "float32")
+    choice = reader.quantizer(quantizer, "float32")
     quantize(quantized, choice)
     replaced = linear_layers(quantized)
     assert replaced.keys() == linear_layers(plain).keys()
@@ -456,9 +456,9 @@ LEAST = {"int8": 0.999, "nf4": 0.97, "nf4_single": 0.97, "fp4": 0.96, "icq": 0.9
 @pytest.mark.parametrize("quantizer", ROUNDING)
 @every_miniature
 def test_a_quantized_models_logits_are_close_to_the_originals(name: str, quantizer: str) -> None:
-    gentle = spec_of(dataclasses.replace(catalogue.model(name)))  # as it is initialised
+    gentle = spec_of(dataclasses.replace(reader.model(name)))  # as it is initialised
     plain, quantized, transposed = (load(gentle, None) for _ in range(3))
-    quantize(quantized, catalogue.quantizer(quantizer, "float32"))
+    quantize(quantized, reader.quantizer(quantizer, "float32"))
     least = 0.99 if (name, quantizer) == ("gpt2_127m_mini", "nf4") else LEAST[quantizer]
     close_logits(quantized, plain, least)
     with torch.no_grad():
@@ -672,7 +672,7 @@ def test_an_int8_layer_is_copied_cast_and_saved_whole(tmp_path: Path) -> None:
 def test_int8_says_what_it_is_where_it_is_not_the_papers_kernel() -> None:
     assert bnb_int8.note("cuda") is None
     assert "LLM.int8's arithmetic without its kernels" in (bnb_int8.note("cpu") or "")
-    modules = [catalogue.quantizer(name, "float32").module("quantizers") for name in QUANTIZERS]
+    modules = [reader.quantizer(name, "float32").module("quantizers") for name in QUANTIZERS]
     assert all(
         isinstance(note("cpu"), str | None) for note in (getattr(each, "note", None) for each in modules) if note
     )
@@ -681,6 +681,6 @@ def test_int8_says_what_it_is_where_it_is_not_the_papers_kernel() -> None:
 def test_every_miniature_has_rows_that_blocks_of_64_do_not_straddle() -> None:
     """Then a block is part of one output row, and the sizes above hold to the byte."""
     for name in (*ALL_MINIATURES, *STORAGE):
-        shape = catalogue.model(name).architecture
+        shape = reader.model(name).architecture
         widths = [shape[key] for key in ("n_embd", "hidden_size", "intermediate_size") if key in shape]
         assert widths and not any(width % 64 for width in widths), name

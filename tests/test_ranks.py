@@ -14,8 +14,9 @@ import torch
 from fixtures_model import broken
 from ranks_program import NAMES, OWN, STEPS
 
-from finrepro import PROJECT, runtime
-from finrepro.shares import share_out
+from finrepro import PROJECT
+from finrepro.evaluation.share_out import share_out
+from finrepro.runtime import process
 
 PROGRAM = str(PROJECT / "tests" / "ranks_program.py")
 everywhere = pytest.mark.parametrize("name", NAMES)
@@ -197,7 +198,7 @@ def test_ranks_have_disjoint_batches_and_together_equally_many_passes(
         for rank in range(3):
             computed = seen[rank] = []
             exchanged: list[Any] = []
-            monkeypatch.setattr(runtime, "ranks", lambda rank=rank: runtime.Ranks(rank, 3, rank))
+            monkeypatch.setattr(process, "ranks", lambda rank=rank: process.Ranks(rank, 3, rank))
             monkeypatch.setattr(
                 "torch.distributed.all_gather_object", lambda _, mine, kept=exchanged: kept.append(mine)
             )

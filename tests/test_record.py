@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 from fixtures_process import python
 
-from finrepro import projection, provenance, record, store
-from finrepro.cells import expand
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.manifest import damaged_files
-from finrepro.result import header, seal_unfinished
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.store import Store, open_store
+from finrepro.evidence import provenance, store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.result import header, seal_unfinished
+from finrepro.evidence.store import Store, open_store
+from finrepro.tracking import projection
+from finrepro.tracking import view as record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 SPECS = [cell.spec for cell in expand(Selection("3"), "smoke") if cell.refusal is None]

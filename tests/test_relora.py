@@ -23,15 +23,17 @@ from fixtures_model import (  # noqa: F401
 from optimizers_program import EIGHT_BITS, ENGINES, GPT2, LLAMA, RELORA_RANKED, chosen, relora, run_relora, two_ranks
 from torch import Tensor, nn
 
-from finrepro import catalogue, partition, runtime
-from finrepro.adapters import relora as method
-from finrepro.batches import COLLATE
-from finrepro.handle import Handle
-from finrepro.layers.relora import ReloraLinear
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.model import configuration, load
-from finrepro.refusals import refusal
-from finrepro.train import Interrupted, learning_rate, steps_from
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
+from finrepro.data.batches import COLLATE
+from finrepro.methods.adapters import relora as method
+from finrepro.methods.layers.relora import ReloraLinear
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.models.build import configuration, load
+from finrepro.runtime import process as runtime
+from finrepro.runtime import zero3
+from finrepro.training.handle import Handle
+from finrepro.training.loop import Interrupted, learning_rate, steps_from
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3
 AFTER_STEP = method.after_step
@@ -122,7 +124,7 @@ def forgets_nothing(handle: Handle, config: Any, step: int, max_steps: int) -> N
 
 def sets_the_model_alone(handle: Handle, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the engine's own copies of A and B are forgotten."""
-    handle.set = lambda parameter, value: partition.fill(parameter, value)  # type: ignore[method-assign]
+    handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
     AFTER_STEP(handle, config, step, max_steps)
 
 
@@ -312,7 +314,7 @@ def test_a_reset_keeps_the_largest_moments() -> None:
 
 
 def test_shares_of_the_run_are_steps() -> None:
-    config = catalogue.adapter("relora").config
+    config = reader.adapter("relora").config
     assert method.period_of(config, 20_000) == 5000 and method.warmup_of(config, 20_000) == 100
     factors = [method.lr_factor(step, config, 400) for step in range(400)]
     assert [step for step, each in enumerate(factors) if each < 1] == [100, 200, 300] and factors[100] == 0.5
@@ -326,7 +328,7 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
     assert "leaves no step at the full rate between resets every 2 steps" in str(refusal(narrow))
     wide = relora(r=4096)
     assert "rank 4096 is more than" in str(refusal(wide))
-    rounded = dataclasses.replace(spec, quantizer=catalogue.quantizer("nf4", "float32"))
+    rounded = dataclasses.replace(spec, quantizer=reader.quantizer("nf4", "float32"))
     assert refusal(rounded) == "ReLoRA on nf4: it changes the dense weights"
     eight = dataclasses.replace(spec.train, optimizer=chosen(EIGHT_BITS))
     assert "relora begins moments anew" in str(refusal(dataclasses.replace(spec, train=eight)))
@@ -335,7 +337,7 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
 def test_on_a_real_model_it_trains_as_many_parameters_as_counted() -> None:
     from transformers import AutoModelForCausalLM
 
-    model, choice = catalogue.model("gpt2_127m"), catalogue.adapter("relora")
+    model, choice = reader.model("gpt2_127m"), reader.adapter("relora")
     with torch.device("meta"):
         adapted = method.apply(AutoModelForCausalLM.from_config(configuration(model)), choice.config, 0)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

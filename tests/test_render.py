@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from finrepro.render import Line, Table, escape, to_latex, to_rich, widths
+from finrepro.reporting.table import Line, Table, escape, to_latex, to_rich, widths
 
 SAID = "RuntimeError: [/__w/pytorch/pair.cc:553] Connection closed by peer [red] 50 % \U0001f3d6 \u2192 caf\u00e9"
 TABLE = Table("table3", "x", f"Caption {SAID}", ("a [b]",), (Line((SAID,)),), (f"cell - failed: {SAID}",))

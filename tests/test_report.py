@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from finrepro.catalogue import published
-from finrepro.figure import draw, to_png, to_svg
-from finrepro.render import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
-from finrepro.report import table5
-from finrepro.report.table3 import COLUMNS, TITLES, build, panels
+from finrepro.catalogue.reader import published
+from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.table import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
+from finrepro.reporting.tables import table5
+from finrepro.reporting.tables.table3 import COLUMNS, TITLES, build, panels
 
 PUBLISHED = published()
 SCORE = "Score [95 %]"

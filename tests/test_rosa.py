@@ -26,15 +26,15 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import rosa as method
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.layers import rosa
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.layers.rosa import Factors, RosaLinear, directions, factors
-from finrepro.model import load
-from finrepro.schema import Choice, build
-from finrepro.spec import RunSpec
+from finrepro.methods.adapters import rosa as method
+from finrepro.methods.layers import rosa
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.methods.layers.rosa import Factors, RosaLinear, directions, factors
+from finrepro.models.build import load
+from finrepro.settings import Choice, build
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3
 FOREVER = 10**9
@@ -51,7 +51,7 @@ def _one_thread(process: None) -> None:  # noqa: F811
 
 def spec_with(name: str, dtype: str = "float32", **changes: Any) -> RunSpec:
     """A cell with the entry's settings, changed."""
-    config = dataclasses.replace(catalogue.adapter("rosa_r8").config, **changes)
+    config = dataclasses.replace(reader.adapter("rosa_r8").config, **changes)
     choice = Choice(name="changed", kind="rosa", config=config)
     return spec_of(dataclasses.replace(spec_of(name).model, dtype=dtype), choice)
 
@@ -613,7 +613,7 @@ def test_every_moment_of_the_factors_is_reset_and_of_nothing_else() -> None:
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(setting: str, value: Any) -> None:
-    values = dataclasses.asdict(catalogue.adapter("rosa_r8").config) | {setting: value}
+    values = dataclasses.asdict(reader.adapter("rosa_r8").config) | {setting: value}
     with pytest.raises(UsageError, match=rf"^adapters\.x\.{setting}: [^\n]*$"):
         build(method.Config, values, "adapters.x")
 
@@ -622,7 +622,7 @@ def test_what_cannot_run_is_refused_with_its_reason() -> None:
     spec = spec_with(MINIATURES[1])
     config, none = spec.adapter.config, spec.quantizer
     for quantizer in ("int8", "nf4", "icq"):
-        reason = method.supports(spec.model, catalogue.quantizer(quantizer, "float32"), 0, config)
+        reason = method.supports(spec.model, reader.quantizer(quantizer, "float32"), 0, config)
         assert reason == f"ROSA on {quantizer}: it needs the dense weight at every resample"
     assert method.supports(spec.model, none, 0, config) is None
     wide = dataclasses.replace(config, r=33)  # grouped keys have 32

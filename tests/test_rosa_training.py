@@ -14,9 +14,11 @@ import torch
 from fixtures_model import MINIATURES, broken, process  # noqa: F401
 from rosa_program import ENGINES, EVERY, GPT2, LLAMA, RANKED, STEPS, cell, learned, reference, run
 
-from finrepro import PROJECT, partition, runtime
-from finrepro.adapters import rosa as method
-from finrepro.train import Interrupted, learning_rate
+from finrepro import PROJECT
+from finrepro.methods.adapters import rosa as method
+from finrepro.runtime import process as runtime
+from finrepro.runtime import zero3
+from finrepro.training.loop import Interrupted, learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def keeps_the_moments(handle: Any, config: Any, step: int, max_steps: int) -> No
 
 def sets_the_model_alone(handle: Any, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the engine's own copies of A and B are forgotten."""
-    handle.set = lambda parameter, value: partition.fill(parameter, value)
+    handle.set = lambda parameter, value: zero3.fill(parameter, value)
     AFTER_STEP(handle, config, step, max_steps)
 
 
@@ -153,13 +155,13 @@ def test_the_law_finds_what_a_checkpoint_forgets(
     whole, kept = run(cell(), tmp_path / "whole"), method.load_state
 
     def load_state(model: Any, state: Any) -> None:
-        before = [partition.whole(layer.base_layer.weight) for layer in method.layers_of(model)]
+        before = [zero3.whole(layer.base_layer.weight) for layer in method.layers_of(model)]
         kept(model, state)
         for layer, weight in zip(method.layers_of(model), before, strict=True):
             if forgotten == "history":
                 layer.history.clear()
             else:
-                partition.fill(layer.base_layer.weight, weight)
+                zero3.fill(layer.base_layer.weight, weight)
 
     monkeypatch.setattr(method, "load_state", load_state)
     broken(ends_alike, cut(cell(), 7, tmp_path / "cut"), whole)

@@ -11,14 +11,15 @@ from fixtures_process import forget, one_line
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from finrepro import catalogue, plan
-from finrepro.cells import expand
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError, unknown
-from finrepro.place import Place
-from finrepro.schema import build, choose, kind_module, kinds, plain, read_yaml
-from finrepro.schema import settings as typed
-from finrepro.selection import Selection
-from finrepro.store import Store
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import Store
+from finrepro.planning import plan
+from finrepro.settings import HOMES, build, choose, kind_module, kinds, plain, read_yaml
+from finrepro.settings import settings as typed
 
 PACKAGES = ("adapters", "quantizers", "optimizers", "tasks", "datasets", "report")
 
@@ -105,7 +106,7 @@ def test_unknown_names_nothing_near_when_nothing_is_near():
 def test_every_package_of_kinds_has_some_and_each_can_be_imported(package: str):
     assert kinds(package)
     for kind in kinds(package):
-        assert kind_module(package, kind).__name__ == f"finrepro.{package}.{kind}"
+        assert kind_module(package, kind).__name__ == f"{HOMES[package]}.{kind}"
 
 
 def test_an_unknown_kind_names_the_known_ones():
@@ -177,11 +178,11 @@ def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path):
 
 NAMES = ("models", "adapters", "quantizers", "datasets", "tasks", "tables/table3")
 RESOLVE: dict[str, Any] = {
-    "adapters": catalogue.adapter,
-    "datasets": catalogue.dataset,
-    "models": catalogue.model,
-    "quantizers": lambda name: catalogue.quantizer(name, "float32"),
-    "tasks": lambda name: catalogue.task(name, "short"),
+    "adapters": reader.adapter,
+    "datasets": reader.dataset,
+    "models": reader.model,
+    "quantizers": lambda name: reader.quantizer(name, "float32"),
+    "tasks": lambda name: reader.task(name, "short"),
 }
 FUZZ: dict[str, Any] = {
     "deadline": None,
@@ -195,7 +196,7 @@ FUZZ: dict[str, Any] = {
 def use_everything(store: Path) -> None:
     """Resolve every entry, expand the tables at both scales in every selection, and plan the cells."""
     for name, resolve in RESOLVE.items():
-        for key in catalogue.catalogue(name):
+        for key in reader.catalogue(name):
             resolve(key)
     for scale in ("smoke", "paper"):
         for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True), Selection("5")):

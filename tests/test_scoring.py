@@ -22,11 +22,11 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import scoring
-from finrepro.batches import side_by_side
-from finrepro.layers.supervised import SupervisedLM, backbone_and_head
-from finrepro.scoring import SHORTEST_PREFIX, choice_log_likelihoods, text_log_likelihoods
-from finrepro.tokens import Encoded
+from finrepro.data.batches import side_by_side
+from finrepro.data.tokens import Encoded
+from finrepro.evaluation import log_likelihood
+from finrepro.evaluation.log_likelihood import SHORTEST_PREFIX, choice_log_likelihoods, text_log_likelihoods
+from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head
 
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 Items = list[list[Encoded]]
@@ -172,7 +172,11 @@ def one_token_too_many(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return prompts[0][: len(found) + 1] if found else ()
 
 
-ORIGINAL_MASK, ORIGINAL_BRANCHES, ORIGINAL_PREFIX = scoring._mask, scoring._branches, scoring._shared_prefix
+ORIGINAL_MASK, ORIGINAL_BRANCHES, ORIGINAL_PREFIX = (
+    log_likelihood._mask,
+    log_likelihood._branches,
+    log_likelihood._shared_prefix,
+)
 MUTANTS: list[tuple[str, Callable[..., Any]]] = [
     ("_mask", branches_see_each_other),
     ("_mask", prefix_is_hidden),
@@ -188,7 +192,7 @@ def test_a_mask_position_or_prefix_that_is_wrong_is_found(
     name: str, part: str, mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, items = stirred(name).eval(), items_of(20, SEVERAL_TOKENS)
-    monkeypatch.setattr(scoring, part, mutant)
+    monkeypatch.setattr(log_likelihood, part, mutant)
     broken(scores_are_those_of_one_by_one, model, items)
 
 
@@ -199,11 +203,11 @@ def test_a_mask_position_or_prefix_that_is_wrong_is_found(
 @pytest.mark.parametrize("seed", range(4))
 def test_the_shared_prefix_is_what_all_prompts_begin_with_and_leaves_each_a_token(prefix: int, seed: int) -> None:
     prompts = [choices[0].ids[: choices[0].answer_start] for choices in items_of(prefix, ONE_TOKEN, seed=seed)]
-    shared = scoring._shared_prefix(prompts)
+    shared = log_likelihood._shared_prefix(prompts)
     assert shared == (prompts[0][:prefix] if prefix >= SHORTEST_PREFIX else ())
     cut = [*prompts, prompts[0][:prefix]] if prefix else prompts  # a prompt that is the shared beginning itself
     left = min(prefix, min(map(len, cut)) - 1)
-    assert scoring._shared_prefix(cut) == (cut[0][:left] if left >= SHORTEST_PREFIX else ())
+    assert log_likelihood._shared_prefix(cut) == (cut[0][:left] if left >= SHORTEST_PREFIX else ())
 
 
 @everywhere

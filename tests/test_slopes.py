@@ -15,8 +15,8 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.refusals import refusal
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
 
 # Step, and tolerance: Transformers' RMS norm computes in float32 whatever it is given, and is what limits Llama's.
 PRECISION = dict(zip(MINIATURES, ((1e-6, 1e-6), (1e-3, 2e-3)), strict=True))
@@ -27,7 +27,7 @@ TRAINED = [
     for name in ADAPTERS
     if name not in ("base", *DETACHED)
     and refusal(spec_of(MINIATURES[0], name)) is None
-    and catalogue.adapter(name).kind != "base"
+    and reader.adapter(name).kind != "base"
 ]
 
 

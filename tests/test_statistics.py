@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finrepro.metrics import classification_scores
-from finrepro.statistics import intervals, paired_differences, resampled_sums
+from finrepro.evaluation.metrics import classification_scores
+from finrepro.statistics.bootstrap import intervals, paired_differences, resampled_sums
 
 RULE = {"resamples": 1000, "confidence": 0.95, "seed": 0}
 

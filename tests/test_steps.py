@@ -30,10 +30,12 @@ from steps_program import (
 )
 from torch import Tensor, nn
 
-from finrepro import PROJECT, partition, runtime
-from finrepro.adapters import full
-from finrepro.handle import Handle
-from finrepro.train import Interrupted, train
+from finrepro import PROJECT
+from finrepro.methods.adapters import full
+from finrepro.runtime import process as runtime
+from finrepro.runtime import zero3
+from finrepro.training.handle import Handle
+from finrepro.training.loop import Interrupted, train
 
 FEWER = (("ddp", 0), ("deepspeed", 3))
 engines = pytest.mark.parametrize(
@@ -73,7 +75,7 @@ class OnlyTheModel(Method):
     """Mutant: a weight edited where the model has it, not where the optimizer does."""
 
     def after_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        handle.set = lambda parameter, value: partition.fill(parameter, value)  # type: ignore[method-assign]
+        handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
         super().after_step(handle, config, step, max_steps)
 
 
@@ -167,9 +169,7 @@ def test_the_law_finds_a_resumed_run_that_has_forgotten_something(forgotten: str
             if forgotten == "average":
                 model.average = torch.zeros_like(model.average)
             else:
-                partition.fill(
-                    model.get_parameter("model.layers.0.mlp.up_proj.base_layer.weight"), state["frozen"] / 0.9
-                )
+                zero3.fill(model.get_parameter("model.layers.0.mlp.up_proj.base_layer.weight"), state["frozen"] / 0.9)
 
     whole = run(spec(), tmp_path / "whole")
     broken(same_bits, interrupted("ddp", 0, tmp_path / "cut", Forgets), whole)
@@ -253,7 +253,7 @@ def test_the_law_finds_a_weight_that_was_set_without_its_float32_copy(
     stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_place(_: Handle, parameter: nn.Parameter, value: Tensor) -> None:
-        partition.fill(parameter, value)
+        zero3.fill(parameter, value)
 
     broken(bf16_values, stage, tmp_path, monkeypatch, in_place)
 

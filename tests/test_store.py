@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from fixtures_process import environment, one_line, python
 
-from finrepro import provenance, store
-from finrepro.cells import expand
+from finrepro import PROJECT
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.manifest import damaged_files
-from finrepro.result import header, seal_unfinished
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.store import Store, open_store
+from finrepro.evidence import provenance, store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.result import header, seal_unfinished
+from finrepro.evidence.store import Store, open_store
 
 
 def some_spec() -> RunSpec:
@@ -387,19 +388,18 @@ def test_text_and_json_are_replaced_whole_and_not_a_number_survives(tmp_path: Pa
 
 
 def test_the_digest_of_the_source_sees_what_computes_and_not_what_shows():
-    names = {
-        path.relative_to(Path(provenance.__file__).parent).as_posix()
-        for path in Path(provenance.__file__).parent.rglob("*.py")
-    }
-    inside = {name for name in names if not name.startswith(provenance.OUTSIDE_A_CELL)}
+    root = PROJECT / "finrepro"
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+    inside = {name for name in names if name.startswith(provenance.COMPUTES)}
     assert {
-        "train.py",
-        "evaluate.py",
-        "model.py",
-        "data.py",
-        "metrics.py",
-        "adapters/lora.py",
-        "tasks/classification.py",
+        "training/loop.py",
+        "evaluation/evaluate.py",
+        "models/build.py",
+        "data/files.py",
+        "evaluation/metrics.py",
+        "methods/adapters/lora.py",
+        "evaluation/tasks/classification.py",
     } <= inside
-    assert not inside & {"report/table3.py", "show.py", "render.py", "record.py"}
-    assert all(any(name.startswith(out) for name in names) for out in provenance.OUTSIDE_A_CELL), "a file that is gone"
+    shows = ("reporting/", "campaigns/", "tracking/", "evidence/", "budget/", "planning/", "exporting/")
+    assert not [name for name in inside if name.startswith(shows)]
+    assert all(any(name.startswith(part) for name in names) for part in provenance.COMPUTES), "gone"

@@ -8,17 +8,19 @@ from fixtures_model import broken, process  # noqa: F401
 from fixtures_process import one_line
 from test_flops import REAL, counted
 
-from finrepro import campaign, catalogue, compute, flops, memory
-from finrepro.cells import expand
+from finrepro.campaigns import campaign, computed
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
-from finrepro.layers.linear import block_sizes, depth
-from finrepro.place import Place
-from finrepro.render import Table, to_json
-from finrepro.report import table1
-from finrepro.selection import Selection
+from finrepro.evidence.place import Place
+from finrepro.methods.layers.linear import block_sizes, depth
+from finrepro.reporting.table import Table, to_json
+from finrepro.reporting.tables import table1
+from finrepro.sizes import flops, memory
 
-SETTINGS: Any = catalogue.table("1").computed
-ACCOUNTS = [compute._account(name, SETTINGS) for name in SETTINGS.models]
+SETTINGS: Any = reader.table("1").computed
+ACCOUNTS = [computed._account(name, SETTINGS) for name in SETTINGS.models]
 TABLE = table1.build(ACCOUNTS, SETTINGS)
 
 
@@ -33,7 +35,7 @@ def text(quantity: str, name: str, table: Table = TABLE) -> str:
 
 def test_all_six_real_models_are_in_it():
     assert SETTINGS.models == REAL and TABLE.columns == ("Quantity", *REAL)
-    assert [catalogue.model(name).scale for name in REAL] == ["paper"] * 6
+    assert [reader.model(name).scale for name in REAL] == ["paper"] * 6
 
 
 # Computed by hand from the configurations: linear weights [M], share of size, GB at 16 bit, int8, nf4, KiB of cache a token.
@@ -62,7 +64,7 @@ def test_sizes_and_bytes_are_the_known_ones(name: str):
 
 
 def test_the_stored_bytes_are_what_the_planner_stores():
-    from finrepro import plan
+    from finrepro.planning import plan
 
     for label in ("gpt2_127m-int8-lora_r8-tfns-s0", "llama3_1_70b-nf4-lora_r8-tfns-s0"):
         (cell,) = expand(Selection("3", full=True, seeds=(0,), only=label), "paper")
@@ -89,9 +91,7 @@ def test_the_claims_are_judged_model_by_model():
 def test_shares_are_of_the_whole_and_fall_with_the_length():
     for each in ACCOUNTS:
         for key in ("training_shares", "serving_shares"):
-            assert list(each[key]) == [
-                n for n in SETTINGS.lengths if n <= flops.positions(catalogue.model(each["model"]))
-            ]
+            assert list(each[key]) == [n for n in SETTINGS.lengths if n <= flops.positions(reader.model(each["model"]))]
             assert all(sum(share.values()) == pytest.approx(1) for share in each[key].values())
             linear = [share["linear"] for share in each[key].values()]
             assert linear == sorted(linear, reverse=True) and len(set(linear)) == len(linear)
@@ -127,9 +127,9 @@ PEAKS = [("llama3_1_8b", "nf4", 7.4, 0.05), ("llama3_1_8b", "none", 16.2, 0.08)]
 @pytest.mark.parametrize(("name", "quantizer", "gib", "off"), PEAKS)
 def test_the_estimate_of_memory_is_near_a_published_peak(name: str, quantizer: str, gib: float, off: float):
     """torchtune, Llama-3.1-8B (Q)LoRA on a 4090, two packed sequences of 2,048 tokens, chunked loss: no logits are kept."""
-    model = catalogue.model(name)
+    model = reader.model(name)
     tokens = 2 * 2048
-    used = memory.lora_bytes(model, catalogue.quantizer(quantizer, model.dtype), 8, tokens)
+    used = memory.lora_bytes(model, reader.quantizer(quantizer, model.dtype), 8, tokens)
     chunked = used.total - tokens * memory.LOGITS * model.architecture["vocab_size"]
     assert chunked / 2**30 == pytest.approx(gib, rel=off)
 
@@ -144,11 +144,11 @@ def test_evidence_holds_every_number_unrounded():
 
 
 def test_the_files_are_written_once_and_are_the_same_bytes_again(place: Place):
-    compute.write("1", place)
+    computed.write("1", place)
     folder = place.store.results / "tables" / "paper"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(first) == {f"table1.{suffix}" for suffix in ("md", "tex", "json", "svg", "png")}
-    compute.write("table1", place)
+    computed.write("table1", place)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
     assert not list((place.store.results / "runs").iterdir()) and not place.store.campaigns()
 
@@ -159,7 +159,7 @@ def test_the_figure_has_a_chart_a_model_and_its_curves_fill_the_whole():
     for chart in charts:
         assert [curve.name for curve in chart.curves] == list(table1.PARTS.values())
         assert all(sum(parts) == pytest.approx(1) for parts in zip(*(curve.y for curve in chart.curves), strict=True))
-        assert chart.curves[0].x[-1] <= flops.positions(catalogue.model(chart.title))
+        assert chart.curves[0].x[-1] <= flops.positions(reader.model(chart.title))
 
 
 REFUSED: dict[str, tuple[Selection, dict[str, Any]]] = {
@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Selection, dict[str, Any]]] = {
 def test_an_option_that_needs_cells_is_refused_in_one_line(option: str, place: Place):
     selection, asked = REFUSED[option]
     with pytest.raises(UsageError) as raised:
-        compute.reproduce(selection, place, **asked)
+        computed.reproduce(selection, place, **asked)
     assert f"{option} does not apply" in one_line(raised.value) and "table 1" in str(raised.value)
     assert not (place.store.results / "tables" / "paper").exists()
 
@@ -193,26 +193,24 @@ def test_it_has_no_cells_and_says_so(place: Place, capsys: pytest.CaptureFixture
         with pytest.raises(UsageError) as raised:
             call()
         assert "table 1 is computed from the models' sizes: it has no cells" in one_line(raised.value)
-    assert compute.reproduce(Selection("table1"), place, plan=True) == 0
+    assert computed.reproduce(Selection("table1"), place, plan=True) == 0
     assert capsys.readouterr().out.startswith("Table 1 is computed from the models' sizes: no cell runs.")
     assert not (place.store.results / "tables" / "paper").exists()
 
 
 def test_a_table_needs_cells_at_both_scales_or_is_computed(monkeypatch: pytest.MonkeyPatch):
-    read = catalogue.read_yaml
+    read = reader.read_yaml
     for dropped, added in (
         (("smoke",), {}),
-        ((), {"computed": read(catalogue.CONFIGS / "tables" / "table1.yaml")["computed"]}),
+        ((), {"computed": read(reader.CONFIGS / "tables" / "table1.yaml")["computed"]}),
     ):
-        values = {
-            k: v for k, v in read(catalogue.CONFIGS / "tables" / "table3.yaml").items() if k not in dropped
-        } | added
-        monkeypatch.setattr(catalogue, "read_yaml", lambda _, values=values: values)
-        catalogue.table.cache_clear()
+        values = {k: v for k, v in read(reader.CONFIGS / "tables" / "table3.yaml").items() if k not in dropped} | added
+        monkeypatch.setattr(reader, "read_yaml", lambda _, values=values: values)
+        reader.table.cache_clear()
         with pytest.raises(UsageError, match="needs both smoke and paper, or computed alone"):
-            catalogue.table("3")
+            reader.table("3")
     monkeypatch.undo()
-    catalogue.table.cache_clear()
+    reader.table.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -223,10 +221,10 @@ def test_a_model_without_storage_has_these_parameters_and_operations(name: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finrepro.layers.linear import features, linear_layers
-    from finrepro.model import configuration
+    from finrepro.methods.layers.linear import features, linear_layers
+    from finrepro.models.build import configuration
 
-    model = catalogue.model(name)
+    model = reader.model(name)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(configuration(model))
     assert sum(each.numel() for each in made.parameters()) == of(name)["parameters"]
@@ -240,6 +238,6 @@ def test_a_model_without_storage_has_these_parameters_and_operations(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2_127m", "llama3_1_8b"])
 def test_a_model_at_full_depth_trains_for_these_operations(name: str):
-    model, cost = catalogue.model(name), of(name)["flops"]
+    model, cost = reader.model(name), of(name)["flops"]
     for key, options in {"full_checkpointed": {"checkpointing": True}, "lora": {"rank": 8}}.items():
         assert cost[key] == counted(model, tokens=SETTINGS.tokens, **options)  # type: ignore[arg-type]

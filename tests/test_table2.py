@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from finrepro.catalogue import model
-from finrepro.cells import expand
-from finrepro.curves import draw_charts
-from finrepro.figure import to_svg
-from finrepro.losses import WINDOW, loss_curve
-from finrepro.pretraining import facts
-from finrepro.report.table2 import build, charts, equal_time
-from finrepro.selection import Selection
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.reader import model
+from finrepro.catalogue.selection import Selection
+from finrepro.reporting.curves import draw_charts
+from finrepro.reporting.dots import to_svg
+from finrepro.reporting.loss_curve import WINDOW, loss_curve
+from finrepro.reporting.pretraining import facts
+from finrepro.reporting.tables.table2 import build, charts, equal_time
 
 DENSE, SMALL = "gpt2_1_5b_deep_mini", "gpt2_1_5b_deep_mini_equal"
 STEPS = 40

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from fixtures_process import python
 
-from finrepro import catalogue, data
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import TaskSpec
+from finrepro.data import files
+from finrepro.data.examples import Example, Splits
 from finrepro.errors import UsageError
-from finrepro.examples import Example, Splits
-from finrepro.schema import choose
-from finrepro.spec import TaskSpec
+from finrepro.settings import choose
 
-RAW = catalogue.catalogue("tasks")
+RAW = reader.catalogue("tasks")
 CLASSIFICATION = tuple(name for name in RAW if RAW[name]["kind"] == "classification")
 PROMPTS = [(name, template) for name in CLASSIFICATION for template in RAW[name]["templates"]]
 # Constant-answer baselines of the published test sets, counted from the files: accuracy, weighted F1, macro F1.
@@ -33,14 +34,14 @@ QUALITY = ("accuracy", "f1_weighted", "f1_macro", "mcc")
 
 
 def resolved(name: str) -> TaskSpec:
-    return catalogue.task(name, next(iter(RAW[name]["templates"])))
+    return reader.task(name, next(iter(RAW[name]["templates"])))
 
 
 @cache
 def splits(name: str, folder: Path | None) -> Splits:
     """Every split, or the test set alone where no file of the training split is to be had."""
     dataset = resolved(name).dataset
-    return data.load(dataset, folder, None if data.missing_reason(dataset, folder) is None else ("test",)).splits
+    return files.load(dataset, folder, None if files.missing_reason(dataset, folder) is None else ("test",)).splits
 
 
 def all_splits(name: str, request: pytest.FixtureRequest) -> Splits:
@@ -114,7 +115,7 @@ def test_silence_and_rambling_score_nothing_and_are_counted(name: str, output: s
 @pytest.mark.parametrize(("name", "template"), PROMPTS)
 def test_a_repeated_prompt_scores_nothing(name: str, template: str, request: pytest.FixtureRequest):
     examples = held_out(name, request)
-    spec = catalogue.task(name, template)
+    spec = reader.task(name, template)
     task, config = spec.task.module("tasks"), spec.task.config
     prompts = [task.prompt(example, config) for example in examples]
     echoes = [prompts, [prompt + " " for prompt in prompts], [prompt + prompt for prompt in prompts]]
@@ -124,7 +125,7 @@ def test_a_repeated_prompt_scores_nothing(name: str, template: str, request: pyt
 
 @pytest.mark.parametrize(("name", "template"), PROMPTS)
 def test_a_template_ends_without_a_space_and_the_answer_brings_it(name: str, template: str):
-    spec = catalogue.task(name, template)
+    spec = reader.task(name, template)
     task, config = spec.task.module("tasks"), spec.task.config
     label = next((given for given, meant in config.label_map.items() if meant == config.labels[0]), config.labels[0])
     example = Example(id="x", text="Sales rose {source} {not/a/field} \\n 3 %", label=label, source="tweet")
@@ -252,12 +253,12 @@ def test_a_label_map_that_leads_nowhere_is_one_line():
 
 def test_a_table_names_a_template_or_is_told_which_there_are():
     with pytest.raises(UsageError, match=r"unknown template ''.*fingpt, short"):
-        catalogue.task("tfns")
+        reader.task("tfns")
 
 
 @pytest.mark.parametrize("name", [name for name in RAW if RAW[name]["kind"] == "language_modeling"])
 def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
-    spec = catalogue.task(name)
+    spec = reader.task(name)
     task, config = spec.task.module("tasks"), spec.task.config
     rows: list[dict[str, Any]] = [
         {"logprob": -3 * np.log(8), "tokens": 3, "bytes": 10},
@@ -271,7 +272,7 @@ def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
 
 
 def test_the_paragraphs_of_an_article_are_one_cluster():
-    task = catalogue.task("wikitext2_text").task.module("tasks")
+    task = reader.task("wikitext2_text").task.module("tasks")
     one, two = (Example(id=text, text=text, label="", source="Nero") for text in ("a", "b"))
     assert task.cluster(one) == task.cluster(two) != task.cluster(Example(id="c", text="a", label="", source="Manila"))
 
@@ -279,11 +280,11 @@ def test_the_paragraphs_of_an_article_are_one_cluster():
 @pytest.mark.parametrize("name", RAW)
 def test_equal_texts_are_one_cluster(name: str):
     template = next(iter(RAW[name].get("templates", {"": ""})))
-    task = catalogue.task(name, template).task.module("tasks")
+    task = reader.task(name, template).task.module("tasks")
     one, two = Example(id="1", text="a", label="x"), Example(id="2", text="a", label="y")
     assert task.cluster(one) == task.cluster(two) != task.cluster(Example(id="3", text="b", label="x"))
 
 
 def test_the_embedded_tasks_need_no_folder():
-    assert Path(data.EMBEDDED).is_dir()
-    assert data.missing_reason(resolved("tfns").dataset, None) is None
+    assert Path(files.EMBEDDED).is_dir()
+    assert files.missing_reason(resolved("tfns").dataset, None) is None

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 from fixtures_model import MINIATURES, in_processes, process, texts, tokenizer  # noqa: F401
 
-from finrepro import catalogue, data
+from finrepro.catalogue import reader
+from finrepro.data import files
+from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
-from finrepro.inputs import base
-from finrepro.model import load_tokenizer
-from finrepro.place import Place
-from finrepro.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
+from finrepro.evidence.place import Place
+from finrepro.models.build import load_tokenizer
+from finrepro.running.inputs import base
 
 FAMILIES = tuple(SPECIAL)
 ASKED = tuple(
     (name, template)
-    for name, entry in catalogue.catalogue("tasks").items()
+    for name, entry in reader.catalogue("tasks").items()
     for template in (entry.get("templates") or ("",))
 )
 AWKWARD = (
@@ -39,12 +40,12 @@ AWKWARD = (
 @cache
 def miniature_tokenizer(name: str, place: Place) -> Any:
     """The tokenizer that a miniature is really given."""
-    return base(catalogue.pretraining(catalogue.model(name)), place)[1]
+    return base(reader.pretraining(reader.model(name)), place)[1]
 
 
 @pytest.fixture(scope="session")
 def empty_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    from finrepro.store import open_store
+    from finrepro.evidence.store import open_store
 
     return Place(open_store(tmp_path_factory.mktemp("tokens")))
 
@@ -64,10 +65,12 @@ def real_gpt2(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, str]]:
     """Each (prompt, answer) that the task asks: of the development and the test split, and over awkward texts."""
-    spec = catalogue.task(name, template)
+    spec = reader.task(name, template)
     module, config = spec.task.module("tasks"), spec.task.config
-    here = tuple(name for name in ("development", "test") if data.missing_reason(spec.dataset, folder, (name,)) is None)
-    splits = data.load(spec.dataset, folder, here).splits
+    here = tuple(
+        name for name in ("development", "test") if files.missing_reason(spec.dataset, folder, (name,)) is None
+    )
+    splits = files.load(spec.dataset, folder, here).splits
     examples = [example for name in here for example in splits[name][: 60 if name == "development" else 240]]
     examples += [type(examples[0])(id=f"x/{i}", text=text, label=examples[0].label) for i, text in enumerate(AWKWARD)]
     return [
@@ -90,7 +93,7 @@ def prompts_are_prefixes(tokens: Any, pairs: list[tuple[str, str]]) -> None:
 
 def folder_for(name: str, request: pytest.FixtureRequest) -> Path | None:
     """None if the task's data is embedded, else the data directory, or a visible skip."""
-    embedded = catalogue.task(name, next((t for n, t in ASKED if n == name), "")).dataset.config.embedded
+    embedded = reader.task(name, next((t for n, t in ASKED if n == name), "")).dataset.config.embedded
     return None if embedded else request.getfixturevalue("data_dir")
 
 
@@ -209,7 +212,7 @@ def test_llama_begins_a_text_with_its_token_and_gpt2_does_not() -> None:
 def test_a_miniatures_tokenizer_has_exactly_its_vocabulary_and_its_special_tokens(
     model: str, empty_place: Place
 ) -> None:
-    tokens, architecture = miniature_tokenizer(model, empty_place), catalogue.model(model).architecture
+    tokens, architecture = miniature_tokenizer(model, empty_place), reader.model(model).architecture
     assert len(tokens) == tokens.vocab_size == architecture["vocab_size"]
     assert sorted(tokens.get_vocab().values()) == list(range(architecture["vocab_size"]))
     assert (tokens.bos_token_id, tokens.eos_token_id) == (architecture["bos_token_id"], architecture["eos_token_id"])

@@ -14,21 +14,24 @@ import numpy as np
 import pytest
 import torch
 
-from finrepro import PROJECT, catalogue, packing, runtime
-from finrepro.batches import COLLATE
-from finrepro.cells import expand
-from finrepro.checkpoint import Control, Trained
-from finrepro.engine import in_parts
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data import packing
+from finrepro.data.batches import COLLATE
+from finrepro.data.tokens import Encoded
 from finrepro.errors import CellFailed, UsageError
-from finrepro.launch import command
-from finrepro.layers.supervised import SupervisedLM
-from finrepro.model import build
-from finrepro.place import Place
-from finrepro.selection import Selection
-from finrepro.spec import RunSpec
-from finrepro.store import open_store, read_lines
-from finrepro.tokens import Encoded
-from finrepro.train import Diverged, Interrupted, learning_rate, steps_from, train
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store, read_lines
+from finrepro.methods.layers.supervised import SupervisedLM
+from finrepro.models.build import build
+from finrepro.running.launch import command
+from finrepro.runtime import process
+from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.engines.start import in_parts
+from finrepro.training.loop import Diverged, Interrupted, learning_rate, steps_from, train
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -36,8 +39,8 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def _setup() -> None:
-    runtime.quiet_environment()
-    runtime.setup(0, 2)
+    process.quiet_environment()
+    process.setup(0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(
     with pytest.raises(Interrupted, match="checkpoint"):
         run(spec, data, tmp_path / "cut", stop=lambda: len(seen) >= 2, seen=seen)
     assert len(seen) == 2
-    runtime.setup(123, 2)  # another process would start from other generator states
+    process.setup(123, 2)  # another process would start from other generator states
     resumed, resumed_weights = run(spec, data, tmp_path / "cut")
     assert resumed == whole
     for name, value in weights.items():
@@ -152,7 +155,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(
 def test_the_same_cell_twice_gives_the_same_bits(data: list[Encoded], tmp_path: Path) -> None:
     spec = spec_of(CELLS[2])
     first, weights = run(spec, data, tmp_path)
-    runtime.setup(7, 2)
+    process.setup(7, 2)
     torch.rand(5)  # what a library drew before must not matter
     second, again = run(spec, data, tmp_path)
     assert first == second
@@ -288,7 +291,7 @@ def test_two_ranks_equal_one_on_a_real_cell(tmp_path: Path) -> None:
         spec = expand(selection, "smoke")[0].spec
         place = Place(open_store(tmp_path / str(ranks)))
         line = command(spec, selection, "smoke", place)
-        launch(ranks, *line[line.index("finrepro.run") - 1 :])
+        launch(ranks, *line[line.index("finrepro.running.cell") - 1 :])
         result = place.store.result(spec.run_id)
         assert result is not None and result["status"] == "done"
         assert result["scores"] == [], "random weights show no quality"
@@ -309,15 +312,15 @@ def test_two_ranks_equal_one_at_every_zero_stage(zero_stage: int, data: list[Enc
 
 def test_zero_configurations_exist_for_every_stage() -> None:
     for stage in range(4):
-        assert catalogue.deepspeed_config(stage)["zero_optimization"]["stage"] == stage
+        assert reader.deepspeed_config(stage)["zero_optimization"]["stage"] == stage
 
 
 def _as_rank(zero_stage: int, folder: Path) -> None:
     """What a rank of the test above runs."""
-    runtime.quiet_environment()
-    runtime.setup(0, 1)
+    process.quiet_environment()
+    process.setup(0, 1)
     losses, _ = run(spec_of(CELLS[1], zero_stage=zero_stage), sequences(), folder)
-    if runtime.ranks().is_main:
+    if process.ranks().is_main:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from fixtures_process import environment, one_line
 
-from finrepro import PROJECT, ui
+from finrepro import PROJECT
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.store import open_store
+from finrepro.evidence.store import open_store
+from finrepro.tracking import ui
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import torch
 from fixtures_model import CPU, MINIATURES, all_logits, make, process, random_examples, spec_of, stir  # noqa: F401
 from torch import Tensor, nn
 
-from finrepro import catalogue
-from finrepro.adapters import vera
-from finrepro.checkpoint import Control
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
-from finrepro.layers.linear import block_sizes
-from finrepro.model import configuration, load
-from finrepro.refusals import refusal
-from finrepro.schema import Choice, build
-from finrepro.train import train
+from finrepro.methods.adapters import vera
+from finrepro.methods.layers.linear import block_sizes
+from finrepro.models.build import configuration, load
+from finrepro.settings import Choice, build
+from finrepro.training.checkpoint import Control
+from finrepro.training.loop import train
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 both = pytest.mark.parametrize("name", MINIATURES)
@@ -34,7 +34,7 @@ COUNTS = {
 
 
 def settings(**changes: Any) -> Choice:
-    config = dataclasses.asdict(catalogue.adapter("vera_r256").config)
+    config = dataclasses.asdict(reader.adapter("vera_r256").config)
     return Choice(name="changed", kind="vera", config=vera.Config(**config | changes))
 
 
@@ -98,7 +98,7 @@ def test_without_the_projection_the_file_holds_the_vectors_alone_and_is_read_bac
 def test_vera_on_the_real_models_counts_as_in_the_table(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    choice, entry = catalogue.adapter("vera_r256"), catalogue.model(name)
+    choice, entry = reader.adapter("vera_r256"), reader.model(name)
     with torch.device("meta"):
         model: Any = vera.apply(AutoModelForCausalLM.from_config(configuration(entry)), choice.config, 0)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
@@ -129,7 +129,7 @@ def test_every_engine_that_it_goes_with_trains_it_alike(engine: Any, stage: int,
 
 @pytest.mark.parametrize("change", [{"r": 0}, {"d_initial": 0.0}, {"vera_dropout": 1.0}, {"projection_prng_key": -1}])
 def test_settings_that_cannot_be_are_refused_when_they_are_read(change: dict[str, Any]) -> None:
-    values = dataclasses.asdict(catalogue.adapter("vera_r256").config) | change
+    values = dataclasses.asdict(reader.adapter("vera_r256").config) | change
     with pytest.raises(UsageError, match=rf"^adapters\.x\.{next(iter(change))}: [^\n]*$"):
         build(vera.Config, values, "adapters.x")
 

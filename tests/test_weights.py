@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
-from finrepro import PROJECT, catalogue, shards, weights
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault
-from finrepro.manifest import file_digest
-from finrepro.spec import Model
+from finrepro.evidence.manifest import file_digest
+from finrepro.models import checkpoints
+from finrepro.models import safetensors as shards
 
-REAL = tuple(name for name, entry in catalogue.catalogue("models").items() if entry.get("hub"))
-MODEL = catalogue.model("llama3_1_8b")
+REAL = tuple(name for name, entry in reader.catalogue("models").items() if entry.get("hub"))
+MODEL = reader.model("llama3_1_8b")
 CANARY = "hf_" + "CANARYcanary0123456789"
 
 
@@ -68,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 def refused(folder: Path, *parts: str) -> None:
     """`check` raises one line with the folder and all the parts."""
     try:
-        weights.check(MODEL, folder)
+        checkpoints.check(MODEL, folder)
     except EnvironmentFault as error:
         assert error.exit_code == 3 and "\n" not in str(error) and str(folder) in str(error)
         for part in parts:
@@ -132,35 +135,35 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(fault: str, folder: Path) -> None:
     change, parts = FAULTS[fault]
-    weights.check(MODEL, folder)
+    checkpoints.check(MODEL, folder)
     change(folder)
     refused(folder, *parts)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_every_entry_accepts_its_own_configuration_and_no_other_sizes(name: str, folder: Path) -> None:
-    model = catalogue.model(name)
+    model = reader.model(name)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(int(model.architecture["vocab_size"]))))
     (folder / "config.json").write_text(json.dumps(hub_configuration(model)))
-    weights.check(model, folder)
-    for other in map(catalogue.model, REAL):
+    checkpoints.check(model, folder)
+    for other in map(reader.model, REAL):
         if other.architecture != model.architecture:
             with pytest.raises(EnvironmentFault, match=f"is not {other.name}"):
-                weights.check(other, folder)
+                checkpoints.check(other, folder)
 
 
 def test_vocabulary_files_of_a_gpt2_are_counted(folder: Path) -> None:
-    model = catalogue.model("gpt2_127m")
+    model = reader.model("gpt2_127m")
     (folder / "config.json").write_text(json.dumps(hub_configuration(model)))
     (folder / "tokenizer.json").unlink()
     (folder / "merges.txt").write_text("")
     for tokens, fits in ((50257, True), (50258, False)):
         (folder / "vocab.json").write_text(json.dumps({f"t{index}": index for index in range(tokens)}))
         if fits:
-            weights.check(model, folder)
+            checkpoints.check(model, folder)
         else:
             with pytest.raises(EnvironmentFault, match="50258 tokens, the embedding of gpt2_127m has 50257 rows"):
-                weights.check(model, folder)
+                checkpoints.check(model, folder)
 
 
 def test_a_checkpoint_is_checked_without_torch(folder: Path) -> None:
@@ -180,7 +183,7 @@ assert not {{"torch", "transformers", "safetensors", "huggingface_hub"}} & set(s
 def test_a_checkpoint_is_found_under_each_of_its_names_and_in_the_cache(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = catalogue.model(name)
+    model = reader.model(name)
     assert model.hub is not None
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -193,23 +196,23 @@ def test_a_checkpoint_is_found_under_each_of_its_names_and_in_the_cache(
         models_dir = next(
             (parent for parent in place.parents if parent.name.startswith("models") and parent.parent == tmp_path), None
         )
-        assert weights.locate(model, models_dir) is None and weights.missing_reason(model, models_dir)
+        assert checkpoints.locate(model, models_dir) is None and checkpoints.missing_reason(model, models_dir)
         place.symlink_to(folder, target_is_directory=True)
-        assert weights.locate(model, models_dir) == place and weights.missing_reason(model, models_dir) is None
+        assert checkpoints.locate(model, models_dir) == place and checkpoints.missing_reason(model, models_dir) is None
         place.unlink()
-    assert all(weights.locate(catalogue.model(other), folder.parent) is None for other in REAL)
+    assert all(checkpoints.locate(reader.model(other), folder.parent) is None for other in REAL)
 
 
 def test_why_weights_are_missing_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in str(weights.missing_reason(MODEL, None))
-    open_model = catalogue.model("gpt2_127m")
-    assert "HF_TOKEN" not in str(weights.missing_reason(open_model, tmp_path))
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in str(checkpoints.missing_reason(MODEL, None))
+    open_model = reader.model("gpt2_127m")
+    assert "HF_TOKEN" not in str(checkpoints.missing_reason(open_model, tmp_path))
     folder.rename(tmp_path / MODEL.name)
     only_pickles(tmp_path / MODEL.name)
-    assert "never read" in str(weights.missing_reason(MODEL, tmp_path))
+    assert "never read" in str(checkpoints.missing_reason(MODEL, tmp_path))
     (tmp_path / MODEL.name / "config.json").unlink()
-    assert "lacks config.json" in str(weights.missing_reason(MODEL, tmp_path))
+    assert "lacks config.json" in str(checkpoints.missing_reason(MODEL, tmp_path))
 
 
 def test_digests_are_of_the_weight_files_and_computed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,17 +222,17 @@ def test_digests_are_of_the_weight_files_and_computed_once(folder: Path, monkeyp
         calls.append(path)
         return file_digest(path)
 
-    monkeypatch.setattr(weights, "file_digest", counted)
+    monkeypatch.setattr(checkpoints, "file_digest", counted)
     safetensors(folder / "another.safetensors", {"x": 1})
     names = ["model-1.safetensors", "model-2.safetensors"]
-    assert weights.digests(folder) == {name: file_digest(folder / name) for name in names}
-    weights.digests(folder)
+    assert checkpoints.digests(folder) == {name: file_digest(folder / name) for name in names}
+    checkpoints.digests(folder)
     assert len(calls) == 2
     path = folder / names[1]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"\x01")
     os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))
-    assert weights.digests(folder)[names[1]] == file_digest(path) and len(calls) == 3
+    assert checkpoints.digests(folder)[names[1]] == file_digest(path) and len(calls) == 3
 
 
 class Refusal(Exception):
@@ -245,7 +248,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, error: Exception, model: Model = MO
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(EnvironmentFault) as caught:
-        weights.fetch(model)
+        checkpoints.fetch(model)
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__
     return str(caught.value)
 
@@ -274,7 +277,7 @@ def test_a_gated_model_names_the_page_that_grants_access(monkeypatch: pytest.Mon
     for error in (GatedRepoError("Access to model is restricted", response=response), OSError("no route")):
         message = attempt(monkeypatch, error)
         assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in message and "HF_TOKEN" in message
-    assert "HF_TOKEN" not in attempt(monkeypatch, OSError("no route"), catalogue.model("gpt2_127m"))
+    assert "HF_TOKEN" not in attempt(monkeypatch, OSError("no route"), reader.model("gpt2_127m"))
 
 
 def test_another_commit_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +285,7 @@ def test_another_commit_than_the_pinned_one_is_refused(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "0" / "abc"))
     with pytest.raises(EnvironmentFault, match="the hub gave commit abc, pinned is"):
-        weights.fetch(MODEL)
+        checkpoints.fetch(MODEL)
     assert MODEL.hub is not None
     pinned = dataclasses.replace(MODEL, hub=dataclasses.replace(MODEL.hub, revision="abc"))
-    assert weights.fetch(pinned) == tmp_path / "0" / "abc"
+    assert checkpoints.fetch(pinned) == tmp_path / "0" / "abc"

@@ -7,19 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finrepro import catalogue, runtime
+from finrepro.catalogue import reader
+from finrepro.runtime import process
 
-runtime.quiet_environment()
+process.quiet_environment()
 
 from fixtures_model import random_examples, spec_of  # noqa: E402
 
-from finrepro.checkpoint import Control  # noqa: E402
-from finrepro.model import build  # noqa: E402
-from finrepro.train import train  # noqa: E402
+from finrepro.models.build import build  # noqa: E402
+from finrepro.training.checkpoint import Control  # noqa: E402
+from finrepro.training.loop import train  # noqa: E402
 
-device = runtime.setup(0, 1)
+device = process.setup(0, 1)
 adapter = sys.argv[3] if len(sys.argv) > 3 else "lora_r8"
-base_model = catalogue.model(sys.argv[4]) if len(sys.argv) > 4 else "llama3_1_8b_mini"
+base_model = reader.model(sys.argv[4]) if len(sys.argv) > 4 else "llama3_1_8b_mini"
 found: dict[str, Any] = {}
 for stage in (3, 0):
     spec = spec_of(
@@ -36,7 +37,7 @@ for stage in (3, 0):
         "base_parameters": built.base_parameters,
         "trainable_parameters": built.trainable_parameters,
     }
-(Path(sys.argv[2]) / f"rank{runtime.ranks().rank}.json").write_text(json.dumps(found))
+(Path(sys.argv[2]) / f"rank{process.ranks().rank}.json").write_text(json.dumps(found))
 
-runtime.leave_process_group()
-runtime.end(0)
+process.leave_process_group()
+process.end(0)

@@ -5,14 +5,16 @@ Comparing an export with a model that was made again finds what was written wron
 
 from typing import TYPE_CHECKING, Any
 
-from finrepro import catalogue, data, store
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import DESCRIPTIVE, TaskSpec
+from finrepro.data import files
 from finrepro.errors import UsageError
-from finrepro.evaluate import answer
+from finrepro.evaluation.evaluate import answer
+from finrepro.evidence import store
+from finrepro.evidence.place import Place
 from finrepro.exporting.recorded import Recorded
 from finrepro.exporting.verify import NotEqual
-from finrepro.place import Place
-from finrepro.schema import plain, without
-from finrepro.spec import DESCRIPTIVE, TaskSpec
+from finrepro.settings import plain, without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,9 +36,9 @@ def check(recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTo
     if task is None:
         return f"not held against recorded answers: the task {rows[0]['task']} is another by now"
     name, split = task.dataset.name, spec.evaluation.split
-    if reason := data.missing_reason(task.dataset, place.data_dir, (split,)):
+    if reason := files.missing_reason(task.dataset, place.data_dir, (split,)):
         return f"not held against recorded answers: {reason}"
-    loaded = data.load(task.dataset, place.data_dir, (split,))
+    loaded = files.load(task.dataset, place.data_dir, (split,))
     if loaded.fingerprints[split] != recorded.result["data"]["fingerprints"].get(name, {}).get(split):
         return f"not held against recorded answers: {name} is not what it was"
     examples = {example.id: example for example in loaded.splits[split]}
@@ -68,7 +70,7 @@ def _task(recorded: Recorded, name: str) -> TaskSpec | None:
     """The task that the run was scored on; None when the catalogue's is another."""
     for values in recorded.result["spec"]["tasks"]:
         try:
-            _, scored = catalogue.train_set(recorded.result["cell"]["train_on"], values["task"].get("template", ""))
+            _, scored = reader.train_set(recorded.result["cell"]["train_on"], values["task"].get("template", ""))
         except UsageError:
             return None
         for each in scored:

@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from finrepro import catalogue
+from finrepro.catalogue import reader
 from finrepro.errors import UsageError
 from finrepro.exporting.layout import Layout, loading_settings, own_base
 from finrepro.exporting.recorded import Recorded
 from finrepro.exporting.verify import TOLERANCE, Difference
-from finrepro.schema import plain
+from finrepro.settings import plain
 
 LIBRARY = {"peft": "peft", "merged": "transformers", "base": "transformers"}
 K5 = {
@@ -180,7 +180,7 @@ def _datasets(recorded: Recorded) -> list[str]:
 def _dataset(name: str) -> Any:
     """The catalogue's entry; None when it is gone."""
     try:
-        return catalogue.dataset(name)
+        return reader.dataset(name)
     except UsageError:
         return None
 

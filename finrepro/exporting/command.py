@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finrepro import runtime
 from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.evidence.manifest import write_manifest
+from finrepro.evidence.place import Place
 from finrepro.exporting.layout import Layout, layout
 from finrepro.exporting.recorded import FORMATS, Recorded, find
-from finrepro.manifest import write_manifest
-from finrepro.place import Place
+from finrepro.runtime import process
 
 
 def export(run_id: str, wanted: str, out: Path | None, place: Place) -> Path:
@@ -43,8 +43,8 @@ def export(run_id: str, wanted: str, out: Path | None, place: Place) -> Path:
 def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> None:
     """Write everything into `partial`, verified."""
     spec = recorded.spec
-    runtime.quiet_environment()
-    device = runtime.setup(spec.seed, spec.threads)
+    process.quiet_environment()
+    device = process.setup(spec.seed, spec.threads)
     os.environ.setdefault(
         "DS_ACCELERATOR", device.type
     )  # DeepSpeed, which Transformers imports, then need not say what it found

@@ -14,7 +14,7 @@ A method may say otherwise, by optional names of its module:
 from dataclasses import dataclass
 from typing import Any
 
-from finrepro.spec import RunSpec
+from finrepro.catalogue.spec import RunSpec
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from finrepro import inputs, loading
-from finrepro.adapters.peft_folder import check_every_tensor_is_used
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
 from finrepro.exporting.recorded import Recorded
-from finrepro.layers.linear import is_conv1d, linear_layers
-from finrepro.model import build, load_tokenizer, skeleton, source
-from finrepro.place import Place
-from finrepro.spec import RunSpec
-from finrepro.tokens import tokenizer_digest
+from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.models import loading
+from finrepro.models.build import build, load_tokenizer, skeleton, source
+from finrepro.running import inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import catalogue, store
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
-from finrepro.low_rank import not_exported
-from finrepro.manifest import damaged_files
-from finrepro.schema import build, choose, kind_module, plain, without
-from finrepro.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
-from finrepro.store import Store
+from finrepro.evidence import store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.store import Store
+from finrepro.settings import build, choose, kind_module, plain, without
+from finrepro.sizes.low_rank import not_exported
 
 FORMATS = ("peft", "merged", "base")
 RUN_ID = re.compile(r"[0-9a-f]{12}")
@@ -100,10 +101,10 @@ def specified(result: dict[str, Any]) -> RunSpec:
     """The spec of a result. Raises `EnvironmentFault` when the model of that name is another by now, or this version has other settings."""
     cell, values = result["cell"], result["spec"]
     try:
-        model = catalogue.model(cell["model"])
+        model = reader.model(cell["model"])
         adapter = choose("adapters", cell["adapter"], values["adapter"], "adapter")
         quantizer = choose("quantizers", cell["quantizer"], values["quantizer"], "quantizer")
-        train = catalogue.train_settings(values["train"], "train")
+        train = reader.train_settings(values["train"], "train")
         evaluation = build(Evaluation, values["evaluation"], "evaluation")
     except UsageError as error:
         raise EnvironmentFault(f"run {result['run_id']} was made with settings of another version: {error}") from None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import FinreproError
 from finrepro.exporting.layout import Layout, loading_settings
 from finrepro.exporting.rebuild import logits, quiet_peft
-from finrepro.spec import RunSpec
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the logits' length
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from finrepro.adapters import lora
+from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.exporting.layout import Layout, loading_settings
 from finrepro.exporting.rebuild import Start, densify, read_peft, stripped
 from finrepro.exporting.recorded import Recorded
-from finrepro.layers.linear import linear_layers
-from finrepro.model import dense_skeleton
-from finrepro.restructure import to_dense
-from finrepro.spec import RunSpec
+from finrepro.methods.adapters import lora
+from finrepro.methods.layers.linear import linear_layers
+from finrepro.models.build import dense_skeleton
+from finrepro.models.factorize import to_dense
 
 SHARD = "5GB"
 SETTINGS = "adapter_config.json"

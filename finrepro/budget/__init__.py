@@ -1,0 +1,1 @@
+"""From GPUs and hours to a model and its tokens, and back: scaling laws, price and memory."""

@@ -1,0 +1,115 @@
+"""`invoke budget`: its options checked, its answer printed and kept under results/budget/ in the store. Nothing is measured unasked."""
+
+from dataclasses import asdict
+
+from finrepro.budget import budget
+from finrepro.budget.hardware import hardware
+from finrepro.budget.text import OURS, of_hours, of_tokens, sources
+from finrepro.catalogue import reader
+from finrepro.catalogue.request import number, whole
+from finrepro.catalogue.spec import Model
+from finrepro.errors import UsageError, unknown
+from finrepro.evidence import store
+from finrepro.evidence.place import Place
+from finrepro.reporting.curves import draw_charts
+from finrepro.reporting.dots import to_png, to_svg
+from finrepro.runtime.matmul import at_hand
+from finrepro.sizes import flops
+
+
+def budget_of(place: Place, asked: budget.Request) -> int:
+    """Answer a request and keep the answer; the exit code."""
+    lines, found = of_hours(asked) if asked.hours is not None else of_tokens(asked)
+    folder, stem = place.store.results / "budget", _stem(asked)
+    computed = found.pop("computed")
+    models = tuple(map(reader.model, OURS))
+    picture = draw_charts([budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1)
+    with place.store.lock(), store.disk_errors(place.store.root):
+        folder.mkdir(parents=True, exist_ok=True)
+        values = budget.record(
+            asked.machine, operations=computed, sequence=asked.sequence, unique=asked.unique, **found
+        )
+        store.write_json(folder / f"{stem}.json", values)
+        store.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
+        store.write_bytes(folder / f"{stem}.png", to_png(picture))
+    print("\n".join([*lines, "", *asked.remarks, *sources(asked.unique), f"Kept: {folder / stem} (json, svg, png)."]))
+    return 0
+
+
+def request(
+    gpu: str | None = None,
+    gpus: str = "1",
+    hours: str | None = None,
+    mfu: str = "0.4",
+    model: str | None = None,
+    tokens: str | None = None,
+    unique_tokens: str | None = None,
+    sequence: str = "1024",
+    price: str | None = None,
+    measure: bool = False,
+) -> budget.Request:
+    """The checked options."""
+    if (hours is None) == (tokens is None):
+        raise UsageError("give --hours, or --model and --tokens: the one is worked out from the other.")
+    if tokens is not None and model is None:
+        raise UsageError("--tokens needs --model: the model that is trained on them.")
+    chosen = _model(model) if model is not None else None
+    length = whole("sequence", sequence)
+    if chosen and length > flops.positions(chosen):
+        raise UsageError(f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions.")
+    machine, remarks = _machine(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
+    if price is not None:
+        machine = budget.Machine(**asdict(machine) | {"price": number("price", price)})
+    return budget.Request(
+        machine=machine,
+        hours=None if hours is None else number("hours", hours, 1e7),
+        model=chosen,
+        tokens=None if tokens is None else number("tokens", tokens, 1e18),
+        unique=None if unique_tokens is None else number("unique-tokens", unique_tokens, 1e18),
+        sequence=length,
+        remarks=remarks,
+    )
+
+
+def _model(name: str) -> Model:
+    known = [each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"]
+    if name not in known:
+        raise unknown("model", name, known)
+    return reader.model(name)
+
+
+def _machine(gpu: str | None, devices: int, mfu: float, measure: bool) -> tuple[budget.Machine, tuple[str, ...]]:
+    """The GPU of the catalogue, or with `measure` the device at hand at the rate that its matrix products reach now."""
+    if (gpu is None) == (not measure):
+        known = ", ".join(reader.catalogue("hardware"))
+        raise UsageError(f"give --gpu, one of: {known}; or --measure, for the device at hand.")
+    if gpu is None:
+        rate = at_hand()
+        shape = "x".join(map(str, rate.shape))
+        told = f"Measured here: {rate.flops / 1e12:.3g} TFLOP/s at {shape} in {rate.dtype}; MFU is a share of it."
+        return budget.Machine(rate.device, devices, rate.flops, mfu, None, None), (told,)
+    found = hardware(gpu)
+    peak, most = found.known("peak_bf16"), found.matmul_bf16
+    remarks = [f"Price: {found.sources['price']}."] if found.price else []
+    if most and mfu > most / peak:
+        remarks.append(
+            f"MFU {mfu:g} is out of reach: single matrix products were measured at {most / peak:.2f} of this GPU's peak."
+        )
+    room = None if found.memory_bytes is None else float(found.memory_bytes)
+    return budget.Machine(found.title, devices, peak, mfu, found.price, room), tuple(remarks)
+
+
+def _stem(asked: budget.Request) -> str:
+    """A file's name from what was asked."""
+    parts = [
+        "".join(c if c.isalnum() else "_" for c in asked.machine.name.lower()).strip("_"),
+        f"x{asked.machine.devices}",
+    ]
+    parts += [
+        f"mfu{asked.machine.mfu:g}",
+        f"{asked.hours:g}h" if asked.hours is not None else f"{asked.tokens:g}_tokens",
+    ]
+    parts += [asked.model.name] if asked.model else []
+    parts += [f"unique{asked.unique:g}"] if asked.unique else []
+    parts += [f"usd{asked.machine.price:g}"] if asked.machine.price else []
+    return "-".join([*parts, f"t{asked.sequence}"])

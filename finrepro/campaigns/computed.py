@@ -1,0 +1,84 @@
+"""Tables that are computed from the models' sizes: no cells, nothing to run, nothing to record. They are made anew at each call."""
+
+from dataclasses import fields
+from typing import Any
+
+from finrepro.campaigns.display import Display
+from finrepro.catalogue import reader
+from finrepro.catalogue.selection import Selection
+from finrepro.errors import UsageError
+from finrepro.evidence import store
+from finrepro.evidence.place import Place
+from finrepro.reporting.curves import draw_charts
+from finrepro.reporting.dots import to_png, to_svg
+from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
+from finrepro.settings import kind_module
+from finrepro.sizes import flops
+from finrepro.sizes.account import Computed, account, shares
+
+SCALE = "paper"  # real models, whatever the machine
+STORED = ("none", "int8", "nf4")
+POINTS = 2  # of the figure's curves, a doubling of the length
+
+
+def is_computed(name: str) -> bool:
+    """Whether a table is one of these. Raises `UsageError` for an unknown one."""
+    return reader.table(name).computed is not None
+
+
+def reproduce(selection: Selection, place: Place, scale: str = "auto", plan: bool = False, **asked: bool) -> int:
+    """Write the table and print it, or with `plan` say that there is nothing to plan; the exit code.
+
+    `asked` are further options of the command, by name and whether they were given. Raises `UsageError` for one that needs cells.
+    """
+    number = selection.table.removeprefix("table")
+    given = [
+        each.name
+        for each in fields(Selection)
+        if getattr(selection, each.name) != each.default and each.name != "table"
+    ]
+    names = {"world_size": "devices"}
+    wrong = [names.get(name, name) for name in (*given, *(name for name, value in asked.items() if value))]
+    if wrong:
+        raise UsageError(
+            f"table {number} is computed from the models' sizes and has no cells: --{wrong[0]} does not apply."
+        )
+    if scale == "smoke":
+        raise UsageError(f"table {number} is computed for the real models: --scale smoke does not apply.")
+    display = Display()
+    if plan:
+        display.say(
+            f"Table {number} is computed from the models' sizes: no cell runs. ./run reproduce --table {number} makes it, in seconds."
+        )
+        return 0
+    made = write(number, place)
+    display.table(made, place.store.results / "tables" / SCALE, runs=False)
+    return 0
+
+
+def write(name: str, place: Place) -> Table:
+    """The table; its Markdown, LaTeX, JSON and figure go to the store."""
+    file = reader.table(name)
+    settings: Computed = file.computed  # type: ignore[assignment]
+    report = kind_module("report", file.report)
+    accounts = [_account(each, settings) for each in settings.models]
+    made: Table = report.build(accounts, settings)
+    files = {"md": to_markdown(made).encode(), "tex": to_latex(made).encode(), "json": to_json(made).encode()}
+    picture = draw_charts(report.charts(accounts), made.title)
+    files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
+    folder = place.store.results / "tables" / SCALE
+    with place.store.lock(), store.disk_errors(place.store.root):
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, content in files.items():
+            store.write_bytes(folder / f"{file.report}.{suffix}", content)
+    return made
+
+
+def _account(name: str, settings: Computed) -> dict[str, Any]:
+    """A model's account, with the points of its curve."""
+    model = reader.model(name)
+    stored = {each: reader.quantizer(each, model.dtype) for each in STORED}
+    steps = (round(64 * 2 ** (step / POINTS)) for step in range(100))
+    lengths = [length for length in steps if length <= flops.positions(model)]
+    curve = {length: shares(flops.forward(model, length, causal=True)) for length in lengths}
+    return account(model, settings, stored) | {"curve": curve}

@@ -1,0 +1,252 @@
+"""Values that others published: typed, each with what it was measured on, and whether a cell of ours measures the same thing.
+
+A file of configs/published holds one source: its metrics, known defects, test sets and systems (model and method), and the values, each
+typed once. Three levels of comparability, decided from facts alone:
+
+- `comparable`: the same quantity, measured the same way as far as the source says;
+- `with reservations`: the same quantity (model, test set, labels, metric), but its recipe or the way answers are read differs, or it has a
+  known defect. A verdict is given, and the reasons stand beside it;
+- `not comparable`: another quantity. No verdict.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finrepro.errors import UsageError, unknown
+from finrepro.settings import Count, Positive, PositiveFloat, build, settings
+
+Level = Literal["comparable", "with reservations", "not comparable"]
+LEVELS: tuple[Level, ...] = ("comparable", "with reservations", "not comparable")
+VARIANTS = ("_chat", "_instruct")
+
+
+@settings
+class Metric:
+    """A metric there: the name of ours that is the same quantity, or None. `beside` is then the one that it would be taken for."""
+
+    ours: str | None
+    says: str
+    beside: str | None = None
+
+
+@settings
+class TestSet:
+    """What was asked there: the task here that asks the same, the number of rows, and `differs`, why it is not the same after all."""
+
+    __test__ = False  # for pytest: not a test, whatever its name
+
+    task: str | None
+    n: Positive | None
+    prompt: str | None
+    says: str = ""
+    differs: str | None = None
+    batch: Count | None = None
+    defects: tuple[str, ...] = ()
+
+
+@settings
+class System:
+    """What was scored there, exactly (`variant`, `method`, `recipe`), and the catalogue's names for it where one fits."""
+
+    variant: str
+    method: str
+    model: str
+    adapter: str | None
+    quantizer: str | None
+    one_of: tuple[str, ...] = ()  # where `quantizer` is None because its sources disagree: what they say
+    scored_with: str | None = (
+        None  # the quantizer under the adapter when it was scored, where another one than in training
+    )
+    folder: str | None = (
+        None  # the adapter itself, as its authors published it: a cell of --adapter with this folder's name
+    )
+    source: str | None = None
+    recipe: str | None = None
+    trained_on: str | None = None
+    train_on: str | None = None
+    train_on_differs: str | None = None  # why the mix of that name is not the same data after all
+    defects: tuple[str, ...] = ()
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """What it may have been trained with; empty: nothing is known."""
+        return (self.quantizer,) if self.quantizer else self.one_of
+
+
+@settings
+class Margin:
+    """How far from a published value counts as equal, in 95 % sampling half-widths of it."""
+
+    half_widths: PositiveFloat
+
+
+@settings
+class Published:
+    """One number. `defects` are sentences; `metric` is as named there, `measure.ours` as here."""
+
+    name: str  # file.system.test_set.metric
+    source: str
+    system: System
+    test_set: TestSet
+    metric: str
+    measure: Metric
+    value: float
+    margin: Margin | None
+    defects: tuple[str, ...]
+
+
+@settings
+class SourceFile:
+    """One file of configs/published. The defects named by `everywhere` hold for each of its values."""
+
+    source: str
+    margin: Margin | None
+    metrics: dict[str, Metric]
+    defects: dict[str, str]
+    everywhere: tuple[str, ...] = ()
+    test_sets: dict[str, TestSet]
+    systems: dict[str, System]
+    values: dict[str, dict[str, dict[str, PositiveFloat]]]
+
+
+def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
+    """The values of one file, in its order. Raises `UsageError` for a name that the file does not define, or one that nothing uses."""
+    file = build(SourceFile, entries, where)
+    used: set[str] = set()
+    found = []
+    for system_name, sets in file.values.items():
+        system = _named(file.systems, system_name, "system", where)
+        for set_name, numbers in sets.items():
+            test_set = _named(file.test_sets, set_name, "test set", where)
+            for metric, value in numbers.items():
+                measure = _named(file.metrics, metric, "metric", where)
+                ids = dict.fromkeys((*system.defects, *test_set.defects, *file.everywhere))
+                used |= {system_name, set_name, metric, *ids}
+                found.append(
+                    Published(
+                        name=f"{where.removeprefix('published.')}.{system_name}.{set_name}.{metric}",
+                        source=system.source or file.source,
+                        system=system,
+                        test_set=test_set,
+                        metric=metric,
+                        measure=measure,
+                        value=value,
+                        margin=file.margin,
+                        defects=tuple(_named(file.defects, each, "defect", where) for each in ids),
+                    )
+                )
+    for kind in ("metrics", "defects", "test_sets", "systems"):
+        for name in getattr(file, kind):
+            if name not in used:
+                raise UsageError(f"{where}.{kind}.{name}: no value uses it.")
+    return tuple(found)
+
+
+def _named(entries: dict[str, Any], name: str, what: str, where: str) -> Any:
+    if name not in entries:
+        raise UsageError(f"{where}: {unknown(what, name, entries)}")
+    return entries[name]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a published value relates to a cell, and every reason that keeps it from being simply comparable."""
+
+    level: Level
+    reasons: tuple[str, ...]
+
+
+def _size(model: str) -> str:
+    """The model's name without its variant: what is worth naming beside a cell, comparable or not."""
+    return next((model.removesuffix(v) for v in VARIANTS if model.endswith(v)), model)
+
+
+def _per_device(row: dict[str, Any]) -> float:
+    """Examples a device a step."""
+    return float(row["batch"] / row["devices"])
+
+
+def candidates(
+    published: Sequence[Published], row: dict[str, Any], task: str | None, metrics: Sequence[str]
+) -> list[Published]:
+    """Published values that a reader would look for beside this cell: its model's size, adapter, quantizer, task and metrics.
+
+    To be named as not comparable is better than to be passed over. So the base is found beside the Instruct model, a metric beside the one
+    that it would be taken for, and every metric of a test set that asks something else.
+    """
+    return [
+        each
+        for each in published
+        if each.test_set.task == task
+        and row["adapter"] in {each.system.adapter, each.system.folder}
+        and (not each.system.quantizers or row["quantizer"] in each.system.quantizers)
+        and _size(each.system.model) == _size(row["model"])
+        and ((each.measure.ours or each.measure.beside) in metrics or each.test_set.differs is not None)
+        and each.test_set.batch in (None, _per_device(row))
+    ]
+
+
+def comparability(published: Published, row: dict[str, Any], n: int | None = None) -> Comparison:
+    """Whether a cell measures what was published.
+
+    `row` is a cell as the reports take it; `n` is the number of rows that it was scored on, for a score.
+    """
+    no = _other_quantity(published, row, n)
+    if no:
+        return Comparison("not comparable", tuple(no))
+    but = _other_way(published, row)
+    return Comparison("with reservations" if but else "comparable", tuple(but))
+
+
+def _other_quantity(published: Published, row: dict[str, Any], n: int | None) -> list[str]:
+    """Why the cell measures something else."""
+    system, test_set = published.system, published.test_set
+    of_quality = test_set.task is not None
+    untuned = system.adapter == "base"
+    answers = published.measure.ours != "f1_entity"
+    prompt = row["prompts"].get(test_set.task) or None
+    checks = {
+        "random weights here": of_quality and row["weights"] == "random",
+        "trained here for too few steps to show quality": of_quality and row["short"],
+        f"{system.variant} there, {row['model']} here": of_quality and system.model != row["model"],
+        f"{system.method} there, {row['adapter']} here": row["adapter"] not in (system.adapter, system.folder),
+        f"quantizer {' or '.join(system.quantizers)} there": bool(system.quantizers)
+        and row["quantizer"] not in system.quantizers,
+        f"{test_set.differs}": test_set.differs is not None,
+        f"test set of {test_set.n} rows there, {n} here": None not in (test_set.n, n) and test_set.n != n,
+        f"batch of {test_set.batch} there": test_set.batch not in (None, _per_device(row)),
+        f"their {published.metric} is {published.measure.says}": published.measure.ours is None,
+        "an untuned model's score depends on how answers are read: generated text there, label likelihoods here": (
+            of_quality and untuned and answers and test_set.differs is None  # else the question itself is another
+        ),
+        f"prompt {test_set.prompt} there, {prompt} here": (
+            untuned and None not in (prompt, test_set.prompt) and prompt != test_set.prompt
+        ),
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+def _other_way(published: Published, row: dict[str, Any]) -> list[str]:
+    """What differs in how the same quantity was reached."""
+    system, test_set = published.system, published.test_set
+    of_quality = test_set.task is not None
+    retrained = row["adapter"] != system.folder
+    prompt = row["prompts"].get(test_set.task) or None
+    checks = {
+        f"trained there with {system.recipe}": retrained and system.recipe is not None,
+        f"trained there on: {system.trained_on}": (
+            retrained and system.trained_on is not None and row["train_on"] != system.train_on
+        ),
+        f"{system.train_on_differs}": (
+            retrained and system.train_on_differs is not None and row["train_on"] == system.train_on
+        ),
+        "their bits are not known": system.quantizer is None,
+        f"scored there with quantizer {system.scored_with}": system.scored_with not in (None, row["quantizer"]),
+        "answers generated there, label likelihoods here": of_quality and published.measure.ours != "f1_entity",
+        f"prompt {test_set.prompt} there, {prompt} here": (
+            None not in (prompt, test_set.prompt) and prompt != test_set.prompt
+        ),
+        "made here by other source or packages than today's": row["state"] == "stale",
+    }
+    return [*(reason for reason, holds in checks.items() if holds), *published.defects]

@@ -1,0 +1,261 @@
+"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and the typed settings it is made of.
+
+Everything here is data. The values come from configs/, which finrepro.catalogue.reader reads.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from finrepro.data.files import Hub
+from finrepro.methods.layers.linear import rank
+from finrepro.settings import Choice, Count, Positive, PositiveFloat, Share, later, plain, settings, text, without
+from finrepro.sizes.account import Computed
+from finrepro.sizes.low_rank import LowRank
+
+Scale = Literal["smoke", "paper"]
+Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
+
+# Said about a thing, not part of it: these keys are left out of the hash at every depth.
+DESCRIPTIVE = frozenset(
+    ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
+     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url", "of"]
+)  # fmt: skip
+
+
+@settings
+class Train:
+    """How a cell is trained. Steps are optimizer steps; `max_tokens` counts a micro-batch's tokens with padding, a device."""
+
+    max_steps: Count  # 0: nothing is trained, the model is scored as it is
+    warmup_steps: Count
+    schedule: Literal["constant", "linear", "cosine"]
+    lr: PositiveFloat
+    global_batch_size: Positive  # examples per optimizer step, over all devices
+    max_tokens: Positive
+    layout: Literal[
+        "padded", "bins", "fastest"
+    ]  # fastest: whichever is, measured before training (finrepro.training.layout)
+    max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
+    sort_window: Positive  # global batches that are sorted by length together; 1 leaves the random order
+    max_grad_norm: PositiveFloat
+    activation_checkpointing: bool
+    zero_stage: Literal[0, 1, 2, 3]
+    optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
+    engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
+    compile: bool = later(False)  # torch.compile, proven equal before the first step (finrepro.training.compilation)
+    short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for ZeRO without DeepSpeed."""
+        if self.engine == "ddp" and self.zero_stage:
+            raise ValueError("engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'")
+
+
+@settings
+class Evaluation:
+    """How a cell is scored: the split, `max_tokens` a forward pass, and the bootstrap's resamples, confidence level and seed.
+
+    Everything is tuned on `development`; `test` is scored once per configuration.
+    """
+
+    split: Literal["test", "development"]
+    max_tokens: Positive
+    resamples: Positive
+    confidence: Share
+    seed: Count
+
+
+@settings
+class Pretrain:
+    """The run that makes a miniature's weights: a language-modelling task and how it is trained."""
+
+    task: str
+    threads: Positive
+    train: dict[str, Any]
+    evaluation: Evaluation
+
+
+# What of an architecture has to be written out: the sizes that the planner counts with.
+SIZES = {
+    "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
+    "llama": (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    ),
+}  # fmt: skip
+
+
+@settings
+class Model:
+    """A base model. `architecture` holds arguments of the transformers configuration of `family`; `low_rank` factors its linear layers."""
+
+    name: str
+    family: Literal["gpt2", "llama"]
+    scale: Scale
+    variant: Literal["base", "chat", "instruct"]
+    dtype: Literal["float32", "bfloat16"]
+    parameters: int
+    architecture: dict[str, Any]
+    hub: Hub | None = None
+    gated: bool = False
+    miniature_of: str | None = None
+    compared_with: str | None = None  # the dense model beside which Table 2 shows this one
+    pretrain: Pretrain | str | None = None  # what makes its weights: a recipe, or the cell of table 2 of this label
+    low_rank: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` when a size is missing or is not a whole number from 1, or no low rank gives what is asked."""
+        sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
+        wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
+        if wrong:
+            raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
+        if self.low_rank is not None:
+            rank(self)
+
+
+@settings
+class Axes:
+    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a
+    table has one of each, in its `train`.
+
+    Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
+    """
+
+    model: tuple[str, ...]
+    quantizer: tuple[str, ...]
+    adapter: tuple[str, ...]
+    train_on: tuple[str, ...]
+    seed: tuple[int, ...]
+    batch: tuple[Positive, ...] = ()
+    optimizer: tuple[str, ...] = ()
+
+
+@settings
+class Override:
+    """Training settings, and devices, of the cells whose axis values match the patterns (* and ?) of `where`."""
+
+    where: dict[str, str]
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: Positive | None = None
+
+
+@settings
+class Group:
+    """The cells whose labels match one of the patterns, with changes to their training; a cell belongs to the first group it matches."""
+
+    cells: tuple[str, ...]
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@settings
+class Grid:
+    """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
+
+    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone. Where `scratch` is true they are
+    trained from the model's own initialisation: pretraining. `stored_as` are quantizers under which the trained model is scored as well.
+    """
+
+    axes: Axes
+    template: str
+    threads: Positive
+    train: dict[str, Any]
+    evaluation: Evaluation
+    quick: tuple[Group, ...]
+    default: tuple[Group, ...] = ()
+    full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+    scored: bool = True
+    scratch: bool = False
+    stored_as: tuple[str, ...] = ()
+
+
+@settings
+class TableFile:
+    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside` names a table whose finished runs are shown
+    in this one as well."""
+
+    title: str
+    report: str
+    smoke: Grid | None = None
+    paper: Grid | None = None
+    computed: Computed | None = None
+    beside: str | None = None
+
+
+@settings
+class TaskSpec:
+    """A task with the dataset it takes its examples from, both resolved."""
+
+    task: Choice
+    dataset: Choice
+
+
+@settings
+class Mix:
+    """An entry of mixes.yaml: task -> how often its examples are taken, and the tasks that are scored."""
+
+    parts: dict[str, Positive]
+    tasks: tuple[str, ...]
+
+
+@settings
+class Part:
+    """A task of a training set; its examples are taken `repeat` times an epoch."""
+
+    task: TaskSpec
+    repeat: Positive
+
+
+@settings
+class TrainSet:
+    """What a cell is trained on: one task, or a named mix of several."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+@settings
+class RunSpec:
+    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one did.
+
+    `label` is the cell's name for people; `run_id` is its identity.
+    """
+
+    label: str
+    model: Model
+    weights: Weights
+    base_checkpoint: str | None
+    base_run: str | None
+    quantizer: Choice
+    adapter: Choice
+    train_on: TrainSet
+    tasks: tuple[TaskSpec, ...]  # scored, in this order; none in a table of costs
+    train: Train
+    evaluation: Evaluation
+    seed: int
+    threads: int
+    world_size: int
+    stored_as: tuple[Choice, ...] = ()  # quantizers: what was trained is scored again in each
+
+    @cached_property
+    def run_id(self) -> str:
+        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without spaces."""
+        parts = ",".join(f'"{name}":{text(getattr(self, name), DESCRIPTIVE)}' for name in HASHED)
+        return hashlib.sha256(f"{{{parts}}}".encode()).hexdigest()[:12]
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
+        values = plain(self)
+        del values["label"]  # here alone: a dataset has a column of that name
+        return without(values, DESCRIPTIVE)
+
+
+# What the hash is made of, in the order of the canonical form's JSON.
+HASHED = tuple(sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"}))
+
+
+def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
+    """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the names, in this order."""
+    return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))

@@ -1,0 +1,1 @@
+"""Training on text while it is still being prepared."""

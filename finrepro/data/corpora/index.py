@@ -1,0 +1,122 @@
+"""`index.json`: what a folder of token shards holds, and whether this program and this model can read it.
+
+A split is one stream of tokens, document after document, each beginning with the start token. It is cut into shards of
+`shard_tokens` tokens wherever that falls; a shard is two files, `NAME.tokens` (little-endian, `dtype`) and `NAME.starts` (little-endian
+uint32: where in the shard a document begins). The index is written last: a folder without it is a preparation that has not ended.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.settings import Count, Positive, build, settings
+
+FORMAT = 1
+INDEX = "index.json"
+Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+
+
+@settings
+class Shard:
+    """One shard: `documents` of them begin in it; sha256 of both files."""
+
+    name: str
+    tokens: Positive
+    documents: Count
+    sha256_tokens: Digest
+    sha256_starts: Digest
+
+
+@settings
+class Split:
+    """One stream. `bytes` counts the UTF-8 bytes of its documents' text, for bits per byte; start tokens are among the `tokens`."""
+
+    documents: Count
+    tokens: Count
+    bytes: Count
+    shards: tuple[Shard, ...]
+
+
+@settings
+class Index:
+    """The whole file. `source`, `options` and `counts` say how it was made (finrepro.data.preparing.prepare)."""
+
+    format: Positive
+    tokenizer: Digest
+    vocabulary: Positive
+    start_id: Count
+    dtype: Literal["uint16", "uint32"]
+    shard_tokens: Positive
+    splits: dict[str, Split]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    counts: dict[str, Any]
+
+
+@settings
+class Begun:
+    """`.preparing/options.json`: what a preparation that has not ended is of. When it has, the same stands in the index."""
+
+    format: Positive
+    tokenizer: Digest
+    vocabulary: Positive
+    source: dict[str, Any]
+    options: dict[str, Any]
+
+
+def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
+    """The smallest type that holds every id below `vocabulary`."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"
+
+
+def read_index(folder: Path) -> Index:
+    """The checked index. Raises `EnvironmentFault` in one line for none, a damaged one, or one of another format version."""
+    path = folder / INDEX
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        begun = " (a preparation was begun and has not ended: run it again)" if (folder / ".preparing").is_dir() else ""
+        raise EnvironmentFault(f"{folder} holds no prepared corpus: it has no {INDEX}{begun}.") from None
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}.") from None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise EnvironmentFault(f"{path} is damaged: not a JSON object; prepare the corpus again.")
+    if values.get("format") != FORMAT:
+        raise EnvironmentFault(
+            f"{path} is of format {values.get('format')}, this program reads {FORMAT}: prepare again."
+        )
+    try:
+        return build(Index, values, str(path))
+    except UsageError as error:
+        raise EnvironmentFault(f"{error} The index is damaged; prepare the corpus again.") from None
+
+
+def index_digest(folder: Path) -> str:
+    """sha256 of the index file, which holds that of every shard: the identity of a prepared corpus."""
+    return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+
+
+def check_fits(folder: Path, index: Index | Begun, tokenizer: str | None, rows: int | None) -> None:
+    """Raise `UsageError` where the tokenizer (its sha256) is another, or has ids that a model of `rows` embeddings lacks."""
+    if tokenizer is not None and tokenizer != index.tokenizer:
+        raise UsageError(
+            f"{folder} was made with another tokenizer (sha256 {index.tokenizer[:12]}..., the model's is {tokenizer[:12]}...): "
+            "prepare it again with the model's."
+        )
+    if rows is not None and index.vocabulary > rows:
+        raise UsageError(f"{folder} holds ids up to {index.vocabulary - 1}, the model has only {rows} embeddings.")
+
+
+def split_of(folder: Path, index: Index, name: str) -> Split:
+    """One split. Raises `UsageError` naming those that there are, or when it holds no text."""
+    if name not in index.splits:
+        raise unknown(f"split of {folder}", name, index.splits)
+    if not index.splits[name].documents:
+        raise UsageError(f"the split '{name}' of {folder} holds no document.")
+    return index.splits[name]

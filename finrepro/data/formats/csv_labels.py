@@ -1,0 +1,54 @@
+"""Comma-separated files with a text and a coded label, one file a split: the Twitter Financial News Sentiment format.
+
+The label codes of two datasets can mean different things (0, 1, 2 is bearish, bullish, neutral here and negative, neutral,
+positive in Financial PhraseBank), so the map is part of the dataset's entry; FinLoRA's swapped file is what a shared map yields.
+"""
+
+import csv
+import io
+
+from finrepro.data.examples import Example, Splits
+from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.errors import EnvironmentFault
+from finrepro.settings import settings
+
+
+@settings
+class Config:
+    """`files` maps a split to its file; `labels` maps the file's code to the label's name."""
+
+    version: int
+    title: str
+    licence: str
+    embedded: bool
+    hub: Hub | None
+    files: dict[str, File]
+    text_column: str
+    label_column: str
+    labels: dict[str, str]
+    development: Development
+
+
+def needed(split: str, config: Config) -> tuple[str, ...]:
+    """The files that a split is made of: its own."""
+    return (split,)
+
+
+def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
+    """Split name -> examples in file order. Raises `EnvironmentFault` on a missing column or an unknown label code."""
+    splits = {}
+    for split, content in contents.items():
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+        try:
+            splits[split] = tuple(
+                Example(
+                    id=f"{name}/{split}/{row}",
+                    text=values[config.text_column].strip(),
+                    label=config.labels[values[config.label_column]],
+                )
+                for row, values in enumerate(rows)
+            )
+        except KeyError as error:
+            raise EnvironmentFault(f"dataset '{name}', split '{split}': no column or label {error}.") from None
+        check_rows(name, split, config.files[split], len(rows))
+    return splits

@@ -1,0 +1,76 @@
+"""JSON lines with a text and a label by name, one file a split: news with labels that ChatGPT gave (NWGI)."""
+
+import json
+
+from finrepro.data.examples import Example, Splits
+from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.errors import EnvironmentFault
+from finrepro.settings import settings
+
+
+@settings
+class Columns:
+    """The keys of a file's lines. `prompted`: the text stands inside FinGPT's instruction, between its Input and its Answer."""
+
+    text: str
+    label: str
+    prompted: bool = False
+
+
+@settings
+class Config:
+    """`files` and `columns` map a split to its file and its keys; `labels` are all that may occur."""
+
+    version: int
+    title: str
+    licence: str
+    embedded: bool
+    hub: Hub | None
+    files: dict[str, File]
+    columns: dict[str, Columns]
+    labels: tuple[str, ...]
+    development: Development
+
+
+def needed(split: str, config: Config) -> tuple[str, ...]:
+    """The files that a split is made of: its own."""
+    return (split,)
+
+
+def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
+    """Split name -> examples in file order. Raises `EnvironmentFault` on a line of another form or an unknown label."""
+    splits = {}
+    for split, content in contents.items():
+        columns, examples = config.columns[split], []
+        for row, line in enumerate(json_lines(content, name, split)):
+            text, label = str(line.get(columns.text) or ""), str(line.get(columns.label)).strip()
+            if columns.text not in line or label not in config.labels:
+                raise EnvironmentFault(
+                    f"dataset '{name}', split '{split}', line {row + 1}: no '{columns.text}', or '{columns.label}' is "
+                    f"{line.get(columns.label)!r} and not one of {', '.join(config.labels)}."
+                )
+            text = asked(text)[1] if columns.prompted else text
+            examples.append(Example(id=f"{name}/{split}/{row}", text=text.strip(), label=label))
+        check_rows(name, split, config.files[split], len(examples))
+        splits[split] = tuple(examples)
+    return splits
+
+
+def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
+    """The objects of a JSON lines file. Raises `EnvironmentFault` naming the line that is none."""
+    found = []
+    for number, line in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"), 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise EnvironmentFault(f"dataset '{name}', file '{role}', line {number}: not JSON ({error}).") from None
+        if not isinstance(value, dict):
+            raise EnvironmentFault(f"dataset '{name}', file '{role}', line {number}: not a JSON object.")
+        found.append(value)
+    return found
+
+
+def asked(prompt: str) -> tuple[str, str]:
+    """(instruction, text) of a prompt in FinGPT's form, `Instruction: ...\\nInput: ...\\nAnswer: `."""
+    instruction, _, rest = prompt.partition("\nInput: ")
+    return instruction, rest.rpartition("\nAnswer:")[0]

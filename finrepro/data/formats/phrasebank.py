@@ -1,0 +1,53 @@
+"""Financial PhraseBank's `sentence@label` lines (Malo et al., 2014), split as FinGPT split it.
+
+The release has no split. FinGPT and FinLoRA score on `datasets.train_test_split(seed=42)`, a random quarter; the same 1,212 rows in
+the same order come from NumPy's generator alone, which is how `Split` says it.
+"""
+
+import numpy as np
+
+from finrepro.data.examples import Example, Splits
+from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.settings import settings
+
+
+@settings
+class Split:
+    """The first `test_rows` of `numpy.random.default_rng(seed).permutation(rows)` are the test set, the rest is train."""
+
+    seed: int
+    test_rows: int
+
+
+@settings
+class Config:
+    """One file, under the role `all`, with a fixed encoding."""
+
+    version: int
+    title: str
+    licence: str
+    embedded: bool
+    hub: Hub | None
+    files: dict[str, File]
+    encoding: str
+    split: Split
+    development: Development
+
+
+def needed(split: str, config: Config) -> tuple[str, ...]:
+    """The files that a split is made of: both are cut from the one file."""
+    return ("all",)
+
+
+def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
+    """Train and test in the order of the permutation. Raises `EnvironmentFault` on a wrong number of lines."""
+    # Not splitlines(): in ISO-8859-1 it would also break at control characters inside a sentence.
+    lines = contents["all"].decode(config.encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    check_rows(name, "all", config.files["all"], len(lines), "lines")
+    examples = []
+    for row, line in enumerate(lines):
+        text, _, label = line.rpartition("@")
+        examples.append(Example(id=f"{name}/all/{row}", text=text.strip(), label=label.strip()))
+    order = np.random.default_rng(config.split.seed).permutation(len(examples))
+    shuffled = [examples[row] for row in order]
+    return {"train": tuple(shuffled[config.split.test_rows :]), "test": tuple(shuffled[: config.split.test_rows])}

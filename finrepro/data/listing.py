@@ -1,0 +1,93 @@
+"""The list of datasets for a terminal: what each is, where it comes from, what of it is here, and the one step that fetches the rest."""
+
+import textwrap
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from finrepro.catalogue import reader
+from finrepro.data import files
+from finrepro.data.files import File
+from finrepro.settings import Choice
+
+WIDTH = 100
+
+
+def show(fetch: str, data_dir: Path | None) -> int:
+    """What `invoke data` prints: the lists, or the paths of the dataset that it fetches."""
+    if fetch:
+        from finrepro.data.fetch import fetch as download
+
+        for path in download(reader.dataset(fetch)):
+            print(path)
+        return 0
+    from finrepro.data.preparing.entries import listed
+
+    print("\n".join([*datasets(data_dir), "", *listed()]))
+    return 0
+
+
+def datasets(data_dir: Path | None) -> list[str]:
+    """Lines for every dataset of the catalogue, none longer than `WIDTH` unless a single word is."""
+    lines: list[str] = []
+    for name in reader.catalogue("datasets"):
+        lines += [*_entry(reader.dataset(name), data_dir), ""]
+    return lines[:-1]
+
+
+def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
+    config = dataset.config
+    tasks = [name for name, task in reader.catalogue("tasks").items() if task.get("dataset") == dataset.name]
+    lines = textwrap.wrap(f"{dataset.name}: {config.title}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    lines += _field("licence", config.licence + ("" if config.embedded else "; not embedded"))
+    for number, source in enumerate(sources(dataset)):
+        lines += _field("" if number else "source", source)
+    for role, file in config.files.items():
+        lines += _field(role, f"{where(dataset, role, data_dir)}, {_pinned(file)}")
+    lines += _field("tasks", ", ".join(tasks) or "none")
+    missing = [role for role in config.files if files.find(dataset, role, data_dir) is None]
+    if missing:
+        paths = ", ".join(config.files[role].path for role in missing)
+        step = f"invoke data --fetch {dataset.name}" if can_fetch(dataset, missing) else "nobody offers it to fetch"
+        lines += _field("to get it", f"{step} (or put {paths} under --data-dir)")
+    return lines
+
+
+def sources(dataset: Choice) -> list[str]:
+    """The places that the files come from: a hub dataset with its revision, repositories with their commits."""
+    config = dataset.config
+    found = {_repository(file.url): None for file in config.files.values() if file.url}
+    if config.hub:
+        revision = f"@{config.hub.revision}" if config.hub.revision else ", revision not pinned"
+        found = {f"hub {config.hub.id}{revision}": None, **found}
+    return list(found)
+
+
+def _repository(url: str) -> str:
+    """`owner/name@commit` of a raw file at GitHub, else the host."""
+    parts = urlsplit(url)
+    owner, name, commit, *_ = [*parts.path.strip("/").split("/"), "", "", ""]
+    return f"{owner}/{name}@{commit}" if parts.netloc == "raw.githubusercontent.com" else parts.netloc
+
+
+def where(dataset: Choice, role: str, data_dir: Path | None) -> str:
+    """Where a file is on this machine, in words."""
+    found = files.find(dataset, role, data_dir)
+    return f"here ({found[0]})" if found else "not here"
+
+
+def can_fetch(dataset: Choice, roles: list[str]) -> bool:
+    """Whether every one of the files has an address."""
+    return all(dataset.config.files[role].url or dataset.config.hub for role in roles)
+
+
+def _pinned(file: File) -> str:
+    rows = f"{file.rows:,} rows" if file.rows else "rows not known"
+    return f"{rows}, sha256 {file.sha256[:12]}..." if file.sha256 else f"{rows}, sha256 not pinned"
+
+
+def _field(name: str, text: str) -> list[str]:
+    """`name: text`, folded under itself."""
+    head = f"  {name + ':' if name else '':<11}"
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Where a number comes from: source, lock, commit, versions and hardware, as recorded in every result."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finrepro import PROJECT
+
+PACKAGES = [
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "huggingface-hub",
+    "invoke",
+    "mlflow",
+    "numpy",
+    "peft",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "seqeval",
+    "tokenizers",
+    "torch",
+    "transformers",
+]
+
+# The folders and files that compute a cell. All else plans, shows or records: editing it makes no
+# result stale.
+COMPUTES = (
+    "catalogue/spec.py",
+    "data/",
+    "evaluation/",
+    "methods/",
+    "models/",
+    "running/",
+    "runtime/",
+    "settings.py",
+    "sizes/",
+    "statistics/",
+    "training/",
+)
+
+
+@cache
+def source_digest() -> str:
+    """sha256 over the package's source files that can change a result, names and contents."""
+    root = PROJECT / "finrepro"
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(COMPUTES):
+            digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for path in sorted((PROJECT / "configs" / "deepspeed").glob("*.json")):  # read while training, in no spec
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def lock_digest() -> str | None:
+    """sha256 of the lock that the environment was installed from (`FINREPRO_LOCK`), None when it was not by one."""
+    name = os.environ.get("FINREPRO_LOCK")
+    path = PROJECT / name if name else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project, None without git or outside a checkout."""
+    command = ["git", "-c", f"safe.directory={PROJECT}", "-C", str(PROJECT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@cache
+def commit() -> tuple[str | None, bool | None]:
+    """(commit, dirty). In an image, the commit baked into REVISION; the source digest says what really ran."""
+    baked = PROJECT / "REVISION"
+    if baked.is_file():
+        name = baked.read_text().strip()
+        return (None, None) if name in ("", "unknown") else (name, False)
+    if _git("rev-parse", "--show-toplevel") != str(PROJECT):
+        return None, None
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs of this machine."""
+    import psutil
+
+    found: dict[str, Any] = {
+        "processor": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [],
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            found["gpus"].append({"name": card.name, "memory_bytes": card.total_memory})
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Everything of this file, as recorded under `environment` in result.json."""
+    name, dirty = commit()
+    return {
+        "git_commit": name,
+        "git_dirty": dirty,
+        "source_digest": source_digest(),
+        "lock": os.environ.get("FINREPRO_LOCK"),
+        "lock_digest": lock_digest(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "hardware": hardware(),
+    }

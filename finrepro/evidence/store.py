@@ -1,0 +1,253 @@
+"""The store: one folder a run, whole or absent, with a manifest of sha256 that `sha256sum -c` checks.
+
+A run is written to a hidden folder beside its final place and renamed there when every byte is on disk. What is found half-written
+after a crash is swept away by the next command that locks the store. MLflow's view of it is made by finrepro.tracking.view.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finrepro import PROJECT
+from finrepro.catalogue.spec import RunSpec
+from finrepro.errors import EnvironmentFault
+from finrepro.evidence import provenance
+from finrepro.evidence.manifest import write_manifest
+
+FORMAT = 1
+DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
+STALE, MISSING = "stale", "not run"
+RESULT_KEYS = {
+    "run_id", "label", "status", "reason", "spec", "started", "ended", "scores", "costs", "data", "environment",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into one line."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # MLflow passes on SQLite's message in an exception of its own.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "database or disk is full" in str(error):
+            raise EnvironmentFault(f"no space left on the disk of {place}; finished cells are kept.") from None
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise EnvironmentFault(
+                f"{place} is not writable ({os.strerror(number or 0)}); choose another with --store DIR."
+            ) from None
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write through a temporary file: the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; an absent file has none."""
+    # Not splitlines(): it would also break at U+2028 and its like, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder with `results/` (the evidence) and `mlruns/` (MLflow's view of it)."""
+
+    root: Path
+
+    @property
+    def results(self) -> Path:
+        """runs/, campaigns/, tables/, checkpoints/ and logs/."""
+        return self.root / "results"
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's result lies once it is whole."""
+        return self.results / "runs" / run_id
+
+    def checkpoints(self, run_id: str) -> Path:
+        """Where an unfinished run keeps its checkpoint."""
+        return self.results / "checkpoints" / run_id
+
+    def result(self, run_id: str) -> dict[str, Any] | None:
+        """A run's result.json, None if there is none that can be read and has the keys of one."""
+        try:
+            found = json.loads((self.run_folder(run_id) / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.keys() >= RESULT_KEYS else None
+
+    def state(self, spec: RunSpec) -> str:
+        """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
+
+        Stale: the result, or a base that its table makes, was made by other source or locked packages, or the base is another by now.
+        """
+        result = self.result(spec.run_id)
+        if result is None:
+            return MISSING
+        if result["status"] != DONE:
+            return str(result["status"])
+        here = (provenance.source_digest(), provenance.lock_digest())
+        base = result["data"].get("base") or {}
+        makers = [result["environment"], *([base] if "source_digest" in base else [])]
+        same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (None, base["weights"])
+        same_makers = all((maker["source_digest"], maker["lock_digest"]) == here for maker in makers)
+        return DONE if same_makers and same_base else STALE
+
+    def weights_digest(self, run_id: str) -> str | None:
+        """sha256 over the manifest's lines of what a run has trained; None if the run is not here."""
+        try:
+            lines = (self.run_folder(run_id) / "manifest.sha256").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return None
+        weights = "\n".join(line for line in lines if "  weights/" in line)
+        return hashlib.sha256(weights.encode()).hexdigest()
+
+    def log_scoring(self, spec: RunSpec, task: str) -> None:
+        """Note that a split is scored, before it is: an attempt that failed or was thrown away still counts."""
+        row = {"run_id": spec.run_id, "label": spec.label, "task": task, "split": spec.evaluation.split}
+        with disk_errors(self.root), (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({**row, "time": time.time()}))
+
+    def times_scored(self, spec: RunSpec) -> int:
+        """How often this configuration's split has been scored in this store: tuning on a test set would show here."""
+        try:
+            lines = (self.results / "scorings.jsonl").read_text(encoding="utf-8").split("\n")
+        except OSError:
+            return 0
+        # A line cut off by a crash is no reason to fail.
+        return sum(f'"run_id": "{spec.run_id}"' in line for line in lines)
+
+    def campaigns(self) -> list[dict[str, Any]]:
+        """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that cannot be read."""
+        found = []
+        for path in (self.results / "campaigns").glob("*.json"):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                raise EnvironmentFault(f"{path} is damaged; move it away and run the command again.") from None
+        return sorted(found, key=lambda campaign: float(campaign["started"]))
+
+    @contextlib.contextmanager
+    def new_run(self, run_id: str) -> Iterator[Path]:
+        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older result.
+
+        A finished result that an unfinished one replaces is not thrown away: it is kept under results/superseded.
+        """
+        final = self.run_folder(run_id)
+        partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
+        with disk_errors(self.root):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            try:
+                yield partial
+                write_manifest(partial)
+                for path in [*partial.rglob("*"), partial]:
+                    _sync(path)
+                old = final.with_name(f".{run_id}.{os.getpid()}.old")
+                before = self.result(run_id)
+                if final.exists():
+                    final.rename(old)
+                partial.rename(final)
+                if before and before["status"] == DONE and (self.result(run_id) or {}).get("status") != DONE:
+                    kept = self.results / "superseded" / f"{run_id}-{int(before['ended'])}"
+                    kept.parent.mkdir(exist_ok=True)
+                    old.rename(kept)
+                _sync(final.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store alone; released by the system when the process dies. Sweeps what a crash left half-written."""
+        with disk_errors(self.root), (self.results / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                said = f"another command (process {holder}) is working in {self.root}; wait for it or choose another --store."
+                raise EnvironmentFault(said) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for leftover in (self.results / "runs").glob(".*.*"):
+                if not _is_alive(leftover.name.split(".")[2]):  # a cell started by hand is being sealed
+                    shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is a process with this id; ours is not the one that left something behind."""
+    return process.isdecimal() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def default_root() -> Path:
+    """`FINREPRO_STORE`, or the project's root."""
+    return Path(os.environ.get("FINREPRO_STORE") or PROJECT)
+
+
+def open_store(root: Path | None) -> Store:
+    """The store at `root`, made if it is not there. Raises `EnvironmentFault` if it cannot be written or is of a newer version."""
+    store = Store((root or default_root()).expanduser().absolute())
+    with disk_errors(store.root):
+        try:
+            for name in ("runs", "campaigns", "tables", "checkpoints", "logs"):
+                (store.results / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise EnvironmentFault(f"{store.root} is not a folder; choose another with --store DIR.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
+                raise
+            said = f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
+            raise EnvironmentFault(said) from None
+        mark = store.results / "store.json"
+        if not mark.exists():
+            write_json(mark, {"format": FORMAT})
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EnvironmentFault(f'{mark} is damaged: it should say {{"format": {FORMAT}}}.') from None
+    if found != FORMAT:
+        raise EnvironmentFault(
+            f"{store.root} was written by a newer finrepro (format {found}, this one reads {FORMAT}); "
+            "use that version, or another --store."
+        )
+    return store

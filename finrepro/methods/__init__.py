@@ -1,0 +1,1 @@
+"""What the paper compares: adapters, quantizers, optimizers and their layers."""

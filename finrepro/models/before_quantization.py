@@ -1,0 +1,58 @@
+"""The first stage of methods that start from a layer's weight in full precision (PiSSA, LoftQ), before it is quantized.
+
+An adapter may define `prepare(name, weight, quantized, config, seed) -> (weight, state)` for the layers that its `target_modules` name.
+The streaming loader calls it for each of them while the weight is there, puts what it returns in the weight's place, and quantizes that;
+`state`, named small tensors, is kept and given to the adapter's `apply`. Both stages run in one process: none can be forgotten, and no
+more than one part of the model is ever there in full precision.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finrepro.catalogue.spec import RunSpec
+from finrepro.methods.layers.linear import is_conv1d, linear_layers, targeted
+
+State = dict[str, Tensor]
+
+
+class FirstStage:
+    """Prepares a cell's layers, one at a time, and keeps what each left: `prepared`, layer -> state, on the CPU.
+
+    At ZeRO-3 every rank holds the whole of a part when it comes here, and all compute the same.
+    """
+
+    def __init__(self, spec: RunSpec, model: Any) -> None:
+        self._adapter, self._quantizer, self._seed = spec.adapter, spec.quantizer, spec.seed
+        self._model = model
+        self._names = set(targeted(linear_layers(model), spec.adapter.config.target_modules))
+        self.prepared: dict[str, State] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str) -> None:
+        """Replace, in place, the weight of the linear layer of this name, which is not quantized yet; another's stays as it is.
+
+        The method sees (out, in) in float32, whichever way and in whichever dtype the layer stores it.
+        """
+        if name not in self._names:
+            return
+        layer = self._model.get_submodule(name)
+        stored = layer.weight.detach()
+        weight = (stored.T if is_conv1d(layer) else stored).float().contiguous()
+
+        def quantized(matrix: Tensor) -> Tensor:
+            """What the layer would stand for with this weight: rounded to its dtype, encoded and decoded, in float32."""
+            module = self._quantizer.module("quantizers")
+            encoded = module.encode(matrix.to(stored.dtype).contiguous(), self._quantizer.config)
+            return module.decode(encoded).float()
+
+        prepare = self._adapter.module("adapters").prepare
+        new, state = prepare(name, weight, quantized, self._adapter.config, self._seed)
+        stored.copy_(new.T if is_conv1d(layer) else new)
+        self.prepared[name] = {key: each.cpu() for key, each in state.items()}
+
+
+def first_stage(spec: RunSpec, model: Any) -> FirstStage | None:
+    """The first stage of a cell's adapter for its `model`, None where the method has none."""
+    return FirstStage(spec, model) if hasattr(spec.adapter.module("adapters"), "prepare") else None

@@ -1,0 +1,177 @@
+"""Where a real model's weights are: in --models-dir, in the hub's cache, or on the hub at the pinned revision; and what they are."""
+
+import contextlib
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from finrepro.catalogue.spec import Model
+from finrepro.data.tokens import tokenizer_digest
+from finrepro.errors import EnvironmentFault
+from finrepro.evidence.manifest import file_digest
+from finrepro.models import safetensors
+
+HUB = "https://huggingface.co"
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # how the hub's access tokens look
+
+
+def locate(model: Model, models_dir: Path | None) -> Path | None:
+    """A local folder with the checkpoint, None if there is none.
+
+    Looked for: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the hub id>`, then the hub's cache at the pinned
+    revision.
+    """
+    return next((place for place in _places(model, models_dir) if _is_checkpoint(place)), None)
+
+
+def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
+    """A local folder with the model's tokenizer, whether or not the weights lie beside it; None if there is none."""
+    return next((place for place in _places(model, models_dir) if tokenizer_digest(place) is not None), None)
+
+
+def _places(model: Model, models_dir: Path | None) -> list[Path]:
+    if model.hub is None:
+        return []
+    names = (model.name, model.hub.id, model.hub.id.rpartition("/")[2])
+    places = [models_dir / name for name in names] if models_dir is not None else []
+    if model.hub.revision:
+        places.append(_cache() / f"models--{model.hub.id.replace('/', '--')}" / "snapshots" / model.hub.revision)
+    return places
+
+
+def _home() -> Path:
+    """The hub client's folder, found as the client finds it, without importing it."""
+    given = os.environ.get("HF_HOME")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+
+
+def _cache() -> Path:
+    given = os.environ.get("HF_HUB_CACHE")
+    return Path(given) if given else _home() / "hub"
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(
+        (folder / name).is_file() for name in (safetensors.WHOLE, safetensors.INDEX)
+    )
+
+
+def missing_reason(model: Model, models_dir: Path | None) -> str | None:
+    """Why the model's weights are not on this machine and what to do, in one line; None if they are."""
+    if model.hub is None and model.pretrain is None:
+        return f"{model.name} is trained from scratch: there are no weights of it, on no hub"
+    if model.hub is None or locate(model, models_dir) is not None:
+        return None
+    where = "not under --models-dir" if models_dir else "no --models-dir given"
+    halves = [place for place in _places(model, models_dir) if place.is_dir() and any(place.iterdir())]
+    if halves:  # something is there, and it cannot be used: say what is wrong with it
+        first = halves[0]
+        lacks = (
+            safetensors.without_weights(first)
+            if (first / "config.json").is_file()
+            else "the checkpoint lacks config.json"
+        )
+        where = f"{first}: {lacks}"
+    gate = f"; {how_to_get_access(model)}" if model.gated else ""
+    return f"weights of {model.hub.id} not found ({where}, nor in the hub's cache){gate}"
+
+
+def how_to_get_access(model: Model) -> str:
+    """What to do about a gated model, in one clause."""
+    assert model.hub is not None
+    return f"access is granted on {HUB}/{model.hub.id}, then set HF_TOKEN"
+
+
+def check(model: Model, folder: Path) -> None:
+    """Hold a checkpoint against the catalogue without reading a tensor: configuration, index, the files' headers and sizes, tokenizer.
+
+    Names and shapes of the tensors are held against the model when it is loaded. Raises `EnvironmentFault` with the first thing wrong.
+    """
+    safetensors.compare_configuration(model.name, model.family, model.architecture, folder)
+    safetensors.tensors(folder)
+    safetensors.compare_tokenizer(model.name, int(model.architecture["vocab_size"]), folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of a checkpoint's weight files, each read once a process while it keeps its size and time.
+
+    Raises `EnvironmentFault` as `shards.files` does.
+    """
+    found = {}
+    for path in safetensors.files(folder):
+        status = path.stat()
+        found[path.name] = _digest(path.resolve(), status.st_size, status.st_mtime_ns)
+    return found
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file of that size and time of change (ns): 140 GB take minutes."""
+    return file_digest(path)
+
+
+def redact(text: str) -> str:
+    """`text` without access tokens: those of the environment and of the hub client's file, and whatever looks like one."""
+    secrets = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    stored = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token")
+    with contextlib.suppress(OSError, ValueError):  # nobody has logged in
+        secrets.append(stored.read_text(encoding="utf-8"))
+    for secret in sorted({each.strip() for each in secrets}, key=len, reverse=True):
+        if len(secret) >= 4:
+            text = text.replace(secret, "[token]")
+    return TOKEN.sub("[token]", text)
+
+
+def unreachable_reason(model: Model) -> str | None:
+    """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks the hub, once a model."""
+    assert model.hub is not None
+    return _ask_hub(model.hub.id, model.hub.revision)
+
+
+@cache
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=5)
+    except GatedRepoError:
+        return f"the hub wants an access token (HF_TOKEN) with access to {name}"
+    except (HfHubHTTPError, OSError) as error:
+        return f"the hub did not answer ({type(error).__name__})"
+    except Exception as error:  # the hub's client raises its transport's own errors, which it does not export
+        return f"the hub cannot be reached ({type(error).__name__})"
+    return None
+
+
+def fetch(model: Model) -> Path:
+    """Download the checkpoint at the pinned revision: safetensors, configuration and tokenizer, never pickles.
+
+    Raises `EnvironmentFault` with the hub's reason, for a gated model with the page that grants access, or when the hub resolves the
+    revision to another commit. No message holds an access token.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    assert model.hub is not None
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model.hub.id,
+            revision=model.hub.revision,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer.model"],
+            ignore_patterns=["*/*"],  # the same weights in other formats
+        )
+    except GatedRepoError:
+        raise EnvironmentFault(f"could not fetch {model.hub.id}: {how_to_get_access(model)}.") from None
+    except Exception as error:  # as above
+        reason = redact((str(error) or type(error).__name__).strip().splitlines()[0])
+        gate = f"; {how_to_get_access(model)}" if model.gated else ""
+        raise EnvironmentFault(f"could not fetch {model.hub.id}: {reason}{gate}") from None
+    if model.hub.revision and Path(folder).name != model.hub.revision:
+        raise EnvironmentFault(
+            f"{model.hub.id}: the hub gave commit {Path(folder).name}, pinned is {model.hub.revision}."
+        )
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""What will happen to each cell before anything runs."""

@@ -1,0 +1,43 @@
+"""What Table 2 says of a pretraining cell without running it: sizes, bytes, and the arithmetic of a token, beside the dense model's."""
+
+import dataclasses
+from typing import Any
+
+from finrepro.catalogue import reader
+from finrepro.catalogue.compatibility import unstorable
+from finrepro.catalogue.spec import Model, RunSpec
+from finrepro.methods.layers.linear import rank
+from finrepro.planning import plan
+from finrepro.sizes import flops
+
+STORED = ("none", "int8", "nf4")  # 16, 8 and 4 bits
+CONVENTIONS: tuple[flops.Convention, ...] = ("palm", "causal")
+
+
+def facts(spec: RunSpec) -> dict[str, Any]:
+    """Parameters, compression against the model that the entry names in `compared_with`, bytes stored at 16, 8 and 4 bits (scales,
+    embeddings and head as they really are), FLOPs a trained token by both conventions, and how many times fewer they are."""
+    model, dense, length = spec.model, reference(spec.model), spec.train.max_seq_len
+    return {
+        "parameters": model.parameters,
+        "reference": dense.name,
+        "compression": dense.parameters / model.parameters,
+        "stored_bytes": {name: _bytes(spec, name) for name in STORED},
+        "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
+        "flop_bound": flops.model_flops(dense, length, "palm") / flops.model_flops(model, length, "palm"),
+        "rank": rank(model) if model.low_rank else None,
+    }
+
+
+def reference(model: Model) -> Model:
+    """The dense model that an entry is compared with: itself, unless it names another."""
+    return reader.model(model.compared_with) if model.compared_with else model
+
+
+def _bytes(spec: RunSpec, quantizer: str) -> int | None:
+    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in; None where the
+    quantizer cannot hold them."""
+    model, choice = dataclasses.replace(spec.model, dtype="bfloat16"), reader.quantizer(quantizer, "bfloat16")
+    if unstorable(model, choice, 0):
+        return None
+    return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=reader.quantizer(quantizer, "bfloat16")))

@@ -1,0 +1,1 @@
+"""The walk of one cell, and the processes that walk it."""

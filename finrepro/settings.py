@@ -1,0 +1,190 @@
+"""Typed, frozen settings: YAML in, checked values out, and every error in one line.
+
+`@settings` makes a frozen, keyword-only dataclass whose fields pydantic checks strictly. Values are read as JSON so that
+YAML's lists become tuples, while `1e-4` (a string in YAML 1.1) is refused where a number is wanted.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+import yaml
+
+from finrepro.errors import UsageError, unknown
+
+T = TypeVar("T")
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
+Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Turn a class into a frozen, keyword-only dataclass with strict types and no unknown keys."""
+    decorate = pydantic.dataclasses.dataclass(
+        frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
+    )
+    return decorate(cls)  # type: ignore[return-value]
+
+
+def later(default: Any) -> Any:
+    """A setting that came when there were results already. At its default it is left out of the plain values, hence of a run's identity:
+    what was computed before stays what it is."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML in which a mapping's keys are text, each once; plain YAML lets the last of several equal keys win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (at, _), key in zip(node.value, keys, strict=True):
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text: quote it", problem_mark=at.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands here twice", problem_mark=at.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping. Raises `UsageError` with file and line when it is malformed."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable characters"
+        raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's, for scalars as 2024-13-45
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a mapping of names to settings.")
+    return value
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Check `values` against the settings class `cls`.
+
+    Raises `UsageError` that starts with `where` and names the wrong key or type, and the keys that are known.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{where}: {unknown('setting', str(key), known)}")
+    try:
+        return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"] and "ctx" in first:  # settings that do not go together, in the class's own words
+            raise UsageError(f"{where}: {first['ctx'].get('error', first['msg'])}.") from None
+        field = ".".join(str(part) for part in first["loc"]) or "settings"
+        given = first.get("input")
+        raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: {error}.") from None
+
+
+@cache
+def _validator(cls: type) -> Any:
+    """pydantic's check of a class, made once: making it costs more than the check."""
+    return pydantic.TypeAdapter(cls)
+
+
+# Where the modules of each kind live; the file name is the `kind`.
+HOMES = {
+    "adapters": "finrepro.methods.adapters",
+    "quantizers": "finrepro.methods.quantizers",
+    "optimizers": "finrepro.methods.optimizers",
+    "datasets": "finrepro.data.formats",
+    "tasks": "finrepro.evaluation.tasks",
+    "report": "finrepro.reporting.tables",
+}
+
+
+@cache
+def kinds(package: str) -> tuple[str, ...]:
+    """Names of the modules in the home of `package`: the values that `kind` may take there."""
+    parent = importlib.import_module(HOMES[package])
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(parent.__path__)))
+
+
+def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
+    """The module that implements `kind`. Raises `UsageError` naming the known kinds."""
+    if kind not in kinds(package):
+        prefix = f"{where}: " if where else ""
+        raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
+    return importlib.import_module(f"{HOMES[package]}.{kind}")
+
+
+@settings
+class Choice:
+    """A resolved catalogue entry: which file implements it, under which name it is listed, and its settings."""
+
+    name: str
+    kind: str
+    config: Any
+
+    def module(self, package: str) -> ModuleType:
+        """The implementing module, e.g. `choice.module("adapters")`."""
+        return kind_module(package, self.kind)
+
+
+def choose(package: str, name: str, entry: Any, where: str) -> Choice:
+    """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed `Config`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        raise UsageError(f"{where}: needs 'kind', one of {', '.join(kinds(package))}.")
+    module = kind_module(package, entry["kind"], where)
+    config = build(module.Config, {key: value for key, value in entry.items() if key != "kind"}, where)
+    return Choice(name=name, kind=entry["kind"], config=config)
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON-able values, with `kind` beside the settings and catalogue names left out.
+
+    A name is for people: renaming an entry must not make its results unfindable. `dataclasses.asdict` alone would drop
+    the class, so that two kinds with equal settings would be taken for the same thing.
+    """
+    if isinstance(value, Choice):
+        return {"kind": value.kind, **plain(value.config)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [
+            each
+            for each in dataclasses.fields(value)
+            if not each.metadata.get("later") or getattr(value, each.name) != each.default
+        ]
+        return {each.name: plain(getattr(value, each.name)) for each in kept}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def without(value: Any, keys: frozenset[str]) -> Any:
+    """`value` with the mapping entries named in `keys` dropped at every depth."""
+    if isinstance(value, dict):
+        return {key: without(item, keys) for key, item in value.items() if key not in keys}
+    return [without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def text(value: Any, dropped: frozenset[str]) -> str:
+    """`value` as `plain`, `without` what is `dropped`, in JSON with sorted keys and no spaces.
+
+    Settings are frozen and keep their text: a table's thousands of cells share a few dozen models, adapters and tasks.
+    """
+    if isinstance(value, tuple):
+        return f"[{','.join(text(item, dropped) for item in value)}]"
+    kept: dict[frozenset[str], str] = vars(value).setdefault("_texts", {}) if dataclasses.is_dataclass(value) else {}
+    if dropped not in kept:
+        kept[dropped] = json.dumps(without(plain(value), dropped), sort_keys=True, separators=(",", ":"))
+    return kept[dropped]

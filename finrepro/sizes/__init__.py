@@ -1,0 +1,1 @@
+"""What follows from an architecture alone: parameters, operations, bytes."""

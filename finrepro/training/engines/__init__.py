@@ -1,0 +1,1 @@
+"""What drives a step: DDP or DeepSpeed."""
