@@ -35,9 +35,10 @@ from finrepro.data.tokens import Encoded, encode  # noqa: E402
 from finrepro.evidence.place import Place  # noqa: E402
 from finrepro.evidence.store import open_store  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
-from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.running.base import embedded_tokenizer  # noqa: E402
 from finrepro.training import rates  # noqa: E402
-from finrepro.training.engines.start import Engine, start_engine  # noqa: E402
+from finrepro.training.engines.base import Engine  # noqa: E402
+from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.hooks import Hooks  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-from finrepro.catalogue import cells, reader  # noqa: E402
+from finrepro.catalogue import reader, resolve  # noqa: E402
 from finrepro.catalogue.selection import Selection  # noqa: E402
 from finrepro.catalogue.spec import Model, RunSpec  # noqa: E402
 from finrepro.data.batches import COLLATE, Batch  # noqa: E402
@@ -61,7 +61,7 @@ def model_of(family: str) -> Model:
 
 def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
     """Table 3's smoke cell with this model, in this layout."""
-    cell = cells.find(Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0")
+    cell = resolve.find(Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0")
     engine: Any = "deepspeed" if adapter == "full" and CUDA else "ddp"
     train = dataclasses.replace(cell.train, layout=layout, engine=engine)
     return dataclasses.replace(cell, model=model_of(family), train=train, weights="random")

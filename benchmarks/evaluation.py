@@ -27,7 +27,7 @@ from finrepro.evaluation.evaluate import answer  # noqa: E402
 from finrepro.evidence.place import Place  # noqa: E402
 from finrepro.evidence.store import open_store  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
-from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.running.base import embedded_tokenizer  # noqa: E402
 from finrepro.training.checkpoint import Control  # noqa: E402
 from finrepro.training.loop import train  # noqa: E402
 

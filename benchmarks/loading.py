@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finrepro.runtime import process
+from finrepro.runtime import memory, process
 
 process.quiet_environment()
 
@@ -96,7 +96,7 @@ def child(way: str, folder: Path) -> None:
         while not done.wait(0.002):
             highest.append(resident("RssAnon"))
 
-    process.reset_peak_memory(torch.device("cpu"))
+    memory.reset_peak_memory(torch.device("cpu"))
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()

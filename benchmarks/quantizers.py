@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finrepro import PROJECT
-from finrepro.runtime import process
+from finrepro.runtime import memory, process
 
 process.quiet_environment()
 
@@ -60,10 +60,10 @@ def measured(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
 def peak_mib(name: str, weight: torch.Tensor) -> int:
     """Memory that encoding takes above what is held before it."""
     choice = reader.quantizer(name, "float32")
-    process.reset_peak_memory(torch.device("cpu"))
-    before = process.peak_memory_bytes(torch.device("cpu"))
+    memory.reset_peak_memory(torch.device("cpu"))
+    before = memory.peak_memory_bytes(torch.device("cpu"))
     choice.module("quantizers").encode(weight, choice.config)
-    return round((process.peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
+    return round((memory.peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finrepro.runtime import memory as memory_runtime
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -26,17 +27,17 @@ process.quiet_environment()
 import torch  # noqa: E402
 from _measure import interleaved, write  # noqa: E402
 
-from finrepro.catalogue import cells, reader  # noqa: E402
+from finrepro.catalogue import reader, resolve  # noqa: E402
 from finrepro.catalogue.selection import Selection  # noqa: E402
 from finrepro.catalogue.spec import Model, RunSpec  # noqa: E402
 from finrepro.data.batches import end_to_end  # noqa: E402
 from finrepro.data.tokens import Encoded  # noqa: E402
 from finrepro.evaluation.log_likelihood import text_log_likelihoods  # noqa: E402
-from finrepro.methods.layers.linear import rank  # noqa: E402
 from finrepro.methods.layers.supervised import SupervisedLM  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
 from finrepro.runtime.phases import Phases  # noqa: E402
 from finrepro.sizes import flops  # noqa: E402
+from finrepro.sizes.shapes import rank  # noqa: E402
 from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
@@ -59,7 +60,7 @@ def model_of(low_rank: bool, blocks: int = BLOCKS, width: int = WIDTH) -> Model:
 
 def spec_of(model: Model, recomputed: bool) -> RunSpec:
     """Table 2's smoke cell with this model."""
-    cell = cells.find(
+    cell = resolve.find(
         Selection(table="2", full=True), "smoke", "gpt2_1_5b_deep_mini_lr-none-full-wikitext2_text-adamw-s0"
     )
     train = dataclasses.replace(cell.train, activation_checkpointing=recomputed, engine="ddp", max_seq_len=TOKENS)
@@ -107,8 +108,8 @@ def memory(name: str) -> dict[str, Any]:
     text_log_likelihoods(tiny.model, tiny.rows, ROWS * TOKENS)
     tiny.engine.close()
     del tiny
-    process.reset_peak_memory(CPU)
-    before = process.peak_memory_bytes(CPU)
+    memory_runtime.reset_peak_memory(CPU)
+    before = memory_runtime.peak_memory_bytes(CPU)
     phases = Phases(CPU, "load")
     training, first = Training(spec_of(model_of(low_rank), recomputed)), {}
     for step in range(STEPS):

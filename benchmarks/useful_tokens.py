@@ -27,7 +27,7 @@ from finrepro.evidence.place import Place  # noqa: E402
 from finrepro.evidence.store import open_store  # noqa: E402
 from finrepro.methods.layers.supervised import SupervisedLM  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
-from finrepro.running.inputs import embedded_tokenizer  # noqa: E402
+from finrepro.running.base import embedded_tokenizer  # noqa: E402
 
 MAX_SEQ_LEN, BUDGET, EXAMPLES, REPEATS = 256, 4096, 768, 3
 CELL = "llama3_1_8b_mini-none-full-{}-*"

@@ -1,7 +1,8 @@
 """What can go wrong in a way the user can mend: one line each, and a documented exit code."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FinreproError(Exception):
@@ -38,3 +39,20 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UsageError(f"unknown {what} '{name}'.{hint} Allowed: {', '.join(known)}.")
+
+
+class Diverged(CellFailed):
+    """The loss or the gradient is not a finite number."""
+
+
+class Interrupted(Exception):
+    """Asked to stop; after a step with a checkpoint, while text is waited for without."""
+
+
+@contextmanager
+def unavailable_if_faulty() -> Iterator[None]:
+    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
+    try:
+        yield
+    except (EnvironmentFault, UsageError) as error:
+        raise Unavailable(str(error)) from error

@@ -14,9 +14,9 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.evaluation.generation import generate
 from finrepro.methods.adapters import adalora
-from finrepro.runtime import process
+from finrepro.runtime import process, ranks
 from finrepro.settings import Choice
-from finrepro.training.engines.start import collect_trained, inference
+from finrepro.training.engines.deepspeed import collect_trained, inference
 from finrepro.training.loop import train
 
 STEPS = 10
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     """Every engine, on full precision and in 4 bits."""
     process.quiet_environment()
     process.setup(0, 1)
-    here = process.ranks()
+    here = ranks.current()
     found = {
         (engine, stage, quantizer): run(spec(engine=engine, stage=stage, quantizer=quantizer), folder / "checkpoints")[
             1
@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
         for engine, stage, quantizer in CELLS
     }
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    process.leave_process_group()
+    ranks.leave_process_group()
     process.end(0)
 
 

@@ -25,12 +25,14 @@ from finrepro.methods.adapters import full
 from finrepro.methods.adapters import relora as method
 from finrepro.methods.layers.linear import features, linear_layers
 from finrepro.methods.layers.supervised import SupervisedLM
-from finrepro.runtime import process
+from finrepro.runtime import process, ranks
 from finrepro.settings import Choice, choose
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import collect_trained
+from finrepro.training.engines.deepspeed import collect_trained
 from finrepro.training.handle import Handle
-from finrepro.training.loop import learning_rate, steps_from, train
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 GPT2, LLAMA = MINIATURES
 STEPS, RANK = 6, 8
@@ -158,7 +160,7 @@ def run_relora(spec: RunSpec, folder: Path, **options: Any) -> dict[str, Any]:
     rows = train(model, random_examples(0, 30), spec, CPU, control(folder / "checkpoints", **options)).losses
     collect_trained(model)
     tensors: dict[str, Any] = {}
-    if process.ranks().is_main:
+    if ranks.current().is_main:
         (folder / "weights").mkdir(parents=True)
         method.export(model, folder / "weights")
         tensors = load_file(folder / "weights" / "model.safetensors")
@@ -199,13 +201,13 @@ def main(folder: Path) -> None:
     """Every engine on several ranks."""
     process.quiet_environment()
     process.setup(0, 1)
-    here, found = process.ranks(), {}
+    here, found = ranks.current(), {}
     for kind, *engine in RANKED:
         found[kind, *engine] = run(cell(chosen(SETTINGS[kind]), *engine), folder / f"{here.world_size}-{kind}-{engine}")
     for engine in RELORA_RANKED:
         found["relora", *engine] = run_relora(relora(*engine), folder / f"{here.world_size}-relora-{engine}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    process.leave_process_group()
+    ranks.leave_process_group()
     process.end(0)
 
 

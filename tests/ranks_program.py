@@ -14,14 +14,15 @@ from torch import nn
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
+from finrepro.errors import Interrupted
 from finrepro.evaluation import log_likelihood
 from finrepro.evaluation.evaluate import evaluate
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.share_out import share_out
-from finrepro.runtime import process
+from finrepro.runtime import process, ranks
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import collect_trained, in_parts, inference
-from finrepro.training.loop import Interrupted, train
+from finrepro.training.engines.deepspeed import collect_trained, inference, is_sharded
+from finrepro.training.loop import train
 
 NAMES = tuple({reader.model(name).family: name for name in reversed(MINIATURES)}.values())
 TASKS = {"choices": reader.task("tfns", "short"), "text": reader.task("tfns_text")}
@@ -54,7 +55,7 @@ def answers(model: nn.Module, name: str, **changes: Any) -> dict[str, Any]:
 
 def neighbours(batches: Sequence[list[int]], compute: Callable[[list[int]], Any], **options: Any) -> list[Any]:
     """A mutant: a rank computes the batch that is another's. On one rank it is right."""
-    mine = process.ranks().rank
+    mine = ranks.current().rank
     return share_out(batches, lambda rows: compute(batches[batches.index(rows) - mine]), **options)
 
 
@@ -78,7 +79,7 @@ def zero(folder: Path) -> dict[Any, Any]:
     import deepspeed
 
     found: dict[Any, Any] = {}
-    stage = 3 if process.ranks().world_size > 1 else 0
+    stage = 3 if ranks.current().world_size > 1 else 0
     for name in NAMES:
         for adapter, quantizer in METHODS:
             for steps in (0, STEPS) if adapter != "full" else (STEPS,):
@@ -101,7 +102,7 @@ def zero(folder: Path) -> dict[Any, Any]:
                     for hook in hooks:
                         hook.remove()
                 held = sum(parameter.numel() for parameter in model.parameters())
-                parts = len(in_parts(model))
+                parts = len(is_sharded(model))
                 collect_trained(model)
                 weights = {key: value.detach().clone() for key, value in model.named_parameters() if key in names}
                 found[name, adapter, steps] = {
@@ -151,7 +152,7 @@ def own(folder: Path) -> dict[Any, Any]:
                     result = generate(model, [example.ids for example in random_examples(3, count=3)], [4] * 3, -1, 100)
                 collect_trained(model)
                 tensors: dict[str, Any] = {}
-                if process.ranks().is_main:
+                if ranks.current().is_main:
                     where = folder / f"{name}-{adapter}-{engine}-{stage}"
                     where.mkdir(parents=True)
                     spec.adapter.module("adapters").export(model, where)
@@ -180,14 +181,14 @@ def main(part: str, folder: Path) -> None:
     """Run a part and save what it gives."""
     process.quiet_environment()
     process.setup(0, 1)
-    here = process.ranks()
+    here = ranks.current()
     found = (
         evaluation()
         if part == "evaluation"
         else {"zero": zero, "training": training, "own": own}[part](folder / str(here.world_size))
     )
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    process.leave_process_group()
+    ranks.leave_process_group()
     process.end(0)
 
 

@@ -21,11 +21,13 @@ from finrepro.methods.layers import rosa
 from finrepro.methods.layers.rosa import RosaLinear, directions, factors
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import load
-from finrepro.runtime import process, zero3
+from finrepro.runtime import process, ranks, zero3
 from finrepro.settings import Choice
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import collect_trained, inference
-from finrepro.training.loop import learning_rate, steps_from, train
+from finrepro.training.engines.deepspeed import collect_trained, inference
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 GPT2, LLAMA = MINIATURES
 STEPS, EVERY = 8, 3  # periods of 3, 3 and 2 steps
@@ -92,7 +94,7 @@ def run(spec: RunSpec, folder: Path, around: Callable[..., None] | None = None, 
     frozen = parts(model, lambda _: torch.zeros(1))
     collect_trained(model)
     tensors: dict[str, Any] = {}
-    if process.ranks().is_main:
+    if ranks.current().is_main:
         (folder / "weights").mkdir(parents=True)
         method.export(model, folder / "weights")
         tensors = load_file(folder / "weights" / "adapter_model.safetensors")
@@ -174,7 +176,7 @@ def learned(tensors: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def noisy(together: bool) -> Iterator[None]:
     """Inside, an SVD comes out another way on every rank. Without `together` they do not share the work: a mutant."""
-    rank, kept, shared = process.ranks().rank, rosa.factors, method._open
+    rank, kept, shared = ranks.current().rank, rosa.factors, method._open
     rosa.factors = lambda weight, *more: kept(weight * (1 + 1e-4 * rank), *more)
     method._open = shared if together else alone
     try:
@@ -198,14 +200,14 @@ def main(folder: Path) -> None:
     """Every engine on several ranks."""
     process.quiet_environment()
     process.setup(0, 1)
-    here, found = process.ranks(), {}
+    here, found = ranks.current(), {}
     for key in RANKED:
         found[key] = run(cell(*key), folder / str(here.world_size) / "-".join(map(str, key)))
     for together in (True, False):
         with noisy(together):
             found["noisy", together] = run(cell(), folder / str(here.world_size) / f"noisy-{together}")
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    process.leave_process_group()
+    ranks.leave_process_group()
     process.end(0)
 
 

@@ -15,11 +15,13 @@ from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
 from finrepro.methods.adapters import iec
 from finrepro.methods.layers.supervised import SupervisedLM
-from finrepro.runtime import process, zero3
+from finrepro.runtime import process, ranks, zero3
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import collect_trained
+from finrepro.training.engines.deepspeed import collect_trained
 from finrepro.training.handle import Handle
-from finrepro.training.loop import learning_rate, steps_from, train
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 NAME = "llama3_1_8b_mini"
 STEPS, SET, RESET = (
@@ -169,10 +171,10 @@ def main(folder: Path) -> None:
     """Every engine, whole."""
     process.quiet_environment()
     process.setup(0, 1)
-    here = process.ranks()
+    here = ranks.current()
     found = {key: run(spec(*key), folder / str(here.world_size) / f"{key}") for key in ENGINES}
     torch.save(found, folder / f"{here.world_size}-{here.rank}.pt")
-    process.leave_process_group()
+    ranks.leave_process_group()
     process.end(0)
 
 

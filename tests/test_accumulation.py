@@ -35,8 +35,10 @@ from finrepro.data.batches import side_by_side
 from finrepro.data.tokens import Encoded
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process as runtime
+from finrepro.runtime import ranks
 from finrepro.training.engines.start import start_engine
-from finrepro.training.loop import micro_batches, optimizer_step
+from finrepro.training.loop import optimizer_step
+from finrepro.training.steps import micro_batches
 
 assert process  # every test here computes
 ENGINES = (("ddp", 0), ("deepspeed", 0), ("deepspeed", 2))
@@ -74,7 +76,7 @@ def engine_step(of: RunSpec, step: Step = optimizer_step) -> Found:
             found = engine.gradient(each)
             gradients[name] = torch.zeros(each.shape) if found is None else found.detach().clone()
 
-    batches = micro_batches(rows, data, lengths, of.train, runtime.ranks())
+    batches = micro_batches(rows, data, lengths, of.train, ranks.current())
     supervised = sum(each.num_supervised for each in data)
     loss, norm = step(engine, batches, supervised, CPU, before_update)
     engine.close()
@@ -151,8 +153,8 @@ def on_ranks(folder: Path, which: str) -> None:
             for layout, max_tokens in ON_RANKS:
                 of = cell(name, adapter, engine, zero_stage, layout, max_tokens)
                 found[name, adapter, engine, zero_stage, layout, max_tokens] = engine_step(of, step)
-    torch.save(found, folder / f"{which}-{runtime.ranks().rank}.pt")
-    runtime.leave_process_group()
+    torch.save(found, folder / f"{which}-{ranks.current().rank}.pt")
+    ranks.leave_process_group()
 
 
 @pytest.mark.slow

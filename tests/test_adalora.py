@@ -33,7 +33,7 @@ from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.data.batches import COLLATE
-from finrepro.errors import UsageError
+from finrepro.errors import Interrupted, UsageError
 from finrepro.methods.adapters import adalora
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.methods.layers.triplets import Allocation, mean_distance
@@ -41,7 +41,6 @@ from finrepro.models.build import configuration, load
 from finrepro.runtime import process as runtime
 from finrepro.settings import build
 from finrepro.training.handle import Handle
-from finrepro.training.loop import Interrupted
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 LAYERS = 14  # of the tiny Llama

@@ -34,13 +34,13 @@ from fixtures_model import (
 from torch import Tensor, nn
 
 from finrepro.catalogue import reader
+from finrepro.catalogue.footprint import sizes
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.methods.adapters import bottleneck, lora, relora
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import build as building
 from finrepro.models.build import Built, quantize
-from finrepro.planning.plan import sizes
 from finrepro.settings import Choice, build, kinds
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3

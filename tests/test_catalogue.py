@@ -8,11 +8,10 @@ from fixtures_process import one_line
 
 from finrepro import PROJECT
 from finrepro.catalogue import reader
-from finrepro.catalogue.cells import base_of
-from finrepro.catalogue.spec import Model
-from finrepro.data.files import Hub
+from finrepro.catalogue.footprint import block_linear_parameters
+from finrepro.catalogue.resolve import base_of
+from finrepro.catalogue.spec import Hub, Model
 from finrepro.errors import UsageError
-from finrepro.planning.plan import block_linear_parameters
 from finrepro.settings import kind_module, kinds, plain
 
 ENTRIES = {

@@ -16,7 +16,8 @@ import yaml
 from fixtures_process import forget, one_line, python
 
 from finrepro.catalogue import reader
-from finrepro.catalogue.cells import Cell, expand, find
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.resolve import Cell, find
 from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
 from finrepro.errors import UsageError

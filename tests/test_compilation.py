@@ -39,15 +39,16 @@ from finrepro.catalogue import cells, compatibility
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
-from finrepro.errors import CellFailed, EnvironmentFault
+from finrepro.errors import CellFailed, Diverged, EnvironmentFault, Interrupted
 from finrepro.evidence.place import Place
 from finrepro.methods.layers import isolated_attention as attention
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.running import cell as run
 from finrepro.runtime import process as runtime
+from finrepro.runtime import ranks
 from finrepro.training import compilation
 from finrepro.training.checkpoint import Control, Trained
-from finrepro.training.loop import Diverged, Interrupted, train
+from finrepro.training.loop import train
 
 assert process  # every test here computes
 # dynamo looks at the inputs of its graphs
@@ -177,7 +178,7 @@ def test_batches_of_any_shape_are_few_codes(name: str, adapter: str, layout: str
     batches = [COLLATE[layout](random_examples(seed, count=2 + seed)) for seed in range(12)]
     assert len({batch.input_ids.shape for batch in batches}) > 6
     lm = SupervisedLM(model)
-    runtime.start_process_group(CPU)
+    ranks.start_process_group(CPU)
     counters.clear()
     with compilation.compiled(model, batches[0], "float32", lambda _: None):
         for batch in batches:
@@ -263,7 +264,7 @@ def leaves_nothing(model: torch.nn.Module, batch: Any) -> None:
 
 @pytest.mark.parametrize(("adapter", "quantizer"), [METHODS[0], pytest.param(*METHODS[1], marks=pytest.mark.slow)])
 def test_the_proof_leaves_nothing(adapter: str, quantizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.start_process_group(CPU)
+    ranks.start_process_group(CPU)
     model, batch = make(spec(MINIATURES[1], adapter, quantizer)).model, COLLATE["bins"](random_examples(0))
     leaves_nothing(model, batch)
     whole = compilation._pass

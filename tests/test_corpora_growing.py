@@ -22,8 +22,8 @@ from fixtures_process import environment, one_line
 from numpy.typing import NDArray
 
 from finrepro import PROJECT
-from finrepro.catalogue import cells
 from finrepro.catalogue import reader as catalogue
+from finrepro.catalogue import resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, TrainSet
 from finrepro.data import packing
@@ -42,16 +42,16 @@ from finrepro.data.preparing.prepare import Options, Sources
 from finrepro.data.preparing.sources import Local
 from finrepro.data.preparing.tokenizing import Encoder, load_encoder
 from finrepro.data.tokens import train_tokenizer
-from finrepro.errors import EnvironmentFault, Unavailable, UsageError
+from finrepro.errors import EnvironmentFault, Interrupted, Unavailable, UsageError
 from finrepro.evaluation.tasks.language_modeling import Config
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
 from finrepro.planning import availability
-from finrepro.running import feeding, inputs
+from finrepro.running import feeding
 from finrepro.running.cell import run_cell
-from finrepro.runtime import process
+from finrepro.running.text import open_corpora, while_waiting
+from finrepro.runtime import ranks
 from finrepro.settings import build, plain
-from finrepro.training.loop import Interrupted
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
 OPTIONS = Options(validation=0.1, shard_tokens=CAPACITY)
@@ -374,7 +374,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends the others when it ends; what it has begun is not seen by them before the folder is held."""
-    monkeypatch.setattr(growing.runtime, "ranks", lambda: process.Ranks(1, 2, 1))
+    monkeypatch.setattr(growing.runtime, "ranks", lambda: ranks.Ranks(1, 2, 1))
     watch = growing.Watch(tmp_path)
     for _ in range(5):
         watch.pause("text")
@@ -459,7 +459,7 @@ def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Pat
 def cell(**changes: Any) -> RunSpec:
     """A miniature that is trained on WikiText-2 as it arrives."""
     label = "gpt2_1_5b_deep_mini-none-full-wikitext2_text-adamw-s0"
-    found = cells.find(Selection(table="2"), "smoke", label)
+    found = resolve.find(Selection(table="2"), "smoke", label)
     part = found.train_on.parts[0]
     config = dataclasses.replace(
         part.task.task.config, **{"corpus": "wikitext2", "order": "arriving", "block": 32} | changes
@@ -520,7 +520,7 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(tokenizer: Pat
     begun_with(tokenizer, tmp_path, 900)
     assert availability.data_of(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
-        inputs.corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
+        open_corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 
 
 def keep_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
@@ -630,11 +630,11 @@ def feeder_pid() -> int:
 
 def test_asked_to_stop_a_cell_does_not_wait_on_and_says_once_what_it_waits_for() -> None:
     said: list[dict[str, Any]] = []
-    waiting = inputs.patience(said.append, lambda: False, lambda: True)
+    waiting = while_waiting(said.append, lambda: False, lambda: True)
     assert waiting("waiting for shard 1") and waiting("waiting for shard 1") and waiting("waiting for shard 2")
     assert said == [{"event": "phase", "phase": f"waiting for shard {k}"} for k in (1, 2)]
     with pytest.raises(Interrupted, match="goes on from its last checkpoint"):
-        inputs.patience(said.append, lambda: True, lambda: True)("waiting for shard 3")
+        while_waiting(said.append, lambda: True, lambda: True)("waiting for shard 3")
 
 
 @pytest.mark.slow

@@ -18,12 +18,13 @@ from finrepro.data.batches import side_by_side
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.windows import Piece, Window, Windows
 from finrepro.data.tokens import Encoded
-from finrepro.errors import UsageError
+from finrepro.errors import Interrupted, UsageError
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.runtime import process
 from finrepro.training.checkpoint import Control, Trained
-from finrepro.training.loop import Interrupted, learning_rate, train
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
 STEPS = 3

@@ -42,7 +42,7 @@ from finrepro.data.corpora.windows import Lengths, Window, Windows
 from finrepro.data.tokens import IGNORE, Encoded
 from finrepro.errors import UsageError
 from finrepro.methods.layers.supervised import SupervisedLM
-from finrepro.training import loop
+from finrepro.training import steps as steps_training
 
 everywhere = pytest.mark.parametrize("name", MINIATURES)
 
@@ -343,6 +343,10 @@ def test_a_mixture_needs_a_positive_weight_for_each_corpus(weights: dict[str, fl
 def test_the_loop_takes_the_order_of_the_data_where_it_has_one(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path / "c", random_documents(0, 30)), 10)
     chosen = type("Settings", (), {"max_steps": 7, "global_batch_size": 4})()
-    steps = loop.steps_from.__wrapped__ if hasattr(loop.steps_from, "__wrapped__") else loop.steps_from
+    steps = (
+        steps_training.steps_from.__wrapped__
+        if hasattr(steps_training.steps_from, "__wrapped__")
+        else steps_training.steps_from
+    )
     found = list(steps(2, windows.lengths, chosen, 9, windows.rows))
     assert found == [(step, windows.rows(step, 4, 9)) for step in range(2, 7)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finrepro.catalogue import cells, reader
+from finrepro.catalogue import cells, reader, resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.corpora.place import folder_of, missing_reason
@@ -18,7 +18,7 @@ from finrepro.errors import Unavailable, UsageError
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
 from finrepro.planning import availability
-from finrepro.running import inputs
+from finrepro.running import base, inputs, text
 
 TEXTS = [f"paragraph {number} of a corpus , with its own words : {number * 7919} ." for number in range(400)]
 NAME = "openwebtext"
@@ -61,16 +61,16 @@ def copied(prepared: Path, tmp_path: Path) -> Path:
 
 
 def cell() -> RunSpec:
-    found = cells.find(Selection(table="2", full=True), "paper", f"gpt2_127m-none-full-{NAME}-adamw-s0")
+    found = resolve.find(Selection(table="2", full=True), "paper", f"gpt2_127m-none-full-{NAME}-adamw-s0")
     return dataclasses.replace(found, train=dataclasses.replace(found.train, max_seq_len=32))
 
 
 def test_windows_and_tokenizer_are_those_of_the_prepared_corpus(prepared: Path, tmp_path: Path):
     spec, place = cell(), Place(open_store(tmp_path), prepared, None)
-    folder, tokenizer, origin = inputs.base(spec, place)
+    folder, tokenizer, origin = base.open_base(spec, place)
     assert folder is None and origin == "corpus" and len(tokenizer) == 300
-    windows = inputs.training_examples(spec, {}, tokenizer, inputs.corpora(spec, place))
-    corpus = inputs.corpora(spec, place)[NAME]
+    windows = inputs.training_examples(spec, {}, tokenizer, text.open_corpora(spec, place))
+    corpus = text.open_corpora(spec, place)[NAME]
     assert isinstance(windows, Windows) and windows.num_supervised == len(corpus.stream()) - corpus.stream().documents
     assert tokenizer.decode(windows[0].pieces[0].ids[1:]) in " ".join(TEXTS)
 
@@ -87,7 +87,7 @@ def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(t
         f"{missing_reason(NAME, tmp_path)}, or put the tokenizer of"
     ) and "invoke data --prepare openwebtext" in str(reason)
     with pytest.raises(Unavailable, match="is not prepared"):
-        inputs.base(cell(), place)
+        base.open_base(cell(), place)
     assert "--data-dir" in str(missing_reason(NAME, None))
 
 
@@ -95,7 +95,7 @@ def test_a_corpus_of_more_tokens_than_the_model_has_rows_is_refused(prepared: Pa
     spec = cell()
     small = dataclasses.replace(spec.model, architecture=spec.model.architecture | {"vocab_size": 200})
     with pytest.raises(Unavailable, match="200 embeddings"):
-        inputs.corpora(dataclasses.replace(spec, model=small), Place(open_store(tmp_path), prepared, None))
+        text.open_corpora(dataclasses.replace(spec, model=small), Place(open_store(tmp_path), prepared, None))
 
 
 def test_a_corpus_of_another_source_is_not_the_one_of_this_name(copied: Path, tmp_path: Path):
@@ -103,31 +103,31 @@ def test_a_corpus_of_another_source_is_not_the_one_of_this_name(copied: Path, tm
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"source": {"train": [{"files": {"text.txt": 1}}], "validation": []}}))
     with pytest.raises(Unavailable, match=f"is not {NAME}"):
-        inputs.base(cell(), place)
+        base.open_base(cell(), place)
 
 
 def test_another_tokenizer_beside_the_shards_is_refused(copied: Path, tmp_path: Path):
     train_tokenizer(TEXTS, "gpt2", 290).save_pretrained(copied / "corpora" / NAME / "tokenizer")
     with pytest.raises(Unavailable, match="another tokenizer"):
-        inputs.base(cell(), Place(open_store(tmp_path / "store"), copied, None))
+        base.open_base(cell(), Place(open_store(tmp_path / "store"), copied, None))
 
 
 def test_a_damaged_shard_costs_the_cell_and_not_the_campaign(copied: Path, tmp_path: Path):
     shard = next((copied / "corpora" / NAME).glob("train-*.tokens"))
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(Unavailable, match="it is damaged"):
-        inputs.base(cell(), Place(open_store(tmp_path / "store"), copied, None))
+        base.open_base(cell(), Place(open_store(tmp_path / "store"), copied, None))
 
 
 def test_a_result_says_what_the_text_was(prepared: Path, tmp_path: Path):
-    facts = inputs.corpora_facts(cell(), inputs.corpora(cell(), Place(open_store(tmp_path), prepared, None)))[NAME]
+    facts = text.corpora_facts(cell(), text.open_corpora(cell(), Place(open_store(tmp_path), prepared, None)))[NAME]
     assert facts["source"]["train"][0]["hub"] == "Skylion007/openwebtext" and facts["documents"] > 300
     assert len(facts["index"]) == 64 and facts["tokens"] > facts["documents"]
 
 
 @pytest.mark.parametrize("changed", [{"weights": "random"}, {"adapter": "/somewhere/made_elsewhere"}])
 def test_what_makes_no_sense_from_scratch_is_refused(changed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cells, "foreign_adapter", lambda _: reader.adapter("lora_r8"))
+    monkeypatch.setattr(resolve, "foreign_adapter", lambda _: reader.adapter("lora_r8"))
     with pytest.raises(UsageError, match=f"trains from scratch: --{next(iter(changed))} does not apply"):
         cells.expand(Selection(table="2", **changed), "smoke")  # type: ignore[arg-type]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from finrepro.catalogue.cells import Cell, expand
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
-from finrepro.evidence import provenance, store
+from finrepro.evidence import files, provenance, store
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
@@ -27,7 +28,7 @@ def seal_done(spec: RunSpec, place: Place, weights: bytes = b"w", source: str | 
     with place.store.new_run(spec.run_id) as folder:
         (folder / "weights").mkdir()
         (folder / "weights" / "model.safetensors").write_bytes(weights)
-        store.write_json(folder / "result.json", result)
+        files.write_json(folder / "result.json", result)
 
 
 @pytest.fixture

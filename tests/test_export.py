@@ -29,6 +29,7 @@ from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evaluation import evaluate
 from finrepro.evidence import store
+from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header
@@ -82,8 +83,8 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
                 "tokenizer": {"origin": "", "sha256": digest},
             },
         }
-        store.write_json(target / "result.json", result | facts)
-        store.write_lines(target / "predictions.jsonl", recorded_answers(spec, model, folder))
+        write_json(target / "result.json", result | facts)
+        write_lines(target / "predictions.jsonl", recorded_answers(spec, model, folder))
     return spec.run_id
 
 

@@ -14,9 +14,10 @@ import pytest
 from fixtures_process import one_line
 
 from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Hub
 from finrepro.data import files as data
 from finrepro.data.fetch import fetch, without_secrets
-from finrepro.data.files import File, Hub
+from finrepro.data.files import File
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Choice
 

@@ -26,6 +26,7 @@ from fixtures_model import (
 from torch import Tensor, nn
 
 from finrepro import PROJECT
+from finrepro.errors import Interrupted
 from finrepro.methods.adapters import lora, pissa
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.principal import principal_factors
@@ -35,7 +36,7 @@ from finrepro.models.build import load, skeleton, source
 from finrepro.runtime import process as runtime
 from finrepro.settings import Choice
 from finrepro.training.checkpoint import Control
-from finrepro.training.loop import Interrupted, train
+from finrepro.training.loop import train
 
 GPT2, LLAMA = MINIATURES
 both = pytest.mark.parametrize("name", MINIATURES)

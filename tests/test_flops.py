@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.methods.adapters import lora
-from finrepro.methods.layers.linear import block_sizes, depth, features, linear_layers, other_parameters
-from finrepro.methods.layers.linear import rank as layer_rank
+from finrepro.methods.layers.linear import features, linear_layers
 from finrepro.models.build import configuration
 from finrepro.models.factorize import restructured
 from finrepro.sizes import flops
 from finrepro.sizes.low_rank import break_even
+from finrepro.sizes.shapes import block_sizes, depth, other_parameters
+from finrepro.sizes.shapes import rank as layer_rank
 
 TOKENS, LORA, LOW_RANK = 48, 8, 24
 REAL = ("gpt2_127m", "gpt2_1_5b", "llama2_7b", "llama2_13b", "llama3_1_8b", "llama3_1_70b")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures_model import process  # noqa: F401
 
-from finrepro.catalogue import reader
+from finrepro.catalogue import footprint, reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.evidence.manifest import file_digest
@@ -62,7 +62,7 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
     costs = result["costs"]
     assert costs["total_params"] == PARAMETERS == reader.model("gpt2_127m").parameters
     assert costs["trainable_params"] == 8 * BLOCKS * 16 * WIDTH
-    assert costs["base_bytes"] == plan.base_bytes(spec)
+    assert costs["base_bytes"] == footprint.base_bytes(spec)
     assert (costs["base_bytes"] == 2 * PARAMETERS) == (quantizer == "none")  # bf16
     assert costs["peak_memory_bytes"] > costs["base_bytes"]
     wanted = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}

@@ -25,12 +25,13 @@ from fixtures_model import (
 )
 from torch import Tensor, nn
 
+from finrepro.errors import Interrupted
 from finrepro.methods.layers import iec
 from finrepro.methods.layers.iec import IECLinear, mean_matrix, pool_and_repeat
 from finrepro.methods.layers.supervised import backbone_and_head
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import make_whole
-from finrepro.training.loop import Interrupted, train
+from finrepro.training.engines.deepspeed import make_whole
+from finrepro.training.loop import train
 
 # (in, out, r): r divides both, grouped keys and values of Llama 3.1, 11008 with r 64, neither divides, coprime, wider than the layer
 SHAPES = ((64, 192, 8), (4096, 1024, 8), (11008, 96, 64), (96, 64, 48), (10, 14, 4), (7, 5, 3), (6, 4, 12))

@@ -8,13 +8,13 @@ import pytest
 from fixtures_model import process  # noqa: F401
 from fixtures_process import python
 
+from finrepro.campaigns.local import Worker
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.running.cell import check_launch, run_cell
-from finrepro.running.worker import Worker
 
 TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"
 FAILING = """

@@ -19,7 +19,7 @@ from fixtures_process import environment, python
 from jaxtyping import TypeCheckError
 
 from finrepro import PROJECT
-from finrepro.catalogue import cells
+from finrepro.catalogue import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
 from finrepro.settings import HOMES
@@ -127,7 +127,7 @@ def test_in_these_tests_every_call_is_held_to_its_annotations():
         text = PROJECT.joinpath(*module.split(".")).with_suffix(".py").read_text()
         assert "TYPE_CHECKING" not in text, f"beartype cannot check {module}: leave it to jaxtyping"
     with pytest.raises(BeartypeCallHintParamViolation):
-        cells.foreign_adapter(3)  # type: ignore[arg-type]
+        resolve.foreign_adapter(3)  # type: ignore[arg-type]
     for wrong in (lambda: file_digest("name"), lambda: metrics.accuracy(np.zeros(3))):  # type: ignore[arg-type]
         with pytest.raises(TypeCheckError):
             wrong()

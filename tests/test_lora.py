@@ -30,9 +30,10 @@ from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.methods.adapters import lora
-from finrepro.methods.layers.linear import dense_sizes, depth, is_conv1d, linear_layers
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models.build import configuration, load
 from finrepro.settings import Choice, build
+from finrepro.sizes.shapes import dense_sizes, depth
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 GPT2, LLAMA = MINIATURES

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
-from finrepro.errors import UsageError
+from finrepro.errors import Interrupted, UsageError
 from finrepro.methods.adapters import iec, lora
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process as runtime
 from finrepro.settings import Choice, build
 from finrepro.training import rates
 from finrepro.training.checkpoint import Control
-from finrepro.training.loop import Interrupted, learning_rate, steps_from, train
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 RATIO, STEPS = 16.0, 5
 DATA = random_examples(3, count=40, longest=20, answers=(1, 3))

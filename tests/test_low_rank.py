@@ -27,20 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finrepro.catalogue import reader
-from finrepro.catalogue.cells import base_of
+from finrepro.catalogue import footprint, reader
 from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.methods.layers.linear import (
-    block_sizes,
-    dense_sizes,
-    depth,
-    is_conv1d,
-    linear_layers,
-    other_parameters,
-    rank,
-)
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.low_rank import (
     LowRankLinear,
     SplitLowRankLinear,
@@ -52,8 +44,8 @@ from finrepro.methods.layers.low_rank import (
 from finrepro.methods.layers.spectrum import Spectrum, spectra, spectrum
 from finrepro.models import factorize, loading
 from finrepro.models.build import build, dense_skeleton, load, skeleton
-from finrepro.planning import plan
 from finrepro.sizes.low_rank import LowRank, break_even, factor_sizes, solve
+from finrepro.sizes.shapes import block_sizes, dense_sizes, depth, other_parameters, rank
 
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"
 LOW_RANK = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
@@ -491,8 +483,8 @@ def test_factors_whose_rows_4_bit_blocks_would_cross_are_refused_by_name() -> No
 def test_the_factors_are_what_is_quantized_and_as_many_bytes_as_planned(quantizer: str) -> None:
     spec = spec_of(reader.model("gpt2_127m_mini_lr_r64"), "lora_r8", quantizer)
     built = make(spec)
-    assert built.base_bytes == plan.base_bytes(spec) and built.base_parameters == spec.model.parameters
-    assert built.trainable_parameters == plan.sizes(spec)["trainable_params"] == 2 * 8 * (1792 + 384 + 256)
+    assert built.base_bytes == footprint.base_bytes(spec) and built.base_parameters == spec.model.parameters
+    assert built.trainable_parameters == footprint.sizes(spec)["trainable_params"] == 2 * 8 * (1792 + 384 + 256)
     if quantizer == "none":
         return
     exact = load(dataclasses.replace(spec, quantizer=reader.quantizer("none", "float32")), None).eval()
@@ -511,7 +503,7 @@ def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter:
     if refusal(spec):
         pytest.skip(str(refusal(spec)))
     built = make(spec)
-    assert built.trainable_parameters == plan.sizes(spec)["trainable_params"]
+    assert built.trainable_parameters == footprint.sizes(spec)["trainable_params"]
     if adapter == "base" or getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False):
         return
     built.model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()

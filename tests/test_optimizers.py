@@ -34,12 +34,13 @@ from torch import Tensor, nn
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
+from finrepro.errors import Interrupted
 from finrepro.methods.adapters import full
 from finrepro.methods.optimizers import adamw, adamw_8bit, adamw_frobenius
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
 from finrepro.training.handle import Handle
-from finrepro.training.loop import Interrupted, learning_rate
+from finrepro.training.schedule import learning_rate
 
 EVERYWHERE = [
     (*key, dtype) for key in ENGINES for dtype in ("float32", "bfloat16") if (key[0], dtype) != ("ddp", "bfloat16")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from fixtures_model import CPU, broken, make, process, random_examples, spec_of  # noqa: F401
 
-from finrepro.runtime import phases
-from finrepro.runtime import process as runtime
+from finrepro.errors import Interrupted
+from finrepro.runtime import memory, phases, ranks
 from finrepro.runtime.phases import Phases
 from finrepro.training.checkpoint import Control
-from finrepro.training.loop import Interrupted, train
+from finrepro.training.loop import train
 
 MIB = 2**20
 WALK = (
@@ -32,8 +32,8 @@ class Meter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held = self.peak = 0
-        monkeypatch.setattr(runtime, "peak_memory_bytes", lambda _: self.peak)
-        monkeypatch.setattr(runtime, "forget_peak_memory", self.forget)
+        monkeypatch.setattr(memory, "peak_memory_bytes", lambda _: self.peak)
+        monkeypatch.setattr(memory, "forget_peak_memory", self.forget)
 
     def forget(self, _: torch.device) -> None:
         self.peak = self.held
@@ -65,7 +65,7 @@ class NeverForgets(Phases):
 
 class KeepsTheLast(Phases):
     def _note(self) -> None:
-        self.peaks[self.name] = runtime.peak_memory_bytes(self.device)
+        self.peaks[self.name] = memory.peak_memory_bytes(self.device)
 
 
 class NotesTheNext(Phases):
@@ -86,7 +86,7 @@ def test_a_recorder_that_confuses_phases_is_found(mutant: type[Phases], monkeypa
 def test_every_phase_is_the_largest_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     meter, asked = Meter(monkeypatch), []
     other = {3: 30, 5: 4}  # this rank's peak -> another's
-    monkeypatch.setattr(runtime, "largest_over_ranks", lambda mine, _: asked.append(mine) or max(mine, other[mine]))
+    monkeypatch.setattr(ranks, "largest_over_ranks", lambda mine, _: asked.append(mine) or max(mine, other[mine]))
     found = Phases(CPU, "load")
     meter.use(3, 0)
     found.begin("data")
@@ -135,8 +135,8 @@ def test_a_step_is_backward_and_then_the_update(tmp_path: Path, monkeypatch: pyt
 def an_attempt_s_peaks_outlive_it(recorder: type[Phases], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first attempt needs more than the second in every phase; no phase of the run is smaller afterwards."""
     level = itertools.count(1000, -1)
-    monkeypatch.setattr(runtime, "forget_peak_memory", lambda _: None)
-    monkeypatch.setattr(runtime, "peak_memory_bytes", lambda _: next(level))
+    monkeypatch.setattr(memory, "forget_peak_memory", lambda _: None)
+    monkeypatch.setattr(memory, "peak_memory_bytes", lambda _: next(level))
     first, second = recorder(CPU), recorder(CPU)
     with pytest.raises(Interrupted):
         attempt(folder, first, steps=2, stop_after=2)

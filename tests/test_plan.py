@@ -10,16 +10,19 @@ from typing import Literal
 import pytest
 
 from finrepro.catalogue import reader
-from finrepro.catalogue.cells import base_of, expand
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files
 from finrepro.errors import FinreproError, UsageError
 from finrepro.evidence import provenance, store
+from finrepro.evidence.files import write_json
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
-from finrepro.planning import availability, plan
-from finrepro.running.inputs import base_facts
+from finrepro.planning import availability, machine, memory_model, plan
+from finrepro.planning import time as planned_time
+from finrepro.running.base import base_facts
 from finrepro.running.launch import command, parse, request, resolve
 
 QUICK = expand(Selection("3", quick=True), "smoke")
@@ -30,7 +33,7 @@ def seal_done(place: Place, spec: RunSpec, seconds: float = 1.0, **environment: 
     with place.store.new_run(spec.run_id) as target:
         result = header(spec, store.DONE, None, time.time() - seconds)
         result["environment"] = provenance.environment() | environment
-        store.write_json(target / "result.json", result)
+        write_json(target / "result.json", result)
 
 
 def actions(place: Place, keep: bool = False) -> dict[str, str]:
@@ -118,11 +121,11 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             (folder / "nvidia-smi").write_text(f"{script}{answer}\nEND\n")
             (folder / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if cards else str(folder))
-        plan.machine.cache_clear()
+        machine.machine.cache_clear()
 
     yield install
     monkeypatch.undo()
-    plan.machine.cache_clear()
+    machine.machine.cache_clear()
 
 
 def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
@@ -167,12 +170,12 @@ def test_a_corpus_that_is_not_finished_is_no_reason_for_the_paper_scale(
 def test_a_broken_nvidia_smi_is_no_gpu(gpu: Callable[..., None], tmp_path: Path):
     gpu(81559)
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    assert plan.machine().gpu_bytes == 0
+    assert machine.machine().gpu_bytes == 0
 
 
 def test_the_smallest_card_decides_what_fits(place: Place, gpu: Callable[..., None]):
     gpu(81559, 8000)
-    assert plan.machine().gpu_bytes == 8000 * 2**20
+    assert machine.machine().gpu_bytes == 8000 * 2**20
     reason = plan.cannot_run(paper("llama3_1_8b-none-lora_r8-tfns-s0"), place)
     assert reason is not None and reason.startswith("needs ") and "has 7.8" in reason
     gpu(81559, 81559)
@@ -184,8 +187,8 @@ def test_only_the_cards_that_are_visible_count(gpu: Callable[..., None], monkeyp
     gpu(81559, 8000, 81559, 81559)
     for visible, count, size in (("0,2", 2, 81559), ("1", 1, 8000), ("", 0, 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        plan.machine.cache_clear()
-        assert (plan.machine().gpus, plan.machine().gpu_bytes) == (count, size * 2**20)
+        machine.machine.cache_clear()
+        assert (machine.machine().gpus, machine.machine().gpu_bytes) == (count, size * 2**20)
 
 
 def test_jobs_at_a_time_get_a_card_each_or_are_refused(
@@ -194,11 +197,11 @@ def test_jobs_at_a_time_get_a_card_each_or_are_refused(
     gpu()
     steps = plan.plan(QUICK, place, False)
     plan.check_jobs(8, steps)
-    assert plan.cards(2) == [{}, {}]
+    assert machine.cards(2) == [{}, {}]
     gpu(81559, 81559)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     plan.check_jobs(2, steps)
-    assert plan.cards(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert machine.cards(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     with pytest.raises(UsageError, match="has 2 GPU"):
         plan.check_jobs(3, steps)
     wide = [dataclasses.replace(steps[0], spec=dataclasses.replace(steps[0].spec, world_size=2))]
@@ -214,7 +217,7 @@ def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None
 
 def test_memory_falls_with_the_bits_and_with_what_is_trained():
     full, lora, qlora = (
-        plan.needed_bytes(paper(f"llama3_1_8b-{name}-tfns-s0")) / plan.GIB
+        memory_model.needed_bytes(paper(f"llama3_1_8b-{name}-tfns-s0")) / plan.GIB
         for name in ("none-full", "none-lora_r8", "nf4-lora_r8")
     )
     assert full > lora > qlora
@@ -229,7 +232,7 @@ def test_each_zero_stage_divides_more_of_what_is_trained():
     stages = [
         dataclasses.replace(spec, train=dataclasses.replace(spec.train, zero_stage=stage)) for stage in (0, 1, 2, 3)
     ]
-    needs = [plan.needed_bytes(each) for each in stages]
+    needs = [memory_model.needed_bytes(each) for each in stages]
     parameters = spec.model.parameters
     assert needs[0] - needs[1] == pytest.approx(8 * parameters * 3 / 4, rel=1e-6), "the moments"
     assert needs[1] - needs[2] == pytest.approx(4 * parameters * 3 / 4, rel=1e-6), "the gradients"
@@ -239,8 +242,8 @@ def test_each_zero_stage_divides_more_of_what_is_trained():
 def test_ranks_on_a_host_share_its_memory(place: Place, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch):
     gpu()
     (cell,) = expand(Selection("3", only="gpt2_127m-none-full-tfns-s0", weights="random"), "paper")
-    needed = plan.needed_bytes(cell.spec)
-    monkeypatch.setattr(plan, "machine", lambda: plan.Machine(int(1.5 * needed), 0))
+    needed = memory_model.needed_bytes(cell.spec)
+    monkeypatch.setattr(plan, "machine", lambda: machine.Machine(int(1.5 * needed), 0))
     monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: {0, 1})
     assert plan.cannot_run(cell.spec, place) is None
     both = plan.cannot_run(dataclasses.replace(cell.spec, world_size=2), place)
@@ -270,17 +273,17 @@ def test_the_largest_model_is_planned_over_devices_that_hold_it():
     """Weights of 141 GB in bfloat16: four devices of 80 GB with ZeRO-3, one device in 4 bit."""
     dense, quantized = paper("llama3_1_70b-none-lora_r8-tfns-s0"), paper("llama3_1_70b-nf4-lora_r8-tfns-s0")
     assert (dense.world_size, dense.train.zero_stage, quantized.world_size) == (4, 3, 1)
-    assert plan.needed_bytes(dense) < 80e9 and plan.needed_bytes(quantized) < 80e9
-    assert plan.needed_bytes(dataclasses.replace(dense, world_size=1)) > 141e9
+    assert memory_model.needed_bytes(dense) < 80e9 and memory_model.needed_bytes(quantized) < 80e9
+    assert memory_model.needed_bytes(dataclasses.replace(dense, world_size=1)) > 141e9
 
 
 def test_the_estimate_of_time_is_what_the_cell_took_before(place: Place):
     spec = QUICK[0].spec
-    guess = plan.estimated_seconds(spec, place)
+    guess = planned_time.estimated_seconds(spec, place)
     longer = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=10 * spec.train.max_steps))
-    assert 0 < guess < plan.estimated_seconds(longer, place)
+    assert 0 < guess < planned_time.estimated_seconds(longer, place)
     seal_done(place, spec, seconds=123.0)
-    assert plan.estimated_seconds(spec, place) == pytest.approx(123, abs=1)
+    assert planned_time.estimated_seconds(spec, place) == pytest.approx(123, abs=1)
 
 
 def test_a_request_to_a_worker_is_json_and_finds_the_same_cell():
@@ -330,7 +333,7 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
     result = place.store.result(spec.run_id)
     assert result is not None
     result["data"]["base"] = base_facts(spec, place, None)
-    store.write_json(place.store.run_folder(spec.run_id) / "result.json", result)
+    write_json(place.store.run_folder(spec.run_id) / "result.json", result)
     assert result["data"]["base"]["made_by"]["source_digest"] == "another"
     assert place.store.state(spec) == store.DONE
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from finrepro.catalogue import cells, reader
+from finrepro.catalogue import reader, resolve
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.evaluation import quantized
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
-from finrepro.methods.layers.linear import rank
 from finrepro.reporting import pretraining
-from finrepro.running.cell import median_step, run_cell
+from finrepro.running.cell import run_cell
+from finrepro.running.seal import median_step
+from finrepro.sizes.shapes import rank
 
 MODEL = "gpt2_1_5b_deep_mini_lr_r64"  # of a rank that 4-bit blocks divide
 STEPS = 4
@@ -29,7 +30,7 @@ def label(model: str = MODEL, optimizer: str = "adamw_frobenius") -> str:
 
 def cell(**changes: Any) -> RunSpec:
     """The low-rank cell of Table 2, cut to a few steps and to one article."""
-    found = cells.find(Selection(table="2", full=True), "smoke", label())
+    found = resolve.find(Selection(table="2", full=True), "smoke", label())
     dataset = found.tasks[0].dataset
     one = dataclasses.replace(dataset, config=dataclasses.replace(dataset.config, articles={"test": 1}))
     tasks = tuple(dataclasses.replace(each, dataset=one) for each in found.tasks)
@@ -112,7 +113,7 @@ def test_a_model_that_starts_from_trained_weights_is_not_pretrained_from_scratch
 
 
 def test_what_a_table_trains_from_scratch_has_no_base():
-    spec = cells.find(Selection(table="2", full=True), "paper", "gpt2_127m-none-full-openwebtext-adamw-s0")
+    spec = resolve.find(Selection(table="2", full=True), "paper", "gpt2_127m-none-full-openwebtext-adamw-s0")
     assert spec.weights == "scratch" and spec.base_run is None and spec.base_checkpoint is None
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from finrepro.catalogue import reader
-from finrepro.catalogue.published import Comparison, Published, candidates, comparability, read
+from finrepro.catalogue.published import Published, read
 from finrepro.errors import UsageError
-from finrepro.reporting.grouping import margin_of
+from finrepro.reporting.beside import margin_of
+from finrepro.reporting.comparability import Comparison, candidates, comparability
 from finrepro.reporting.tables.table3 import FAMILIES
 from finrepro.reporting.tables.table5 import PUBLISHED
 from finrepro.settings import read_yaml

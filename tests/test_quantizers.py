@@ -29,13 +29,14 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from finrepro.catalogue import reader
+from finrepro.catalogue.footprint import base_bytes, block_linear_parameters
 from finrepro.errors import UsageError
 from finrepro.evaluation.log_likelihood import text_log_likelihoods
-from finrepro.methods.layers.linear import block_sizes, depth, linear_layers
+from finrepro.methods.layers.linear import linear_layers
 from finrepro.methods.quantizers import bnb_4bit, bnb_int8
 from finrepro.models.build import load, quantize
-from finrepro.planning.plan import base_bytes, block_linear_parameters
 from finrepro.settings import Choice, build, kind_module, kinds
+from finrepro.sizes.shapes import block_sizes, depth
 
 # The sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
 NF4 = (

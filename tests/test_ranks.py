@@ -16,7 +16,7 @@ from ranks_program import NAMES, OWN, STEPS
 
 from finrepro import PROJECT
 from finrepro.evaluation.share_out import share_out
-from finrepro.runtime import process
+from finrepro.runtime import ranks as ranks_runtime
 
 PROGRAM = str(PROJECT / "tests" / "ranks_program.py")
 everywhere = pytest.mark.parametrize("name", NAMES)
@@ -198,7 +198,7 @@ def test_ranks_have_disjoint_batches_and_together_equally_many_passes(
         for rank in range(3):
             computed = seen[rank] = []
             exchanged: list[Any] = []
-            monkeypatch.setattr(process, "ranks", lambda rank=rank: process.Ranks(rank, 3, rank))
+            monkeypatch.setattr(ranks_runtime, "current", lambda rank=rank: ranks_runtime.Ranks(rank, 3, rank))
             monkeypatch.setattr(
                 "torch.distributed.all_gather_object", lambda _, mine, kept=exchanged: kept.append(mine)
             )

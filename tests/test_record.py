@@ -19,7 +19,7 @@ from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import provenance, store
+from finrepro.evidence import files, provenance, store
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.store import Store, open_store
@@ -93,12 +93,12 @@ def seal_done(spec: RunSpec, place: Store, accuracy: float = 0.75) -> None:
             {"step": step, "loss": loss, "grad_norm": 1.0, "lr": 0.001, "seconds": step * 0.5, "tokens": 10}
             for step, loss in enumerate(LOSSES, 1)
         ]
-        store.write_lines(target / "loss.jsonl", rows)
-        store.write_lines(
+        files.write_lines(target / "loss.jsonl", rows)
+        files.write_lines(
             target / "system.jsonl", [{"time": started + s, "process_memory_gib": 1.0 + s} for s in range(3)]
         )
-        store.write_lines(target / "predictions.jsonl", [{"id": "x", "prediction": "a\u2028b"}])
-        store.write_json(target / "result.json", result)
+        files.write_lines(target / "predictions.jsonl", [{"id": "x", "prediction": "a\u2028b"}])
+        files.write_json(target / "result.json", result)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Campaign:
             "scale": "smoke", "status": self.status, "command": f"reproduce --table {self.table[-1]}",
             "started": self.started, "ended": self.started + 10, "cells": self.cells, "environment": MADE_BY,
         }  # fmt: skip
-        store.write_json(self.place.results / "campaigns" / f"{self.name}.json", values)
+        files.write_json(self.place.results / "campaigns" / f"{self.name}.json", values)
         return values
 
     def note(self, spec: RunSpec, outcome: str, status: str) -> None:
@@ -151,7 +151,7 @@ def three_campaigns(place: Store) -> None:
     folder = place.results / "tables" / "smoke"
     folder.mkdir(parents=True)
     (folder / "table3.md").write_text("**Table 3 - SMOKE**\n")
-    store.write_json(folder / "table3.json", TABLE)
+    files.write_json(folder / "table3.json", TABLE)
     first.status = "with failed cells"
     view.campaign(first.record())
 
@@ -371,7 +371,7 @@ def differences(place: Store) -> list[str]:
             continue
         result = place.result(run.data.tags["run_id"])
         assert result is not None
-        loss = store.read_lines(place.run_folder(result["run_id"]) / "loss.jsonl")
+        loss = files.read_lines(place.run_folder(result["run_id"]) / "loss.jsonl")
         wanted = {f"eval/{each['task']}/{each['metric']}": each["value"] for each in result["scores"]}
         wanted |= {f"cost/{key}": value for key, value in result["costs"].items() if value is not None}
         wanted |= {
@@ -411,7 +411,7 @@ def test_what_is_no_number_comes_through(made: Store):
     losses = {step: value for step, _, value in run["metrics"]["train/loss"]}
     huge = sys.float_info.max
     assert losses == {1: 4.0, 2: 3.5, 3: "nan", 4: huge, 5: -huge, 6: 1e-300}
-    kept = store.read_lines(made.run_folder(SPECS[0].run_id) / "loss.jsonl")
+    kept = files.read_lines(made.run_folder(SPECS[0].run_id) / "loss.jsonl")
     assert [shown(row["loss"]) for row in kept] == [shown(loss) for loss in LOSSES], "the evidence keeps infinities"
     assert len(run["metrics"]["system/process_memory_gib"]) == 3
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.data.batches import COLLATE
+from finrepro.errors import Interrupted
 from finrepro.methods.adapters import relora as method
 from finrepro.methods.layers.relora import ReloraLinear
 from finrepro.methods.layers.supervised import SupervisedLM
@@ -33,7 +34,8 @@ from finrepro.models.build import configuration, load
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
 from finrepro.training.handle import Handle
-from finrepro.training.loop import Interrupted, learning_rate, steps_from
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 IDS = random_examples(11, count=1, longest=30)[0].ids * 3
 AFTER_STEP = method.after_step

@@ -15,10 +15,11 @@ from fixtures_model import MINIATURES, broken, process  # noqa: F401
 from rosa_program import ENGINES, EVERY, GPT2, LLAMA, RANKED, STEPS, cell, learned, reference, run
 
 from finrepro import PROJECT
+from finrepro.errors import Interrupted
 from finrepro.methods.adapters import rosa as method
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
-from finrepro.training.loop import Interrupted, learning_rate
+from finrepro.training.schedule import learning_rate
 
 
 @pytest.fixture(autouse=True)

@@ -31,11 +31,12 @@ from steps_program import (
 from torch import Tensor, nn
 
 from finrepro import PROJECT
+from finrepro.errors import Interrupted
 from finrepro.methods.adapters import full
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
 from finrepro.training.handle import Handle
-from finrepro.training.loop import Interrupted, train
+from finrepro.training.loop import train
 
 FEWER = (("ddp", 0), ("deepspeed", 3))
 engines = pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import provenance, store
+from finrepro.evidence.files import read_lines, write_json, write_lines
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.store import Store, open_store
@@ -31,11 +32,11 @@ def some_spec() -> RunSpec:
 def seal_done(place: Store, spec: RunSpec, **changes: object) -> Path:
     """A finished result without weights, written as a cell writes it."""
     with place.new_run(spec.run_id) as target:
-        store.write_lines(target / "loss.jsonl", [{"step": 1, "loss": float("nan")}])
+        write_lines(target / "loss.jsonl", [{"step": 1, "loss": float("nan")}])
         (target / "weights").mkdir()
         (target / "weights" / "model.safetensors").write_bytes(os.urandom(1000))
         result = header(spec, store.DONE, None, time.time()) | changes
-        store.write_json(target / "result.json", result)
+        write_json(target / "result.json", result)
     return place.run_folder(spec.run_id)
 
 
@@ -377,14 +378,14 @@ def test_a_second_command_on_a_store_is_refused_by_name_until_the_first_is_gone(
 
 def test_text_and_json_are_replaced_whole_and_not_a_number_survives(tmp_path: Path):
     path = tmp_path / "value.json"
-    store.write_json(path, {"loss": float("inf"), "text": "ü\u2028"})
-    store.write_json(path, {"loss": float("nan")})
+    write_json(path, {"loss": float("inf"), "text": "ü\u2028"})
+    write_json(path, {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == [path]
     assert str(json.loads(path.read_text())["loss"]) == "nan"
     rows = [{"loss": float("-inf"), "text": "a\nb\u2028c"}, {}]
-    store.write_lines(tmp_path / "rows.jsonl", rows)
-    assert store.read_lines(tmp_path / "rows.jsonl") == rows
-    assert store.read_lines(tmp_path / "none.jsonl") == []
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert read_lines(tmp_path / "rows.jsonl") == rows
+    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_the_digest_of_the_source_sees_what_computes_and_not_what_shows():

@@ -14,10 +14,10 @@ from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
 from finrepro.evidence.place import Place
-from finrepro.methods.layers.linear import block_sizes, depth
 from finrepro.reporting.table import Table, to_json
 from finrepro.reporting.tables import table1
 from finrepro.sizes import flops, memory
+from finrepro.sizes.shapes import block_sizes, depth
 
 SETTINGS: Any = reader.table("1").computed
 ACCOUNTS = [computed._account(name, SETTINGS) for name in SETTINGS.models]
@@ -64,11 +64,11 @@ def test_sizes_and_bytes_are_the_known_ones(name: str):
 
 
 def test_the_stored_bytes_are_what_the_planner_stores():
-    from finrepro.planning import plan
+    from finrepro.catalogue import footprint
 
     for label in ("gpt2_127m-int8-lora_r8-tfns-s0", "llama3_1_70b-nf4-lora_r8-tfns-s0"):
         (cell,) = expand(Selection("3", full=True, seeds=(0,), only=label), "paper")
-        assert plan.base_bytes(cell.spec) == of(cell.spec.model.name)["bytes"][cell.spec.quantizer.name]
+        assert footprint.base_bytes(cell.spec) == of(cell.spec.model.name)["bytes"][cell.spec.quantizer.name]
 
 
 def judged(table: Table, claim: str, expected: dict[str, str]) -> None:

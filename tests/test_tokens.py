@@ -16,7 +16,7 @@ from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_dig
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
 from finrepro.models.build import load_tokenizer
-from finrepro.running.inputs import base
+from finrepro.running.base import base
 
 FAMILIES = tuple(SPECIAL)
 ASKED = tuple(

@@ -22,16 +22,20 @@ from finrepro.catalogue.spec import RunSpec
 from finrepro.data import packing
 from finrepro.data.batches import COLLATE
 from finrepro.data.tokens import Encoded
-from finrepro.errors import CellFailed, UsageError
+from finrepro.errors import CellFailed, Diverged, Interrupted, UsageError
+from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
-from finrepro.evidence.store import open_store, read_lines
+from finrepro.evidence.store import open_store
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.running.launch import command
 from finrepro.runtime import process
+from finrepro.runtime import ranks as ranks_runtime
 from finrepro.training.checkpoint import Control, Trained
-from finrepro.training.engines.start import in_parts
-from finrepro.training.loop import Diverged, Interrupted, learning_rate, steps_from, train
+from finrepro.training.engines.deepspeed import is_sharded
+from finrepro.training.loop import train
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import steps_from
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -209,7 +213,7 @@ def test_one_rank_is_left_with_a_whole_model_after_zero_3(data: list[Encoded], t
     shapes = {name: p.shape for name, p in model.named_parameters()}
     train(model, data, spec, CPU, control(tmp_path))
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
-    assert not in_parts(model) and not any(key.startswith("ds_") for p in model.parameters() for key in vars(p))
+    assert not is_sharded(model) and not any(key.startswith("ds_") for p in model.parameters() for key in vars(p))
 
 
 def test_plain_ddp_refuses_to_train_bfloat16_weights(tmp_path: Path) -> None:
@@ -320,7 +324,7 @@ def _as_rank(zero_stage: int, folder: Path) -> None:
     process.quiet_environment()
     process.setup(0, 1)
     losses, _ = run(spec_of(CELLS[1], zero_stage=zero_stage), sequences(), folder)
-    if process.ranks().is_main:
+    if ranks_runtime.current().is_main:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 

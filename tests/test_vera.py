@@ -14,9 +14,9 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
 from finrepro.methods.adapters import vera
-from finrepro.methods.layers.linear import block_sizes
 from finrepro.models.build import configuration, load
 from finrepro.settings import Choice, build
+from finrepro.sizes.shapes import block_sizes
 from finrepro.training.checkpoint import Control
 from finrepro.training.loop import train
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.catalogue import reader
-from finrepro.runtime import process
+from finrepro.runtime import process, ranks
 
 process.quiet_environment()
 
@@ -37,7 +37,7 @@ for stage in (3, 0):
         "base_parameters": built.base_parameters,
         "trainable_parameters": built.trainable_parameters,
     }
-(Path(sys.argv[2]) / f"rank{process.ranks().rank}.json").write_text(json.dumps(found))
+(Path(sys.argv[2]) / f"rank{ranks.current().rank}.json").write_text(json.dumps(found))
 
-process.leave_process_group()
+ranks.leave_process_group()
 process.end(0)

@@ -9,7 +9,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.request import number, whole
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError, unknown
-from finrepro.evidence import store
+from finrepro.evidence import files
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import to_png, to_svg
@@ -24,14 +24,14 @@ def budget_of(place: Place, asked: budget.Request) -> int:
     computed = found.pop("computed")
     models = tuple(map(reader.model, OURS))
     picture = draw_charts([budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1)
-    with place.store.lock(), store.disk_errors(place.store.root):
+    with place.store.lock(), files.disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
         values = budget.record(
             asked.machine, operations=computed, sequence=asked.sequence, unique=asked.unique, **found
         )
-        store.write_json(folder / f"{stem}.json", values)
-        store.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
-        store.write_bytes(folder / f"{stem}.png", to_png(picture))
+        files.write_json(folder / f"{stem}.json", values)
+        files.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
+        files.write_bytes(folder / f"{stem}.png", to_png(picture))
     print("\n".join([*lines, "", *asked.remarks, *sources(asked.unique), f"Kept: {folder / stem} (json, svg, png)."]))
     return 0
 

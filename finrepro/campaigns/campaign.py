@@ -12,16 +12,19 @@ from functools import partial
 from typing import Any
 
 from finrepro.campaigns.display import Display, list_cells, list_launches
-from finrepro.catalogue.cells import Cell, expand
+from finrepro.campaigns.local import Worker
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import CellFailed, EnvironmentFault, UsageError
-from finrepro.evidence import provenance, store
+from finrepro.evidence import files, provenance, store
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
+from finrepro.planning import machine
 from finrepro.planning import plan as planning
 from finrepro.reporting.tabulate import file_stem, tabulate
-from finrepro.running.worker import Event, Worker
+from finrepro.running.worker import Event
 from finrepro.runtime.interrupts import held_back
 from finrepro.tracking.view import View, is_shown
 
@@ -129,7 +132,7 @@ class _Campaign:
             Worker(
                 self.place, self.selection, self.scale, self.place.store.results / "logs" / f"worker{number}.log", card
             )
-            for number, card in enumerate(planning.cards(min(self.jobs, len(waiting))))
+            for number, card in enumerate(machine.cards(min(self.jobs, len(waiting))))
         ]
         for worker in workers:
             worker.log.write_text("")
@@ -225,8 +228,8 @@ class _Campaign:
         )
 
     def _save(self) -> None:
-        with store.disk_errors(self.place.store.root):
-            store.write_json(self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record)
+        with files.disk_errors(self.place.store.root):
+            files.write_json(self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record)
 
     def _project(self, step: planning.Step) -> None:
         """Show a finished cell in MLflow."""

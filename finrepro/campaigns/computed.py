@@ -7,7 +7,7 @@ from finrepro.campaigns.display import Display
 from finrepro.catalogue import reader
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
-from finrepro.evidence import store
+from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import to_png, to_svg
@@ -67,10 +67,10 @@ def write(name: str, place: Place) -> Table:
     picture = draw_charts(report.charts(accounts), made.title)
     files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / SCALE
-    with place.store.lock(), store.disk_errors(place.store.root):
+    with place.store.lock(), disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in files.items():
-            store.write_bytes(folder / f"{file.report}.{suffix}", content)
+            write_bytes(folder / f"{file.report}.{suffix}", content)
     return made
 
 

@@ -16,6 +16,7 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import default_root
+from finrepro.planning import memory_model, time
 from finrepro.planning import plan as planning
 from finrepro.reporting.table import Table, to_rich
 from finrepro.running.launch import command
@@ -48,7 +49,7 @@ class Display:
         """How many cells run, are kept, skipped and refused, with each reason once, and about how long it takes."""
         counts = Counter[str](step.action for step in steps)
         bases = sum(step.is_base for step in steps if step.action == "run")
-        seconds = sum(planning.estimated_seconds(s.spec, place) for s in steps if s.action == "run") / max(1, jobs)
+        seconds = sum(time.estimated_seconds(s.spec, place) for s in steps if s.action == "run") / max(1, jobs)
         self.total = counts["run"]
         parts = [f"{counts['run']} to run" + (f" ({bases} of them pretraining)" if bases else "")]
         parts += [f"{counts[action]} {name}" for action, name in _NAMES.items() if counts[action]]
@@ -143,6 +144,6 @@ def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale
         spec = step.spec
         devices = f"{spec.world_size} device{'s' * (spec.world_size > 1)}"
         sharing = spec.train.engine if spec.train.engine != "deepspeed" else f"ZeRO-{spec.train.zero_stage}"
-        needs = f"{devices} with {planning.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
+        needs = f"{devices} with {memory_model.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
         print(f"\n{spec.label}: {needs}; {step.state}{f' ({step.reason})' if step.reason else ''}")
         print(f"  cd {shlex.quote(str(PROJECT))} && {setting}{shlex.join(command(spec, selection, scale, place))}")

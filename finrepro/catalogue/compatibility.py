@@ -1,8 +1,12 @@
 """Why a combination of model, quantizer, adapter and training cannot run anywhere, each in one line, before anything is loaded."""
 
+from typing import TYPE_CHECKING
+
 from finrepro.catalogue.spec import Model, RunSpec
 from finrepro.settings import Choice
-from finrepro.training import compilation
+
+if TYPE_CHECKING:
+    from finrepro.catalogue.spec import RunSpec
 
 
 def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:
@@ -25,4 +29,17 @@ def refusal(spec: RunSpec) -> str | None:
     reason = reason or (trainable(spec.train, choice.config) if trainable else None)
     stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
     reason = reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
-    return reason or compilation.refusal(spec)
+    return reason or not_compilable(spec)
+
+
+def not_compilable(spec: "RunSpec") -> str | None:
+    """Why a cell that asks for it cannot be compiled, None if it can."""
+    if not (spec.train.compile and spec.train.max_steps):
+        return None
+    if spec.train.zero_stage == 3:
+        return "torch.compile does not go with ZeRO stage 3, whose hooks gather and drop each layer's weights: take stage 0, 1 or 2"
+    for package, choice in (("quantizers", spec.quantizer), ("adapters", spec.adapter)):
+        says = getattr(choice.module(package), "not_compiled", None)
+        if says and (reason := says(choice.config)):
+            return str(reason)
+    return None

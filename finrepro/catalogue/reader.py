@@ -12,20 +12,8 @@ from typing import Any
 from finrepro import PROJECT
 from finrepro.catalogue.published import Published
 from finrepro.catalogue.published import read as read_published
-from finrepro.catalogue.spec import (
-    Grid,
-    Mix,
-    Model,
-    Part,
-    Pretrain,
-    RunSpec,
-    Scale,
-    TableFile,
-    TaskSpec,
-    Train,
-    TrainSet,
-    label_of,
-)
+from finrepro.catalogue.spec import Mix, Model, Part, Pretrain, RunSpec, Scale, TaskSpec, Train, TrainSet, label_of
+from finrepro.catalogue.table_file import Grid, TableFile
 from finrepro.errors import UsageError, unknown
 from finrepro.settings import Choice, build, choose, kind_module, read_yaml
 

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from finrepro.data.files import Hub
-from finrepro.methods.layers.linear import rank
 from finrepro.settings import Choice, Count, Positive, PositiveFloat, Share, later, plain, settings, text, without
-from finrepro.sizes.account import Computed
 from finrepro.sizes.low_rank import LowRank
+from finrepro.sizes.shapes import rank
 
 Scale = Literal["smoke", "paper"]
 Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
@@ -88,6 +86,15 @@ SIZES = {
 
 
 @settings
+class Hub:
+    """A place on the hub. `revision` is a commit that `source` was read to give, or None: not pinned."""
+
+    id: str
+    revision: str | None
+    source: str
+
+
+@settings
 class Model:
     """A base model. `architecture` holds arguments of the transformers configuration of `family`; `low_rank` factors its linear layers."""
 
@@ -113,75 +120,6 @@ class Model:
             raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
         if self.low_rank is not None:
             rank(self)
-
-
-@settings
-class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a
-    table has one of each, in its `train`.
-
-    Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
-    """
-
-    model: tuple[str, ...]
-    quantizer: tuple[str, ...]
-    adapter: tuple[str, ...]
-    train_on: tuple[str, ...]
-    seed: tuple[int, ...]
-    batch: tuple[Positive, ...] = ()
-    optimizer: tuple[str, ...] = ()
-
-
-@settings
-class Override:
-    """Training settings, and devices, of the cells whose axis values match the patterns (* and ?) of `where`."""
-
-    where: dict[str, str]
-    train: dict[str, Any] = dataclasses.field(default_factory=dict)
-    devices: Positive | None = None
-
-
-@settings
-class Group:
-    """The cells whose labels match one of the patterns, with changes to their training; a cell belongs to the first group it matches."""
-
-    cells: tuple[str, ...]
-    train: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@settings
-class Grid:
-    """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
-
-    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone. Where `scratch` is true they are
-    trained from the model's own initialisation: pretraining. `stored_as` are quantizers under which the trained model is scored as well.
-    """
-
-    axes: Axes
-    template: str
-    threads: Positive
-    train: dict[str, Any]
-    evaluation: Evaluation
-    quick: tuple[Group, ...]
-    default: tuple[Group, ...] = ()
-    full: dict[Literal["seed"], tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    overrides: tuple[Override, ...] = ()
-    scored: bool = True
-    scratch: bool = False
-    stored_as: tuple[str, ...] = ()
-
-
-@settings
-class TableFile:
-    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside` names a table whose finished runs are shown
-    in this one as well."""
-
-    title: str
-    report: str
-    smoke: Grid | None = None
-    paper: Grid | None = None
-    computed: Computed | None = None
-    beside: str | None = None
 
 
 @settings

@@ -19,15 +19,6 @@ EMBEDDED = Path(str(package_files("finrepro.data"))) / "embedded"
 
 
 @settings
-class Hub:
-    """A place on the hub. `revision` is a commit that `source` was read to give, or None: not pinned."""
-
-    id: str
-    revision: str | None
-    source: str
-
-
-@settings
 class File:
     """One file of a dataset, and the one place that it is fetched from: `url`, else `hub_path`, else the hub's split of the role's name.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finrepro.data import packing
 from finrepro.evaluation.share_out import Progress, in_step, share_out
 from finrepro.methods.layers.supervised import backbone_and_head
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 
 Tokens = tuple[int, ...]
 
@@ -71,7 +71,7 @@ def _continue(
                 answers[row].append(token)
                 if len(answers[row]) < limits[row]:
                     kept.append(place)
-        if not (process.any_rank(bool(kept), device) if together else kept):
+        if not (ranks.any_rank(bool(kept), device) if together else kept):
             return [tuple(answer) for answer in answers]
         going = [going[place] for place in kept] or [None]
         if len(going) < len(chosen):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from finrepro.data import packing
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ def share_out(
     `compute` gives the results of a batch's rows. With `together` a rank that has run out of batches computes one again and throws the
     results away, so that all ranks call `compute` equally often. Progress counts what all ranks have done, if they are equally fast.
     """
-    here = process.ranks()
+    here = ranks.current()
     total = sum(map(len, batches))
     found: dict[int, Result] = {}
     for first in range(0, len(batches), here.world_size):

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.evidence import provenance, store
+from finrepro.evidence import files, provenance, store
 from finrepro.evidence.store import Store
 
 
@@ -71,7 +71,7 @@ def seal_unfinished(
     """Record that a cell failed, diverged or was skipped, and why."""
     result = header(spec, status, reason, started)
     with place.new_run(spec.run_id) as target:
-        store.write_json(target / "result.json", result)
+        files.write_json(target / "result.json", result)
         if detail:
             (target / "error.txt").write_text(detail, encoding="utf-8")
     return result

@@ -10,7 +10,7 @@ from finrepro.catalogue.spec import DESCRIPTIVE, TaskSpec
 from finrepro.data import files
 from finrepro.errors import UsageError
 from finrepro.evaluation.evaluate import answer
-from finrepro.evidence import store
+from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
 from finrepro.exporting.recorded import Recorded
 from finrepro.exporting.verify import NotEqual
@@ -28,7 +28,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "bnb_int8": 0.1}
 def check(recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTokenizerFast") -> str:
     """What was found, in a line. Raises `NotEqual` when the model gives other log-probabilities than the run recorded."""
     spec = recorded.spec
-    kept = [row for row in store.read_lines(recorded.folder / "predictions.jsonl") if _logprobs(row)]
+    kept = [row for row in read_lines(recorded.folder / "predictions.jsonl") if _logprobs(row)]
     if not kept:
         return "not held against recorded answers: the run has none with log-probabilities"
     rows = [row for row in kept if row["task"] == kept[0]["task"]][:SAMPLE]

@@ -22,7 +22,7 @@ from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import loading
 from finrepro.models.build import build, load_tokenizer, skeleton, source
-from finrepro.running import inputs
+from finrepro.running.base import base_facts, open_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,8 +51,8 @@ def start(recorded: Recorded, place: Place, wanted: str) -> Start:
     spec, data = recorded.spec, recorded.result["data"]
     if recorded.is_whole_model and wanted != "base" and tokenizer_digest(recorded.weights):
         return Start(None, load_tokenizer(recorded.weights))
-    folder, tokenizer, _ = inputs.base(spec, place)
-    facts, known = inputs.base_facts(spec, place, folder), data.get("base") or {}
+    folder, tokenizer, _ = open_base(spec, place)
+    facts, known = base_facts(spec, place, folder), data.get("base") or {}
     for key in ("run_id", "weights", "files"):
         if key in known and facts.get(key) != known[key]:
             raise EnvironmentFault(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.methods.layers.linear import is_conv1d, linear_layers, targeted
+from finrepro.methods.layers.linear import is_conv1d, linear_layers
+from finrepro.sizes.shapes import targeted
 
 State = dict[str, Tensor]
 

@@ -12,12 +12,13 @@ from torch import nn
 from finrepro.catalogue.spec import Model, RunSpec
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
-from finrepro.methods.layers.linear import linear_layers, rank
+from finrepro.methods.layers.linear import linear_layers
 from finrepro.models import factorize, loading, safetensors
 from finrepro.models.before_quantization import first_stage
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 from finrepro.runtime.zero3 import partition
 from finrepro.settings import Choice
+from finrepro.sizes.shapes import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +42,7 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
     """
     model = skeleton(spec)
     base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
-    split = spec.train.zero_stage == 3 and process.ranks().world_size > 1
+    split = spec.train.zero_stage == 3 and ranks.current().world_size > 1
     finish = partial(partition, device=device) if split else None
     first = first_stage(spec, model)
     base_bytes = loading.stream(model, source(spec, model, base_folder), spec.quantizer, device, finish, first)

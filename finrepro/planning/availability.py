@@ -1,17 +1,19 @@
 """Why what a cell is trained from or scored on is not to be had, each in one line that says what to do; None where it is there."""
 
+import os
 from functools import cache
 from pathlib import Path
 
-from finrepro.catalogue import cells, reader
-from finrepro.catalogue.spec import Model, RunSpec
+from finrepro.catalogue import reader, resolve
+from finrepro.catalogue.spec import Model, RunSpec, TaskSpec
 from finrepro.data import files
 from finrepro.data.corpora import place as corpora
+from finrepro.data.preparing import underway
+from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.models import checkpoints
-from finrepro.running import feeding
 
 
 def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
@@ -23,7 +25,7 @@ def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
     again = f"invoke reproduce --table 2 --scale {model.scale} --only {label}"
     if made["status"] == store.DONE:
         return None
-    base = cells.base_of(spec.model.name)
+    base = resolve.base_of(spec.model.name)
     devices = f" on {base.world_size} devices" if base and base.world_size > 1 else ""
     return f"its base, a cell of table 2{devices}, is {made['status']}: {again}"
 
@@ -53,7 +55,7 @@ def data_of(spec: RunSpec, place: Place) -> str | None:
     if spec.train.max_steps:
         for part in spec.train_on.parts:
             reason = (
-                feeding.missing_reason(spec, part.task, place)
+                corpus_missing_reason(spec, part.task, place)
                 if corpora.corpus_of(part.task)
                 else files.missing_reason(part.task.dataset, place.data_dir, ("train",))
             )
@@ -71,3 +73,42 @@ def corpora_of(spec: RunSpec, place: Place) -> str | None:
     named = [corpora.corpus_of(part.task) for part in (spec.train_on.parts if spec.train.max_steps else ())]
     reasons = (corpora.missing_reason(name, place.data_dir) for name in named if name)
     return next((reason for reason in reasons if reason), None)
+
+
+def corpus_missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | None:
+    """Why the cell cannot be trained on the task's corpus here, in one line that says what to do; None if it can.
+
+    One that is not finished will do where the task reads it as it arrives, alone, and it is being prepared or can be by the cell itself.
+    """
+    name = corpora.corpus_of(task)
+    reason = corpora.missing_reason(name, place.data_dir) if name else None
+    folder = corpora.folder_of(name, place.data_dir) if name else None
+    if reason is None or folder is None or not is_fed(spec, task):
+        return reason
+    if underway.held(folder):
+        return None
+    if tokenizer_for(spec, folder, place.models_dir) is None:
+        return (
+            f"{reason}, or put the tokenizer of {spec.model.name} under --models-dir: the cell then prepares it itself"
+        )
+    return None if _writable(folder) else reason
+
+
+def is_fed(spec: RunSpec, task: TaskSpec) -> bool:
+    """Whether the cell can begin before the task's corpus is finished. Those that are mixed have to be: how much each has is asked."""
+    return corpora.block_of(task) is not None and len(spec.train_on.parts) == 1
+
+
+def tokenizer_for(spec: RunSpec, folder: Path, models_dir: Path | None) -> Path | None:
+    """The tokenizer that the corpus is prepared with: the one beside its shards, the model's, or that of the model it is compared with."""
+    if tokenizer_digest(folder / corpora.TOKENIZER) is not None:
+        return folder / corpora.TOKENIZER
+    models = [reader.origin(spec.model)]
+    models += [reader.model(spec.model.compared_with)] if spec.model.compared_with else []
+    found = (checkpoints.tokenizer_folder(each, models_dir) for each in models)
+    return next((each for each in found if each is not None), None)
+
+
+def _writable(folder: Path) -> bool:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return os.access(there, os.W_OK)

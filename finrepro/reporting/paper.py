@@ -16,7 +16,7 @@ from finrepro import PROJECT
 from finrepro.catalogue.reader import table, tables
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import CellFailed, EnvironmentFault
-from finrepro.evidence import store
+from finrepro.evidence import files
 from finrepro.reporting.table import escape
 
 SOURCES = PROJECT / "paper"
@@ -50,7 +50,7 @@ def build(root: Path, output: Path | None = None) -> Path:
         raise EnvironmentFault(
             f"the paper's sources are not here ({SOURCES}/main.tex): build it from a clone of the repository."
         )
-    with store.disk_errors(root), tempfile.TemporaryDirectory(prefix="finrepro-paper-") as name:
+    with files.disk_errors(root), tempfile.TemporaryDirectory(prefix="finrepro-paper-") as name:
         folder = Path(name)
         inputs = {}
         for path in sorted([*SOURCES.glob("*.tex"), *SOURCES.glob("*.bib")]):
@@ -64,10 +64,10 @@ def build(root: Path, output: Path | None = None) -> Path:
         log = _typeset(folder, goal.with_suffix(".log"))
         _check(log, goal.with_suffix(".log"), root)
         pdf = (folder / "main.pdf").read_bytes()
-        store.write_bytes(goal, pdf)
+        files.write_bytes(goal, pdf)
         latex = log.partition("\n")[0].partition(" (preloaded")[0]
         made = {"pdf_sha256": _sha256(pdf), "latex": latex, "inputs": dict(sorted(inputs.items()))}
-        store.write_json(goal.with_name("provenance.json"), made)
+        files.write_json(goal.with_name("provenance.json"), made)
     return goal
 
 
@@ -172,7 +172,7 @@ def _typeset(folder: Path, kept: Path) -> str:
         status = _run(latex, folder, surroundings)
         log = folder / "main.log"
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "! pdflatex wrote no log\n"
-        store.write_text(kept, text)
+        files.write_text(kept, text)
         if status:
             break
         if turn == 0:

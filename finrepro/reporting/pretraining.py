@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-from finrepro.catalogue import reader
+from finrepro.catalogue import footprint, reader
 from finrepro.catalogue.compatibility import unstorable
 from finrepro.catalogue.spec import Model, RunSpec
-from finrepro.methods.layers.linear import rank
-from finrepro.planning import plan
 from finrepro.sizes import flops
+from finrepro.sizes.shapes import rank
 
 STORED = ("none", "int8", "nf4")  # 16, 8 and 4 bits
 CONVENTIONS: tuple[flops.Convention, ...] = ("palm", "causal")
@@ -40,4 +39,6 @@ def _bytes(spec: RunSpec, quantizer: str) -> int | None:
     model, choice = dataclasses.replace(spec.model, dtype="bfloat16"), reader.quantizer(quantizer, "bfloat16")
     if unstorable(model, choice, 0):
         return None
-    return plan.base_bytes(dataclasses.replace(spec, model=model, quantizer=reader.quantizer(quantizer, "bfloat16")))
+    return footprint.base_bytes(
+        dataclasses.replace(spec, model=model, quantizer=reader.quantizer(quantizer, "bfloat16"))
+    )

@@ -6,26 +6,27 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.arriving.growing import Waiting
-from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError
+from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError, unavailable_if_faulty
 from finrepro.evidence import provenance, store
+from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
-from finrepro.running import feeding, inputs
+from finrepro.running import base, feeding, inputs
 from finrepro.running.launch import parse, resolve
-from finrepro.runtime import process
+from finrepro.running.seal import measured_rate, median_step
+from finrepro.running.text import corpora_facts, corpora_identity, open_corpora, while_waiting
+from finrepro.runtime import memory, process, ranks
 from finrepro.training import compilation
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Report = Callable[[dict[str, Any]], None]
 EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
@@ -37,12 +38,12 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
     A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base that cannot be used as `skipped`. Raises
     `EnvironmentFault` (nothing is written) and `Interrupted` (a checkpoint is).
     """
-    from finrepro.training.loop import Diverged, Interrupted
+    from finrepro.errors import Diverged, Interrupted
 
     started, traced = time.time(), None
     try:
         with feeding.fed(spec, place) as tend:
-            return walk(spec, place, report, stop_requested, started, inputs.patience(report, stop_requested, tend))
+            return walk(spec, place, report, stop_requested, started, while_waiting(report, stop_requested, tend))
     except Unavailable as error:
         status, reason = store.SKIPPED, str(error)
     except (EnvironmentFault, Interrupted):
@@ -53,7 +54,7 @@ def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callab
         status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traced = traceback.format_exc()
         print(traced, file=sys.stderr)  # into the log: of several ranks only the first one's is kept with the result
-    if not process.ranks().is_main:
+    if not ranks.current().is_main:
         return {"status": status, "reason": reason}
     return seal_unfinished(spec, place.store, status, reason, started, traced)
 
@@ -64,7 +65,7 @@ def walk(
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = process.setup(spec.seed, spec.threads)
     compilation.expect_compiler(spec, device)
-    process.reset_peak_memory(device)
+    memory.reset_peak_memory(device)
 
     from finrepro.data.tokens import tokenizer_digest
     from finrepro.evaluation import quantized
@@ -74,21 +75,21 @@ def walk(
     from finrepro.runtime.phases import Phases
     from finrepro.training import layout as layouts
     from finrepro.training.checkpoint import Control
-    from finrepro.training.engines.start import collect_trained, inference
+    from finrepro.training.engines.deepspeed import collect_trained, inference
     from finrepro.training.loop import train
 
     report({"event": "phase", "phase": "data"})
     phases = Phases(device)
     datasets = inputs.load_data(spec, place)
-    corpora = inputs.corpora(spec, place, waiting)
-    folder, tokenizer, origin = inputs.base(spec, place)
-    made_from = inputs.base_facts(spec, place, folder)
-    text = inputs.corpora_identity(spec, corpora)
+    corpora = open_corpora(spec, place, waiting)
+    folder, tokenizer, origin = base.open_base(spec, place)
+    made_from = base.base_facts(spec, place, folder)
+    text = corpora_identity(spec, corpora)
     encoded = inputs.training_examples(spec, datasets, tokenizer, corpora)
 
     report({"event": "phase", "phase": "model"})
     phases.begin("load")
-    with inputs.of_this_cell():
+    with unavailable_if_faulty():
         built = build(spec, folder, device)
 
     checkpoints = place.store.checkpoints(spec.run_id)
@@ -106,7 +107,7 @@ def walk(
         with inference(built.model, spec.train, device):
             for each in spec.tasks:
                 examples = datasets[each.dataset.name].splits[spec.evaluation.split]
-                if process.ranks().is_main:
+                if ranks.current().is_main:
                     place.store.log_scoring(spec, each.task.name)
                 evaluated = evaluate(
                     built.model,
@@ -127,7 +128,7 @@ def walk(
     phases.begin("save")
     collect_trained(built.model)
     phases.over_ranks()
-    if not process.ranks().is_main:
+    if not ranks.current().is_main:
         return {"status": store.DONE, "reason": None}
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
@@ -135,9 +136,9 @@ def walk(
         if spec.weights == "scratch":
             tokenizer.save_pretrained(target / "weights")
         peaks = phases.costs()  # what is stored again and scored below is no part of the run
-        store.write_lines(target / "loss.jsonl", trained.losses)
-        store.write_lines(target / "predictions.jsonl", rows)
-        store.write_lines(target / "system.jsonl", monitor.samples)
+        write_lines(target / "loss.jsonl", trained.losses)
+        write_lines(target / "predictions.jsonl", rows)
+        write_lines(target / "system.jsonl", monitor.samples)
         files = sorted((target / "weights").glob("*.safetensors"))
         stored_bytes, remarks = {}, []
         for quantizer in quantized.possible(spec):
@@ -174,14 +175,14 @@ def walk(
             },
             "data": {
                 **inputs.data_facts(datasets),
-                "corpora": inputs.corpora_facts(spec, corpora),
+                "corpora": corpora_facts(spec, corpora),
                 "base": made_from,
                 "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
                 "times_scored": place.store.times_scored(spec),
             },
         }
         result["cell"] |= {"compilation": trained.compilation, "notes": result["cell"]["notes"] + remarks}
-        store.write_json(target / "result.json", result)
+        write_json(target / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 
@@ -191,27 +192,9 @@ def scored(report: Report, done: int, total: int) -> None:
     report({"event": "phase", "phase": f"evaluate {done}/{total}"})
 
 
-def measured_rate(spec: RunSpec, device: "torch.device") -> float | None:
-    """FLOP/s of large matrix products here and now, in the model's dtype: what a pretraining run's own speed is held against."""
-    if spec.weights != "scratch":
-        return None
-    import torch
-
-    from finrepro.runtime import matmul
-
-    return matmul.measure(device, getattr(torch, spec.model.dtype), seconds=1.0).flops
-
-
-def median_step(losses: Sequence[dict[str, Any]]) -> float | None:
-    """The median seconds of a training step after the first two, which warm up."""
-    ends = [row["seconds"] for row in losses]
-    each = [later - earlier for earlier, later in pairwise(ends)][1:]
-    return median(each) if each else None
-
-
 def check_launch(spec: RunSpec) -> None:
     """Raise `UsageError` when the cell is refused, or this launch has another number of ranks than the cell has devices."""
-    refused, launched = refusal(spec), process.ranks().world_size
+    refused, launched = refusal(spec), ranks.current().world_size
     if refused:
         raise UsageError(f"{spec.label}: {refused}.")
     if launched != spec.world_size:
@@ -223,7 +206,7 @@ def check_launch(spec: RunSpec) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one cell as a process of its own: what launchers start, one a rank. Exit codes as everywhere."""
-    from finrepro.training.loop import Interrupted
+    from finrepro.errors import Interrupted
 
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
@@ -231,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     process.die_with_parent()
 
     def emit(event: dict[str, Any]) -> None:
-        if process.ranks().is_main:
+        if ranks.current().is_main:
             print(json.dumps(event), flush=True)
 
     try:
@@ -242,10 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         if place.store.state(spec) != store.DONE:
             result = run_cell(spec, place, emit, lambda: bool(stop))
         emit({"event": "result", "status": result["status"], "reason": result["reason"]})
-        if result["status"] != store.DONE and not process.ranks().is_main:
-            print(json.dumps({"event": "rank", "rank": process.ranks().rank, "reason": result["reason"]}), flush=True)
+        if result["status"] != store.DONE and not ranks.current().is_main:
+            print(json.dumps({"event": "rank", "rank": ranks.current().rank, "reason": result["reason"]}), flush=True)
         if result["status"] == store.DONE:
-            process.leave_process_group()
+            ranks.leave_process_group()
         return EXIT_CODES.get(result["status"], CellFailed.exit_code)
     except FinreproError as error:
         emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})

@@ -6,60 +6,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from finrepro import PROJECT
-from finrepro.catalogue import reader
-from finrepro.catalogue.spec import RunSpec, TaskSpec
+from finrepro.catalogue.spec import RunSpec
 from finrepro.data.corpora import place as corpora
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.prepare import default_workers
-from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.evidence.place import Place
-from finrepro.models import checkpoints
-from finrepro.runtime import process
+from finrepro.planning.availability import corpus_missing_reason, is_fed, tokenizer_for
+from finrepro.runtime import ranks
 
 END_SECONDS = 20
-
-
-def missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | None:
-    """Why the cell cannot be trained on the task's corpus here, in one line that says what to do; None if it can.
-
-    One that is not finished will do where the task reads it as it arrives, alone, and it is being prepared or can be by the cell itself.
-    """
-    name = corpora.corpus_of(task)
-    reason = corpora.missing_reason(name, place.data_dir) if name else None
-    folder = corpora.folder_of(name, place.data_dir) if name else None
-    if reason is None or folder is None or not is_fed(spec, task):
-        return reason
-    if underway.held(folder):
-        return None
-    if tokenizer_for(spec, folder, place.models_dir) is None:
-        return (
-            f"{reason}, or put the tokenizer of {spec.model.name} under --models-dir: the cell then prepares it itself"
-        )
-    return None if _writable(folder) else reason
-
-
-def is_fed(spec: RunSpec, task: TaskSpec) -> bool:
-    """Whether the cell can begin before the task's corpus is finished. Those that are mixed have to be: how much each has is asked."""
-    return corpora.block_of(task) is not None and len(spec.train_on.parts) == 1
-
-
-def tokenizer_for(spec: RunSpec, folder: Path, models_dir: Path | None) -> Path | None:
-    """The tokenizer that the corpus is prepared with: the one beside its shards, the model's, or that of the model it is compared with."""
-    if tokenizer_digest(folder / corpora.TOKENIZER) is not None:
-        return folder / corpora.TOKENIZER
-    models = [reader.origin(spec.model)]
-    models += [reader.model(spec.model.compared_with)] if spec.model.compared_with else []
-    found = (checkpoints.tokenizer_folder(each, models_dir) for each in models)
-    return next((each for each in found if each is not None), None)
-
-
-def _writable(folder: Path) -> bool:
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    return os.access(there, os.W_OK)
 
 
 @contextlib.contextmanager
@@ -71,8 +29,10 @@ def fed(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]]:
     """
     feeders = [
         Feeder(str(corpora.corpus_of(part.task)), spec, place)
-        for part in (spec.train_on.parts if spec.train.max_steps and process.ranks().is_main else ())
-        if corpora.corpus_of(part.task) and is_fed(spec, part.task) and missing_reason(spec, part.task, place) is None
+        for part in (spec.train_on.parts if spec.train.max_steps and ranks.current().is_main else ())
+        if corpora.corpus_of(part.task)
+        and is_fed(spec, part.task)
+        and corpus_missing_reason(spec, part.task, place) is None
     ]
     try:
         for each in feeders:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue.cells import find
+from finrepro.catalogue.resolve import find
 from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection, parse_seeds
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.errors import CellFailed, UsageError

@@ -10,7 +10,7 @@ On a CPU the counter is that of the whole process, with what the C library keeps
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finrepro.runtime import process
+from finrepro.runtime import memory, ranks
 
 if TYPE_CHECKING:
     import torch
@@ -22,22 +22,22 @@ class Phases:
     def __init__(self, device: "torch.device", first: str = "data") -> None:
         self.device, self.name = device, first
         self.peaks: dict[str, int] = {}
-        process.forget_peak_memory(device)
+        memory.forget_peak_memory(device)
 
     def begin(self, name: str) -> None:
         """End the current phase and begin `name`, which may have been before: the larger peak stays."""
         self._note()
-        process.forget_peak_memory(self.device)
+        memory.forget_peak_memory(self.device)
         self.name = name
 
     def forget(self) -> None:
         """Leave out what the current phase has seen until now."""
-        process.forget_peak_memory(self.device)
+        memory.forget_peak_memory(self.device)
 
     def over_ranks(self) -> dict[str, int]:
         """The peaks until now, the largest over ranks; all ranks call it, in the same phase."""
         self._note()
-        self.peaks = {name: process.largest_over_ranks(self.peaks[name], self.device) for name in sorted(self.peaks)}
+        self.peaks = {name: ranks.largest_over_ranks(self.peaks[name], self.device) for name in sorted(self.peaks)}
         return dict(self.peaks)
 
     def carry(self, earlier: Mapping[str, int]) -> None:
@@ -52,4 +52,4 @@ class Phases:
         return {"peak_memory_bytes": max(self.peaks.values())} | named
 
     def _note(self) -> None:
-        self.carry({self.name: process.peak_memory_bytes(self.device)})
+        self.carry({self.name: memory.peak_memory_bytes(self.device)})

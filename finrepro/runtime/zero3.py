@@ -14,9 +14,9 @@ def partition(part: "nn.Module", device: "torch.device") -> None:
     arXiv 1910.02054): what remains on this rank is 1 / ranks of it. All ranks call it, in the same order.
     """
     from finrepro.catalogue.reader import deepspeed_config
-    from finrepro.runtime import process
+    from finrepro.runtime import ranks
 
-    deepspeed = process.start_deepspeed(device)
+    deepspeed = ranks.start_deepspeed(device)
     settings = deepspeed_config(3)
     config: dict[str, Any] = settings | {
         # It would replace torch's own linear function once a part.

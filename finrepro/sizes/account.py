@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from finrepro.methods.layers.linear import block_sizes, depth
 from finrepro.settings import Choice, Positive, PositiveFloat, settings
 from finrepro.sizes import flops, memory
+from finrepro.sizes.shapes import block_sizes, depth
 
 
 @settings

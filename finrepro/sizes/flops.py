@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finrepro.methods.layers.linear import block_sizes, depth, targeted
+from finrepro.sizes.shapes import block_sizes, depth, targeted
 
 Sizes = Mapping[str, tuple[int, int]]  # name within a block -> (in, out), in the order in which a block runs them
 Convention = Literal["palm", "causal"]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from finrepro.methods.layers.linear import block_sizes, counted, depth
 from finrepro.settings import Choice
 from finrepro.sizes.flops import width
+from finrepro.sizes.shapes import block_sizes, counted, depth
 
 # Kept a token and block without checkpointing, in 16 bits with fused attention: of the hidden width, and of a gated MLP's inner width
 # (Korthikanti et al., 2022, arXiv 2205.05198, without its attention term, for GPT; the same count of a Llama block's tensors).

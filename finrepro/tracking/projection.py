@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence.store import read_lines
+from finrepro.evidence.files import read_lines
 
 AXES = ("model", "quantizer", "adapter", "train_on", "seed")
 SMOKE = "**SMOKE: a miniature, never to be set against published values.**"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence.store import DONE, SKIPPED, Store, disk_errors, write_json
+from finrepro.evidence.files import disk_errors, write_json
+from finrepro.evidence.store import DONE, SKIPPED, Store
 from finrepro.runtime import process
 from finrepro.tracking import projection
 

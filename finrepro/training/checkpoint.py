@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from finrepro.errors import CellFailed
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 from finrepro.runtime.phases import Phases
-from finrepro.training.engines.start import Engine
+from finrepro.training.engines.base import Engine
 
 
 @dataclass
@@ -52,7 +52,7 @@ def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter:
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     engine.save(folder, tag, state)
-    if process.ranks().is_main:
+    if ranks.current().is_main:
         for path in (folder / tag).rglob("*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # a power cut must not leave a pointer to half a checkpoint

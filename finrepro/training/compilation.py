@@ -35,19 +35,6 @@ TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 5e-2)}
 NEARLY_ZERO = 1e-3  # a parameter's gradient shorter than this share of the whole one is measured against that share
 
 
-def refusal(spec: "RunSpec") -> str | None:
-    """Why a cell that asks for it cannot be compiled, None if it can."""
-    if not (spec.train.compile and spec.train.max_steps):
-        return None
-    if spec.train.zero_stage == 3:
-        return "torch.compile does not go with ZeRO stage 3, whose hooks gather and drop each layer's weights: take stage 0, 1 or 2"
-    for package, choice in (("quantizers", spec.quantizer), ("adapters", spec.adapter)):
-        says = getattr(choice.module(package), "not_compiled", None)
-        if says and (reason := says(choice.config)):
-            return str(reason)
-    return None
-
-
 def expect_compiler(spec: "RunSpec", device: "torch.device") -> None:
     """Raise `EnvironmentFault` where a cell asks for compiled training, and there is nothing here that compiles for the device."""
     if not (spec.train.compile and spec.train.max_steps):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finrepro.runtime import zero3
-from finrepro.training.engines.start import Engine
+from finrepro.training.engines.base import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # as torch and bitsandbytes name them
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from finrepro.methods.layers.supervised import ExtraLoss
 from finrepro.settings import Choice
-from finrepro.training.engines.start import Engine
+from finrepro.training.engines.base import Engine
 from finrepro.training.handle import Handle
 
 

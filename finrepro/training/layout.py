@@ -21,12 +21,12 @@ from torch import nn
 from finrepro.catalogue.spec import RunSpec, Train
 from finrepro.data.batches import Sample
 from finrepro.data.packing import LAYOUTS
-from finrepro.evidence import store
+from finrepro.evidence import files
 from finrepro.methods.layers.supervised import SupervisedLM
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 from finrepro.training.checkpoint import Control
-from finrepro.training.engines.start import in_parts
-from finrepro.training.loop import micro_batches, steps_from
+from finrepro.training.engines.deepspeed import is_sharded
+from finrepro.training.steps import micro_batches, steps_from
 
 USUAL = "bins"  # where nothing can be measured, and where the difference is small
 MARGIN = 1.05  # another layout has to be so many times faster: a choice within the noise of a clock would differ from run to run
@@ -43,12 +43,12 @@ def settled(
     """
     if spec.train.layout != "fastest" or not spec.train.max_steps:
         return spec, {"used": spec.train.layout if spec.train.max_steps else None, "seconds": {}}
-    process.start_process_group(device)
+    ranks.start_process_group(device)
     note = control.checkpoints / NOTE
     found = _noted(note, control.made_by) or _measured(spec, model, data, device, control)
-    if process.ranks().is_main:
+    if ranks.current().is_main:
         note.parent.mkdir(parents=True, exist_ok=True)
-        store.write_json(note, found | {"made_by": control.made_by})
+        files.write_json(note, found | {"made_by": control.made_by})
     return replace(spec, train=replace(spec.train, layout=found["used"])), found
 
 
@@ -56,7 +56,7 @@ def _measured(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
 ) -> dict[str, Any]:
     # Only an engine computes with parts, and windows of running text, which have an order of their own, need bins.
-    if in_parts(model) or hasattr(data, "rows"):
+    if is_sharded(model) or hasattr(data, "rows"):
         return {"used": USUAL, "seconds": {}}
     control.report({"event": "phase", "phase": "layout"})
     control.phases.begin("load")
@@ -99,7 +99,7 @@ def _turn(
     """Seconds of some steps, batches made from examples included."""
     began = time.perf_counter()
     for rows in steps:
-        for batch in micro_batches(rows, data, lengths, settings, process.ranks()):
+        for batch in micro_batches(rows, data, lengths, settings, ranks.current()):
             lm(batch.to(device)).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -111,7 +111,7 @@ def _turn(
 def _noted(note: Path, made_by: str) -> dict[str, Any] | None:
     """What an earlier attempt of the same maker chose; on every rank what the first one reads."""
     found: list[Any] = [None]
-    if process.ranks().is_main and note.is_file():
+    if ranks.current().is_main and note.is_file():
         with contextlib.suppress(ValueError):
             found = [json.loads(note.read_text(encoding="utf-8"))]
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -2,62 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from finrepro.catalogue.spec import RunSpec, Train
-from finrepro.data import packing
-from finrepro.data.batches import COLLATE, Batch, Sample, empty
-from finrepro.errors import CellFailed
-from finrepro.runtime import process
+from finrepro.catalogue.spec import RunSpec
+from finrepro.data.batches import Batch, Sample
+from finrepro.errors import Diverged, Interrupted
+from finrepro.runtime import ranks
 from finrepro.training import compilation, rates
 from finrepro.training.checkpoint import Control, Trained, resume, save_checkpoint
-from finrepro.training.engines.start import Engine, make_whole, start_engine
+from finrepro.training.engines.base import Engine
+from finrepro.training.engines.deepspeed import make_whole
+from finrepro.training.engines.start import start_engine
 from finrepro.training.hooks import Hooks
-
-Order = Callable[[int, int, int], packing.Rows]
-
-
-class Diverged(CellFailed):
-    """The loss or the gradient is not a finite number."""
-
-
-class Interrupted(Exception):
-    """Asked to stop; after a step with a checkpoint, while text is waited for without."""
-
-
-def learning_rate(step: int, settings: Train) -> float:
-    """Linear warm-up from 0 over `warmup_steps`, then constant, linear to 0, or a half cosine to 0 at `max_steps`."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.lr
-    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
-    return settings.lr * ((1 - progress) if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def steps_from(
-    first: int, lengths: Sequence[int], settings: Train, seed: int, order: Order | None = None
-) -> Iterator[tuple[int, packing.Rows]]:
-    """(step, example indices) from step `first` to the last: any step can be reached without replaying those before it.
-
-    `order` is that of data with one of its own (finrepro.data.corpora.windows): step, global batch size and seed to rows.
-    """
-    if order is not None:
-        for step in range(first, settings.max_steps):
-            yield step, order(step, settings.global_batch_size, seed)
-        return
-    per_epoch = packing.num_steps(len(lengths), settings.global_batch_size, settings.sort_window)
-    epoch, steps = -1, []
-    for step in range(first, settings.max_steps):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            steps = packing.steps_of_epoch(lengths, settings.global_batch_size, settings.sort_window, seed, epoch)
-        yield step, steps[step % per_epoch]
+from finrepro.training.schedule import learning_rate
+from finrepro.training.steps import computed_tokens, micro_batches, steps_from
 
 
 def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch.device, control: Control) -> Trained:
@@ -68,10 +31,10 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
     nothing happens, but that the ranks find one another. Raises `Diverged` on a non-finite loss or gradient, `Interrupted` after saving
     when a stop was requested.
     """
-    settings, here = spec.train, process.ranks()
+    settings, here = spec.train, ranks.current()
     if settings.max_steps == 0:
         if here.world_size > 1:
-            process.start_process_group(device)
+            ranks.start_process_group(device)
         return Trained()
     lengths = getattr(data, "lengths", None) or [len(example.ids) for example in data]
     hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
@@ -114,8 +77,8 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
             )
             control.report({"event": "step", "step": step + 1, "steps": settings.max_steps, "loss": loss,
                             "tokens_per_second": trained.tokens / trained.seconds})  # fmt: skip
-            stop = process.any_rank(control.stop_requested(), device)
-            if stop or process.any_rank(time.monotonic() - last_save > pause, device):
+            stop = ranks.any_rank(control.stop_requested(), device)
+            if stop or ranks.any_rank(time.monotonic() - last_save > pause, device):
                 began_save = time.monotonic()
                 control.phases.begin("save")
                 save_checkpoint(engine, control, trained, hooks.state())
@@ -127,27 +90,6 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
     if here.world_size == 1:  # ZeRO-3's parts of one rank are the whole
         make_whole(model)
     return trained
-
-
-def micro_batches(
-    rows: packing.Rows, data: Sequence[Sample], lengths: Sequence[int], settings: Train, here: process.Ranks
-) -> list[Batch]:
-    """This rank's micro-batches of a step; ranks with fewer than the busiest one get empty ones to keep step with it."""
-    lay_out = packing.LAYOUTS[settings.layout]
-    parts = [
-        lay_out(packing.rank_rows(rows, lengths, rank, here.world_size), lengths, settings.max_tokens)
-        for rank in range(here.world_size)
-    ]
-    batches = [COLLATE[settings.layout]([data[row] for row in micro]) for micro in parts[here.rank]]
-    return batches + [empty()] * (max(map(len, parts)) - len(batches))
-
-
-def computed_tokens(rows: packing.Rows, lengths: Sequence[int], settings: Train, world_size: int) -> int:
-    """Tokens of a step that go through the model, padding included, over all ranks."""
-    lay_out = packing.LAYOUTS[settings.layout]
-    parts = [packing.rank_rows(rows, lengths, rank, world_size) for rank in range(world_size)]
-    micro = [batch for part in parts for batch in lay_out(part, lengths, settings.max_tokens)]
-    return packing.computed_tokens(micro, lengths, settings.layout)
 
 
 def optimizer_step(

@@ -17,7 +17,7 @@ from finrepro.data.preparing import underway
 from finrepro.data.preparing.writer import whole_shard
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, Unavailable
-from finrepro.runtime import process
+from finrepro.runtime import ranks
 from finrepro.settings import plain
 
 PAUSE_SECONDS = 0.1
@@ -42,7 +42,7 @@ class Watch:
         else:
             self._idle = self._idle if self._idle is not None else began
             # The first rank knows who is about to start, and ends the others when it ends.
-            given_up = began - self._idle >= PATIENCE_SECONDS and process.ranks().is_main
+            given_up = began - self._idle >= PATIENCE_SECONDS and ranks.current().is_main
             if given_up and not underway.is_finished(self.folder):
                 reason = (
                     underway.failure(self.folder)

@@ -4,8 +4,9 @@ Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are I
 two entities of one type side by side are one.
 """
 
+from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.data.files import Development, File, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Count, settings
 

@@ -7,8 +7,9 @@ positive in Financial PhraseBank), so the map is part of the dataset's entry; Fi
 import csv
 import io
 
+from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.data.files import Development, File, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 

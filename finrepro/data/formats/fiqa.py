@@ -10,8 +10,9 @@ in its training or validation set as well.
 import json
 from typing import Any
 
+from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.data.files import Development, File, check_rows
 from finrepro.data.formats.jsonl_labels import asked, json_lines
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings

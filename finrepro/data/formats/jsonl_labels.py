@@ -2,8 +2,9 @@
 
 import json
 
+from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.data.files import Development, File, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 

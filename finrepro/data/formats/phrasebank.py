@@ -6,8 +6,9 @@ the same order come from NumPy's generator alone, which is how `Split` says it.
 
 import numpy as np
 
+from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, Hub, check_rows
+from finrepro.data.files import Development, File, check_rows
 from finrepro.settings import settings
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import pydantic
 
 from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Hub
 from finrepro.data import files as data
 from finrepro.data.corpora.index import Begun, Index
 from finrepro.data.preparing import hub
@@ -36,7 +37,7 @@ class Entry:
     embedded: bool
     documents: str | None = None
     files: dict[str, data.File] | None = None
-    hub: data.Hub | None = None
+    hub: Hub | None = None
     split: str = "train"
     field: str = "text"
     held_out: HeldOut | None

@@ -102,7 +102,7 @@ def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: init_r (in + out + 1) for each adapted layer; pruned ones are still trained."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.init_r * (i + o + 1))
 
@@ -115,8 +115,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.methods.layers.linear import is_conv1d, linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import is_conv1d, linear_layers
     from finrepro.methods.layers.triplets import Allocation
+    from finrepro.sizes.shapes import targeted_or_fail
 
     layers = targeted_or_fail(linear_layers(model), config.target_modules)
     adapted = peft.AdaLoraConfig(

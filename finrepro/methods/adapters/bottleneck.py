@@ -40,7 +40,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | No
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: 2 (2 m d + m + d) a block, and its two layer norms."""
-    from finrepro.methods.layers.linear import depth
+    from finrepro.sizes.shapes import depth
 
     shape, m = model.architecture, config.bottleneck_size
     gpt2 = model.family == "gpt2"

@@ -34,14 +34,14 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, LoRA's, and two."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + 2)
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
     """Numbers in the exported file: LoRA's, into which the scalars are folded."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.r * (i + o))
 
@@ -59,7 +59,8 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import torch
 
     from finrepro.methods.layers.iec import IECLinear
-    from finrepro.methods.layers.linear import linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import linear_layers
+    from finrepro.sizes.shapes import targeted_or_fail
 
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)

@@ -61,7 +61,7 @@ def not_compiled(config: Config) -> str | None:
 
 def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | None:
     """Why factors of rank `r` cannot stand beside these layers of a catalogue entry, or None."""
-    from finrepro.methods.layers.linear import absent, block_sizes, targeted
+    from finrepro.sizes.shapes import absent, block_sizes, targeted
 
     sizes = block_sizes(model)
     if reason := absent(sizes, target_modules):
@@ -74,7 +74,7 @@ def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | N
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with DoRA its out."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + (o if config.use_dora else 0))
 
@@ -93,7 +93,8 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.methods.layers.linear import linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import linear_layers
+    from finrepro.sizes.shapes import targeted_or_fail
 
     layers = targeted_or_fail(linear_layers(model), config.target_modules)
     adapted = peft_settings(layers, config, use_rslora=config.use_rslora, use_dora=config.use_dora)
@@ -116,7 +117,8 @@ def apply_from(model: "nn.Module", config: Config, seed: int, prepared: dict[str
     """
     import torch
 
-    from finrepro.methods.layers.linear import linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import linear_layers
+    from finrepro.sizes.shapes import targeted_or_fail
 
     layers = targeted_or_fail(linear_layers(model), config.target_modules)
     missing = [name for name in layers if name not in prepared]

@@ -79,7 +79,7 @@ def rank_of(config: Config, inputs: int, outputs: int) -> int:
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: all but the targeted weights (in, out), and r (in + out) beside each."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return int(model.parameters) + counted(
         model, config.target_modules, lambda i, o: rank_of(config, i, o) * (i + o) - i * o
@@ -96,8 +96,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
     Raises `ValueError` when a target names no layer.
     """
-    from finrepro.methods.layers.linear import features, linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import features, linear_layers
     from finrepro.methods.layers.relora import ReloraLinear
+    from finrepro.sizes.shapes import targeted_or_fail
 
     model.requires_grad_(True)
     for name, layer in targeted_or_fail(linear_layers(model), config.target_modules).items():

@@ -45,7 +45,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, as LoRA's."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.r * (i + o))
 
@@ -61,8 +61,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
     Every rank calls it. Raises `ValueError` when a target names no layer.
     """
-    from finrepro.methods.layers.linear import linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import linear_layers
     from finrepro.methods.layers.rosa import RosaLinear
+    from finrepro.sizes.shapes import targeted_or_fail
 
     model.requires_grad_(False)
     for name, layer in targeted_or_fail(linear_layers(model), config.target_modules).items():
@@ -149,12 +150,12 @@ def _open(layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], O
 
     Every rank calls it. It computes one layer of each so many, and sends the result to the others.
     """
-    from finrepro.runtime import process
+    from finrepro.runtime import ranks
     from finrepro.runtime.zero3 import whole
 
-    here, starts = process.ranks(), []
+    here, starts = ranks.current(), []
     if here.world_size > 1:
-        process.start_process_group(layers[0].lora_A.device)
+        ranks.start_process_group(layers[0].lora_A.device)
     for first in range(0, len(layers), here.world_size):
         group = layers[first : first + here.world_size]
         opened = None
@@ -172,12 +173,12 @@ def _receive(layer: "RosaLinear", opened: "Opened | None", owner: int) -> "Facto
     """Set a layer's W_f to what the rank `owner` has computed; every rank calls it."""
     import torch.distributed as dist
 
-    from finrepro.runtime import process
+    from finrepro.runtime import ranks
     from finrepro.runtime.zero3 import fill
 
     weight = layer.base_layer.weight
     frozen, start = layer.room(weight) if opened is None else layer.kept(opened, weight.dtype)
-    if process.ranks().world_size > 1:
+    if ranks.current().world_size > 1:
         for each in (frozen, *start):
             dist.broadcast(each, src=owner)
     fill(weight, frozen)

@@ -33,7 +33,7 @@ class Config:
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer, since it only calls the base layer. ZeRO-3 over several devices is tested neither here nor in PEFT."""
-    from finrepro.methods.layers.linear import absent, block_sizes
+    from finrepro.sizes.shapes import absent, block_sizes
 
     if reason := absent(block_sizes(model), config.target_modules):
         return reason
@@ -42,14 +42,14 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def trainable_parameters(model: Any, config: Config) -> int:
     """Trained parameters of a catalogue entry: r + out for each adapted layer."""
-    from finrepro.methods.layers.linear import counted
+    from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda _, outputs: config.r + outputs)
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
     """Numbers in the exported file: A and B once as well, where they are saved."""
-    from finrepro.methods.layers.linear import block_sizes, targeted
+    from finrepro.sizes.shapes import block_sizes, targeted
 
     sizes = targeted(block_sizes(model), config.target_modules).values()
     shared = config.r * (max(i for i, _ in sizes) + max(o for _, o in sizes)) if config.save_projection else 0
@@ -64,7 +64,8 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     import peft
     import torch
 
-    from finrepro.methods.layers.linear import is_conv1d, linear_layers, targeted_or_fail
+    from finrepro.methods.layers.linear import is_conv1d, linear_layers
+    from finrepro.sizes.shapes import targeted_or_fail
 
     adapted = targeted_or_fail(linear_layers(model), config.target_modules)
     with warnings.catch_warnings():

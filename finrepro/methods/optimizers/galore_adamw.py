@@ -27,7 +27,7 @@ class Config(adamw.Config):
 
 def supports(spec: Any, config: Config) -> str | None:
     """None where dense weights are trained and each gradient is whole, or why not."""
-    from finrepro.methods.layers.linear import block_sizes
+    from finrepro.sizes.shapes import block_sizes
 
     if spec.train.zero_stage:
         return f"galore_adamw needs each matrix' whole gradient, and ZeRO-{spec.train.zero_stage} steps flat pieces"

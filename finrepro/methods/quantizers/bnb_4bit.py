@@ -43,7 +43,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
 
 def misaligned(model: Any, quantizer: Choice) -> str | None:
     """Which row of a catalogue entry's linear layers the quantizer's blocks do not divide, in one line; None if they divide all."""
-    from finrepro.methods.layers.linear import block_sizes
+    from finrepro.sizes.shapes import block_sizes
 
     block = quantizer.config.block_size
     odd = next(((name, inputs) for name, (inputs, _) in block_sizes(model).items() if inputs % block), None)

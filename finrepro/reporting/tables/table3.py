@@ -5,8 +5,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from finrepro.catalogue.published import Published
+from finrepro.reporting.beside import Beside, published_evidence
 from finrepro.reporting.dots import Dot, Panel
-from finrepro.reporting.grouping import Beside, Row, evidence, grouped, marks, published_evidence, reasons
+from finrepro.reporting.grouping import Row, evidence, grouped, marks, reasons
 from finrepro.reporting.table import Line, Table
 from finrepro.statistics.equivalence import Estimate, estimate
 

@@ -5,7 +5,8 @@ from statistics import mean
 from typing import Any
 
 from finrepro.catalogue.published import Published
-from finrepro.reporting.grouping import Beside, Row, evidence, grouped, published_evidence, reasons
+from finrepro.reporting.beside import Beside, published_evidence
+from finrepro.reporting.grouping import Row, evidence, grouped, reasons
 from finrepro.reporting.table import Line, Table
 
 MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
