@@ -11,6 +11,7 @@ from finrepro.data.corpora.place import TOKENIZER
 from finrepro.errors import EnvironmentFault, unavailable_if_faulty
 from finrepro.evidence.place import Place
 from finrepro.models import checkpoints
+from finrepro.running.text import open_corpora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +34,7 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
                 raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
             return folder, load_tokenizer(folder), f"run {spec.base_run}"
         model = reader.origin(spec.model)
-        if spec.weights == "scratch" and (made_with := corpora(spec, place)):
+        if spec.weights == "scratch" and (made_with := open_corpora(spec, place)):
             folder = next(iter(made_with.values())).folder / TOKENIZER
             return None, load_tokenizer(folder, spec.model), "corpus"
         found = checkpoints.locate(model, place.models_dir)
