@@ -1,4 +1,6 @@
-"""The commands. Each is a thin shell around a function of finrepro; `invoke --list` shows them, `invoke --help NAME` explains one."""
+"""The commands. Each is a thin shell around a function of finrepro; `invoke --list` shows them,
+`invoke --help NAME` explains one.
+"""
 
 import os
 import sys
@@ -52,7 +54,9 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
                 )
                 code = 3
             except KeyboardInterrupt:
-                print("finrepro: interrupted; run the same command again to go on.", file=sys.stderr)
+                print(
+                    "finrepro: interrupted; run the same command again to go on.", file=sys.stderr
+                )
                 code = 130
             sys.stdout.flush()
             sys.exit(code or 0)
@@ -90,10 +94,23 @@ def _place(store: str | None, data_dir: str | None, models_dir: str | None) -> A
     }
 )
 def reproduce(
-    context: Context, table: str = "", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
-    seeds: str | None = None, jobs: str = "1", devices: str | None = None, adapter: str | None = None, store: str | None = None,
-    data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained", keep: bool = False, plan: bool = False,
-) -> int:  # fmt: skip
+    context: Context,
+    table: str = "",
+    scale: str = "auto",
+    quick: bool = False,
+    full: bool = False,
+    only: str | None = None,
+    seeds: str | None = None,
+    jobs: str = "1",
+    devices: str | None = None,
+    adapter: str | None = None,
+    store: str | None = None,
+    data_dir: str | None = None,
+    models_dir: str | None = None,
+    weights: str = "pretrained",
+    keep: bool = False,
+    plan: bool = False,
+) -> int:
     """Run a table's missing cells, record them, and print the table."""
     from finrepro.campaigns import computed
     from finrepro.campaigns.campaign import Options, list_plan
@@ -115,10 +132,20 @@ def reproduce(
 
 @command(help=SELECT_HELP)
 def cells(
-    context: Context, table: str = "3", scale: str = "auto", quick: bool = False, full: bool = False, only: str | None = None,
-    seeds: str | None = None, devices: str | None = None, adapter: str | None = None, store: str | None = None,
-    data_dir: str | None = None, models_dir: str | None = None, weights: str = "pretrained",
-) -> int:  # fmt: skip
+    context: Context,
+    table: str = "3",
+    scale: str = "auto",
+    quick: bool = False,
+    full: bool = False,
+    only: str | None = None,
+    seeds: str | None = None,
+    devices: str | None = None,
+    adapter: str | None = None,
+    store: str | None = None,
+    data_dir: str | None = None,
+    models_dir: str | None = None,
+    weights: str = "pretrained",
+) -> int:
     """List every cell of a table: label, run id, state, and why it cannot run."""
     from finrepro.campaigns import computed
     from finrepro.campaigns.campaign import Options, list_plan
@@ -134,13 +161,29 @@ def cells(
 
 
 @command(
-    help={"fetch": "download this dataset, checked against its sha256", "data-dir": SELECT_HELP["data-dir"], **HELP}
+    help={
+        "fetch": "download this dataset, checked against its sha256",
+        "data-dir": SELECT_HELP["data-dir"],
+        **HELP,
+    }
 )
 def data(
-    context: Context, fetch: str = "", prepare: str = "", verify: str | None = None, tokenizer: str | None = None, out: str | None = None,
-    workers: str = "", on_error: str = "stop", field: str = "", documents: str = "", validation: str = "", data_dir: str | None = None,
-) -> int:  # fmt: skip
-    """List the datasets: licence, source, and whether each is here; fetch one; or prepare and verify text for pretraining."""
+    context: Context,
+    fetch: str = "",
+    prepare: str = "",
+    verify: str | None = None,
+    tokenizer: str | None = None,
+    out: str | None = None,
+    workers: str = "",
+    on_error: str = "stop",
+    field: str = "",
+    documents: str = "",
+    validation: str = "",
+    data_dir: str | None = None,
+) -> int:
+    """List the datasets: licence, source, and whether each is here; fetch one; or prepare and
+    verify text for pretraining.
+    """
     from finrepro.data.listing import show
 
     if prepare or verify is not None:
@@ -149,19 +192,32 @@ def data(
         corpora.one_of(prepare, verify)
         if verify:
             return corpora.verify(_folder(verify) or Path())
-        return corpora.make(prepare, _folder(tokenizer), _folder(out), _folder(data_dir, "FINREPRO_DATA_DIR"), workers=workers,
-                            on_error=on_error, field=field, documents=documents, validation=validation)  # fmt: skip
+        return corpora.make(
+            prepare,
+            _folder(tokenizer),
+            _folder(out),
+            _folder(data_dir, "FINREPRO_DATA_DIR"),
+            workers=workers,
+            on_error=on_error,
+            field=field,
+            documents=documents,
+            validation=validation,
+        )
     return show(fetch, _folder(data_dir, "FINREPRO_DATA_DIR"))
 
 
 @command(help={"rebuild": "make MLflow's view again from results/", "store": SELECT_HELP["store"]})
 def record(context: Context, rebuild: bool = False, store: str | None = None) -> int:
-    """Check every result against its manifest; with --rebuild, make MLflow's database again from results/."""
+    """Check every result against its manifest; with --rebuild, make MLflow's database again from
+    results/.
+    """
     from finrepro.evidence.manifest import damaged_files
     from finrepro.tracking import view as recording
 
     place = _place(store, None, None)
-    folders = sorted(path for path in (place.store.results / "runs").iterdir() if not path.name.startswith("."))
+    folders = sorted(
+        path for path in (place.store.results / "runs").iterdir() if not path.name.startswith(".")
+    )
     damaged = {folder.name: wrong for folder in folders if (wrong := damaged_files(folder))}
     for name, wrong in damaged.items():
         print(f"damaged: {name}: {', '.join(wrong)}")
@@ -172,37 +228,63 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     return 4 if damaged else 0
 
 
-@command(help={
-    "run": "id of a finished run: 12 digits, as invoke cells lists them",
-    "format": "peft (default): the adapter; merged: one dense model; base: what it was trained on",
-    "out": "the folder to make; default exports/RUN-FORMAT in the store",
-    **{name: SELECT_HELP[name] for name in ("store", "data-dir", "models-dir")},
-})  # fmt: skip
-def export(context: Context, run: str = "", format: str = "peft", out: str | None = None, store: str | None = None,
-           data_dir: str | None = None, models_dir: str | None = None) -> None:  # fmt: skip
-    """Write a finished run as files that PEFT and Transformers load, checked against the run's own logits."""
+@command(
+    help={
+        "run": "id of a finished run: 12 digits, as invoke cells lists them",
+        "format": "peft (default): the adapter; merged: one dense model; base: what it was trained on",
+        "out": "the folder to make; default exports/RUN-FORMAT in the store",
+        **{name: SELECT_HELP[name] for name in ("store", "data-dir", "models-dir")},
+    }
+)
+def export(
+    context: Context,
+    run: str = "",
+    format: str = "peft",
+    out: str | None = None,
+    store: str | None = None,
+    data_dir: str | None = None,
+    models_dir: str | None = None,
+) -> None:
+    """Write a finished run as files that PEFT and Transformers load, checked against the run's
+    own logits.
+    """
     from finrepro.exporting.command import export as make
 
     make(run, format, _folder(out), _place(store, data_dir, models_dir))
 
 
-@command(help={
-    "gpu": "GPU of configs/hardware.yaml: h100",
-    "gpus": "how many of them, 1",
-    "hours": "how long they compute; a model and its tokens are worked out",
-    "mfu": "share of the peak that training reaches, 0.4; an assumption (docs/budget.md says what others measured)",
-    "model": "the model that is trained; with --tokens its hours, price and memory are worked out",
-    "tokens": "tokens that --model is trained on, as 10e9",
-    "unique-tokens": "different tokens that there are; more are repetitions, worth less",
-    "sequence": "tokens in a sequence, 1024",
-    "price": "USD an hour and GPU, in place of the catalogue's",
-    "measure": "in place of --gpu: the device at hand, at the matrix rate that it reaches in a few seconds",
-    "store": SELECT_HELP["store"],
-})  # fmt: skip
-def budget(context: Context, gpu: str | None = None, gpus: str = "1", hours: str | None = None, mfu: str = "0.4", model: str | None = None,
-           tokens: str | None = None, unique_tokens: str | None = None, sequence: str = "1024", price: str | None = None,
-           measure: bool = False, store: str | None = None) -> int:  # fmt: skip
-    """From GPUs and hours to a model and its tokens by scaling laws; or from a model and tokens to hours, price and memory."""
+@command(
+    help={
+        "gpu": "GPU of configs/hardware.yaml: h100",
+        "gpus": "how many of them, 1",
+        "hours": "how long they compute; a model and its tokens are worked out",
+        "mfu": "share of the peak that training reaches, 0.4; an assumption (docs/budget.md says what others measured)",
+        "model": "the model that is trained; with --tokens its hours, price and memory are worked out",
+        "tokens": "tokens that --model is trained on, as 10e9",
+        "unique-tokens": "different tokens that there are; more are repetitions, worth less",
+        "sequence": "tokens in a sequence, 1024",
+        "price": "USD an hour and GPU, in place of the catalogue's",
+        "measure": "in place of --gpu: the device at hand, at the matrix rate that it reaches in a few seconds",
+        "store": SELECT_HELP["store"],
+    }
+)
+def budget(
+    context: Context,
+    gpu: str | None = None,
+    gpus: str = "1",
+    hours: str | None = None,
+    mfu: str = "0.4",
+    model: str | None = None,
+    tokens: str | None = None,
+    unique_tokens: str | None = None,
+    sequence: str = "1024",
+    price: str | None = None,
+    measure: bool = False,
+    store: str | None = None,
+) -> int:
+    """From GPUs and hours to a model and its tokens by scaling laws; or from a model and tokens
+    to hours, price and memory.
+    """
     from finrepro.budget.command import budget_of, request
 
     asked = request(gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure)
@@ -216,11 +298,17 @@ def budget(context: Context, gpu: str | None = None, gpus: str = "1", hours: str
         "host": "address to listen on; default FINREPRO_UI_HOST (in the container 0.0.0.0) or 127.0.0.1",
     }
 )
-def ui(context: Context, store: str | None = None, port: str = "5000", host: str | None = None) -> int:
+def ui(
+    context: Context, store: str | None = None, port: str = "5000", host: str | None = None
+) -> int:
     """Show the results in MLflow's web interface, on this machine only; prints the address."""
     from finrepro.tracking.ui import serve
 
-    return serve(_place(store, None, None).store, host or os.environ.get("FINREPRO_UI_HOST", "127.0.0.1"), port)
+    return serve(
+        _place(store, None, None).store,
+        host or os.environ.get("FINREPRO_UI_HOST", "127.0.0.1"),
+        port,
+    )
 
 
 @command(help={"store": SELECT_HELP["store"]})
@@ -231,7 +319,12 @@ def paper(context: Context, store: str | None = None) -> None:
     print(build(_place(store, None, None).store.root))
 
 
-@command(help={"slow": "the tests marked slow, instead of the default ones", "only": "tests whose name matches, as pytest -k"})  # fmt: skip
+@command(
+    help={
+        "slow": "the tests marked slow, instead of the default ones",
+        "only": "tests whose name matches, as pytest -k",
+    }
+)
 def test(context: Context, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
     from finrepro.develop import run_tests
@@ -247,12 +340,21 @@ def check(context: Context) -> int:
     return run_checks()
 
 
-@command(help={"only": "one benchmark by the name of its file", "store": "where the JSON goes; default benchmarks/results"})  # fmt: skip
+@command(
+    help={
+        "only": "one benchmark by the name of its file",
+        "store": "where the JSON goes; default benchmarks/results",
+    }
+)
 def bench(context: Context, only: str = "", store: str | None = None) -> int:
-    """Run the benchmarks, each against its named baseline, and write raw times and machine as JSON."""
+    """Run the benchmarks, each against its named baseline, and write raw times and machine as
+    JSON.
+    """
     from finrepro.develop import run_benchmarks
 
     return run_benchmarks(only, _folder(store))
 
 
-namespace = Collection(reproduce, cells, budget, data, record, export, ui, paper, test, check, bench)
+namespace = Collection(
+    reproduce, cells, budget, data, record, export, ui, paper, test, check, bench
+)

@@ -10,10 +10,16 @@ ACCEPTED = ("CUDA", "GPU", "FINREPRO_IMAGE")
 
 def main(report: str, minimum: int) -> int:
     cases = list(ElementTree.parse(report).iter("testcase"))
-    skipped = {f"{case.get('classname')}.{case.get('name')}": case.find("skipped") for case in cases}
+    skipped = {
+        f"{case.get('classname')}.{case.get('name')}": case.find("skipped") for case in cases
+    }
     reasons = {name: mark.get("message", "") for name, mark in skipped.items() if mark is not None}
     accepted = ACCEPTED if "FINREPRO_DATA_DIR" in os.environ else (*ACCEPTED, "FINREPRO_DATA_DIR")
-    wrong = [f"{name}: {why}" for name, why in reasons.items() if not any(word in why for word in accepted)]
+    wrong = [
+        f"{name}: {why}"
+        for name, why in reasons.items()
+        if not any(word in why for word in accepted)
+    ]
     ran = len(cases) - len(reasons)
     print(f"counted: {ran} tests ran, {len(reasons)} were skipped (at least {minimum} have to run)")
     for line in wrong:

@@ -1,4 +1,6 @@
-"""Interleaved timing of named candidates, and the JSON that prose quotes: raw seconds, machine, commit."""
+"""Interleaved timing of named candidates, and the JSON that prose quotes: raw seconds, machine,
+commit.
+"""
 
 import json
 import statistics
@@ -12,9 +14,13 @@ from finrepro.evidence import provenance
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    candidates: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate, run in turn so that a drift of the machine meets all alike; one warm-up round before."""
+    """Seconds of each candidate, run in turn so that a drift of the machine meets all alike; one
+    warm-up round before.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, run in candidates.items():
@@ -39,6 +45,9 @@ def write(name: str, result: dict[str, Any]) -> None:
     machine = {key: environment[key] for key in ("git_commit", "git_dirty", "hardware", "python")}
     path = folder / f"{name}.json"
     path.write_text(
-        json.dumps({"benchmark": name, "date": time.strftime("%Y-%m-%d"), **result, **machine}, indent=1) + "\n"
+        json.dumps(
+            {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **result, **machine}, indent=1
+        )
+        + "\n"
     )
     print(f"{name}: {json.dumps(result['summary'], indent=1)}\n-> {path}")

@@ -1,8 +1,11 @@
-"""What each adapter costs beside LoRA of rank 8: seconds an optimizer step, and the most memory of tensors within one.
+"""What each adapter costs beside LoRA of rank 8: seconds an optimizer step, and the most memory of
+tensors within one.
 
-One miniature with random weights and the same real batches for all, on a base in float32 and on one in NF4; forward, backward, update and
-whatever an adapter does around a step (AdaLoRA's allocation), in turn. ROSA's factorization, which comes once a period, is timed by itself.
-Memory is the storage of every tensor that an operation of torch makes, counted while it lives: it does not depend on an allocator.
+One miniature with random weights and the same real batches for all, on a base in float32 and on one
+in NF4; forward, backward, update and whatever an adapter does around a step (AdaLoRA's allocation),
+in turn. ROSA's factorization, which comes once a period, is timed by itself. Memory is the storage
+of every tensor that an operation of torch makes, counted while it lives: it does not depend on an
+allocator.
 """
 
 import dataclasses
@@ -51,7 +54,9 @@ def specs(quantizer: str) -> dict[str, RunSpec]:
     found = {}
     for name in reader.table("table3").smoke.axes.adapter:
         only = f"{MODEL}-{quantizer}-{name}-tfns-s0"
-        (cell,) = expand(Selection("3", full=True, seeds=(0,), only=only, weights="random"), "smoke")
+        (cell,) = expand(
+            Selection("3", full=True, seeds=(0,), only=only, weights="random"), "smoke"
+        )
         if cell.refusal is None and cell.spec.train.max_steps:
             found[name] = cell.spec
     return found
@@ -67,7 +72,9 @@ def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
 
 
 class Counted(TorchDispatchMode):
-    """Counts the bytes of tensors that live, from those it is given and those that operations make; `peak` is the most."""
+    """Counts the bytes of tensors that live, from those it is given and those that operations
+    make; `peak` is the most.
+    """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -104,20 +111,35 @@ class Training:
     def __init__(self, spec: RunSpec, rows: Sequence[Encoded]) -> None:
         self.device = torch.device("cpu")
         built = build(spec, None, self.device)
-        self.model, self.trained, self.rows, self.step = built.model, built.trainable_parameters, rows, 0
+        self.model, self.trained, self.rows, self.step = (
+            built.model,
+            built.trainable_parameters,
+            rows,
+            0,
+        )
         settings = dataclasses.replace(
             spec.train, engine="ddp"
         )  # the one that leaves the optimizer's state where it can be counted
         self.hooks = Hooks(spec.adapter, built.model, settings.max_steps)
         scale = rates.scale_of(spec.adapter)
-        self.engine: Engine = start_engine(built.model, settings, self.device, scale, self.hooks.extra_loss)
+        self.engine: Engine = start_engine(
+            built.model, settings, self.device, scale, self.hooks.extra_loss
+        )
         self.hooks.start(self.engine)
 
     def one(self, index: int) -> None:
         """One optimizer step."""
         batch = side_by_side(self.rows[index * BATCH : (index + 1) * BATCH])
-        supervised = sum(each.num_supervised for each in self.rows[index * BATCH : (index + 1) * BATCH])
-        optimizer_step(self.engine, [batch], supervised, self.device, partial(self.hooks.before_step, self.step))
+        supervised = sum(
+            each.num_supervised for each in self.rows[index * BATCH : (index + 1) * BATCH]
+        )
+        optimizer_step(
+            self.engine,
+            [batch],
+            supervised,
+            self.device,
+            partial(self.hooks.before_step, self.step),
+        )
         self.hooks.after_step(self.step)
         self.step += 1
 
@@ -130,7 +152,11 @@ class Training:
         """The most that tensors take within a step, weights, gradients and moments included."""
         gc.collect()
         states = self.engine.stepped_by.state.values()
-        held = [*self.model.parameters(), *self.model.buffers(), *tree_leaves([dict(each) for each in states])]
+        held = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *tree_leaves([dict(each) for each in states]),
+        ]
         held += [each.grad for each in self.model.parameters()]
         with Counted(each for each in held if isinstance(each, torch.Tensor)) as counted:
             self.one(0)
@@ -148,8 +174,13 @@ def main() -> None:
             began = time.perf_counter()
             training = {name: Training(spec, rows) for name, spec in wanted.items()}
             print(f"{base}: {len(training)} models built in {time.perf_counter() - began:.0f} s")
-            runs: dict[str, Callable[[], object]] = {name: each.several for name, each in training.items()}
-            seconds = {name: [total / STEPS for total in each] for name, each in interleaved(runs, REPEATS).items()}
+            runs: dict[str, Callable[[], object]] = {
+                name: each.several for name, each in training.items()
+            }
+            seconds = {
+                name: [total / STEPS for total in each]
+                for name, each in interleaved(runs, REPEATS).items()
+            }
             peaks = {name: each.peak_bytes() for name, each in training.items()}
             results[base] = {
                 name: {
@@ -157,7 +188,8 @@ def main() -> None:
                     "seconds_a_step": seconds[name],
                     "peak_bytes": peaks[name],
                     "times_the_seconds": statistics.median(
-                        own / lora for own, lora in zip(seconds[name], seconds[BASELINE], strict=True)
+                        own / lora
+                        for own, lora in zip(seconds[name], seconds[BASELINE], strict=True)
                     ),
                     "times_the_memory": peaks[name] / peaks[BASELINE],
                 }

@@ -1,8 +1,10 @@
-"""What compiled training costs and saves: the compiler's seconds, how far loss and gradient are off, and the time of a step beside training
-as written. On a GPU in its own dtype where there is one, else on one CPU thread with the miniature sizes below.
+"""What compiled training costs and saves: the compiler's seconds, how far loss and gradient are
+off, and the time of a step beside training as written. On a GPU in its own dtype where there is
+one, else on one CPU thread with the miniature sizes below.
 
-Both models hold the same weights and take the same batches in turn; the batches have different shapes, as training's have, and are gone
-through twice before the clock starts, so that every code is there. Steps are whole: forward, backward, update.
+Both models hold the same weights and take the same batches in turn; the batches have different
+shapes, as training's have, and are gone through twice before the clock starts, so that every code
+is there. Steps are whole: forward, backward, update.
 """
 
 import dataclasses
@@ -17,7 +19,9 @@ from typing import Any
 from finrepro.runtime import process
 
 process.quiet_environment()
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # the compiler's seconds are those of the first time
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
+    "1"  # the compiler's seconds are those of the first time
+)
 
 import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
@@ -34,15 +38,20 @@ from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024)
+BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = (
+    (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024)
+)
 DTYPE = "bfloat16" if CUDA else "float32"
 BATCHES, REPEATS, THREADS = 4, 5, 1
 CONFIGURATIONS = {
     f"{family}, {adapter}, {layout}": (family, adapter, layout)
     for family, adapter, layout in (
-        ("gpt2", "full", "padded"), ("llama", "full", "bins"), ("llama", "lora_r8", "padded"), ("llama", "lora_r8", "bins"),
+        ("gpt2", "full", "padded"),
+        ("llama", "full", "bins"),
+        ("llama", "lora_r8", "padded"),
+        ("llama", "lora_r8", "bins"),
     )
-}  # fmt: skip
+}
 
 
 def model_of(family: str) -> Model:
@@ -52,16 +61,23 @@ def model_of(family: str) -> Model:
     sizes = (
         {"n_layer": BLOCKS, "n_embd": WIDTH, "n_head": heads, "n_positions": LONGEST}
         if family == "gpt2"
-        else {"num_hidden_layers": BLOCKS, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH,
-              "num_attention_heads": heads, "num_key_value_heads": heads // 2}
-    )  # fmt: skip
+        else {
+            "num_hidden_layers": BLOCKS,
+            "hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+        }
+    )
     architecture = {**entry.architecture, **sizes, "vocab_size": VOCABULARY}
     return dataclasses.replace(entry, architecture=architecture, dtype=DTYPE)
 
 
 def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
     """Table 3's smoke cell with this model, in this layout."""
-    cell = resolve.find(Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0")
+    cell = resolve.find(
+        Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0"
+    )
     engine: Any = "deepspeed" if adapter == "full" and CUDA else "ddp"
     train = dataclasses.replace(cell.train, layout=layout, engine=engine)
     return dataclasses.replace(cell, model=model_of(family), train=train, weights="random")
@@ -82,7 +98,9 @@ def batches(layout: str, device: torch.device) -> list[Batch]:
     return found
 
 
-def stepper(spec: RunSpec, given: list[Batch], device: torch.device) -> tuple[Any, Callable[[], None]]:
+def stepper(
+    spec: RunSpec, given: list[Batch], device: torch.device
+) -> tuple[Any, Callable[[], None]]:
     """A model of the cell, and a round of steps over the batches."""
     model = build(spec, None, device).model
     engine = start_engine(model, spec.train, device)
@@ -114,18 +132,37 @@ def main() -> None:
             seconds = interleaved({"as written": as_written, "compiled": compiled}, REPEATS)
         codes = counters["stats"]["unique_graphs"]
         proof = proofs[0]["ranks"][0]
-        found[name] = {"seconds_a_round": seconds, "proof": proof, "codes": codes, "batches": BATCHES}
+        found[name] = {
+            "seconds_a_round": seconds,
+            "proof": proof,
+            "codes": codes,
+            "batches": BATCHES,
+        }
         summary[name] = {
-            "ms_a_step": {key: round(1e3 * statistics.median(each) / BATCHES, 1) for key, each in seconds.items()},
+            "ms_a_step": {
+                key: round(1e3 * statistics.median(each) / BATCHES, 1)
+                for key, each in seconds.items()
+            },
             "times_faster": round(ratios(seconds["as written"], seconds["compiled"])["median"], 3),
             "compiler_seconds": round(proof["seconds"], 1),
             "off": {key: float(f"{each:.2g}") for key, each in proof["off"].items()},
             "codes": codes,
         }
         print(name, json.dumps(summary[name]), flush=True)
-    facts = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "dtype": DTYPE, "blocks": BLOCKS, "width": WIDTH,
-             "vocabulary": VOCABULARY, "tokens_a_batch": TOKENS, "backend": compilation.BACKEND, "threads": THREADS}  # fmt: skip
-    write("compilation", {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary})
+    facts = {
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "dtype": DTYPE,
+        "blocks": BLOCKS,
+        "width": WIDTH,
+        "vocabulary": VOCABULARY,
+        "tokens_a_batch": TOKENS,
+        "backend": compilation.BACKEND,
+        "threads": THREADS,
+    }
+    write(
+        "compilation",
+        {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary},
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""The data engine: packing, loading, preparing and resuming, each against the plain way to do it, and how full bins and windows are.
+"""The data engine: packing, loading, preparing and resuming, each against the plain way to do it,
+and how full bins and windows are.
 
-Baselines, side by side in one process: first fit by looking at every bin; a Hugging Face dataset of rows, and a plain list, with a
-collator; the bare tokenizer on the same texts; an iterator that is run up to the position. GPT-2's tokenizer from FINREPRO_DATA_DIR, else a
-trained one. One core; `seconds` are of CPU time, which a busy machine does not change much, but for the resuming, whose are of the clock.
+Baselines, side by side in one process: first fit by looking at every bin; a Hugging Face dataset of
+rows, and a plain list, with a collator; the bare tokenizer on the same texts; an iterator that is
+run up to the position. GPT-2's tokenizer from FINREPRO_DATA_DIR, else a trained one. One core;
+`seconds` are of CPU time, which a busy machine does not change much, but for the resuming, whose
+are of the clock.
 """
 
 import itertools
@@ -41,14 +44,22 @@ CAPACITY, REPEATS, SEQUENCE, BATCH, STEPS = 2048, 5, 1024, 8, 200
 
 
 def seconds_of(
-    run: Callable[[], object], repeats: int = REPEATS, clock: Callable[[], float] = time.process_time
+    run: Callable[[], object],
+    repeats: int = REPEATS,
+    clock: Callable[[], float] = time.process_time,
 ) -> list[float]:
     return interleaved({"it": run}, repeats, clock)["it"]
 
 
 def packer() -> dict[str, Any]:
-    """A million lengths as fine-tuning sets have them, and the naive packer on as many as it can take."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.3, 0.7, 1_000_000), 8, CAPACITY).astype(int).tolist()
+    """A million lengths as fine-tuning sets have them, and the naive packer on as many as it can
+    take.
+    """
+    lengths = (
+        np.clip(np.random.default_rng(0).lognormal(4.3, 0.7, 1_000_000), 8, CAPACITY)
+        .astype(int)
+        .tolist()
+    )
     few = lengths[:10_000]
 
     def naive() -> list[list[int]]:
@@ -66,7 +77,9 @@ def packer() -> dict[str, Any]:
 
     packed = packing.bins(list(range(len(lengths))), lengths, CAPACITY)
     small = interleaved(
-        {"naive": naive, "ours": lambda: packing.bins(list(range(len(few))), few, CAPACITY)}, REPEATS, time.process_time
+        {"naive": naive, "ours": lambda: packing.bins(list(range(len(few))), few, CAPACITY)},
+        REPEATS,
+        time.process_time,
     )
     return {
         "lengths": len(lengths),
@@ -87,9 +100,17 @@ def random_corpus(folder: Path, tokens: int) -> Path:
         ids[0] = 50256
         writer.add(bytes(16), len(ids) * 4, ids)
     index = Index(
-        format=FORMAT, tokenizer="0" * 64, vocabulary=50257, start_id=50256, dtype=dtype_for(50257), shard_tokens=2**22,
-        splits={"train": writer.finish()}, source={}, options={}, counts={},
-    )  # fmt: skip
+        format=FORMAT,
+        tokenizer="0" * 64,
+        vocabulary=50257,
+        start_id=50256,
+        dtype=dtype_for(50257),
+        shard_tokens=2**22,
+        splits={"train": writer.finish()},
+        source={},
+        options={},
+        counts={},
+    )
     write_durably(folder / INDEX, plain(index))
     return folder
 
@@ -120,19 +141,25 @@ def loader(folder: Path) -> dict[str, Any]:
             ids.clone()  # the labels
 
     found = interleaved(
-        {"ours": ours, "datasets_and_collator": hugging_face, "plain_list": plain_list}, REPEATS, time.process_time
+        {"ours": ours, "datasets_and_collator": hugging_face, "plain_list": plain_list},
+        REPEATS,
+        time.process_time,
     )
     tokens = SEQUENCE * BATCH * STEPS
     return {
         "tokens": tokens,
         "seconds": found,
-        "tokens_per_second": {name: tokens / statistics.median(times) for name, times in found.items()},
+        "tokens_per_second": {
+            name: tokens / statistics.median(times) for name, times in found.items()
+        },
         "times_faster_than_datasets": ratios(found["datasets_and_collator"], found["ours"]),
     }
 
 
 def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
-    """WikiText-2's paragraphs: the whole preparation, and the library's own call on a list of the same texts."""
+    """WikiText-2's paragraphs: the whole preparation, and the library's own call on a list of
+    the same texts.
+    """
     sources = Sources(paragraphs())
     texts = [document.text for each in sources.train for _, document in each.read(print)]  # type: ignore[arg-type]
     encoder = tokenizing.load_encoder(tokenizer_folder)
@@ -140,13 +167,20 @@ def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
     fresh: Iterator[int] = itertools.count()
 
     def whole() -> None:
-        tokenizing.tokenizer_of(encoder.rules).model._clear_cache()  # no word is known from the round before
+        tokenizing.tokenizer_of(
+            encoder.rules
+        ).model._clear_cache()  # no word is known from the round before
         prepare(sources, encoder, folder / f"c{next(fresh)}", Options())
 
-    runs = {"bare_tokenizer": lambda: tokenizer(texts, add_special_tokens=False)["input_ids"], "prepare": whole}
+    runs = {
+        "bare_tokenizer": lambda: tokenizer(texts, add_special_tokens=False)["input_ids"],
+        "prepare": whole,
+    }
     found = interleaved(runs, REPEATS, time.process_time)
     encode_texts, ids = tokenizing.encode_texts, np.zeros(200, np.uint32)
-    tokenizing.encode_texts = lambda _, __, given: [ids] * len(given)  # reading, hashing and writing alone
+    tokenizing.encode_texts = lambda _, __, given: (
+        [ids] * len(given)
+    )  # reading, hashing and writing alone
     found["prepare_without_tokenizing"] = seconds_of(runs["prepare"])
     tokenizing.encode_texts = encode_texts
     size = sum(len(text.encode()) for text in texts)
@@ -154,13 +188,17 @@ def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
         "documents": len(texts),
         "bytes": size,
         "seconds": found,
-        "megabytes_per_second": {name: size / 1e6 / statistics.median(times) for name, times in found.items()},
+        "megabytes_per_second": {
+            name: size / 1e6 / statistics.median(times) for name, times in found.items()
+        },
         "times_as_fast_as_the_bare_tokenizer": ratios(found["bare_tokenizer"], found["prepare"]),
     }
 
 
 def resuming(folder: Path) -> dict[str, Any]:
-    """From nothing to the batch at half a million samples of a million, and an iterator run up to there."""
+    """From nothing to the batch at half a million samples of a million, and an iterator run up
+    to there.
+    """
     length = 20
     steps = len(Windows(open_corpus(folder).stream(), length)) // BATCH
     at = steps // 2
@@ -175,7 +213,10 @@ def resuming(folder: Path) -> dict[str, Any]:
         samples = (windows[row] for row in order)
         return list(itertools.islice(samples, at * BATCH, (at + 1) * BATCH))
 
-    found = {"ours": seconds_of(ours, clock=time.perf_counter), "skipping": seconds_of(skipping, 2, time.perf_counter)}
+    found = {
+        "ours": seconds_of(ours, clock=time.perf_counter),
+        "skipping": seconds_of(skipping, 2, time.perf_counter),
+    }
     return {
         "samples": steps * BATCH,
         "position": at * BATCH,
@@ -185,9 +226,11 @@ def resuming(folder: Path) -> dict[str, Any]:
 
 
 def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
-    """Real tokens over the room of an epoch's bins of 2,048, for the training split of every set that is here.
+    """Real tokens over the room of an epoch's bins of 2,048, for the training split of every set
+    that is here.
 
-    `at_best`: what the smallest number of bins would give that these tokens fit in; in a small set the last bin shows.
+    `at_best`: what the smallest number of bins would give that these tokens fit in; in a small set
+    the last bin shows.
     """
     tokenizer.model_max_length = 10**9
     found: dict[str, Any] = {}
@@ -201,8 +244,12 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
         pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
         lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]
         bins = packing.bins(list(range(len(lengths))), lengths, CAPACITY)
-        found[name] = {"examples": len(lengths), "share": sum(lengths) / (CAPACITY * len(bins)), "bins": len(bins),
-                       "at_best": sum(lengths) / (CAPACITY * -(-sum(lengths) // CAPACITY))}  # fmt: skip
+        found[name] = {
+            "examples": len(lengths),
+            "share": sum(lengths) / (CAPACITY * len(bins)),
+            "bins": len(bins),
+            "at_best": sum(lengths) / (CAPACITY * -(-sum(lengths) // CAPACITY)),
+        }
     return found
 
 
@@ -210,7 +257,10 @@ def running_text(corpora: Path) -> dict[str, Any]:
     """The same for windows of prepared text, and how many of their positions learn something."""
     windows = Windows(open_corpus(corpora).stream(), SEQUENCE)
     inputs = sum(windows.lengths)
-    return {"share": inputs / (len(windows) * SEQUENCE), "supervised": windows.num_supervised / inputs}
+    return {
+        "share": inputs / (len(windows) * SEQUENCE),
+        "supervised": windows.num_supervised / inputs,
+    }
 
 
 def main() -> None:
@@ -220,7 +270,11 @@ def main() -> None:
         folder = Path(name)
         tokenizer = (data_dir or folder) / "gpt2_tokenizer"
         if not tokenizer.is_dir():
-            texts = [document.text for each in sources_of("wikitext2", None).train for _, document in each.read(print)]  # type: ignore[arg-type]
+            texts = [
+                document.text
+                for each in sources_of("wikitext2", None).train
+                for _, document in each.read(print)
+            ]  # type: ignore[arg-type]
             train_tokenizer(texts, "gpt2", 8192).save_pretrained(tokenizer)
         random = random_corpus(folder / "random", 20_100_000)
         began = time.monotonic()
@@ -235,12 +289,15 @@ def main() -> None:
     summary = {
         "pack_a_million_seconds": statistics.median(result["packer"]["seconds"]),
         "loader_tokens_per_second": result["loader"]["tokens_per_second"],
-        "prepare_of_bare_tokenizer": result["preparing"]["times_as_fast_as_the_bare_tokenizer"]["median"],
+        "prepare_of_bare_tokenizer": result["preparing"]["times_as_fast_as_the_bare_tokenizer"][
+            "median"
+        ],
         "prepare_megabytes_per_second": result["preparing"]["megabytes_per_second"],
         "resume_seconds": statistics.median(result["resuming"]["seconds"]["ours"]),
         "resume_times_faster": result["resuming"]["times_faster"],
         "bins_of_2048": {
-            name: [round(each["share"], 4), round(each["at_best"], 4)] for name, each in result["bins_of_2048"].items()
+            name: [round(each["share"], 4), round(each["at_best"], 4)]
+            for name, each in result["bins_of_2048"].items()
         },
         "running_text": result["running_text"],
         "took_seconds": time.monotonic() - began,

@@ -1,9 +1,11 @@
-"""Scoring labels by log-likelihood against the usual loop: batch 1, up to ten generated tokens with a KV cache, stop at end of text.
+"""Scoring labels by log-likelihood against the usual loop: batch 1, up to ten generated tokens with
+a KV cache, stop at end of text.
 
-Same model (a miniature fine-tuned here for a few hundred steps), same prompts, same process, in turn. The loop is the fast form of what
-FinGPT's and FinLoRA's evaluators do. Both answers are kept: the labels must equal one-by-one scoring, the agreement with what was
-generated and parsed is printed. A model fine-tuned on answers stops after its label, so the loop takes two steps; one that has seen
-text alone goes on to the tenth token, as base models do.
+Same model (a miniature fine-tuned here for a few hundred steps), same prompts, same process, in
+turn. The loop is the fast form of what FinGPT's and FinLoRA's evaluators do. Both answers are kept:
+the labels must equal one-by-one scoring, the agreement with what was generated and parsed is
+printed. A model fine-tuned on answers stops after its label, so the loop takes two steps; one that
+has seen text alone goes on to the tenth token, as base models do.
 """
 
 import dataclasses
@@ -42,17 +44,28 @@ def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
         inputs = tokenizer(prompt, return_tensors="pt")
         with torch.inference_mode():
             ids = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=10, do_sample=False,
-                use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        outputs.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=10,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        outputs.append(
+            tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
     model.config.use_cache = False
     return outputs
 
 
 def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
-    """One miniature, trained on `answers` or on `text` alone: seconds of both, the ratio, and how the labels compare."""
-    spec = expand(Selection("3", only=f"{name}-none-full-tfns-*", weights="random"), "smoke")[0].spec
+    """One miniature, trained on `answers` or on `text` alone: seconds of both, the ratio, and
+    how the labels compare.
+    """
+    spec = expand(Selection("3", only=f"{name}-none-full-tfns-*", weights="random"), "smoke")[
+        0
+    ].spec
     spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=TRAIN_STEPS))
     device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
@@ -64,7 +77,13 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     if trained_on == "text":
         pairs = [("", example.text) for example in splits["train"]]
     encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
-    train(built.model, encoded, spec, device, Control(lambda _: None, lambda: False, folder / "checkpoint"))
+    train(
+        built.model,
+        encoded,
+        spec,
+        device,
+        Control(lambda _: None, lambda: False, folder / "checkpoint"),
+    )
     model = built.model.eval()
 
     examples = splits["development"][:EXAMPLES]
@@ -83,15 +102,20 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     )
     labels = [row["prediction"] for row in kept["rows"]]
     alone = [score((example,))[0]["prediction"] for example in examples]
-    parsed = [module.parse(text, example, config) for text, example in zip(kept["text"], examples, strict=True)]
+    parsed = [
+        module.parse(text, example, config)
+        for text, example in zip(kept["text"], examples, strict=True)
+    ]
     return {
         "model": name,
         "trained_on": trained_on,
         "examples": len(examples),
         "seconds": seconds,
         "times_faster": ratios(seconds["generate_batch_1"], seconds["log_likelihood"]),
-        "labels_equal_one_by_one": sum(a == b for a, b in zip(labels, alone, strict=True)) / len(labels),
-        "agreement_with_generated": sum(a == b for a, b in zip(labels, parsed, strict=True)) / len(labels),
+        "labels_equal_one_by_one": sum(a == b for a, b in zip(labels, alone, strict=True))
+        / len(labels),
+        "agreement_with_generated": sum(a == b for a, b in zip(labels, parsed, strict=True))
+        / len(labels),
         "generated_unparsable": sum(label is None for label in parsed) / len(parsed),
         "distinct_labels": sorted(set(labels)),
     }
@@ -102,12 +126,19 @@ def main() -> None:
     models = reader.table("3").smoke.axes.model
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, on, Path(folder)) for name in models for on in ("answers", "text")]
-    shown = ("times_faster", "labels_equal_one_by_one", "agreement_with_generated", "generated_unparsable")
+    shown = (
+        "times_faster",
+        "labels_equal_one_by_one",
+        "agreement_with_generated",
+        "generated_unparsable",
+    )
     write(
         "evaluation",
         {
             "results": results,
-            "summary": {f"{r['model']}, {r['trained_on']}": {key: r[key] for key in shown} for r in results},
+            "summary": {
+                f"{r['model']}, {r['trained_on']}": {key: r[key] for key in shown} for r in results
+            },
         },
     )
 

@@ -1,8 +1,10 @@
-"""Loading a sharded checkpoint into NF4, part by part against whole: peak resident memory and seconds, each in processes of their own.
+"""Loading a sharded checkpoint into NF4, part by part against whole: peak resident memory and
+seconds, each in processes of their own.
 
-Plain Transformers writes a random Llama in bf16, in shards. `streamed` is what a run does; `whole` is `from_pretrained`, then every layer
-quantized. Both must store the same bits. Peaks are counted above what the process held before, so that imports do not blur them; mapped
-pages of the files count as memory here, as the kernel counts them, though it can drop them at any time.
+Plain Transformers writes a random Llama in bf16, in shards. `streamed` is what a run does; `whole`
+is `from_pretrained`, then every layer quantized. Both must store the same bits. Peaks are counted
+above what the process held before, so that imports do not blur them; mapped pages of the files
+count as memory here, as the kernel counts them, though it can drop them at any time.
 """
 
 import hashlib
@@ -27,9 +29,14 @@ from finrepro.catalogue import reader  # noqa: E402
 from finrepro.models import build, loading  # noqa: E402
 
 ARCHITECTURE = {
-    "vocab_size": 32000, "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 SHARD, REPEATS, MIB = "250MB", 3, 2**20
 WAYS = ("streamed", "whole")
 
@@ -108,10 +115,17 @@ def child(way: str, folder: Path) -> None:
     digest = hashlib.sha256()
     for name, tensor in sorted(made.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    print(json.dumps({
-        "seconds": seconds, "peak_bytes": peak - before, "peak_anonymous_bytes": max(highest) - anonymous,
-        "stored_bytes": stored, "sha256": digest.hexdigest(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak_bytes": peak - before,
+                "peak_anonymous_bytes": max(highest) - anonymous,
+                "stored_bytes": stored,
+                "sha256": digest.hexdigest(),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -131,7 +145,9 @@ def main() -> None:
                 )
                 if turn:
                     raw[way].append(json.loads(answer.stdout.splitlines()[-1]))
-    assert len({each["sha256"] for way in WAYS for each in raw[way]}) == 1, "the two ways store different bits"
+    assert len({each["sha256"] for way in WAYS for each in raw[way]}) == 1, (
+        "the two ways store different bits"
+    )
     stored = raw["streamed"][0]["stored_bytes"]
     summary: dict[str, Any] = {
         "checkpoint_mib": round(sum(checkpoint["shard_bytes"]) / MIB),

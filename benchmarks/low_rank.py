@@ -1,11 +1,14 @@
-"""A GPT-2 block, dense against low-rank, forward and backward on a CPU: the speed-up, and the share of the one that its operations allow.
+"""A GPT-2 block, dense against low-rank, forward and backward on a CPU: the speed-up, and the share
+of the one that its operations allow.
 
-Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and the four linear layers without the rest of the block. Norms,
-activation and attention take time that no operation of the bound stands for: the layers alone show what the factors do. 416 stands beside
-413, the rank of the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one thread, whose
-processor time is counted: the one clock that does not count a machine's other work. A CPU computes slowly next to its memory and cannot
-show where a GPU's memory becomes the limit, so the roofline ceiling of two GPUs stands beside each rank (finrepro/budget/roofline.py), and
-whether they follow.
+Dense is a block of `nn.Linear`; GPT-2's own Conv1D is measured beside it, and the four linear
+layers without the rest of the block. Norms, activation and attention take time that no operation of
+the bound stands for: the layers alone show what the factors do. 416 stands beside 413, the rank of
+the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one
+thread, whose processor time is counted: the one clock that does not count a machine's other work. A
+CPU computes slowly next to its memory and cannot show where a GPU's memory becomes the limit, so
+the roofline ceiling of two GPUs stands beside each rank (finrepro/budget/roofline.py), and whether
+they follow.
 """
 
 import statistics
@@ -45,7 +48,9 @@ def model(width: int) -> Any:
         "attn_pdrop": 0.0,
         "attn_implementation": "sdpa",
     }
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=width, n_head=width // 64, vocab_size=64, **settings))
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=width, n_head=width // 64, vocab_size=64, **settings)
+    )
 
 
 def block(width: int, rank: int | None, conv1d: bool = False) -> nn.Module:
@@ -74,14 +79,18 @@ class LinearLayers(nn.Module):
 
 
 def step(module: nn.Module, x: torch.Tensor) -> None:
-    """Forward and backward, with the gradient of the input, which every block but the first passes on."""
+    """Forward and backward, with the gradient of the input, which every block but the first
+    passes on.
+    """
     module.zero_grad(set_to_none=True)
     out = module(x.detach().requires_grad_(True))
     (out[0] if isinstance(out, tuple) else out).square().mean().backward()
 
 
 def operations(width: int, rank: int | None) -> int:
-    """Floating-point operations of the block's forward pass a token: linear layers, and attention over SEQ positions."""
+    """Floating-point operations of the block's forward pass a token: linear layers, and
+    attention over SEQ positions.
+    """
     linear = 24 * width * width if rank is None else 32 * width * rank
     return linear + 4 * SEQ * width
 
@@ -105,7 +114,11 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     blocks |= {f"r{rank}": block(width, rank) for rank in RANKS}
     runs = {name: lambda module=module: step(module, x) for name, module in blocks.items()}
     wide = torch.randn(BATCH, SEQ, 4 * width)
-    layers = {f"{name} layers": LinearLayers(module, width) for name, module in blocks.items() if name != "conv1d"}
+    layers = {
+        f"{name} layers": LinearLayers(module, width)
+        for name, module in blocks.items()
+        if name != "conv1d"
+    }
     runs |= {name: lambda module=module: step(module, wide) for name, module in layers.items()}
     times = interleaved(runs, REPEATS, time.process_time)
     conv = ratios(times["linear"], times["conv1d"])["median"]
@@ -114,16 +127,27 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
         "conv1d_speedup": round(conv, 3),
     }
     for rank in RANKS:
-        bound, each = operations(width, None) / operations(width, rank), ratios(times["linear"], times[f"r{rank}"])
-        gpus, alone = roofline(width, rank), ratios(times["linear layers"], times[f"r{rank} layers"])["median"]
+        bound, each = (
+            operations(width, None) / operations(width, rank),
+            ratios(times["linear"], times[f"r{rank}"]),
+        )
+        gpus, alone = (
+            roofline(width, rank),
+            ratios(times["linear layers"], times[f"r{rank} layers"])["median"],
+        )
         found[f"r{rank}"] = {
             "speedup": round(each["median"], 3),
             "speedup_min_max": [round(each["min"], 3), round(each["max"], 3)],
             "bound_by_operations": round(bound, 3),
             "share_of_bound": round(each["median"] / bound, 3),
-            "linear_layers_alone": {"speedup": round(alone, 3), "share": round(alone / (0.75 * width / rank), 3)},
+            "linear_layers_alone": {
+                "speedup": round(alone, 3),
+                "share": round(alone / (0.75 * width / rank), 3),
+            },
             "gpu_ceiling_of_the_linear_layers": gpus,
-            "gpus_that_follow": [name for name in GPUS if gpus[name] >= FOLLOWS * gpus["operations"]],
+            "gpus_that_follow": [
+                name for name in GPUS if gpus[name] >= FOLLOWS * gpus["operations"]
+            ],
         }
     return times, found
 
@@ -135,9 +159,17 @@ def main() -> None:
     for width in WIDTHS:
         raw[f"d{width}"], summary[f"d{width}"] = measured(width)
     shares = [
-        summary[f"d{width}"][f"r{rank}"]["share_of_bound"] for width in WIDTHS for rank in RANKS if rank >= GOAL_RANK
+        summary[f"d{width}"][f"r{rank}"]["share_of_bound"]
+        for width in WIDTHS
+        for rank in RANKS
+        if rank >= GOAL_RANK
     ]
-    layers = {"768x768": (768, 768), "768x3072": (768, 3072), "1600x1600": (1600, 1600), "1600x6400": (1600, 6400)}
+    layers = {
+        "768x768": (768, 768),
+        "768x3072": (768, 3072),
+        "1600x1600": (1600, 1600),
+        "1600x6400": (1600, 6400),
+    }
     summary["goal"] = {
         "share_of_bound": GOAL,
         "from_rank": GOAL_RANK,
@@ -147,16 +179,28 @@ def main() -> None:
     summary["gpu_ceiling_by_layer"] = {
         name: {
             f"r{rank}": {
-                each: round(roof.low_rank(gpu, *size, rank, TOKENS).two_products, 2) for each, gpu in GPUS.items()
+                each: round(roof.low_rank(gpu, *size, rank, TOKENS).two_products, 2)
+                for each, gpu in GPUS.items()
             }
             | {"operations": round(size[0] * size[1] / (rank * sum(size)), 2)}
             for rank in RANKS
         }
         for name, size in layers.items()
     }
-    facts = {"batch": BATCH, "seq": SEQ, "threads": THREADS, "repeats": REPEATS, "roofline_tokens": TOKENS}
-    facts |= {"ridge_operations_per_byte": {name: round(roof.ridge(gpu)) for name, gpu in GPUS.items()}}
-    write("low_rank", {**facts, "seconds": round(time.monotonic() - began), "raw": raw, "summary": summary})
+    facts = {
+        "batch": BATCH,
+        "seq": SEQ,
+        "threads": THREADS,
+        "repeats": REPEATS,
+        "roofline_tokens": TOKENS,
+    }
+    facts |= {
+        "ridge_operations_per_byte": {name: round(roof.ridge(gpu)) for name, gpu in GPUS.items()}
+    }
+    write(
+        "low_rank",
+        {**facts, "seconds": round(time.monotonic() - began), "raw": raw, "summary": summary},
+    )
 
 
 if __name__ == "__main__":

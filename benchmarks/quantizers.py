@@ -1,8 +1,9 @@
-"""What four 4-bit quantizers do to weights whose distribution is known: error, entropy of the codes, and seconds a million weights.
+"""What four 4-bit quantizers do to weights whose distribution is known: error, entropy of the
+codes, and seconds a million weights.
 
-NF4 and FP4 against ICQ, which moves each block for the entropy of its codes, and its control, which moves it for the squared error, on
-normal weights and on Student's t with 5 degrees of freedom. Drawn as docs/screenshots/quantizers.svg, or beside the JSON where that goes
-elsewhere.
+NF4 and FP4 against ICQ, which moves each block for the entropy of its codes, and its control, which
+moves it for the squared error, on normal weights and on Student's t with 5 degrees of freedom.
+Drawn as docs/screenshots/quantizers.svg, or beside the JSON where that goes elsewhere.
 """
 
 import sys
@@ -34,7 +35,11 @@ def weights(distribution: str) -> torch.Tensor:
     """(ROWS, COLUMNS), the same at every call."""
     generator = np.random.default_rng(0)
     shape = ROWS, COLUMNS
-    drawn = generator.standard_normal(shape) if distribution == "normal" else generator.standard_t(5, size=shape)
+    drawn = (
+        generator.standard_normal(shape)
+        if distribution == "normal"
+        else generator.standard_t(5, size=shape)
+    )
     return torch.from_numpy(drawn.astype(np.float32))
 
 
@@ -50,7 +55,9 @@ def measured(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
     choice = reader.quantizer(name, "float32")
     module = choice.module("quantizers")
     stored = module.encode(weight, choice.config)
-    error = (module.decode(stored) - weight).double().square().view(-1, BLOCK).mean(1) / weight.double().square().mean()
+    error = (module.decode(stored) - weight).double().square().view(-1, BLOCK).mean(
+        1
+    ) / weight.double().square().mean()
     return {
         "entropy_bits": entropies(getattr(stored, "moved", stored).codes),
         "squared_error": error.numpy(),
@@ -70,7 +77,8 @@ def main() -> None:
     """Measure, time, draw."""
     process.setup(0, 2)
     blocks: dict[str, dict[str, dict[str, np.ndarray]]] = {
-        drawn: {name: measured(name, weights(drawn)) for name in QUANTIZERS} for drawn in DISTRIBUTIONS
+        drawn: {name: measured(name, weights(drawn)) for name in QUANTIZERS}
+        for drawn in DISTRIBUTIONS
     }
     raw: dict[str, Any] = {}
     for drawn, found in blocks.items():
@@ -82,7 +90,9 @@ def main() -> None:
                 "blocks_with_less_entropy_than_nf4": round(
                     float((each["entropy_bits"] < base["entropy_bits"] - 1e-9).mean()), 4
                 ),
-                "squared_error_over_nf4s": round(float(each["squared_error"].mean() / base["squared_error"].mean()), 4),
+                "squared_error_over_nf4s": round(
+                    float(each["squared_error"].mean() / base["squared_error"].mean()), 4
+                ),
             }
             for name, each in found.items()
         }
@@ -96,16 +106,22 @@ def main() -> None:
             name: round(min(each) / weight.numel() * 1e6, 3) for name, each in times.items()
         },
         "peak_mib_above_the_weight": {
-            f"{copies} x {ROWS} x {COLUMNS}": peak_mib("icq", weight.repeat(copies, 1)) for copies in (1, 4)
+            f"{copies} x {ROWS} x {COLUMNS}": peak_mib("icq", weight.repeat(copies, 1))
+            for copies in (1, 4)
         },
         **raw,
     }
-    write("quantizers", {"blocks": ROWS * COLUMNS // BLOCK, "repeats": REPEATS, "raw": times, "summary": summary})
+    write(
+        "quantizers",
+        {"blocks": ROWS * COLUMNS // BLOCK, "repeats": REPEATS, "raw": times, "summary": summary},
+    )
     results = PROJECT / "benchmarks" / "results"
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else results
     folder = PROJECT / "docs" / "screenshots" if target.resolve() == results else target
     panels = [
-        Panel(title, axis, None, tuple(dot(name, blocks[drawn][name][measure]) for name in QUANTIZERS))
+        Panel(
+            title, axis, None, tuple(dot(name, blocks[drawn][name][measure]) for name in QUANTIZERS)
+        )
         for drawn, title in DISTRIBUTIONS.items()
         for measure, axis in MEASURES.items()
     ]

@@ -1,10 +1,13 @@
-"""What recomputing activations saves and costs in pretraining, for a dense GPT-2 and one of factored layers: memory by phase, time, FLOPs.
+"""What recomputing activations saves and costs in pretraining, for a dense GPT-2 and one of
+factored layers: memory by phase, time, FLOPs.
 
-Everything is beside the dense model without recomputation. Memory is measured in a process of its own a configuration, in which the C
-library gives back at once what is freed (it keeps it otherwise, and the phases would run into one another), above what the process holds
-once a tiny model has been trained: libraries are no part of it. What is kept for backward is counted at autograd's own hooks, every
-storage once, parameters left out. Steps are timed in turn on one thread, by processor time: the one clock that does not count a
-machine's other work. FLOPs are computed (finrepro.sizes.flops), with attention in full.
+Everything is beside the dense model without recomputation. Memory is measured in a process of its
+own a configuration, in which the C library gives back at once what is freed (it keeps it otherwise,
+and the phases would run into one another), above what the process holds once a tiny model has been
+trained: libraries are no part of it. What is kept for backward is counted at autograd's own hooks,
+every storage once, parameters left out. Steps are timed in turn on one thread, by processor time:
+the one clock that does not count a machine's other work. FLOPs are computed (finrepro.sizes.flops),
+with attention in full.
 """
 
 import dataclasses
@@ -45,30 +48,48 @@ BLOCKS, WIDTH, VOCABULARY, ROWS, TOKENS = 8, 512, 2048, 4, 512
 COMPRESSION, STEPS, REPEATS, THREADS = 2.6, 3, 3, 1
 CPU = torch.device("cpu")
 CHILD, PLAIN = "--memory-of", "dense"
-CONFIGURATIONS = {PLAIN: (False, False), "dense, recomputed": (False, True),
-                  "low-rank": (True, False), "low-rank, recomputed": (True, True)}  # fmt: skip
+CONFIGURATIONS = {
+    PLAIN: (False, False),
+    "dense, recomputed": (False, True),
+    "low-rank": (True, False),
+    "low-rank, recomputed": (True, True),
+}
 
 
 def model_of(low_rank: bool, blocks: int = BLOCKS, width: int = WIDTH) -> Model:
     """The architecture, dense or with every linear layer of the blocks factored."""
     entry = reader.model("gpt2_1_5b_deep_mini_lr")
-    sizes = {"n_layer": blocks, "n_embd": width, "n_head": width // 64, "n_positions": TOKENS, "vocab_size": VOCABULARY}
+    sizes = {
+        "n_layer": blocks,
+        "n_embd": width,
+        "n_head": width // 64,
+        "n_positions": TOKENS,
+        "vocab_size": VOCABULARY,
+    }
     assert entry.low_rank is not None
     factored = dataclasses.replace(entry.low_rank, compression=COMPRESSION) if low_rank else None
-    return dataclasses.replace(entry, architecture={**entry.architecture, **sizes}, low_rank=factored)
+    return dataclasses.replace(
+        entry, architecture={**entry.architecture, **sizes}, low_rank=factored
+    )
 
 
 def spec_of(model: Model, recomputed: bool) -> RunSpec:
     """Table 2's smoke cell with this model."""
     cell = resolve.find(
-        Selection(table="2", full=True), "smoke", "gpt2_1_5b_deep_mini_lr-none-full-wikitext2_text-adamw-s0"
+        Selection(table="2", full=True),
+        "smoke",
+        "gpt2_1_5b_deep_mini_lr-none-full-wikitext2_text-adamw-s0",
     )
-    train = dataclasses.replace(cell.train, activation_checkpointing=recomputed, engine="ddp", max_seq_len=TOKENS)
+    train = dataclasses.replace(
+        cell.train, activation_checkpointing=recomputed, engine="ddp", max_seq_len=TOKENS
+    )
     return dataclasses.replace(cell, model=model, train=train)
 
 
 class Training:
-    """A model and its optimizer, to be driven a step at a time over the same rows of random tokens."""
+    """A model and its optimizer, to be driven a step at a time over the same rows of random
+    tokens.
+    """
 
     def __init__(self, spec: RunSpec) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -80,7 +101,9 @@ class Training:
 
     def step(self, before_update: Callable[[], None] = lambda: None) -> None:
         """Forward, backward and update."""
-        optimizer_step(self.engine, [end_to_end(self.rows)], ROWS * (TOKENS - 1), CPU, before_update)
+        optimizer_step(
+            self.engine, [end_to_end(self.rows)], ROWS * (TOKENS - 1), CPU, before_update
+        )
 
     def kept_bytes(self) -> int:
         """What a forward pass keeps for backward, every storage once, without the parameters."""
@@ -89,7 +112,9 @@ class Training:
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()  # autograd keeps it until backward: no other gets its address
+            kept[storage.data_ptr()] = (
+                storage.nbytes()
+            )  # autograd keeps it until backward: no other gets its address
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -100,7 +125,9 @@ class Training:
 
 
 def memory(name: str) -> dict[str, Any]:
-    """Peak bytes by phase of a configuration, above those of the process; what the first step alone needs; what is kept for backward."""
+    """Peak bytes by phase of a configuration, above those of the process; what the first step
+    alone needs; what is kept for backward.
+    """
     low_rank, recomputed = CONFIGURATIONS[name]
     tiny = Training(spec_of(model_of(False, 2, 64), recomputed))
     for _ in range(2):
@@ -136,7 +163,9 @@ def memory_in_a_process(name: str) -> dict[str, Any]:
     """`memory` of a configuration in a process that holds nothing else."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(THREADS)}
     call = [sys.executable, __file__, CHILD, name]
-    printed = subprocess.run(call, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(
+        call, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     return dict(json.loads(printed.splitlines()[-1]))
 
 
@@ -146,14 +175,19 @@ def main() -> None:
     began = time.monotonic()
     found = {name: memory_in_a_process(name) for name in CONFIGURATIONS}
     print(f"memory measured in {time.monotonic() - began:.0f} s", flush=True)
-    runs = {name: Training(spec_of(model_of(low), again)).step for name, (low, again) in CONFIGURATIONS.items()}
+    runs = {
+        name: Training(spec_of(model_of(low), again)).step
+        for name, (low, again) in CONFIGURATIONS.items()
+    }
     seconds = interleaved(runs, REPEATS, time.process_time)
     summary: dict[str, Any] = {}
     for name, (low_rank, recomputed) in CONFIGURATIONS.items():
         each, plain = found[name], found[PLAIN]
         each["seconds_a_step"] = seconds[name]
         each["flops_a_step"] = (
-            ROWS * TOKENS * flops.training(model_of(low_rank), TOKENS, checkpointing=recomputed).total
+            ROWS
+            * TOKENS
+            * flops.training(model_of(low_rank), TOKENS, checkpointing=recomputed).total
         )
         summary[name] = {
             "parameters": each["parameters"],
@@ -162,17 +196,36 @@ def main() -> None:
             "seconds_a_step": round(statistics.median(seconds[name]), 2),
             "GFLOP_a_step": round(each["flops_a_step"] / 1e9, 1),
             "times_dense": {
-                **{key: round(peak / plain["peaks"][key], 3) for key, peak in each["peaks"].items()},
-                "kept_for_backward": round(each["kept_for_backward_bytes"] / plain["kept_for_backward_bytes"], 3),
+                **{
+                    key: round(peak / plain["peaks"][key], 3) for key, peak in each["peaks"].items()
+                },
+                "kept_for_backward": round(
+                    each["kept_for_backward_bytes"] / plain["kept_for_backward_bytes"], 3
+                ),
                 "seconds": round(
-                    statistics.median(a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)), 3
+                    statistics.median(
+                        a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)
+                    ),
+                    3,
                 ),
                 "flops": round(each["flops_a_step"] / plain["flops_a_step"], 3),
             },
         }
-    facts = {"blocks": BLOCKS, "width": WIDTH, "vocabulary": VOCABULARY, "rows": ROWS, "tokens_a_row": TOKENS,
-             "rank": rank(model_of(True)), "dtype": "float32", "engine": "ddp", "threads": THREADS}  # fmt: skip
-    write("recomputation", {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary})
+    facts = {
+        "blocks": BLOCKS,
+        "width": WIDTH,
+        "vocabulary": VOCABULARY,
+        "rows": ROWS,
+        "tokens_a_row": TOKENS,
+        "rank": rank(model_of(True)),
+        "dtype": "float32",
+        "engine": "ddp",
+        "threads": THREADS,
+    }
+    write(
+        "recomputation",
+        {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary},
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How long a user waits before anything happens: `invoke --list` and `invoke cells`, against an interpreter that does nothing."""
+"""How long a user waits before anything happens: `invoke --list` and `invoke cells`, against an
+interpreter that does nothing.
+"""
 
 import subprocess
 import sys
@@ -20,12 +22,19 @@ def main() -> None:
             "invoke_cells": [sys.executable, "-m", "invoke", "cells", "--store", store],
         }
         runs = {
-            name: (lambda command=command: subprocess.run(command, cwd=PROJECT, check=True, capture_output=True))
+            name: (
+                lambda command=command: subprocess.run(
+                    command, cwd=PROJECT, check=True, capture_output=True
+                )
+            )
             for name, command in commands.items()
         }
         seconds = interleaved(runs, REPEATS)
     summary = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
-    write("startup", {"seconds": seconds, "summary": {name: round(value, 3) for name, value in summary.items()}})
+    write(
+        "startup",
+        {"seconds": seconds, "summary": {name: round(value, 3) for name, value in summary.items()}},
+    )
 
 
 if __name__ == "__main__":

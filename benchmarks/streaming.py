@@ -1,11 +1,14 @@
-"""Tokenizing on the fly: from the source's text to batches of tensors, through the feeder's processes and the stream that grows, beside the
-bare tokenizer in as many processes on the same texts.
+"""Tokenizing on the fly: from the source's text to batches of tensors, through the feeder's
+processes and the stream that grows, beside the bare tokenizer in as many processes on the same
+texts.
 
-By the clock, from when the first shard is there (processes have started, the tokenizer is loaded) to the end of the corpus; whatever the
-feeder may have in the making at that moment is not counted. The bare processes have tokenized a text before they are timed. The feeder has
-a process more, which reads, hashes and writes, and the reader is this one. GPT-2's tokenizer from FINREPRO_DATA_DIR, else a trained one;
-WikiText-2's paragraphs, three times for each process, each time with a number before it, so that none is a duplicate. On a machine that
-does other work the ratios of single rounds scatter.
+By the clock, from when the first shard is there (processes have started, the tokenizer is loaded)
+to the end of the corpus; whatever the feeder may have in the making at that moment is not counted.
+The bare processes have tokenized a text before they are timed. The feeder has a process more, which
+reads, hashes and writes, and the reader is this one. GPT-2's tokenizer from FINREPRO_DATA_DIR, else
+a trained one; WikiText-2's paragraphs, three times for each process, each time with a number before
+it, so that none is a duplicate. On a machine that does other work the ratios of single rounds
+scatter.
 """
 
 import json
@@ -76,14 +79,33 @@ def bare_rate(tokenizer: Path, texts: list[str], processes: int) -> float:
 
 
 def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dict[str, float]:
-    """Tokens a second that this process gets as tensors while a feeder of so many tokenizing processes prepares them."""
+    """Tokens a second that this process gets as tensors while a feeder of so many tokenizing
+    processes prepares them.
+    """
     (folder / PREPARING).mkdir(parents=True)
     encoder, sources = load_encoder(tokenizer), Sources([Local(source)])
-    note = Begun(format=FORMAT, tokenizer=encoder.digest, vocabulary=encoder.vocabulary, source=sources.description,
-                 options=plain(Options(validation=0.0, shard_tokens=SHARD)))  # fmt: skip
+    note = Begun(
+        format=FORMAT,
+        tokenizer=encoder.digest,
+        vocabulary=encoder.vocabulary,
+        source=sources.description,
+        options=plain(Options(validation=0.0, shard_tokens=SHARD)),
+    )
     write_durably(folder / PREPARING / underway.BEGUN, plain(note))
-    command = [sys.executable, "-m", "finrepro.data.arriving.feeder", str(source), "--tokenizer", str(tokenizer), "--out", str(folder),
-               "--workers", str(processes), "--parent", str(os.getpid())]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "finrepro.data.arriving.feeder",
+        str(source),
+        "--tokenizer",
+        str(tokenizer),
+        "--out",
+        str(folder),
+        "--workers",
+        str(processes),
+        "--parent",
+        str(os.getpid()),
+    ]
     feeder = subprocess.Popen(command, cwd=PROJECT)
     stream = open_arriving(folder).stream()
     stream.reaches(1)
@@ -97,7 +119,10 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
     seconds = time.time() - began
     feeder.wait()
     waited = stream.watch.seconds if hasattr(stream, "watch") else 0.0
-    return {"tokens_per_second": (read - there) / seconds, "share_waited": min(1.0, waited / seconds)}
+    return {
+        "tokens_per_second": (read - there) / seconds,
+        "share_waited": min(1.0, waited / seconds),
+    }
 
 
 def main() -> None:
@@ -108,7 +133,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = Path(given or name) / "gpt2_tokenizer"
-        read = (document.text for each in paragraphs() for _, document in each.read(lambda *_: None))
+        read = (
+            document.text for each in paragraphs() for _, document in each.read(lambda *_: None)
+        )
         once = [text for text in read if text.strip()]
         if not tokenizer.is_dir():
             train_tokenizer(once, "gpt2", 8192).save_pretrained(tokenizer)
@@ -119,18 +146,26 @@ def main() -> None:
             rounds: dict[str, list[Any]] = {"bare": [], "fed": []}
             for turn in range(ROUNDS):
                 rounds["bare"].append(bare_rate(tokenizer, texts, processes))
-                rounds["fed"].append(fed_rate(tokenizer, source, folder / f"c{processes}-{turn}", processes))
+                rounds["fed"].append(
+                    fed_rate(tokenizer, source, folder / f"c{processes}-{turn}", processes)
+                )
             rates = [each["tokens_per_second"] for each in rounds["fed"]]
             found[str(processes)] = {
                 "rounds": rounds,
                 "bare_tokens_per_second": statistics.median(rounds["bare"]),
                 "tokens_per_second": statistics.median(rates),
-                "of_bare_tokenizer": ratios([1 / each for each in rounds["bare"]], [1 / each for each in rates]),
+                "of_bare_tokenizer": ratios(
+                    [1 / each for each in rounds["bare"]], [1 / each for each in rates]
+                ),
             }
     summary = {
-        processes: {key: value for key, value in each.items() if key != "rounds"} for processes, each in found.items()
+        processes: {key: value for key, value in each.items() if key != "rounds"}
+        for processes, each in found.items()
     }
-    write("streaming", {"by_processes": found, "summary": {**summary, "took_seconds": time.monotonic() - began}})
+    write(
+        "streaming",
+        {"by_processes": found, "summary": {**summary, "took_seconds": time.monotonic() - began}},
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The main job from a cold store, as a user runs it: wall time and peak memory, then the same command again.
+"""The main job from a cold store, as a user runs it: wall time and peak memory, then the same
+command again.
 
-`reproduce --table 3` and `reproduce --table 3 --quick`, each into an empty store and once more; whole processes, with their children.
-Pinned to two processors where the system allows it, so that figures of larger machines compare.
+`reproduce --table 3` and `reproduce --table 3 --quick`, each into an empty store and once more;
+whole processes, with their children. Pinned to two processors where the system allows it, so that
+figures of larger machines compare.
 """
 
 import json
@@ -23,10 +25,17 @@ COMMANDS = {"whole": (), "quick": ("--quick",)}
 
 
 def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Run a command; wall seconds, and the largest resident memory of its processes together, sampled ten times a second."""
+    """Run a command; wall seconds, and the largest resident memory of its processes together,
+    sampled ten times a second.
+    """
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     peak = [0]
 
@@ -52,7 +61,9 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def scores(store: Path) -> dict[str, dict[str, float]]:
-    """Label -> accuracy and the lower bound of its gain over the constant answer, of what was trained long enough to show quality."""
+    """Label -> accuracy and the lower bound of its gain over the constant answer, of what was
+    trained long enough to show quality.
+    """
     found = {}
     for path in sorted(store.glob("results/runs/*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -69,12 +80,25 @@ def main() -> None:
     usable = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, set(usable))
     environment = {
-        key: value for key, value in os.environ.items() if key not in ("FINREPRO_DATA_DIR", "FINREPRO_STORE")
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("FINREPRO_DATA_DIR", "FINREPRO_STORE")
     }
     results = {}
     for name, options in COMMANDS.items():
         with tempfile.TemporaryDirectory() as store:
-            base = [sys.executable, "-m", "invoke", "reproduce", "--table", "3", "--scale", "smoke", "--store", store]
+            base = [
+                sys.executable,
+                "-m",
+                "invoke",
+                "reproduce",
+                "--table",
+                "3",
+                "--scale",
+                "smoke",
+                "--store",
+                store,
+            ]
             cold = watched([*base, *options], environment)
             warm = watched([*base, *options], environment)
             quality = scores(Path(store))
@@ -91,7 +115,9 @@ def main() -> None:
         for name, result in results.items()
     }
     cold, quick = results["whole"]["cold"], results["quick"]["cold"]
-    tfns = {label: score for label, score in results["whole"]["quality"].items() if "-tfns-" in label}
+    tfns = {
+        label: score for label, score in results["whole"]["quality"].items() if "-tfns-" in label
+    }
     full = [s["accuracy"] for label, s in tfns.items() if "-full-" in label]
     lora = [s["accuracy"] for label, s in tfns.items() if "-lora_r8-" in label]
     goals = {
@@ -105,7 +131,12 @@ def main() -> None:
     }
     quality = {label: round(s["accuracy"], 4) for label, s in tfns.items()}
     write(
-        "table3", {"results": results, "table": table, "summary": summary | {"accuracy": quality, "goals_met": goals}}
+        "table3",
+        {
+            "results": results,
+            "table": table,
+            "summary": summary | {"accuracy": quality, "goals_met": goals},
+        },
     )
 
 

@@ -1,8 +1,9 @@
-"""How many of the tokens that go through the model are real, and examples a second, for four ways to lay out a batch.
+"""How many of the tokens that go through the model are real, and examples a second, for four ways
+to lay out a batch.
 
-Side by side on a Llama miniature, forward and backward over the same examples: fixed padding to `max_seq_len`, dynamic padding of shuffled
-batches of 8, length-sorted token-budget batches, and the bins of finrepro.data.packing with isolated attention. TFNS, and FPB where
-FINREPRO_DATA_DIR has it.
+Side by side on a Llama miniature, forward and backward over the same examples: fixed padding to
+`max_seq_len`, dynamic padding of shuffled batches of 8, length-sorted token-budget batches, and the
+bins of finrepro.data.packing with isolated attention. TFNS, and FPB where FINREPRO_DATA_DIR has it.
 """
 
 import os
@@ -34,7 +35,9 @@ CELL = "llama3_1_8b_mini-none-full-{}-*"
 
 
 def fixed(examples: Sequence[Encoded]) -> Batch:
-    """Every row padded to `MAX_SEQ_LEN`, by a row of that length that is cut off again: no supervised token is added."""
+    """Every row padded to `MAX_SEQ_LEN`, by a row of that length that is cut off again: no
+    supervised token is added.
+    """
     filler = Encoded((0,) * MAX_SEQ_LEN, MAX_SEQ_LEN)
     batch = side_by_side([*examples, filler])
     keep = len(examples)
@@ -71,7 +74,10 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
     lengths = [len(example.ids) for example in encoded]
     order = np.random.default_rng(0).permutation(len(encoded)).tolist()
     whole = layouts(order, lengths)
-    share = {name: sum(lengths) / computed(batches, lengths, name) for name, (batches, _) in whole.items()}
+    share = {
+        name: sum(lengths) / computed(batches, lengths, name)
+        for name, (batches, _) in whole.items()
+    }
     share["bins_of_fixed_size"] = sum(lengths) / (BUDGET * len(whole["bins"][0]))
     lm = SupervisedLM(build(spec, None, device).model)
     losses: dict[str, float] = {}
@@ -87,7 +93,8 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
 
     few = layouts(order[:EXAMPLES], lengths)
     seconds = interleaved(
-        {name: (lambda name=name, part=part: one(name, *part)) for name, part in few.items()}, REPEATS
+        {name: (lambda name=name, part=part: one(name, *part)) for name, part in few.items()},
+        REPEATS,
     )
     return {
         "task": task,
@@ -96,8 +103,12 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
         "useful_token_share": share,
         "timed_examples": EXAMPLES,
         "seconds": seconds,
-        "examples_per_second": {name: EXAMPLES / float(np.median(times)) for name, times in seconds.items()},
-        "times_faster_than_fixed": {name: ratios(seconds["fixed_padding"], seconds[name]) for name in seconds},
+        "examples_per_second": {
+            name: EXAMPLES / float(np.median(times)) for name, times in seconds.items()
+        },
+        "times_faster_than_fixed": {
+            name: ratios(seconds["fixed_padding"], seconds[name]) for name in seconds
+        },
         "summed_loss": losses,
     }
 
@@ -110,7 +121,11 @@ def main() -> None:
         results = [measure(task, Path(given) if given else None, Path(folder)) for task in tasks]
     shown = ("useful_token_share", "examples_per_second", "summed_loss")
     write(
-        "useful_tokens", {"results": results, "summary": {r["task"]: {key: r[key] for key in shown} for r in results}}
+        "useful_tokens",
+        {
+            "results": results,
+            "summary": {r["task"]: {key: r[key] for key in shown} for r in results},
+        },
     )
 
 

@@ -12,28 +12,43 @@ CHECKS = (("ruff", "format", "--check"), ("ruff", "check"), ("mypy",), ("lint-im
 
 
 def run_tests(slow: bool, only: str) -> int:
-    """pytest over the default or the slow tests, a process a core and four at most; its exit status.
+    """pytest over the default or the slow tests, a process a core and four at most; its exit
+    status.
 
     A file's tests stay in one process, which makes what they share once.
     """
     marks = f"{'' if slow else 'not '}slow and not container and not gpu"
-    workers = ["-n", str(min(4, len(os.sched_getaffinity(0)))), "--dist", "loadfile", "--no-loadscope-reorder"]
+    workers = [
+        "-n",
+        str(min(4, len(os.sched_getaffinity(0)))),
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    ]
     selected = ["-m", marks, *(["-k", only] if only else workers)]
     return subprocess.call([sys.executable, "-m", "pytest", *selected], cwd=PROJECT)
 
 
 def run_checks() -> int:
-    """Every check, also after one has failed. Raises `EnvironmentFault` where the tools are not installed."""
+    """Every check, also after one has failed. Raises `EnvironmentFault` where the tools are not
+    installed.
+    """
     folder = Path(sys.executable).parent
     absent = [tool for tool, *_ in CHECKS if not (folder / tool).is_file()]
     if absent:
-        raise EnvironmentFault(f"{absent[0]} is not installed: ./run check installs it, in a checkout.")
-    codes = [subprocess.call([str(folder / tool), *options], cwd=PROJECT) for tool, *options in CHECKS]
+        raise EnvironmentFault(
+            f"{absent[0]} is not installed: ./run check installs it, in a checkout."
+        )
+    codes = [
+        subprocess.call([str(folder / tool), *options], cwd=PROJECT) for tool, *options in CHECKS
+    ]
     return 4 if any(codes) else 0
 
 
 def run_benchmarks(only: str, folder: Path | None) -> int:
-    """Every benchmark, or one, with its JSON in `folder`. Raises `UsageError` for a name that is none of them."""
+    """Every benchmark, or one, with its JSON in `folder`. Raises `UsageError` for a name that is
+    none of them.
+    """
     files = {path.stem: path for path in sorted((PROJECT / "benchmarks").glob("[a-z]*.py"))}
     if only and only not in files:
         raise unknown("benchmark", only, files)
@@ -41,7 +56,11 @@ def run_benchmarks(only: str, folder: Path | None) -> int:
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"{target} cannot be made ({error.strerror}); choose another with --store.") from None
+        raise EnvironmentFault(
+            f"{target} cannot be made ({error.strerror}); choose another with --store."
+        ) from None
     chosen = [files[only]] if only else list(files.values())
-    codes = [subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in chosen]
+    codes = [
+        subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in chosen
+    ]
     return 4 if any(codes) else 0

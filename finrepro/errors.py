@@ -24,7 +24,9 @@ class EnvironmentFault(FinreproError):
 
 
 class Unavailable(EnvironmentFault):
-    """What one cell starts from, a checkpoint or an adapter, is not here or not what it should be: that cell is skipped, others run."""
+    """What one cell starts from, a checkpoint or an adapter, is not here or not what it should
+    be: that cell is skipped, others run.
+    """
 
 
 class CellFailed(FinreproError):
@@ -51,7 +53,9 @@ class Interrupted(Exception):
 
 @contextmanager
 def unavailable_if_faulty() -> Iterator[None]:
-    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without it."""
+    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without
+    it.
+    """
     try:
         yield
     except (EnvironmentFault, UsageError) as error:

@@ -1,7 +1,8 @@
 """Typed, frozen settings: YAML in, checked values out, and every error in one line.
 
-`@settings` makes a frozen, keyword-only dataclass whose fields pydantic checks strictly. Values are read as JSON so that
-YAML's lists become tuples, while `1e-4` (a string in YAML 1.1) is refused where a number is wanted.
+`@settings` makes a frozen, keyword-only dataclass whose fields pydantic checks strictly. Values are
+read as JSON so that YAML's lists become tuples, while `1e-4` (a string in YAML 1.1) is refused
+where a number is wanted.
 """
 
 import dataclasses
@@ -36,21 +37,27 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def later(default: Any) -> Any:
-    """A setting that came when there were results already. At its default it is left out of the plain values, hence of a run's identity:
-    what was computed before stays what it is."""
+    """A setting that came when there were results already. At its default it is left out of the
+    plain values, hence of a run's identity: what was computed before stays what it is."""
     return dataclasses.field(default=default, metadata={"later": True})
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML in which a mapping's keys are text, each once; plain YAML lets the last of several equal keys win in silence."""
+    """YAML in which a mapping's keys are text, each once; plain YAML lets the last of several
+    equal keys win in silence.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for (at, _), key in zip(node.value, keys, strict=True):
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text: quote it", problem_mark=at.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is not text: quote it", problem_mark=at.start_mark
+                )
             if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands here twice", problem_mark=at.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key}' stands here twice", problem_mark=at.start_mark
+                )
         return dict(super().construct_mapping(node, deep))
 
 
@@ -65,7 +72,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's, for scalars as 2024-13-45
+    except (
+        ValueError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # PyYAML's, for scalars as 2024-13-45
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a mapping of names to settings.")
@@ -75,7 +87,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Check `values` against the settings class `cls`.
 
-    Raises `UsageError` that starts with `where` and names the wrong key or type, and the keys that are known.
+    Raises `UsageError` that starts with `where` and names the wrong key or type, and the keys that
+    are known.
     """
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -85,7 +98,9 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"] and "ctx" in first:  # settings that do not go together, in the class's own words
+        if (
+            not first["loc"] and "ctx" in first
+        ):  # settings that do not go together, in the class's own words
             raise UsageError(f"{where}: {first['ctx'].get('error', first['msg'])}.") from None
         field = ".".join(str(part) for part in first["loc"]) or "settings"
         given = first.get("input")
@@ -128,7 +143,9 @@ def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
 
 @settings
 class Choice:
-    """A resolved catalogue entry: which file implements it, under which name it is listed, and its settings."""
+    """A resolved catalogue entry: which file implements it, under which name it is listed, and
+    its settings.
+    """
 
     name: str
     kind: str
@@ -140,19 +157,24 @@ class Choice:
 
 
 def choose(package: str, name: str, entry: Any, where: str) -> Choice:
-    """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed `Config`."""
+    """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed
+    `Config`.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         raise UsageError(f"{where}: needs 'kind', one of {', '.join(kinds(package))}.")
     module = kind_module(package, entry["kind"], where)
-    config = build(module.Config, {key: value for key, value in entry.items() if key != "kind"}, where)
+    config = build(
+        module.Config, {key: value for key, value in entry.items() if key != "kind"}, where
+    )
     return Choice(name=name, kind=entry["kind"], config=config)
 
 
 def plain(value: Any) -> Any:
     """Settings as JSON-able values, with `kind` beside the settings and catalogue names left out.
 
-    A name is for people: renaming an entry must not make its results unfindable. `dataclasses.asdict` alone would drop
-    the class, so that two kinds with equal settings would be taken for the same thing.
+    A name is for people: renaming an entry must not make its results unfindable.
+    `dataclasses.asdict` alone would drop the class, so that two kinds with equal settings would be
+    taken for the same thing.
     """
     if isinstance(value, Choice):
         return {"kind": value.kind, **plain(value.config)}
@@ -180,11 +202,16 @@ def without(value: Any, keys: frozenset[str]) -> Any:
 def text(value: Any, dropped: frozenset[str]) -> str:
     """`value` as `plain`, `without` what is `dropped`, in JSON with sorted keys and no spaces.
 
-    Settings are frozen and keep their text: a table's thousands of cells share a few dozen models, adapters and tasks.
+    Settings are frozen and keep their text: a table's thousands of cells share a few dozen models,
+    adapters and tasks.
     """
     if isinstance(value, tuple):
         return f"[{','.join(text(item, dropped) for item in value)}]"
-    kept: dict[frozenset[str], str] = vars(value).setdefault("_texts", {}) if dataclasses.is_dataclass(value) else {}
+    kept: dict[frozenset[str], str] = (
+        vars(value).setdefault("_texts", {}) if dataclasses.is_dataclass(value) else {}
+    )
     if dropped not in kept:
-        kept[dropped] = json.dumps(without(plain(value), dropped), sort_keys=True, separators=(",", ":"))
+        kept[dropped] = json.dumps(
+            without(plain(value), dropped), sort_keys=True, separators=(",", ":")
+        )
     return kept[dropped]

@@ -1,4 +1,6 @@
-"""Fixtures of several test files: an empty store, data that is not embedded, configurations to change, the commands."""
+"""Fixtures of several test files: an empty store, data that is not embedded, configurations to
+change, the commands.
+"""
 
 import os
 import shutil
@@ -6,15 +8,20 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before torch is loaded: its threads are to sleep while they wait. Spinning, a busy machine runs the tests many times slower.
+# Before torch is loaded: its threads are to sleep while they wait. Spinning, a busy machine runs
+# the tests many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where CI is set, pytest writes out whole differences. Planted mutants differ in thousands of numbers: that took hours.
+# Where CI is set, pytest writes out whole differences. Planted mutants differ in thousands of
+# numbers: that took hours.
 os.environ.pop("CI", None)
 os.environ.pop("BUILD_NUMBER", None)
+# Programs of the tests run as processes of their own, and import what the tests do.
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "programs")))
 
-import fixtures_annotations  # noqa: F401  (first: what it does is done to what is imported after it)
+import fixtures.annotations  # noqa: F401  (first: what it does is done to what is imported after it)
 import pytest
-from fixtures_process import forget, python
+from fixtures.process import forget, python
 
 from finrepro import PROJECT
 from finrepro.catalogue import reader
@@ -39,7 +46,9 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of configs/ that the catalogue reads in place of the project's, to be changed at will (then call `forget`)."""
+    """A copy of configs/ that the catalogue reads in place of the project's, to be changed at
+    will (then call `forget`).
+    """
     folder = tmp_path / "configs"
     shutil.copytree(PROJECT / "configs", folder)
     monkeypatch.setattr(reader, "CONFIGS", folder)
@@ -50,8 +59,12 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def invoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`invoke(*arguments)`: a command as a user types it, with an empty store of this test file's own unless --store is given."""
+def invoke(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`invoke(*arguments)`: a command as a user types it, with an empty store of this test
+    file's own unless --store is given.
+    """
     store = tmp_path_factory.mktemp("commands") / "store"
 
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:

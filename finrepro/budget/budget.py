@@ -1,6 +1,8 @@
-"""From GPUs and hours to a model and its tokens, and from a model and its tokens to hours, price and memory. No torch.
+"""From GPUs and hours to a model and its tokens, and from a model and its tokens to hours, price
+and memory. No torch.
 
-Operations = GPUs x seconds x peak x MFU, with MFU in PaLM's convention (finrepro.sizes.flops.model_flops); laws in finrepro.budget.scaling.
+Operations = GPUs x seconds x peak x MFU, with MFU in PaLM's convention
+(finrepro.sizes.flops.model_flops); laws in finrepro.budget.scaling.
 """
 
 import math
@@ -18,7 +20,9 @@ SPREAD, STEPS = 30.0, 60  # of the chart: sizes around the optimum, from a 30th 
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes: `devices` alike, `peak` FLOP/s each, at `mfu` of it; price in USD an hour and device, and memory, where known."""
+    """What computes: `devices` alike, `peak` FLOP/s each, at `mfu` of it; price in USD an hour
+    and device, and memory, where known.
+    """
 
     name: str
     devices: int
@@ -52,7 +56,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A catalogue entry trained from nothing on `tokens`: `losses` by law, `epochs` where the number of different tokens is given."""
+    """A catalogue entry trained from nothing on `tokens`: `losses` by law, `epochs` where the
+    number of different tokens is given.
+    """
 
     model: str
     parameters: int
@@ -80,7 +86,9 @@ def operations(machine: Machine, hours: float) -> float:
 
 
 def best(computed: float, models: tuple[Model, ...], unique: float | None) -> tuple[Best, ...]:
-    """The optimum of every law at so many operations; with `unique` tokens, what is beyond them is repeated."""
+    """The optimum of every law at so many operations; with `unique` tokens, what is beyond them
+    is repeated.
+    """
     found = []
     for law in scaling.laws():
         point = scaling.optimum(law, computed, unique)
@@ -90,10 +98,15 @@ def best(computed: float, models: tuple[Model, ...], unique: float | None) -> tu
     return tuple(found)
 
 
-def plan(machine: Machine, model: Model, tokens: float, sequence: int, unique: float | None) -> Plan:
+def plan(
+    machine: Machine, model: Model, tokens: float, sequence: int, unique: float | None
+) -> Plan:
     """What it takes to train a model from nothing on so many tokens, in sequences of `sequence`."""
     hours = tokens * flops.model_flops(model, sequence, "palm") / machine.speed / HOUR
-    losses = {law.name: scaling.loss(law, float(model.parameters), tokens, unique) for law in scaling.laws()}
+    losses = {
+        law.name: scaling.loss(law, float(model.parameters), tokens, unique)
+        for law in scaling.laws()
+    }
     epochs = tokens / unique if unique else None
     return Plan(model.name, model.parameters, tokens, hours, machine.cost(hours), epochs, losses)
 
@@ -104,27 +117,43 @@ def affordable(machine: Machine, model: Model, hours: float, sequence: int) -> f
 
 
 def needed(machine: Machine, model: Model, sequence: int) -> dict[str, Any]:
-    """Estimated bytes a device to train every weight, AdamW in mixed precision, a sequence at a time: whole, and in parts (ZeRO-3)."""
+    """Estimated bytes a device to train every weight, AdamW in mixed precision, a sequence at a
+    time: whole, and in parts (ZeRO-3).
+    """
     whole = memory.full_bytes(model, sequence)
     states = whole.total - whole.activations
     parts = states / machine.devices + whole.activations
     room = machine.memory_bytes
-    fits = None if room is None else "whole" if whole.total <= room else "parts" if parts <= room else "no"
+    fits = (
+        None
+        if room is None
+        else "whole"
+        if whole.total <= room
+        else "parts"
+        if parts <= room
+        else "no"
+    )
     return {"whole_bytes": whole.total, "parts_bytes": parts, "device_bytes": room, "fits": fits}
 
 
 def chart(computed: float, models: tuple[Model, ...], unique: float | None) -> Chart:
-    """The loss against the size at so many operations, a curve a law, and the catalogue's entries on each of them."""
+    """The loss against the size at so many operations, a curve a law, and the catalogue's
+    entries on each of them.
+    """
     curves, dots = [], []
     for law in scaling.laws():
         middle = scaling.optimum(law, computed, unique).parameters
         sizes = tuple(middle * SPREAD ** (2 * step / STEPS - 1) for step in range(STEPS + 1))
         told = f"{law.title}{' (second-hand)' * (law.read == 'second-hand')}"
         curves.append(Curve(told, sizes, tuple(_at(law, size, computed, unique) for size in sizes)))
-        ours = [float(model.parameters) for model in models if sizes[0] <= model.parameters <= sizes[-1]]
+        ours = [
+            float(model.parameters) for model in models if sizes[0] <= model.parameters <= sizes[-1]
+        ]
         heights = tuple(_at(law, size, computed, unique) for size in ours)
         names = tuple(model.name for model in models if float(model.parameters) in ours)
-        dots.append(Curve("", tuple(ours), heights, names if law is scaling.laws()[0] else (), dots=True))
+        dots.append(
+            Curve("", tuple(ours), heights, names if law is scaling.laws()[0] else (), dots=True)
+        )
     title = f"{computed:.2e} operations" + (f", {unique:.3g} different tokens" if unique else "")
     return Chart(title, "parameters", "loss to expect [nats a token]", (*curves, *dots), "log")
 
@@ -136,5 +165,8 @@ def _at(law: scaling.Law, size: float, computed: float, unique: float | None) ->
 def record(machine: Machine, **found: Any) -> dict[str, Any]:
     """Everything as plain values, with the source of every constant."""
     sources = {law.name: {"source": law.source, "read": law.read} for law in scaling.laws()}
-    sources["repetition"] = {"source": scaling.repetition().source, "read": scaling.repetition().read}
+    sources["repetition"] = {
+        "source": scaling.repetition().source,
+        "read": scaling.repetition().read,
+    }
     return {"machine": asdict(machine), **found, "sources": sources}

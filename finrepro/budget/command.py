@@ -1,4 +1,6 @@
-"""`invoke budget`: its options checked, its answer printed and kept under results/budget/ in the store. Nothing is measured unasked."""
+"""`invoke budget`: its options checked, its answer printed and kept under results/budget/ in the
+store. Nothing is measured unasked.
+"""
 
 from dataclasses import asdict
 
@@ -23,16 +25,32 @@ def budget_of(place: Place, asked: budget.Request) -> int:
     folder, stem = place.store.results / "budget", _stem(asked)
     computed = found.pop("computed")
     models = tuple(map(reader.model, OURS))
-    picture = draw_charts([budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1)
+    picture = draw_charts(
+        [budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1
+    )
     with place.store.lock(), files.disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
         values = budget.record(
-            asked.machine, operations=computed, sequence=asked.sequence, unique=asked.unique, **found
+            asked.machine,
+            operations=computed,
+            sequence=asked.sequence,
+            unique=asked.unique,
+            **found,
         )
         files.write_json(folder / f"{stem}.json", values)
         files.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
         files.write_bytes(folder / f"{stem}.png", to_png(picture))
-    print("\n".join([*lines, "", *asked.remarks, *sources(asked.unique), f"Kept: {folder / stem} (json, svg, png)."]))
+    print(
+        "\n".join(
+            [
+                *lines,
+                "",
+                *asked.remarks,
+                *sources(asked.unique),
+                f"Kept: {folder / stem} (json, svg, png).",
+            ]
+        )
+    )
     return 0
 
 
@@ -50,13 +68,17 @@ def request(
 ) -> budget.Request:
     """The checked options."""
     if (hours is None) == (tokens is None):
-        raise UsageError("give --hours, or --model and --tokens: the one is worked out from the other.")
+        raise UsageError(
+            "give --hours, or --model and --tokens: the one is worked out from the other."
+        )
     if tokens is not None and model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
     chosen = _model(model) if model is not None else None
     length = whole("sequence", sequence)
     if chosen and length > flops.positions(chosen):
-        raise UsageError(f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions.")
+        raise UsageError(
+            f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions."
+        )
     machine, remarks = _machine(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
     if price is not None:
         machine = budget.Machine(**asdict(machine) | {"price": number("price", price)})
@@ -72,14 +94,20 @@ def request(
 
 
 def _model(name: str) -> Model:
-    known = [each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"]
+    known = [
+        each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
+    ]
     if name not in known:
         raise unknown("model", name, known)
     return reader.model(name)
 
 
-def _machine(gpu: str | None, devices: int, mfu: float, measure: bool) -> tuple[budget.Machine, tuple[str, ...]]:
-    """The GPU of the catalogue, or with `measure` the device at hand at the rate that its matrix products reach now."""
+def _machine(
+    gpu: str | None, devices: int, mfu: float, measure: bool
+) -> tuple[budget.Machine, tuple[str, ...]]:
+    """The GPU of the catalogue, or with `measure` the device at hand at the rate that its matrix
+    products reach now.
+    """
     if (gpu is None) == (not measure):
         known = ", ".join(reader.catalogue("hardware"))
         raise UsageError(f"give --gpu, one of: {known}; or --measure, for the device at hand.")

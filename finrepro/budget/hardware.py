@@ -1,4 +1,6 @@
-"""GPUs as configs/hardware.yaml gives them: peak, measured matrix products, memory, price, each with its source or absent. No torch."""
+"""GPUs as configs/hardware.yaml gives them: peak, measured matrix products, memory, price, each
+with its source or absent. No torch.
+"""
 
 from functools import cache
 
@@ -11,7 +13,9 @@ NUMBERS = ("peak_bf16", "matmul_bf16", "bandwidth", "memory_bytes", "price")
 
 @settings
 class Hardware:
-    """One GPU. FLOP/s are dense bfloat16, bandwidth is bytes/s, price US dollars an hour; None where no source was read."""
+    """One GPU. FLOP/s are dense bfloat16, bandwidth is bytes/s, price US dollars an hour; None
+    where no source was read.
+    """
 
     name: str
     title: str
@@ -27,13 +31,17 @@ class Hardware:
         """Raises `ValueError` for a number without a source, or a source without its number."""
         known = {each for each in NUMBERS if getattr(self, each) is not None}
         if known != set(self.sources):
-            raise ValueError(f"sources must be given for exactly {', '.join(sorted(known)) or 'nothing'}")
+            raise ValueError(
+                f"sources must be given for exactly {', '.join(sorted(known)) or 'nothing'}"
+            )
 
     def known(self, number: str) -> float:
         """A number of the GPU. Raises `UsageError` where it is null."""
         value = getattr(self, number)
         if value is None:
-            raise UsageError(f"hardware.{self.name}.{number}: no source was read for it; enter it with its source.")
+            raise UsageError(
+                f"hardware.{self.name}.{number}: no source was read for it; enter it with its source."
+            )
         return float(value)
 
     @property
@@ -44,7 +52,9 @@ class Hardware:
 
 @cache
 def hardware(name: str) -> Hardware:
-    """A resolved entry of hardware.yaml. Raises `UsageError` with the nearest match for an unknown one."""
+    """A resolved entry of hardware.yaml. Raises `UsageError` with the nearest match for an
+    unknown one.
+    """
     return build(Hardware, {"name": name, **entry("hardware", name, "GPU")}, f"hardware.{name}")
 
 

@@ -1,8 +1,9 @@
-"""How much faster two narrow matrix products can be than the wide one they replace, on a GPU that computes and moves bytes at known rates.
+"""How much faster two narrow matrix products can be than the wide one they replace, on a GPU that
+computes and moves bytes at known rates.
 
-The roofline model (Williams, Waterman and Patterson, CACM 2009): a product takes as long as its operations at the measured matrix rate, or
-its bytes at the memory's bandwidth, whichever is longer; nothing is reused from a cache between products. A rank below rate / bandwidth is
-bound by memory.
+The roofline model (Williams, Waterman and Patterson, CACM 2009): a product takes as long as its
+operations at the measured matrix rate, or its bytes at the memory's bandwidth, whichever is longer;
+nothing is reused from a cache between products. A rank below rate / bandwidth is bound by memory.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ BYTES = 2  # bfloat16
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Speed-ups over the dense layer: by operations alone, at most with two products, and with both fused into one pass over the input."""
+    """Speed-ups over the dense layer: by operations alone, at most with two products, and with
+    both fused into one pass over the input.
+    """
 
     flops: float
     two_products: float
@@ -22,7 +25,9 @@ class Ceiling:
 
 
 def seconds(hardware: Hardware, rows: int, inner: int, columns: int) -> float:
-    """The least time of a (rows, inner) by (inner, columns) product: computing, or reading both and writing the result."""
+    """The least time of a (rows, inner) by (inner, columns) product: computing, or reading both
+    and writing the result.
+    """
     moved = BYTES * (rows * inner + inner * columns + rows * columns)
     return max(2 * rows * inner * columns / hardware.rate, moved / hardware.known("bandwidth"))
 
@@ -30,20 +35,30 @@ def seconds(hardware: Hardware, rows: int, inner: int, columns: int) -> float:
 def factored_seconds(
     hardware: Hardware, inputs: int, outputs: int, rank: int, tokens: int, fused: bool = False
 ) -> float:
-    """The least time of the two factors, one product after the other; `fused`: what stands between them stays on the chip."""
+    """The least time of the two factors, one product after the other; `fused`: what stands
+    between them stays on the chip.
+    """
     if not fused:
         return seconds(hardware, tokens, inputs, rank) + seconds(hardware, tokens, rank, outputs)
     moved = BYTES * (tokens * (inputs + outputs) + rank * (inputs + outputs))
-    return max(2 * tokens * rank * (inputs + outputs) / hardware.rate, moved / hardware.known("bandwidth"))
+    return max(
+        2 * tokens * rank * (inputs + outputs) / hardware.rate, moved / hardware.known("bandwidth")
+    )
 
 
 def low_rank(hardware: Hardware, inputs: int, outputs: int, rank: int, tokens: int) -> Ceiling:
-    """The ceiling for W (outputs, inputs) replaced by two factors of `rank`, on `tokens` at once."""
+    """The ceiling for W (outputs, inputs) replaced by two factors of `rank`, on `tokens` at
+    once.
+    """
     dense = seconds(hardware, tokens, inputs, outputs)
-    two, one = (factored_seconds(hardware, inputs, outputs, rank, tokens, fused) for fused in (False, True))
+    two, one = (
+        factored_seconds(hardware, inputs, outputs, rank, tokens, fused) for fused in (False, True)
+    )
     return Ceiling(inputs * outputs / (rank * (inputs + outputs)), dense / two, dense / one)
 
 
 def ridge(hardware: Hardware) -> float:
-    """Operations a byte above which the GPU computes longer than it moves: about the smallest rank that is not bound by memory."""
+    """Operations a byte above which the GPU computes longer than it moves: about the smallest
+    rank that is not bound by memory.
+    """
     return hardware.rate / hardware.known("bandwidth")

@@ -1,6 +1,8 @@
-"""Scaling laws: the loss of N parameters after D tokens, what is best for a number of operations, and what repeated tokens are worth.
+"""Scaling laws: the loss of N parameters after D tokens, what is best for a number of operations,
+and what repeated tokens are worth.
 
-L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, arXiv 2203.15556, section 3.3), C = 6 N D. No torch.
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, arXiv 2203.15556, section 3.3), C = 6
+N D. No torch.
 """
 
 import math
@@ -38,7 +40,9 @@ class Law:
 
 @settings
 class Repetition:
-    """How fast repeated tokens and excess parameters lose their worth: after about so many repetitions they are worth nothing more."""
+    """How fast repeated tokens and excess parameters lose their worth: after about so many
+    repetitions they are worth nothing more.
+    """
 
     tokens: PositiveFloat
     parameters: PositiveFloat
@@ -74,13 +78,17 @@ def repetition() -> Repetition:
 
 
 def effective(first: float, total: float, worth: float) -> float:
-    """What `total` are worth of which `first` are different: U + U R* (1 - exp(-R / R*)), R = total / U - 1 (arXiv 2305.16264, eq. 5)."""
+    """What `total` are worth of which `first` are different: U + U R* (1 - exp(-R / R*)), R =
+    total / U - 1 (arXiv 2305.16264, eq. 5).
+    """
     unique = min(first, total)
     return unique + unique * worth * (1 - math.exp(-(total / unique - 1) / worth))
 
 
 def loss(fit: Law, parameters: float, tokens: float, unique: float | None = None) -> float:
-    """The loss to expect. Tokens beyond `unique` ones are repetitions, and excess parameters count less too (arXiv 2305.16264, eq. 6)."""
+    """The loss to expect. Tokens beyond `unique` ones are repetitions, and excess parameters
+    count less too (arXiv 2305.16264, eq. 6).
+    """
     if unique is not None:
         worth, different = repetition(), min(unique, tokens)
         needed = different_parameters(fit, different)
@@ -90,17 +98,23 @@ def loss(fit: Law, parameters: float, tokens: float, unique: float | None = None
 
 
 def different_parameters(fit: Law, tokens: float) -> float:
-    """The size for which `tokens` are the optimum: U_N = (U_D G)^(beta / alpha) G (arXiv 2305.16264, appendix A)."""
+    """The size for which `tokens` are the optimum: U_N = (U_D G)^(beta / alpha) G (arXiv
+    2305.16264, appendix A).
+    """
     return float((tokens * fit.balance) ** (fit.beta / fit.alpha) * fit.balance)
 
 
 def optimum(fit: Law, operations: float, unique: float | None = None) -> Point:
-    """The size and tokens of the least loss at `operations` = 6 N D: in closed form, or found along that line where tokens repeat."""
+    """The size and tokens of the least loss at `operations` = 6 N D: in closed form, or found
+    along that line where tokens repeat.
+    """
     line = operations / 6
     if unique is None:
         parameters = fit.balance * line ** (fit.beta / (fit.alpha + fit.beta))
     else:
-        parameters = math.exp(_least(lambda log: loss(fit, math.exp(log), line / math.exp(log), unique)))
+        parameters = math.exp(
+            _least(lambda log: loss(fit, math.exp(log), line / math.exp(log), unique))
+        )
     return Point(parameters, line / parameters, loss(fit, parameters, line / parameters, unique))
 
 
@@ -109,7 +123,11 @@ def _least(height: Callable[[float], float]) -> float:
     low, high, steps = math.log(SMALLEST), math.log(LARGEST), 400
     grid = [low + (high - low) * step / steps for step in range(steps + 1)]
     best = min(grid, key=height)
-    low, high, golden = best - (high - low) / steps, best + (high - low) / steps, (math.sqrt(5) - 1) / 2
+    low, high, golden = (
+        best - (high - low) / steps,
+        best + (high - low) / steps,
+        (math.sqrt(5) - 1) / 2,
+    )
     while high - low > 1e-9:
         left, right = high - golden * (high - low), low + golden * (high - low)
         if height(left) < height(right):

@@ -1,4 +1,6 @@
-"""A budget in words: what hours buy, what a model takes, and the sources of both. Each answer comes with its numbers."""
+"""A budget in words: what hours buy, what a model takes, and the sources of both. Each answer
+comes with its numbers.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +22,9 @@ FITS = {
 
 
 def of_hours(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
-    """What so many hours buy: the best size and tokens by each law, and the tokens of each of our models, or of the one that is named."""
+    """What so many hours buy: the best size and tokens by each law, and the tokens of each of
+    our models, or of the one that is named.
+    """
     machine, hours = asked.machine, asked.hours or 0.0
     computed = budget.operations(machine, hours)
     lines = [
@@ -31,22 +35,39 @@ def of_hours(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
     everything = tuple(map(reader.model, OURS))
     laws = budget.best(computed, everything, asked.unique)
     rows = [
-        (_title(each.law), _short(each.point.parameters), _short(each.point.tokens), f"{each.point.tokens / each.point.parameters:.3g}",
-         _epochs(each.epochs), f"{each.point.loss:.3f}", each.nearest)
+        (
+            _title(each.law),
+            _short(each.point.parameters),
+            _short(each.point.tokens),
+            f"{each.point.tokens / each.point.parameters:.3g}",
+            _epochs(each.epochs),
+            f"{each.point.loss:.3f}",
+            each.nearest,
+        )
         for each in laws
-    ]  # fmt: skip
-    lines += _columns(("law", "parameters", "tokens", "tokens a parameter", "epochs", "loss", "nearest of ours"), rows)
+    ]
+    lines += _columns(
+        ("law", "parameters", "tokens", "tokens a parameter", "epochs", "loss", "nearest of ours"),
+        rows,
+    )
     models = (asked.model,) if asked.model else everything
     plans = []
     for each in models:
         length = min(asked.sequence, flops.positions(each))
-        plans.append(budget.plan(machine, each, budget.affordable(machine, each, hours, length), length, asked.unique))
+        plans.append(
+            budget.plan(
+                machine, each, budget.affordable(machine, each, hours, length), length, asked.unique
+            )
+        )
     lines += [
         "",
         f"Trained for these {hours:g} h (6 N + 12 L H Q T, sequences of {asked.sequence:,}, or what the model has positions for):",
         *_plans(plans),
     ]
-    found: dict[str, Any] = {"best": [asdict(each) for each in laws], "plans": [asdict(each) for each in plans]}
+    found: dict[str, Any] = {
+        "best": [asdict(each) for each in laws],
+        "plans": [asdict(each) for each in plans],
+    }
     if asked.model:
         told, found["memory"] = _room(asked, asked.model)
         lines += ["", told]
@@ -62,7 +83,9 @@ def of_tokens(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
     computed = budget.operations(machine, made.hours)
     told, room = _room(asked, model)
     lines = [
-        _head(machine, f"{model.name} on {_short(tokens)} tokens", computed, made.price, made.hours),
+        _head(
+            machine, f"{model.name} on {_short(tokens)} tokens", computed, made.price, made.hours
+        ),
         "",
         *_plans([made]),
         "",
@@ -76,11 +99,17 @@ def _room(asked: budget.Request, model: Model) -> tuple[str, dict[str, Any]]:
     room = budget.needed(asked.machine, model, asked.sequence)
     whole, parts = (f"{room[key] / 1e9:,.1f} GB" for key in ("whole_bytes", "parts_bytes"))
     told = f"Memory to train every weight, one sequence of {asked.sequence:,} at a time (estimated): {whole} whole"
-    told += f", {parts} a device in {asked.machine.devices} parts (ZeRO-3)" if asked.machine.devices > 1 else ""
+    told += (
+        f", {parts} a device in {asked.machine.devices} parts (ZeRO-3)"
+        if asked.machine.devices > 1
+        else ""
+    )
     return f"{told}; {FITS[room['fits']]}.", room
 
 
-def _head(machine: budget.Machine, what: str, computed: float, price: float | None, hours: float) -> str:
+def _head(
+    machine: budget.Machine, what: str, computed: float, price: float | None, hours: float
+) -> str:
     cost = (
         f"about {price:,.0f} USD at {machine.price:.2f} an hour"
         if price is not None
@@ -95,10 +124,18 @@ def _head(machine: budget.Machine, what: str, computed: float, price: float | No
 def _plans(plans: list[budget.Plan]) -> list[str]:
     """A line a model; a column of loss a law."""
     rows = [
-        (each.model, _short(float(each.parameters)), _short(each.tokens), f"{each.tokens / each.parameters:.3g}", _epochs(each.epochs),
-         f"{each.hours:,.4g}", "-" if each.price is None else f"{each.price:,.0f}", *(f"{loss:.3f}" for loss in each.losses.values()))
+        (
+            each.model,
+            _short(float(each.parameters)),
+            _short(each.tokens),
+            f"{each.tokens / each.parameters:.3g}",
+            _epochs(each.epochs),
+            f"{each.hours:,.4g}",
+            "-" if each.price is None else f"{each.price:,.0f}",
+            *(f"{loss:.3f}" for loss in each.losses.values()),
+        )
         for each in plans
-    ]  # fmt: skip
+    ]
     head = ("model", "parameters", "tokens", "tokens a parameter", "epochs", "hours", "USD")
     return _columns((*head, *(f"loss, {_title(name)}" for name in plans[0].losses)), rows)
 
@@ -106,7 +143,8 @@ def _plans(plans: list[budget.Plan]) -> list[str]:
 def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
     return [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        "  "
+        + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
 

@@ -1,4 +1,6 @@
-"""A table from command to numbers: plan the cells, run what is missing, record each, render the table."""
+"""A table from command to numbers: plan the cells, run what is missing, record each, render the
+table.
+"""
 
 import dataclasses
 import queue
@@ -43,7 +45,9 @@ def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale
     if wanted == "auto":
         whole = dataclasses.replace(selection, quick=False, full=False, only=None)
         scales: tuple[Scale, ...] = ("smoke", "paper") if selection.adapter else ()
-        fitting = [scale for scale in scales if any(not cell.refusal for cell in expand(whole, scale))]
+        fitting = [
+            scale for scale in scales if any(not cell.refusal for cell in expand(whole, scale))
+        ]
         if len(fitting) == 1:
             return fitting[0], "the base of the adapter is there"
         return planning.auto_scale(lambda: expand(whole, "paper"), place)
@@ -51,7 +55,9 @@ def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale
 
 
 def list_plan(selection: Selection, place: Place, options: Options, launches: bool = False) -> int:
-    """Print the selected cells with their states, or with what each needs and the command that runs it. Nothing runs."""
+    """Print the selected cells with their states, or with what each needs and the command that
+    runs it. Nothing runs.
+    """
     scale, why = choose_scale(selection, options.scale, place)
     steps = planning.plan(expand(selection, scale), place, options.keep)
     display = Display()
@@ -68,14 +74,17 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     """Run a table's missing cells and print it; the exit code (see finrepro.errors)."""
     display = Display()
     scale, why = choose_scale(selection, options.scale, place)
-    cells = expand(selection, scale)  # before anything is printed: a wrong request is answered in one line
+    cells = expand(
+        selection, scale
+    )  # before anything is printed: a wrong request is answered in one line
     display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
     if all(cell.refusal for cell in cells):
         raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
     steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
     planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
-    # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would not even die of it otherwise.
+    # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would
+    # not even die of it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with place.store.lock():
         campaign = _Campaign(selection, scale, place, options, steps, display)
@@ -90,7 +99,9 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
 
 
 class _Campaign:
-    """One call of `reproduce`: jobs run cells in threads that only pass on events; this thread shows and records them."""
+    """One call of `reproduce`: jobs run cells in threads that only pass on events; this thread
+    shows and records them.
+    """
 
     def __init__(
         self,
@@ -108,11 +119,18 @@ class _Campaign:
         self.parent = ""
         started = time.time()
         self.record: dict[str, Any] = {
-            "id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started)) + f"-{provenance.source_digest()[:6]}",
-            "table": f"table{selection.table.removeprefix('table')}", "scale": scale, "status": "running",
-            "command": shlex.join(sys.argv[1:]), "started": started, "ended": started, "cells": [], "rendered": file_stem(selection),
+            "id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started))
+            + f"-{provenance.source_digest()[:6]}",
+            "table": f"table{selection.table.removeprefix('table')}",
+            "scale": scale,
+            "status": "running",
+            "command": shlex.join(sys.argv[1:]),
+            "started": started,
+            "ended": started,
+            "cells": [],
+            "rendered": file_stem(selection),
             "environment": provenance.environment(),
-        }  # fmt: skip
+        }
 
     def run(self) -> None:
         """Record skipped cells, then run bases, then the cells on them."""
@@ -130,7 +148,11 @@ class _Campaign:
         self._save()
         workers = [
             Worker(
-                self.place, self.selection, self.scale, self.place.store.results / "logs" / f"worker{number}.log", card
+                self.place,
+                self.selection,
+                self.scale,
+                self.place.store.results / "logs" / f"worker{number}.log",
+                card,
             )
             for number, card in enumerate(machine.cards(min(self.jobs, len(waiting))))
         ]
@@ -142,7 +164,9 @@ class _Campaign:
             self._jobs(workers, waiting)
         except (KeyboardInterrupt, EnvironmentFault) as error:
             if isinstance(error, KeyboardInterrupt):
-                self.display.say("Stopping: the running cell saves its state. Run the same command again to go on.")
+                self.display.say(
+                    "Stopping: the running cell saves its state. Run the same command again to go on."
+                )
             for worker in workers:
                 worker.interrupt()
             self.record["status"] = "interrupted"
@@ -152,7 +176,9 @@ class _Campaign:
                 worker.close()
 
     def _jobs(self, workers: list[Worker], waiting: list[planning.Step]) -> None:
-        """Let every worker take cells from one queue, bases first, while this thread shows and records what they report."""
+        """Let every worker take cells from one queue, bases first, while this thread shows and
+        records what they report.
+        """
         todo: queue.Queue[planning.Step] = queue.Queue()
         for step in waiting:
             todo.put(step)
@@ -168,8 +194,12 @@ class _Campaign:
                 self._finished(step, event)
                 left -= 1
 
-    def _work(self, worker: Worker, todo: "queue.Queue[planning.Step]", ready: dict[str, threading.Event]) -> None:
-        """A job: run waiting cells until none is left. A cell waits for its base, and fails with it."""
+    def _work(
+        self, worker: Worker, todo: "queue.Queue[planning.Step]", ready: dict[str, threading.Event]
+    ) -> None:
+        """A job: run waiting cells until none is left. A cell waits for its base, and fails with
+        it.
+        """
         while True:
             try:
                 step = todo.get_nowait()
@@ -187,7 +217,9 @@ class _Campaign:
             self._pass_on(step, {"event": "phase", "phase": "start"})
             try:
                 event = worker.run(step.spec, partial(self._pass_on, step))
-            except Exception as error:  # of this thread, which must not leave the others waiting for it
+            except (
+                Exception
+            ) as error:  # of this thread, which must not leave the others waiting for it
                 event = {"event": "died", "reason": f"it could not be started: {error}"}
             if step.is_base:
                 ready[step.spec.run_id].set()
@@ -198,7 +230,9 @@ class _Campaign:
         self.events.put((step, event))
 
     def _finished(self, step: planning.Step, event: Event) -> None:
-        """Record the end of a cell, whatever it was. A fault of the environment ends the campaign."""
+        """Record the end of a cell, whatever it was. A fault of the environment ends the
+        campaign.
+        """
         if event["event"] == "fault" and event["exit_code"] == EnvironmentFault.exit_code:
             raise EnvironmentFault(event["reason"])
         if event["event"] == "interrupted":
@@ -214,7 +248,9 @@ class _Campaign:
         self._project(step)
 
     def _skip(self, step: planning.Step) -> None:
-        """Record a skipped cell, unless the same is on record. It is no run: MLflow shows it in the campaign's table alone."""
+        """Record a skipped cell, unless the same is on record. It is no run: MLflow shows it in
+        the campaign's table alone.
+        """
         before = self.place.store.result(step.spec.run_id)
         if before is None or before["status"] != store.SKIPPED or before["reason"] != step.reason:
             seal_unfinished(step.spec, self.place.store, store.SKIPPED, step.reason, time.time())
@@ -224,12 +260,19 @@ class _Campaign:
 
     def _note(self, step: planning.Step, outcome: str, status: str) -> None:
         self.record["cells"].append(
-            {"label": step.spec.label, "run_id": step.spec.run_id, "outcome": outcome, "status": status}
+            {
+                "label": step.spec.label,
+                "run_id": step.spec.run_id,
+                "outcome": outcome,
+                "status": status,
+            }
         )
 
     def _save(self) -> None:
         with files.disk_errors(self.place.store.root):
-            files.write_json(self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record)
+            files.write_json(
+                self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record
+            )
 
     def _project(self, step: planning.Step) -> None:
         """Show a finished cell in MLflow."""
@@ -242,9 +285,14 @@ class _Campaign:
 
     def finish(self) -> None:
         """Close the campaign, if it did anything."""
-        if all(cell["outcome"] == "kept" for cell in self.record["cells"]) and self.record["status"] == "running":
+        if (
+            all(cell["outcome"] == "kept" for cell in self.record["cells"])
+            and self.record["status"] == "running"
+        ):
             return
-        failed = any(cell["status"] in (store.FAILED, store.DIVERGED) for cell in self.record["cells"])
+        failed = any(
+            cell["status"] in (store.FAILED, store.DIVERGED) for cell in self.record["cells"]
+        )
         if self.record["status"] == "running":
             self.record["status"] = "with failed cells" if failed else "finished"
         self.record["ended"] = time.time()

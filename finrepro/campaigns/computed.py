@@ -1,4 +1,6 @@
-"""Tables that are computed from the models' sizes: no cells, nothing to run, nothing to record. They are made anew at each call."""
+"""Tables that are computed from the models' sizes: no cells, nothing to run, nothing to record.
+They are made anew at each call.
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -26,10 +28,14 @@ def is_computed(name: str) -> bool:
     return reader.table(name).computed is not None
 
 
-def reproduce(selection: Selection, place: Place, scale: str = "auto", plan: bool = False, **asked: bool) -> int:
-    """Write the table and print it, or with `plan` say that there is nothing to plan; the exit code.
+def reproduce(
+    selection: Selection, place: Place, scale: str = "auto", plan: bool = False, **asked: bool
+) -> int:
+    """Write the table and print it, or with `plan` say that there is nothing to plan; the exit
+    code.
 
-    `asked` are further options of the command, by name and whether they were given. Raises `UsageError` for one that needs cells.
+    `asked` are further options of the command, by name and whether they were given. Raises
+    `UsageError` for one that needs cells.
     """
     number = selection.table.removeprefix("table")
     given = [
@@ -38,13 +44,18 @@ def reproduce(selection: Selection, place: Place, scale: str = "auto", plan: boo
         if getattr(selection, each.name) != each.default and each.name != "table"
     ]
     names = {"world_size": "devices"}
-    wrong = [names.get(name, name) for name in (*given, *(name for name, value in asked.items() if value))]
+    wrong = [
+        names.get(name, name)
+        for name in (*given, *(name for name, value in asked.items() if value))
+    ]
     if wrong:
         raise UsageError(
             f"table {number} is computed from the models' sizes and has no cells: --{wrong[0]} does not apply."
         )
     if scale == "smoke":
-        raise UsageError(f"table {number} is computed for the real models: --scale smoke does not apply.")
+        raise UsageError(
+            f"table {number} is computed for the real models: --scale smoke does not apply."
+        )
     display = Display()
     if plan:
         display.say(
@@ -63,7 +74,11 @@ def write(name: str, place: Place) -> Table:
     report = kind_module("report", file.report)
     accounts = [_account(each, settings) for each in settings.models]
     made: Table = report.build(accounts, settings)
-    files = {"md": to_markdown(made).encode(), "tex": to_latex(made).encode(), "json": to_json(made).encode()}
+    files = {
+        "md": to_markdown(made).encode(),
+        "tex": to_latex(made).encode(),
+        "json": to_json(made).encode(),
+    }
     picture = draw_charts(report.charts(accounts), made.title)
     files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / SCALE

@@ -22,7 +22,14 @@ from finrepro.reporting.table import Table, to_rich
 from finrepro.running.launch import command
 from finrepro.running.worker import Event
 
-STYLES = {"done": "green", "stale": "yellow", "failed": "red", "diverged": "red", "skipped": "yellow", "refused": "dim"}
+STYLES = {
+    "done": "green",
+    "stale": "yellow",
+    "failed": "red",
+    "diverged": "red",
+    "skipped": "yellow",
+    "refused": "dim",
+}
 
 
 def duration(seconds: float) -> str:
@@ -46,28 +53,42 @@ class Display:
         self.console.print(text, markup=False)
 
     def plan(self, steps: list[planning.Step], place: Place, jobs: int) -> None:
-        """How many cells run, are kept, skipped and refused, with each reason once, and about how long it takes."""
+        """How many cells run, are kept, skipped and refused, with each reason once, and about
+        how long it takes.
+        """
         counts = Counter[str](step.action for step in steps)
         bases = sum(step.is_base for step in steps if step.action == "run")
-        seconds = sum(time.estimated_seconds(s.spec, place) for s in steps if s.action == "run") / max(1, jobs)
+        seconds = sum(
+            time.estimated_seconds(s.spec, place) for s in steps if s.action == "run"
+        ) / max(1, jobs)
         self.total = counts["run"]
         parts = [f"{counts['run']} to run" + (f" ({bases} of them pretraining)" if bases else "")]
         parts += [f"{counts[action]} {name}" for action, name in _NAMES.items() if counts[action]]
-        self.say(f"Plan: {', '.join(parts)}." + (f" About {duration(seconds)}." if counts["run"] else ""))
+        self.say(
+            f"Plan: {', '.join(parts)}." + (f" About {duration(seconds)}." if counts["run"] else "")
+        )
         reasons: dict[str, list[planning.Step]] = {}
         for step in steps:
             if step.reason:
                 reasons.setdefault(f"{_DOING[step.action]}: {step.reason}", []).append(step)
         for reason, named in reasons.items():
-            self.say(f"  {named[0].spec.label}{f' and {len(named) - 1} more' if len(named) > 1 else ''} - {reason}")
+            self.say(
+                f"  {named[0].spec.label}{f' and {len(named) - 1} more' if len(named) > 1 else ''} - {reason}"
+            )
 
     def progress(self, step: planning.Step, event: Event) -> None:
         """Move the cell's bar."""
         if not self.console.is_terminal:
             return
         if self.bars is None:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-            self.bars = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self.bars = Progress(
+                *columns, TimeRemainingColumn(), console=self.console, transient=True
+            )
             self.bars.start()
         label = step.spec.label
         if label not in self.tasks:
@@ -78,7 +99,9 @@ class Display:
             facts = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
             self.bars.update(self.tasks[label], completed=event["step"], facts=facts)
 
-    def finished(self, step: planning.Step, status: str, reason: str, result: dict[str, Any] | None) -> None:
+    def finished(
+        self, step: planning.Step, status: str, reason: str, result: dict[str, Any] | None
+    ) -> None:
         """One line for a finished cell: its main score and its time, or its reason."""
         self.done += 1
         label = step.spec.label
@@ -90,7 +113,11 @@ class Display:
             shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality"
             text = f"{shown}, {result['ended'] - result['started']:.0f} s"
         # One call: beside running bars, a line printed in parts would lose all but the last.
-        line = (f"[{self.done}/{self.total}] ", (status, STYLES.get(status, "")), f" {label}: {text}")
+        line = (
+            f"[{self.done}/{self.total}] ",
+            (status, STYLES.get(status, "")),
+            f" {label}: {text}",
+        )
         self.console.print(Text.assemble(*line))
 
     def close(self) -> None:
@@ -99,8 +126,13 @@ class Display:
             self.bars.stop()
 
     def table(self, table: Table, folder: Path, runs: bool = True) -> None:
-        """The finished table and where to find it; and the `runs` behind it, where there are any."""
-        wide = Console(highlight=False, width=max(self.console.width, 160) if not self.console.is_terminal else None)
+        """The finished table and where to find it; and the `runs` behind it, where there are
+        any.
+        """
+        wide = Console(
+            highlight=False,
+            width=max(self.console.width, 160) if not self.console.is_terminal else None,
+        )
         wide.print(to_rich(table, wide.width))
         if not runs:
             self.say(f"Table: {folder} (md, tex, json, svg, png).")
@@ -111,7 +143,9 @@ class Display:
             + " ui"
             + f" --store {root}" * (root != default_root())
         )
-        self.say(f"Table: {folder} (md, tex, json). Evidence: {root / 'results' / 'runs'}. MLflow: {ui}")
+        self.say(
+            f"Table: {folder} (md, tex, json). Evidence: {root / 'results' / 'runs'}. MLflow: {ui}"
+        )
 
 
 _NAMES = {"keep": "already done", "skip": "skipped", "refuse": "refused"}
@@ -133,8 +167,12 @@ def list_cells(steps: list[planning.Step]) -> None:
         Console(highlight=False, width=400).print(table)
 
 
-def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale, place: Place) -> None:
-    """What every cell that is not refused needs, and the command that runs it by itself, wherever it is pasted."""
+def list_launches(
+    steps: list[planning.Step], selection: Selection, scale: Scale, place: Place
+) -> None:
+    """What every cell that is not refused needs, and the command that runs it by itself,
+    wherever it is pasted.
+    """
     # Without the lock's name a result would not say which packages made it, and be stale at once.
     lock = os.environ.get("FINREPRO_LOCK")
     setting = f"FINREPRO_LOCK={shlex.quote(lock)} " if lock else ""
@@ -143,7 +181,13 @@ def list_launches(steps: list[planning.Step], selection: Selection, scale: Scale
             continue
         spec = step.spec
         devices = f"{spec.world_size} device{'s' * (spec.world_size > 1)}"
-        sharing = spec.train.engine if spec.train.engine != "deepspeed" else f"ZeRO-{spec.train.zero_stage}"
+        sharing = (
+            spec.train.engine
+            if spec.train.engine != "deepspeed"
+            else f"ZeRO-{spec.train.zero_stage}"
+        )
         needs = f"{devices} with {memory_model.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
         print(f"\n{spec.label}: {needs}; {step.state}{f' ({step.reason})' if step.reason else ''}")
-        print(f"  cd {shlex.quote(str(PROJECT))} && {setting}{shlex.join(command(spec, selection, scale, place))}")
+        print(
+            f"  cd {shlex.quote(str(PROJECT))} && {setting}{shlex.join(command(spec, selection, scale, place))}"
+        )

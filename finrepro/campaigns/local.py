@@ -21,7 +21,9 @@ from finrepro.running.launch import command, request
 from finrepro.running.worker import Event
 from finrepro.runtime import process as runtime
 
-FIRST_FAILURE = re.compile(r"first observed failure.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+[^\n]*)", re.DOTALL)
+FIRST_FAILURE = re.compile(
+    r"first observed failure.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+[^\n]*)", re.DOTALL
+)
 
 
 ENDS = ("result", "interrupted", "fault")  # the last event of a cell
@@ -31,7 +33,12 @@ class Worker:
     """The driver's side: starts the process when needed, sends it a cell, passes on its events."""
 
     def __init__(
-        self, place: Place, selection: Selection, scale: Scale, log: Path, environment: Mapping[str, str] | None = None
+        self,
+        place: Place,
+        selection: Selection,
+        scale: Scale,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
         self.environment = os.environ | (environment or {})
@@ -44,12 +51,19 @@ class Worker:
         if self.process is None or self.process.poll() is not None:
             with self.log.open("a") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "finrepro.running.worker"], cwd=PROJECT, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, text=True, env=self.environment,
-                )  # fmt: skip
+                    [sys.executable, "-m", "finrepro.running.worker"],
+                    cwd=PROJECT,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=self.environment,
+                )
 
     def run(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
-        """Run a cell; its last event: `result`, `interrupted`, `fault`, or `died` with the signal or the last line of the log."""
+        """Run a cell; its last event: `result`, `interrupted`, `fault`, or `died` with the
+        signal or the last line of the log.
+        """
         if self.closed:  # a fault of another cell has ended the campaign
             return {"event": "interrupted", "reason": "stopped"}
         if spec.world_size > 1:
@@ -58,10 +72,11 @@ class Worker:
         process = self.process
         assert process is not None and process.stdin is not None and process.stdout is not None
         message = {
-            "request": request(spec, self.selection, self.scale), "store": str(self.place.store.root),
+            "request": request(spec, self.selection, self.scale),
+            "store": str(self.place.store.root),
             "data_dir": self.place.data_dir and str(self.place.data_dir),
             "models_dir": self.place.models_dir and str(self.place.models_dir),
-        }  # fmt: skip
+        }
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
@@ -78,11 +93,21 @@ class Worker:
         """Run a cell on several ranks, each a process of its own; the first one reports."""
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                [*command(spec, self.selection, self.scale, self.place), "--run-id", spec.run_id,
-                 "--source", provenance.source_digest()], cwd=PROJECT, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=self.environment | {"OMP_NUM_THREADS": str(spec.threads)}, start_new_session=True,
+                [
+                    *command(spec, self.selection, self.scale, self.place),
+                    "--run-id",
+                    spec.run_id,
+                    "--source",
+                    provenance.source_digest(),
+                ],
+                cwd=PROJECT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment | {"OMP_NUM_THREADS": str(spec.threads)},
+                start_new_session=True,
                 preexec_fn=runtime.die_with_parent,
-            )  # fmt: skip
+            )
         self.launched = process
         last: Event | None = None
         elsewhere: list[str] = []
@@ -112,7 +137,10 @@ class Worker:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         first = FIRST_FAILURE.findall("\n".join(lines))  # of several ranks, as torchrun tells it
         if first and self.launched is process:
-            return {"event": "died", "reason": "rank {} ended first, with exit code {}".format(*first[-1])}
+            return {
+                "event": "died",
+                "reason": "rank {} ended first, with exit code {}".format(*first[-1]),
+            }
         last = f": {lines[-1][:200]}" if lines and code >= 0 else ""
         return {"event": "died", "reason": f"its process ended with {cause}{hint}{last}"}
 
@@ -122,7 +150,8 @@ class Worker:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
         if self.launched is not None and self.launched.poll() is None:
-            # The ranks, not torchrun: it would kill them thirty seconds later, and a large checkpoint takes longer.
+            # The ranks, not torchrun: it would kill them thirty seconds later, and a large
+            # checkpoint takes longer.
             with contextlib.suppress(psutil.Error):
                 ranks = psutil.Process(self.launched.pid).children()
                 for rank in ranks:

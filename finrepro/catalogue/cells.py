@@ -1,4 +1,6 @@
-"""From a table to its cells: the axes crossed, the selection applied, and what cannot be combined named with its reason."""
+"""From a table to its cells: the axes crossed, the selection applied, and what cannot be
+combined named with its reason.
+"""
 
 import difflib
 
@@ -10,7 +12,9 @@ from finrepro.errors import UsageError
 
 
 def expand(selection: Selection, scale: Scale) -> list[Cell]:
-    """Every selected cell of the table at `scale`, in the order of the axes. Raises `UsageError` if none is left."""
+    """Every selected cell of the table at `scale`, in the order of the axes. Raises `UsageError`
+    if none is left.
+    """
     grid = checked_grid(selection.table, scale)
     points = grid_points(selection, scale)
     only = ("*" if selection.only is None else selection.only,)
@@ -20,7 +24,9 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
         raise _no_match(selection, [point.label for point in points])
     cells = [resolve_cell(grid, selection, point) for point in chosen]
     fitting = [cell for cell in cells if not cell.refusal]
-    return fitting if selection.adapter and fitting else cells  # an adapter from elsewhere is asked for on its own base
+    return (
+        fitting if selection.adapter and fitting else cells
+    )  # an adapter from elsewhere is asked for on its own base
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:
@@ -28,8 +34,12 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
     near = difflib.get_close_matches(selection.only or "", labels, n=1, cutoff=0.3)
     hint = f" Nearest: {near[0]}." if near else ""
     if selection.only is None:
-        return UsageError(f"no cell of table {selection.table} is left with --quick and these seeds.")
-    if not (selection.full or selection.quick) and any(matches((selection.only,), each) for each in labels):
+        return UsageError(
+            f"no cell of table {selection.table} is left with --quick and these seeds."
+        )
+    if not (selection.full or selection.quick) and any(
+        matches((selection.only,), each) for each in labels
+    ):
         return UsageError(
             f"the cells of table {selection.table} that match --only '{selection.only}' are not among its default ones: add --full."
         )

@@ -1,4 +1,6 @@
-"""Why a combination of model, quantizer, adapter and training cannot run anywhere, each in one line, before anything is loaded."""
+"""Why a combination of model, quantizer, adapter and training cannot run anywhere, each in one
+line, before anything is loaded.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,11 @@ def refusal(spec: RunSpec) -> str | None:
     reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
     trainable = getattr(module, "supports_training", None)
     reason = reason or (trainable(spec.train, choice.config) if trainable else None)
-    stepped = getattr(spec.train.optimizer.module("optimizers"), "supports", None) if spec.train.max_steps else None
+    stepped = (
+        getattr(spec.train.optimizer.module("optimizers"), "supports", None)
+        if spec.train.max_steps
+        else None
+    )
     reason = reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
     return reason or not_compilable(spec)
 

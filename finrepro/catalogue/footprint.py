@@ -11,14 +11,18 @@ def block_linear_parameters(model: Model) -> int:
 
 
 def base_bytes(spec: RunSpec) -> int:
-    """Bytes of the base as it is stored, quantization constants included: exact, from the architecture."""
+    """Bytes of the base as it is stored, quantization constants included: exact, from the
+    architecture.
+    """
     return memory.stored_bytes(spec.model, spec.quantizer)
 
 
 def sizes(spec: RunSpec) -> dict[str, int]:
-    """What of a cell's costs needs no run: trained parameters, bytes of the base, and of the numbers in the file that training writes.
+    """What of a cell's costs needs no run: trained parameters, bytes of the base, and of the
+    numbers in the file that training writes.
 
-    The file has a header besides, about a hundred bytes a tensor. A whole model is written in its own dtype, an adapter in float32.
+    The file has a header besides, about a hundred bytes a tensor. A whole model is written in its
+    own dtype, an adapter in float32.
     """
     module, bits = spec.adapter.module("adapters"), 16 if spec.model.dtype == "bfloat16" else 32
     trained = module.trainable_parameters(spec.model, spec.adapter.config)

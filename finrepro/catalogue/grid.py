@@ -37,7 +37,9 @@ class Point:
 
 @cache
 def checked_grid(name: str, scale: Scale) -> Grid:
-    """The table's grid with every name on its axes in a catalogue, and every override for some of them. Raises `UsageError` for another."""
+    """The table's grid with every name on its axes in a catalogue, and every override for some
+    of them. Raises `UsageError` for another.
+    """
     grid = grid_of(name, scale)
     for each in grid.axes.model:
         model(each)
@@ -68,10 +70,18 @@ def grid_points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
 
 
 @cache
-def _crossed(name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Point, ...]:
+def _crossed(
+    name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]
+) -> tuple[Point, ...]:
     """Thousands of points, made once for however many selections."""
     axes = checked_grid(name, scale).axes
-    named = (axes.model, axes.quantizer, adapters, axes.train_on, *([axes.optimizer] if axes.optimizer else []))
+    named = (
+        axes.model,
+        axes.quantizer,
+        adapters,
+        axes.train_on,
+        *([axes.optimizer] if axes.optimizer else []),
+    )
     points = []
     for names in itertools.product(*named):
         called = dict(zip(WITH_OPTIMIZER, names, strict=False))

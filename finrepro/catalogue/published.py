@@ -1,11 +1,14 @@
-"""Values that others published: typed, each with what it was measured on, and whether a cell of ours measures the same thing.
+"""Values that others published: typed, each with what it was measured on, and whether a cell of
+ours measures the same thing.
 
-A file of configs/published holds one source: its metrics, known defects, test sets and systems (model and method), and the values, each
-typed once. Three levels of comparability, decided from facts alone:
+A file of configs/published holds one source: its metrics, known defects, test sets and systems
+(model and method), and the values, each typed once. Three levels of comparability, decided from
+facts alone:
 
 - `comparable`: the same quantity, measured the same way as far as the source says;
-- `with reservations`: the same quantity (model, test set, labels, metric), but its recipe or the way answers are read differs, or it has a
-  known defect. A verdict is given, and the reasons stand beside it;
+- `with reservations`: the same quantity (model, test set, labels, metric), but its recipe or the
+  way answers are read differs, or it has a known defect. A verdict is given, and the reasons stand
+  beside it;
 - `not comparable`: another quantity. No verdict.
 """
 
@@ -21,7 +24,9 @@ VARIANTS = ("_chat", "_instruct")
 
 @settings
 class Metric:
-    """A metric there: the name of ours that is the same quantity, or None. `beside` is then the one that it would be taken for."""
+    """A metric there: the name of ours that is the same quantity, or None. `beside` is then the
+    one that it would be taken for.
+    """
 
     ours: str | None
     says: str
@@ -30,7 +35,9 @@ class Metric:
 
 @settings
 class TestSet:
-    """What was asked there: the task here that asks the same, the number of rows, and `differs`, why it is not the same after all."""
+    """What was asked there: the task here that asks the same, the number of rows, and `differs`,
+    why it is not the same after all.
+    """
 
     __test__ = False  # for pytest: not a test, whatever its name
 
@@ -45,19 +52,26 @@ class TestSet:
 
 @settings
 class System:
-    """What was scored there, exactly (`variant`, `method`, `recipe`), and the catalogue's names for it where one fits."""
+    """What was scored there, exactly (`variant`, `method`, `recipe`), and the catalogue's names
+    for it where one fits.
+    """
 
     variant: str
     method: str
     model: str
     adapter: str | None
     quantizer: str | None
-    one_of: tuple[str, ...] = ()  # where `quantizer` is None because its sources disagree: what they say
+    one_of: tuple[
+        str, ...
+    ] = ()  # where `quantizer` is None because its sources disagree: what they say
     scored_with: str | None = (
-        None  # the quantizer under the adapter when it was scored, where another one than in training
+        # the quantizer under the adapter when it was scored, where another one than in training
+        None
     )
     folder: str | None = (
-        None  # the adapter itself, as its authors published it: a cell of --adapter with this folder's name
+        # the adapter itself, as its authors published it: a cell of --adapter with this folder's
+        # name
+        None
     )
     source: str | None = None
     recipe: str | None = None
@@ -96,7 +110,9 @@ class Published:
 
 @settings
 class SourceFile:
-    """One file of configs/published. The defects named by `everywhere` hold for each of its values."""
+    """One file of configs/published. The defects named by `everywhere` hold for each of its
+    values.
+    """
 
     source: str
     margin: Margin | None
@@ -109,7 +125,9 @@ class SourceFile:
 
 
 def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
-    """The values of one file, in its order. Raises `UsageError` for a name that the file does not define, or one that nothing uses."""
+    """The values of one file, in its order. Raises `UsageError` for a name that the file does
+    not define, or one that nothing uses.
+    """
     file = build(SourceFile, entries, where)
     used: set[str] = set()
     found = []

@@ -1,6 +1,8 @@
-"""The one reader of configs/: catalogue entries and tables, resolved and checked. It imports no torch.
+"""The one reader of configs/: catalogue entries and tables, resolved and checked. It imports no
+torch.
 
-Cells are listed and planned in well under a second, and every mistake in a file is one line that names the file's key.
+Cells are listed and planned in well under a second, and every mistake in a file is one line that
+names the file's key.
 """
 
 import dataclasses
@@ -12,7 +14,18 @@ from typing import Any
 from finrepro import PROJECT
 from finrepro.catalogue.published import Published
 from finrepro.catalogue.published import read as read_published
-from finrepro.catalogue.spec import Mix, Model, Part, Pretrain, RunSpec, Scale, TaskSpec, Train, TrainSet, label_of
+from finrepro.catalogue.spec import (
+    Mix,
+    Model,
+    Part,
+    Pretrain,
+    RunSpec,
+    Scale,
+    TaskSpec,
+    Train,
+    TrainSet,
+    label_of,
+)
 from finrepro.catalogue.table_file import Grid, TableFile
 from finrepro.errors import UsageError, unknown
 from finrepro.settings import Choice, build, choose, kind_module, read_yaml
@@ -42,10 +55,17 @@ def model(name: str) -> Model:
     found = build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
     if found.low_rank is not None and found.low_rank.of is not None:
         dense, where = model(found.low_rank.of), f"models.{name}.low_rank.of"
-        if dense.low_rank is not None or (dense.family, dense.architecture) != (found.family, found.architecture):
-            raise UsageError(f"{where}: {dense.name} is not the dense model of the same architecture.")
+        if dense.low_rank is not None or (dense.family, dense.architecture) != (
+            found.family,
+            found.architecture,
+        ):
+            raise UsageError(
+                f"{where}: {dense.name} is not the dense model of the same architecture."
+            )
         if found.pretrain is not None:
-            raise UsageError(f"{where}: the weights are those of {dense.name}: leave out 'pretrain'.")
+            raise UsageError(
+                f"{where}: the weights are those of {dense.name}: leave out 'pretrain'."
+            )
     return found
 
 
@@ -55,7 +75,9 @@ def origin(base: Model) -> Model:
 
 
 def cell_of_table_2(base: Model) -> str | None:
-    """The label of the cell of table 2 that makes the weights that a model starts from; None where a recipe or a hub does."""
+    """The label of the cell of table 2 that makes the weights that a model starts from; None
+    where a recipe or a hub does.
+    """
     made_by = origin(base).pretrain
     return made_by if isinstance(made_by, str) else None
 
@@ -68,7 +90,9 @@ def adapter(name: str) -> Choice:
 
 @cache
 def quantizer(name: str, dtype: str) -> Choice:
-    """A resolved entry of quantizers.yaml; `compute_dtype: model` becomes the dtype that the model runs in."""
+    """A resolved entry of quantizers.yaml; `compute_dtype: model` becomes the dtype that the
+    model runs in.
+    """
     values = dict(entry("quantizers", name, "quantizer"))
     if values.get("compute_dtype") == "model":
         values["compute_dtype"] = dtype
@@ -89,7 +113,9 @@ def dataset(name: str) -> Choice:
 
 @cache
 def task(name: str, template: str = "") -> TaskSpec:
-    """A resolved entry of tasks.yaml with its dataset; a task with templates keeps the chosen one only."""
+    """A resolved entry of tasks.yaml with its dataset; a task with templates keeps the chosen
+    one only.
+    """
     values = dict(entry("tasks", name, "task"))
     templates = values.get("templates")
     if templates:
@@ -106,19 +132,25 @@ def task(name: str, template: str = "") -> TaskSpec:
 
 @cache
 def train_set(name: str, template: str = "") -> tuple[TrainSet, tuple[TaskSpec, ...]]:
-    """What the name of a mix or of a task means: the set to train on, and the tasks that are scored."""
+    """What the name of a mix or of a task means: the set to train on, and the tasks that are
+    scored.
+    """
     if name not in catalogue("mixes"):
         if name not in catalogue("tasks"):
             raise unknown("training set", name, [*catalogue("tasks"), *catalogue("mixes")])
         single = task(name, template)
         return TrainSet(name=name, parts=(Part(task=single, repeat=1),)), (single,)
     mix = build(Mix, entry("mixes", name, "mix"), f"mixes.{name}")
-    parts = tuple(Part(task=task(each, template), repeat=repeat) for each, repeat in mix.parts.items())
+    parts = tuple(
+        Part(task=task(each, template), repeat=repeat) for each, repeat in mix.parts.items()
+    )
     return TrainSet(name=name, parts=parts), tuple(task(each, template) for each in mix.tasks)
 
 
 def train_settings(values: dict[str, Any], where: str) -> Train:
-    """Checked training settings with the optimizer resolved: settings with a `kind`, or the name of an entry of optimizers.yaml."""
+    """Checked training settings with the optimizer resolved: settings with a `kind`, or the name
+    of an entry of optimizers.yaml.
+    """
     return _train_settings(json.dumps(values, sort_keys=True), where)
 
 
@@ -136,7 +168,11 @@ def _train_settings(text: str, where: str) -> Train:
 def published() -> tuple[Published, ...]:
     """Every value of configs/published."""
     files = sorted((CONFIGS / "published").glob("*.yaml"))
-    return tuple(value for path in files for value in read_published(read_yaml(path), f"published.{path.stem}"))
+    return tuple(
+        value
+        for path in files
+        for value in read_published(read_yaml(path), f"published.{path.stem}")
+    )
 
 
 @cache
@@ -152,11 +188,15 @@ def table(name: str) -> TableFile:
     if full_name not in tables():
         numbers = [known.removeprefix("table") for known in tables()]
         raise unknown("table", name, numbers)
-    found = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}")
+    found = build(
+        TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}"
+    )
     if (found.smoke is None, found.paper is None) != (found.computed is not None,) * 2:
         raise UsageError(f"tables.{full_name}: needs both smoke and paper, or computed alone.")
     if found.smoke and found.paper:
-        found = dataclasses.replace(found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper))
+        found = dataclasses.replace(
+            found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper)
+        )
     kind_module("report", found.report, f"tables.{full_name}.report")
     if found.beside and found.beside not in tables():
         raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
@@ -164,15 +204,21 @@ def table(name: str) -> TableFile:
 
 
 def grid(name: str, scale: Scale) -> Grid:
-    """The cells of a table at a scale, unresolved. Raises `UsageError` for a table that has none."""
+    """The cells of a table at a scale, unresolved. Raises `UsageError` for a table that has
+    none.
+    """
     found: Grid | None = getattr(table(name), scale)
     if found is None:
-        raise UsageError(f"table {name.removeprefix('table')} is computed from the models' sizes: it has no cells.")
+        raise UsageError(
+            f"table {name.removeprefix('table')} is computed from the models' sizes: it has no cells."
+        )
     return found
 
 
 def _with_entries(grid: Grid) -> Grid:
-    """A grid whose axes of adapters and quantizers say `*_*` and the like for every entry of that pattern, in the catalogue's order."""
+    """A grid whose axes of adapters and quantizers say `*_*` and the like for every entry of
+    that pattern, in the catalogue's order.
+    """
     named = {}
     for axis in ("adapter", "quantizer"):
         known = catalogue(f"{axis}s")

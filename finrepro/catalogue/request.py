@@ -1,4 +1,6 @@
-"""What a command was asked for, as checked values: a wrong option is one line before anything is opened."""
+"""What a command was asked for, as checked values: a wrong option is one line before anything is
+opened.
+"""
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.selection import WEIGHTS, Selection, parse_choice, parse_seeds
@@ -39,7 +41,9 @@ def whole(name: str, text: str) -> int:
 
 
 def number(name: str, text: str, most: float = float("inf")) -> float:
-    """A number above 0 and at most `most`, as 24, 0.4 or 1e9. Raises `UsageError` that names the option and what is allowed."""
+    """A number above 0 and at most `most`, as 24, 0.4 or 1e9. Raises `UsageError` that names the
+    option and what is allowed.
+    """
     try:
         value = float(text)
     except ValueError:

@@ -29,7 +29,9 @@ from finrepro.settings import Choice, choose, kind_module
 
 @dataclass(frozen=True)
 class Cell:
-    """A `RunSpec` of a table, or the reason why its combination is refused. `base` is the run that the campaign makes first."""
+    """A `RunSpec` of a table, or the reason why its combination is refused. `base` is the run
+    that the campaign makes first.
+    """
 
     spec: RunSpec
     refusal: str | None = None
@@ -54,7 +56,13 @@ def matches(globs: tuple[str, ...], label: str) -> bool:
 
 def group_of(grid: Grid, selection: Selection, label: str) -> Group | None:
     """The group that a label belongs to; None if this selection does not run it."""
-    groups = grid.quick if selection.quick else () if selection.full or selection.adapter else grid.default
+    groups = (
+        grid.quick
+        if selection.quick
+        else ()
+        if selection.full or selection.adapter
+        else grid.default
+    )
     if not groups:
         return Group(cells=("*",))
     return next((group for group in groups if matches(group.cells, label)), None)
@@ -101,12 +109,16 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         world_size=selection.world_size or devices,
         stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
     )
-    return Cell(spec=spec, refusal=refusal(spec), base=None if cell_of_table_2(base_model) else base)
+    return Cell(
+        spec=spec, refusal=refusal(spec), base=None if cell_of_table_2(base_model) else base
+    )
 
 
 @cache
 def base_of(name: str) -> RunSpec | None:
-    """The run that makes the weights that a model starts from, by its recipe or as a cell of table 2; None where no run does."""
+    """The run that makes the weights that a model starts from, by its recipe or as a cell of
+    table 2; None where no run does.
+    """
     trained = origin(model(name))
     label = cell_of_table_2(trained)
     if label is None:
@@ -114,35 +126,48 @@ def base_of(name: str) -> RunSpec | None:
     table = Selection("2")
     points = {point.label: point for point in grid_points(table, trained.scale)}
     if label not in points:
-        raise UsageError(f"models.{trained.name}.pretrain: {unknown('cell of table 2', label, points)}")
+        raise UsageError(
+            f"models.{trained.name}.pretrain: {unknown('cell of table 2', label, points)}"
+        )
     return resolve_cell(checked_grid("2", trained.scale), table, points[label]).spec
 
 
 @cache
 def foreign_adapter(folder: str) -> Choice:
-    """An adapter made elsewhere: a PEFT folder as a choice of the adapter axis, under the folder's name."""
+    """An adapter made elsewhere: a PEFT folder as a choice of the adapter axis, under the
+    folder's name.
+    """
     if Path(folder).name in catalogue("adapters"):
         raise UsageError(
             f"--adapter {folder}: '{Path(folder).name}' is an adapter of this package; give the folder another name."
         )
     module = kind_module("adapters", "peft_folder")
     return choose(
-        "adapters", Path(folder).name, {"kind": "peft_folder", **module.from_folder(Path(folder))}, "--adapter"
+        "adapters",
+        Path(folder).name,
+        {"kind": "peft_folder", **module.from_folder(Path(folder))},
+        "--adapter",
     )
 
 
 def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """The grid's training settings with every override that holds for the names, and the number of devices."""
+    """The grid's training settings with every override that holds for the names, and the number
+    of devices.
+    """
     train, devices = dict(grid.train), 1
     for override in grid.overrides:
-        if all(fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()):
+        if all(
+            fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()
+        ):
             train |= override.train
             devices = override.devices or devices
     return train, devices
 
 
 def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
-    """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if none has."""
+    """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if
+    none has.
+    """
     grid = checked_grid(selection.table, scale)
     points = {point.label: point for point in grid_points(selection, scale)}
     if label in points:

@@ -12,8 +12,8 @@ WEIGHTS = ("pretrained", "random")
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a table is asked for. `seeds`, `only` and `adapter` (a PEFT folder) narrow or replace; `world_size` is devices per cell, None
-    where the table decides."""
+    """What of a table is asked for. `seeds`, `only` and `adapter` (a PEFT folder) narrow or
+    replace; `world_size` is devices per cell, None where the table decides."""
 
     table: str
     quick: bool = False
@@ -32,9 +32,13 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     try:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2.") from None
+        raise UsageError(
+            f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2."
+        ) from None
     if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}.")
+        raise UsageError(
+            f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}."
+        )
     return seeds
 
 

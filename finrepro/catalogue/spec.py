@@ -1,4 +1,5 @@
-"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and the typed settings it is made of.
+"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and the typed settings it
+is made of.
 
 Everything here is data. The values come from configs/, which finrepro.catalogue.reader reads.
 """
@@ -9,23 +10,55 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from finrepro.settings import Choice, Count, Positive, PositiveFloat, Share, later, plain, settings, text, without
+from finrepro.settings import (
+    Choice,
+    Count,
+    Positive,
+    PositiveFloat,
+    Share,
+    later,
+    plain,
+    settings,
+    text,
+    without,
+)
 from finrepro.sizes.low_rank import LowRank
 from finrepro.sizes.shapes import rank
 
 Scale = Literal["smoke", "paper"]
-Weights = Literal["pretrained", "random", "scratch"]  # random: measured, not judged; scratch: trained from nothing here
+Weights = Literal[
+    "pretrained", "random", "scratch"
+]  # random: measured, not judged; scratch: trained from nothing here
 
 # Said about a thing, not part of it: these keys are left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
-    ["name", "title", "licence", "embedded", "hub", "hub_path", "path", "source",
-     "parameters", "gated", "miniature_of", "compared_with", "variant", "pretrain", "scale", "url", "of"]
-)  # fmt: skip
+    [
+        "name",
+        "title",
+        "licence",
+        "embedded",
+        "hub",
+        "hub_path",
+        "path",
+        "source",
+        "parameters",
+        "gated",
+        "miniature_of",
+        "compared_with",
+        "variant",
+        "pretrain",
+        "scale",
+        "url",
+        "of",
+    ]
+)
 
 
 @settings
 class Train:
-    """How a cell is trained. Steps are optimizer steps; `max_tokens` counts a micro-batch's tokens with padding, a device."""
+    """How a cell is trained. Steps are optimizer steps; `max_tokens` counts a micro-batch's
+    tokens with padding, a device.
+    """
 
     max_steps: Count  # 0: nothing is trained, the model is scored as it is
     warmup_steps: Count
@@ -37,24 +70,35 @@ class Train:
         "padded", "bins", "fastest"
     ]  # fastest: whichever is, measured before training (finrepro.training.layout)
     max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
-    sort_window: Positive  # global batches that are sorted by length together; 1 leaves the random order
+    sort_window: (
+        Positive  # global batches that are sorted by length together; 1 leaves the random order
+    )
     max_grad_norm: PositiveFloat
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
-    engine: Literal["deepspeed", "ddp"] = "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
-    compile: bool = later(False)  # torch.compile, proven equal before the first step (finrepro.training.compilation)
-    short: bool = False  # too short to show quality: the cell proves its path, and the table marks it
+    engine: Literal["deepspeed", "ddp"] = (
+        "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
+    )
+    compile: bool = later(
+        False
+    )  # torch.compile, proven equal before the first step (finrepro.training.compilation)
+    short: bool = (
+        False  # too short to show quality: the cell proves its path, and the table marks it
+    )
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for ZeRO without DeepSpeed."""
         if self.engine == "ddp" and self.zero_stage:
-            raise ValueError("engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'")
+            raise ValueError(
+                "engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'"
+            )
 
 
 @settings
 class Evaluation:
-    """How a cell is scored: the split, `max_tokens` a forward pass, and the bootstrap's resamples, confidence level and seed.
+    """How a cell is scored: the split, `max_tokens` a forward pass, and the bootstrap's resamples,
+    confidence level and seed.
 
     Everything is tuned on `development`; `test` is scored once per configuration.
     """
@@ -80,14 +124,21 @@ class Pretrain:
 SIZES = {
     "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
     "llama": (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
     ),
-}  # fmt: skip
+}
 
 
 @settings
 class Hub:
-    """A place on the hub. `revision` is a commit that `source` was read to give, or None: not pinned."""
+    """A place on the hub. `revision` is a commit that `source` was read to give, or None: not
+    pinned.
+    """
 
     id: str
     revision: str | None
@@ -96,7 +147,9 @@ class Hub:
 
 @settings
 class Model:
-    """A base model. `architecture` holds arguments of the transformers configuration of `family`; `low_rank` factors its linear layers."""
+    """A base model. `architecture` holds arguments of the transformers configuration of
+    `family`; `low_rank` factors its linear layers.
+    """
 
     name: str
     family: Literal["gpt2", "llama"]
@@ -109,11 +162,15 @@ class Model:
     gated: bool = False
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one
-    pretrain: Pretrain | str | None = None  # what makes its weights: a recipe, or the cell of table 2 of this label
+    pretrain: Pretrain | str | None = (
+        None  # what makes its weights: a recipe, or the cell of table 2 of this label
+    )
     low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` when a size is missing or is not a whole number from 1, or no low rank gives what is asked."""
+        """Raises `ValueError` when a size is missing or is not a whole number from 1, or no low
+        rank gives what is asked.
+        """
         sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
         wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
         if wrong:
@@ -132,7 +189,9 @@ class TaskSpec:
 
 @settings
 class Mix:
-    """An entry of mixes.yaml: task -> how often its examples are taken, and the tasks that are scored."""
+    """An entry of mixes.yaml: task -> how often its examples are taken, and the tasks that are
+    scored.
+    """
 
     parts: dict[str, Positive]
     tasks: tuple[str, ...]
@@ -156,7 +215,8 @@ class TrainSet:
 
 @settings
 class RunSpec:
-    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one did.
+    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one
+    did.
 
     `label` is the cell's name for people; `run_id` is its identity.
     """
@@ -179,21 +239,29 @@ class RunSpec:
 
     @cached_property
     def run_id(self) -> str:
-        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without spaces."""
+        """12 hex digits of sha256 over the canonical form as JSON, its keys sorted, without
+        spaces.
+        """
         parts = ",".join(f'"{name}":{text(getattr(self, name), DESCRIPTIVE)}' for name in HASHED)
         return hashlib.sha256(f"{{{parts}}}".encode()).hexdigest()[:12]
 
     def canonical(self) -> dict[str, Any]:
-        """The spec as plain values without what only describes: the hash's input, and `spec` in result.json."""
+        """The spec as plain values without what only describes: the hash's input, and `spec` in
+        result.json.
+        """
         values = plain(self)
         del values["label"]  # here alone: a dataset has a column of that name
         return without(values, DESCRIPTIVE)
 
 
 # What the hash is made of, in the order of the canonical form's JSON.
-HASHED = tuple(sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"}))
+HASHED = tuple(
+    sorted({field.name for field in dataclasses.fields(RunSpec)} - DESCRIPTIVE - {"label"})
+)
 
 
 def label_of(names: Sequence[str], batch: int | None, seed: int) -> str:
-    """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the names, in this order."""
+    """`<model>-<quantizer>-<adapter>-<train_on>[-<optimizer>][-b<batch>]-s<seed>` from the
+    names, in this order.
+    """
     return "-".join((*names, *([f"b{batch}"] if batch else []), f"s{seed}"))

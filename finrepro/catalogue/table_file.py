@@ -10,8 +10,8 @@ from finrepro.sizes.account import Computed
 
 @settings
 class Axes:
-    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry of optimizers.yaml; without them a
-    table has one of each, in its `train`.
+    """The values that a table crosses. `batch` sets `global_batch_size`, `optimizer` names an entry
+    of optimizers.yaml; without them a table has one of each, in its `train`.
 
     Adapters and quantizers may be patterns: a new entry of the catalogue is then on the axis.
     """
@@ -27,7 +27,9 @@ class Axes:
 
 @settings
 class Override:
-    """Training settings, and devices, of the cells whose axis values match the patterns (* and ?) of `where`."""
+    """Training settings, and devices, of the cells whose axis values match the patterns (* and
+    ?) of `where`.
+    """
 
     where: dict[str, str]
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,7 +38,9 @@ class Override:
 
 @settings
 class Group:
-    """The cells whose labels match one of the patterns, with changes to their training; a cell belongs to the first group it matches."""
+    """The cells whose labels match one of the patterns, with changes to their training; a cell
+    belongs to the first group it matches.
+    """
 
     cells: tuple[str, ...]
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -44,10 +48,12 @@ class Group:
 
 @settings
 class Grid:
-    """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of them), --full runs all.
+    """A table at one scale: `default` and `quick` say which of the crossed axes run (empty: all of
+    them), --full runs all.
 
-    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs alone. Where `scratch` is true they are
-    trained from the model's own initialisation: pretraining. `stored_as` are quantizers under which the trained model is scored as well.
+    `full` replaces axes under --full. Where `scored` is false the cells are trained for their costs
+    alone. Where `scratch` is true they are trained from the model's own initialisation:
+    pretraining. `stored_as` are quantizers under which the trained model is scored as well.
     """
 
     axes: Axes
@@ -66,8 +72,8 @@ class Grid:
 
 @settings
 class TableFile:
-    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside` names a table whose finished runs are shown
-    in this one as well."""
+    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside`
+    names a table whose finished runs are shown in this one as well."""
 
     title: str
     report: str

@@ -19,10 +19,12 @@ Rows = NDArray[np.int64] | list[list[int]]
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass. `positions` are the supervised positions in the flattened batch, `targets` the ids to predict there.
+    """One forward pass. `positions` are the supervised positions in the flattened batch, `targets`
+    the ids to predict there.
 
-    Padding stands on the right, where causal attention cannot see it, so no mask is needed. In a bin, `segment_lengths` gives the
-    pieces' lengths: attention is confined to each (finrepro.methods.layers.isolated_attention) and `position_ids` start again at 0.
+    Padding stands on the right, where causal attention cannot see it, so no mask is needed. In a
+    bin, `segment_lengths` gives the pieces' lengths: attention is confined to each
+    (finrepro.methods.layers.isolated_attention) and `position_ids` start again at 0.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -42,11 +44,15 @@ class Batch:
         )
 
 
-def _finish(input_ids: Rows, targets: Rows, positions: Tensor, segments: tuple[int, ...] | None) -> Batch:
+def _finish(
+    input_ids: Rows, targets: Rows, positions: Tensor, segments: tuple[int, ...] | None
+) -> Batch:
     flat = np.asarray(targets, np.int64).reshape(-1)
     supervised = np.flatnonzero(flat != IGNORE)  # NumPy takes a fifth of torch's time for these two
     chosen = torch.from_numpy(flat[supervised])
-    return Batch(torch.as_tensor(input_ids), positions, torch.from_numpy(supervised), chosen, segments)
+    return Batch(
+        torch.as_tensor(input_ids), positions, torch.from_numpy(supervised), chosen, segments
+    )
 
 
 def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
@@ -55,7 +61,9 @@ def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
     Raises `UsageError` for a window of several documents: side by side they would see one another.
     """
     if any(len(example.pieces) > 1 for example in examples):
-        raise UsageError("windows of running text hold several documents: they need the layout 'bins', not 'padded'.")
+        raise UsageError(
+            "windows of running text hold several documents: they need the layout 'bins', not 'padded'."
+        )
     pieces = [example.pieces[0] for example in examples]
     longest = max(len(piece.ids) for piece in pieces)
     rows = np.full((len(pieces), longest), pad_id, np.int64)
@@ -77,7 +85,9 @@ def end_to_end(examples: Sequence[Sample]) -> Batch:
 
 
 def empty() -> Batch:
-    """A batch without a supervised position: a rank that has run out of examples still joins the collective calls."""
+    """A batch without a supervised position: a rank that has run out of examples still joins the
+    collective calls.
+    """
     return side_by_side([Encoded((0, 0), 2)])
 
 

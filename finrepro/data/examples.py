@@ -1,4 +1,6 @@
-"""An example, a split of examples, and what can be said about them without a model: fingerprint, duplicates, overlap."""
+"""An example, a split of examples, and what can be said about them without a model: fingerprint,
+duplicates, overlap.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,8 @@ from finrepro.settings import settings
 class Example:
     """One item of a dataset. `id` is stable: dataset, file role and row, as `tfns/test/17`.
 
-    `source` says what the text is taken from, where the dataset tells: "tweet" or "news", or which document.
+    `source` says what the text is taken from, where the dataset tells: "tweet" or "news", or which
+    document.
     """
 
     id: str
@@ -25,24 +28,35 @@ Splits = dict[str, tuple[Example, ...]]  # "train", "development", "test"
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 over the examples in their order, ids, texts, labels and sources: the data that a run really saw."""
+    """sha256 over the examples in their order, ids, texts, labels and sources: the data that a
+    run really saw.
+    """
     digest = hashlib.sha256()
     for example in examples:
-        fields = [example.id, example.text, example.label, *([example.source] if example.source else [])]
+        fields = [
+            example.id,
+            example.text,
+            example.label,
+            *([example.source] if example.source else []),
+        ]
         line = json.dumps(fields, ensure_ascii=False)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
 
 def normalized(text: str) -> str:
-    """Letters only, lower case: two texts that differ in digits, case or punctuation are near-duplicates."""
+    """Letters only, lower case: two texts that differ in digits, case or punctuation are
+    near-duplicates.
+    """
     return "".join(character for character in text.lower() if character.isalpha())
 
 
 def overlap(splits: Splits) -> dict[str, int]:
-    """Duplicates inside each split and examples of one split that stand in another, exactly and nearly.
+    """Duplicates inside each split and examples of one split that stand in another, exactly and
+    nearly.
 
-    Reported beside the scores, never silently removed: a published split is scored as it was published.
+    Reported beside the scores, never silently removed: a published split is scored as it was
+    published.
     """
     report = {}
     for name, examples in splits.items():
@@ -54,5 +68,7 @@ def overlap(splits: Splits) -> dict[str, int]:
         others = [other for other in splits if other != name and other in ("train", "development")]
         for other in others if name in splits else ():
             report[f"{name}/also_in_{other}"] = sum(e.text in seen[other] for e in splits[name])
-            report[f"{name}/nearly_in_{other}"] = sum(normalized(e.text) in near[other] for e in splits[name])
+            report[f"{name}/nearly_in_{other}"] = sum(
+                normalized(e.text) in near[other] for e in splits[name]
+            )
     return report

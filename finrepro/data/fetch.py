@@ -1,4 +1,6 @@
-"""Download the files of a dataset, each from the one place that its entry names, and keep them where `finrepro.data.files` finds them."""
+"""Download the files of a dataset, each from the one place that its entry names, and keep them
+where `finrepro.data.files` finds them.
+"""
 
 import json
 import logging
@@ -20,7 +22,8 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "GITHUB_TOK
 def fetch(dataset: Choice) -> list[Path]:
     """Download every file of the dataset, checked; the paths in the order of its files.
 
-    One file that cannot be had does not keep the others from being fetched. Raises `EnvironmentFault` with the first reason.
+    One file that cannot be had does not keep the others from being fetched. Raises
+    `EnvironmentFault` with the first reason.
     """
     written, failed = [], []
     for role, file in dataset.config.files.items():
@@ -31,7 +34,11 @@ def fetch(dataset: Choice) -> list[Path]:
         except EnvironmentFault as error:
             failed.append(str(error))
     if failed:
-        others = f" ({len(written)} of {len(dataset.config.files)} files are here now)" if written else ""
+        others = (
+            f" ({len(written)} of {len(dataset.config.files)} files are here now)"
+            if written
+            else ""
+        )
         raise EnvironmentFault(failed[0] + others)
     return written
 
@@ -46,21 +53,31 @@ def address(dataset: Choice, role: str) -> str:
 
 
 def download(dataset: Choice, role: str) -> bytes:
-    """The bytes of one file, unchecked. Raises `EnvironmentFault` in one line, without any token."""
+    """The bytes of one file, unchecked. Raises `EnvironmentFault` in one line, without any
+    token.
+    """
     where = address(dataset, role)
     file = dataset.config.files[role]
     try:
         return _by_url(file.url) if file.url else _from_hub(dataset, role, file)
     except ImportError as error:
-        raise EnvironmentFault(f"could not fetch {where}: the package '{error.name}' is not installed.") from None
-    except Exception as error:  # the hub's client and its transport raise errors that they do not export
+        raise EnvironmentFault(
+            f"could not fetch {where}: the package '{error.name}' is not installed."
+        ) from None
+    except (
+        Exception
+    ) as error:  # the hub's client and its transport raise errors that they do not export
         raise EnvironmentFault(f"could not fetch {where}: {without_secrets(error)}") from None
 
 
 def without_secrets(error: Exception) -> str:
     """The first line of an error's text, access tokens and passwords in addresses taken out."""
     lines = str(error).strip().splitlines()
-    text = lines[0].removeprefix("<urlopen error ").removesuffix(">") if lines else type(error).__name__
+    text = (
+        lines[0].removeprefix("<urlopen error ").removesuffix(">")
+        if lines
+        else type(error).__name__
+    )
     for name in TOKENS:
         text = text.replace(os.environ.get(name) or "\0", "***")
     return re.sub(r"//[^/@\s]+@", "//***@", re.sub(r"\bhf_\w+", "hf_***", text))
@@ -74,17 +91,23 @@ def _by_url(url: str) -> bytes:
 
 
 def _from_hub(dataset: Choice, role: str, file: File) -> bytes:
-    """A file of the hub's repository (or a member of an archive there), or a split that only its library can name, as JSON lines."""
+    """A file of the hub's repository (or a member of an archive there), or a split that only its
+    library can name, as JSON lines.
+    """
     import datasets
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
     if file.hub_path is None:
         hub = dataset.config.hub
         rows = datasets.load_dataset(hub.id, revision=hub.revision, split=role)
-        return "".join(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+        return "".join(
+            json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows
+        ).encode()
     archive, _, member = address(dataset, role).partition("!")
     local = Path(datasets.DownloadManager().download(archive))
-    return zipfile.ZipFile(BytesIO(local.read_bytes())).read(member) if member else local.read_bytes()
+    return (
+        zipfile.ZipFile(BytesIO(local.read_bytes())).read(member) if member else local.read_bytes()
+    )
 
 
 def _keep(content: bytes, target: Path) -> Path:
@@ -95,5 +118,7 @@ def _keep(content: bytes, target: Path) -> Path:
         partial.write_bytes(content)
         partial.replace(target)
     except OSError as error:
-        raise EnvironmentFault(f"could not write {target}: {error.strerror} (the folder is HF_HOME).") from None
+        raise EnvironmentFault(
+            f"could not write {target}: {error.strerror} (the folder is HF_HOME)."
+        ) from None
     return target

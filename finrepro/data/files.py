@@ -1,4 +1,6 @@
-"""Dataset files: where they are found, that their bytes are the recorded ones, and the splits made of them."""
+"""Dataset files: where they are found, that their bytes are the recorded ones, and the splits
+made of them.
+"""
 
 import hashlib
 import os
@@ -20,10 +22,12 @@ EMBEDDED = Path(str(package_files("finrepro.data"))) / "embedded"
 
 @settings
 class File:
-    """One file of a dataset, and the one place that it is fetched from: `url`, else `hub_path`, else the hub's split of the role's name.
+    """One file of a dataset, and the one place that it is fetched from: `url`, else `hub_path`,
+    else the hub's split of the role's name.
 
-    `hub_path` may name a member of an archive as `archive.zip!member`. `sha256` and `rows` are None where nobody who could be read
-    states them: such a file is used as it is, and a result records the sha256 that was seen.
+    `hub_path` may name a member of an archive as `archive.zip!member`. `sha256` and `rows` are None
+    where nobody who could be read states them: such a file is used as it is, and a result records
+    the sha256 that was seen.
     """
 
     path: str
@@ -37,7 +41,8 @@ class File:
 class Development:
     """The development split: this fraction of the training rows, drawn with a private generator.
 
-    `unit` is what is drawn: rows, texts with all their rows, or whole sources (as `Example.source`), until the fraction is reached.
+    `unit` is what is drawn: rows, texts with all their rows, or whole sources (as
+    `Example.source`), until the fraction is reached.
     """
 
     fraction: Share
@@ -47,7 +52,9 @@ class Development:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a dataset with the evidence of what they are. `origin` and `files` are by file role."""
+    """The examples of a dataset with the evidence of what they are. `origin` and `files` are by
+    file role.
+    """
 
     splits: Splits
     fingerprints: dict[str, str]
@@ -57,7 +64,9 @@ class Dataset:
 
 
 def roles(dataset: Choice, splits: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The files that the splits are made of (None: every file). The development split is a part of the training split."""
+    """The files that the splits are made of (None: every file). The development split is a part
+    of the training split.
+    """
     config = dataset.config
     if splits is None:
         return tuple(config.files)
@@ -67,7 +76,9 @@ def roles(dataset: Choice, splits: Sequence[str] | None = None) -> tuple[str, ..
 
 
 def fetched_path(dataset: Choice, role: str) -> Path:
-    """Where a fetched file lies: in a folder named after its sha256, or after its dataset where that is not known."""
+    """Where a fetched file lies: in a folder named after its sha256, or after its dataset where
+    that is not known.
+    """
     file = dataset.config.files[role]
     return hub_cache() / (file.sha256 or f"unpinned-{dataset.name}") / Path(file.path).name
 
@@ -87,14 +98,20 @@ def find(dataset: Choice, role: str, data_dir: Path | None) -> tuple[str, Path] 
 def locate(
     dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None
 ) -> dict[str, tuple[str, Path]] | None:
-    """Where each file that the splits need (None: every file) lies on this machine; None if one of them is missing."""
+    """Where each file that the splits need (None: every file) lies on this machine; None if one
+    of them is missing.
+    """
     found = {role: find(dataset, role, data_dir) for role in roles(dataset, splits)}
     here = {role: place for role, place in found.items() if place is not None}
     return here if len(here) == len(found) else None
 
 
-def missing_reason(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None) -> str | None:
-    """Why the splits (None: all of them) cannot be read here, in one line that says what to do; None if they can."""
+def missing_reason(
+    dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None
+) -> str | None:
+    """Why the splits (None: all of them) cannot be read here, in one line that says what to do;
+    None if they can.
+    """
     needed = roles(dataset, splits)
     missing = [role for role in needed if find(dataset, role, data_dir) is None]
     if not missing:
@@ -102,7 +119,9 @@ def missing_reason(dataset: Choice, data_dir: Path | None, splits: Sequence[str]
     config = dataset.config
     names = ", ".join(config.files[role].path for role in missing)
     what = "is not here" if len(missing) == len(config.files) else f"lacks {names}"
-    whose = f" for its {' and '.join(splits)} split{'s' if len(splits) > 1 else ''}" if splits else ""
+    whose = (
+        f" for its {' and '.join(splits)} split{'s' if len(splits) > 1 else ''}" if splits else ""
+    )
     where = "not under --data-dir" if data_dir else "no --data-dir given"
     return (
         f"data '{dataset.name}' {what}{whose} ({config.licence}: not embedded; {where}): "
@@ -116,7 +135,9 @@ def hub_cache() -> Path:
 
 
 def digest_of(content: bytes, file: File, where: object) -> str:
-    """The sha256 of `content`. Raises `EnvironmentFault` unless it is the recorded one, where one is recorded."""
+    """The sha256 of `content`. Raises `EnvironmentFault` unless it is the recorded one, where
+    one is recorded.
+    """
     digest = hashlib.sha256(content).hexdigest()
     if file.sha256 is not None and digest != file.sha256:
         raise EnvironmentFault(
@@ -127,13 +148,18 @@ def digest_of(content: bytes, file: File, where: object) -> str:
 
 
 def check_rows(name: str, role: str, file: File, rows: int, what: str = "rows") -> None:
-    """Raise `EnvironmentFault` unless the file has as many rows as its publisher states, where that is recorded."""
+    """Raise `EnvironmentFault` unless the file has as many rows as its publisher states, where
+    that is recorded.
+    """
     if file.rows is not None and rows != file.rows:
-        raise EnvironmentFault(f"dataset '{name}', file '{role}': {rows} {what}, expected {file.rows}.")
+        raise EnvironmentFault(
+            f"dataset '{name}', file '{role}': {rows} {what}, expected {file.rows}."
+        )
 
 
 def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None) -> Dataset:
-    """Read, check and split a dataset: the named splits, read from no other files than they need, or all (None).
+    """Read, check and split a dataset: the named splits, read from no other files than they need,
+    or all (None).
 
     Raises `EnvironmentFault` when a file is missing or not the recorded one.
     """
@@ -148,7 +174,8 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
             raise EnvironmentFault(f"{path}: {error.strerror}.") from None
         digests[role] = digest_of(contents[role], dataset.config.files[role], path)
     made = cut_development(
-        dataset.module("datasets").read(contents, dataset.name, dataset.config), dataset.config.development
+        dataset.module("datasets").read(contents, dataset.name, dataset.config),
+        dataset.config.development,
     )
     made = {name: rows for name, rows in made.items() if splits is None or name in splits}
     return Dataset(
@@ -161,7 +188,9 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
 
 
 def cut_development(splits: Splits, rule: Development) -> Splits:
-    """Move a random part of the training rows to a development split; both keep the file's order."""
+    """Move a random part of the training rows to a development split; both keep the file's
+    order.
+    """
     if "train" not in splits:
         return splits
     train = splits["train"]
@@ -179,6 +208,14 @@ def cut_development(splits: Splits, rule: Development) -> Splits:
             break
         chosen.add(units[unit])
         count += sizes[units[unit]]
-    kept: tuple[Example, ...] = tuple(example for key, example in zip(keys, train, strict=True) if key not in chosen)
-    held: tuple[Example, ...] = tuple(example for key, example in zip(keys, train, strict=True) if key in chosen)
-    return {"train": kept, "development": held, **{name: rows for name, rows in splits.items() if name != "train"}}
+    kept: tuple[Example, ...] = tuple(
+        example for key, example in zip(keys, train, strict=True) if key not in chosen
+    )
+    held: tuple[Example, ...] = tuple(
+        example for key, example in zip(keys, train, strict=True) if key in chosen
+    )
+    return {
+        "train": kept,
+        "development": held,
+        **{name: rows for name, rows in splits.items() if name != "train"},
+    }

@@ -1,4 +1,6 @@
-"""The list of datasets for a terminal: what each is, where it comes from, what of it is here, and the one step that fetches the rest."""
+"""The list of datasets for a terminal: what each is, where it comes from, what of it is here,
+and the one step that fetches the rest.
+"""
 
 import textwrap
 from pathlib import Path
@@ -27,7 +29,9 @@ def show(fetch: str, data_dir: Path | None) -> int:
 
 
 def datasets(data_dir: Path | None) -> list[str]:
-    """Lines for every dataset of the catalogue, none longer than `WIDTH` unless a single word is."""
+    """Lines for every dataset of the catalogue, none longer than `WIDTH` unless a single word
+    is.
+    """
     lines: list[str] = []
     for name in reader.catalogue("datasets"):
         lines += [*_entry(reader.dataset(name), data_dir), ""]
@@ -36,8 +40,14 @@ def datasets(data_dir: Path | None) -> list[str]:
 
 def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
     config = dataset.config
-    tasks = [name for name, task in reader.catalogue("tasks").items() if task.get("dataset") == dataset.name]
-    lines = textwrap.wrap(f"{dataset.name}: {config.title}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    tasks = [
+        name
+        for name, task in reader.catalogue("tasks").items()
+        if task.get("dataset") == dataset.name
+    ]
+    lines = textwrap.wrap(
+        f"{dataset.name}: {config.title}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
+    )
     lines += _field("licence", config.licence + ("" if config.embedded else "; not embedded"))
     for number, source in enumerate(sources(dataset)):
         lines += _field("" if number else "source", source)
@@ -47,13 +57,19 @@ def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
     missing = [role for role in config.files if files.find(dataset, role, data_dir) is None]
     if missing:
         paths = ", ".join(config.files[role].path for role in missing)
-        step = f"invoke data --fetch {dataset.name}" if can_fetch(dataset, missing) else "nobody offers it to fetch"
+        step = (
+            f"invoke data --fetch {dataset.name}"
+            if can_fetch(dataset, missing)
+            else "nobody offers it to fetch"
+        )
         lines += _field("to get it", f"{step} (or put {paths} under --data-dir)")
     return lines
 
 
 def sources(dataset: Choice) -> list[str]:
-    """The places that the files come from: a hub dataset with its revision, repositories with their commits."""
+    """The places that the files come from: a hub dataset with its revision, repositories with
+    their commits.
+    """
     config = dataset.config
     found = {_repository(file.url): None for file in config.files.values() if file.url}
     if config.hub:
@@ -66,7 +82,9 @@ def _repository(url: str) -> str:
     """`owner/name@commit` of a raw file at GitHub, else the host."""
     parts = urlsplit(url)
     owner, name, commit, *_ = [*parts.path.strip("/").split("/"), "", "", ""]
-    return f"{owner}/{name}@{commit}" if parts.netloc == "raw.githubusercontent.com" else parts.netloc
+    return (
+        f"{owner}/{name}@{commit}" if parts.netloc == "raw.githubusercontent.com" else parts.netloc
+    )
 
 
 def where(dataset: Choice, role: str, data_dir: Path | None) -> str:
@@ -89,5 +107,10 @@ def _field(name: str, text: str) -> list[str]:
     """`name: text`, folded under itself."""
     head = f"  {name + ':' if name else '':<11}"
     return textwrap.wrap(
-        text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
+        text,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,4 +1,6 @@
-"""Text to token ids: prompt and answer tokenized as one string, and the tokenizer that the miniatures are given."""
+"""Text to token ids: prompt and answer tokenized as one string, and the tokenizer that the
+miniatures are given.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -11,19 +13,25 @@ from finrepro.errors import CellFailed, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORE = -100  # the target of a position that is not supervised; PyTorch's and Transformers' convention
+IGNORE = (
+    -100
+)  # the target of a position that is not supervised; PyTorch's and Transformers' convention
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt and answer together; the answer begins at `answer_start`, which is at least 1."""
+    """Token ids of prompt and answer together; the answer begins at `answer_start`, which is at
+    least 1.
+    """
 
     ids: tuple[int, ...]
     answer_start: int
 
     @property
     def pieces(self) -> "tuple[Encoded, ...]":
-        """What must not see one another: an example is one piece, a window of running text may hold several documents."""
+        """What must not see one another: an example is one piece, a window of running text may
+        hold several documents.
+        """
         return (self,)
 
     @property
@@ -37,13 +45,15 @@ class Encoded:
         return len(self.ids) - self.answer_start
 
     def targets(self) -> list[int]:
-        """For each position the id to predict there, `IGNORE` over the prompt and at the last position."""
+        """For each position the id to predict there, `IGNORE` over the prompt and at the last
+        position.
+        """
         return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
 
 
 def cut(text: Encoded, max_seq_len: int) -> list[Encoded]:
-    """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the first of a piece from the last one of
-    the piece before it, which stands there as context.
+    """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the
+    first of a piece from the last one of the piece before it, which stands there as context.
     """
     step = max_seq_len - 1
     starts = range(0, max(1, len(text.ids) - 1), step)
@@ -51,19 +61,28 @@ def cut(text: Encoded, max_seq_len: int) -> list[Encoded]:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerFast", pairs: Sequence[tuple[str, str]], max_seq_len: int, *, end: bool
+    tokenizer: "PreTrainedTokenizerFast",
+    pairs: Sequence[tuple[str, str]],
+    max_seq_len: int,
+    *,
+    end: bool,
 ) -> list[Encoded]:
     """Tokenize (prompt, answer) pairs jointly; `end` adds the end-of-text token to the answer.
 
-    A sequence over `max_seq_len` tokens loses the beginning of its prompt (after the beginning-of-text token), never its answer.
-    Raises `UsageError` if a prompt ends in a space or its tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is
-    too long.
+    A sequence over `max_seq_len` tokens loses the beginning of its prompt (after the
+    beginning-of-text token), never its answer. Raises `UsageError` if a prompt ends in a space or
+    its tokens are not a prefix of the joint tokens, `CellFailed` if an answer alone is too long.
     """
     # The choices of an example share their prompt: it is tokenized once.
     unique = list(dict.fromkeys(prompt for prompt, _ in pairs))
-    prompt_ids = dict(zip(unique, tokenizer(unique, return_attention_mask=False)["input_ids"], strict=True))
-    joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)["input_ids"]
-    # Answers to the same prompt leave the same of it, so that they can be compared: the longest one decides.
+    prompt_ids = dict(
+        zip(unique, tokenizer(unique, return_attention_mask=False)["input_ids"], strict=True)
+    )
+    joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)[
+        "input_ids"
+    ]
+    # Answers to the same prompt leave the same of it, so that they can be compared: the longest one
+    # decides.
     longest = dict.fromkeys(unique, 0)
     for (prompt, _), ids in zip(pairs, joint, strict=True):
         longest[prompt] = max(longest[prompt], len(ids) - len(prompt_ids[prompt]))
@@ -73,7 +92,9 @@ def encode(
         head = prompt_ids[prompt]
         if prompt.endswith(" ") or ids[: len(head)] != head:
             fault = (
-                "has a space too many" if prompt.endswith(" ") else "has tokens that are not a prefix of the joint ones"
+                "has a space too many"
+                if prompt.endswith(" ")
+                else "has tokens that are not a prefix of the joint ones"
             )
             raise UsageError(
                 f"the prompt ending in {prompt[-20:]!r} {fault} with the answer {answer!r}: "
@@ -87,7 +108,9 @@ def encode(
         if excess > 0:
             keep = 1 if head[0] == start else 0
             if len(head) - keep - excess < 1 - keep:
-                raise CellFailed(f"an answer of {len(ids) - len(head)} tokens does not fit max_seq_len {max_seq_len}.")
+                raise CellFailed(
+                    f"an answer of {len(ids) - len(head)} tokens does not fit max_seq_len {max_seq_len}."
+                )
             ids = ids[:keep] + ids[keep + excess :]
             head = head[:keep] + head[keep + excess :]
         encoded.append(Encoded(tuple(ids), len(head)))
@@ -100,11 +123,15 @@ SPECIAL = {
 }
 
 
-def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, of the same kind as the family's own.
+def train_tokenizer(
+    texts: Iterable[str], family: str, vocab_size: int
+) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, of the same kind as the family's
+    own.
 
-    Deterministic: the same texts in the same order give the same file. Llama's adds the beginning-of-text token, GPT-2's does not.
-    Raises `CellFailed` if the texts are too few for the vocabulary.
+    Deterministic: the same texts in the same order give the same file. Llama's adds the
+    beginning-of-text token, GPT-2's does not. Raises `CellFailed` if the texts are too few for the
+    vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -121,7 +148,9 @@ def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreT
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise CellFailed(f"the texts give {tokenizer.get_vocab_size()} tokens, the model has {vocab_size}.")
+        raise CellFailed(
+            f"the texts give {tokenizer.get_vocab_size()} tokens, the model has {vocab_size}."
+        )
     if family == "llama":
         begin = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -131,8 +160,12 @@ def train_tokenizer(texts: Iterable[str], family: str, vocab_size: int) -> "PreT
 
 
 def tokenizer_digest(folder: Path) -> str | None:
-    """sha256 of the tokenizer's own file in `folder`, or of vocabulary and merges one after the other; None if there are none."""
+    """sha256 of the tokenizer's own file in `folder`, or of vocabulary and merges one after the
+    other; None if there are none.
+    """
     for names in (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")):
         if all((folder / name).is_file() for name in names):
-            return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+            return hashlib.sha256(
+                b"".join((folder / name).read_bytes() for name in names)
+            ).hexdigest()
     return None

@@ -1,4 +1,6 @@
-"""Score a model on a task: per-example answers, metrics with intervals, and the best constant answer beside them."""
+"""Score a model on a task: per-example answers, metrics with intervals, and the best constant
+answer beside them.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ Row = dict[str, Any]  # one example's answer, as a line of predictions.jsonl
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A task's scores (`{task, metric, value, low, high, n, constant, ...}`) and per-example rows."""
+    """A task's scores (`{task, metric, value, low, high, n, constant, ...}`) and per-example
+    rows.
+    """
 
     scores: list[dict[str, Any]]
     rows: list[Row]
@@ -41,7 +45,8 @@ def evaluate(
 ) -> Evaluated:
     """Answer every example and score the answers. The model is left in evaluation mode.
 
-    Every rank of a cell calls it with the same arguments; the examples are shared out, and every rank gets the whole result.
+    Every rank of a cell calls it with the same arguments; the examples are shared out, and every
+    rank gets the whole result.
     """
     model.eval()
     rows = answer(model, tokenizer, task, examples, settings, max_seq_len, progress)
@@ -59,9 +64,9 @@ def answer(
 ) -> list[Row]:
     """One row an example, in the order of the examples.
 
-    With choices: the choice with the largest summed log-probability (no length norm; the first of equals) is the prediction. Without, in a
-    task that has `new_tokens`: what its `parse` reads in the generated text, None where it reads nothing. Else: the text's own
-    log-probability.
+    With choices: the choice with the largest summed log-probability (no length norm; the first of
+    equals) is the prediction. Without, in a task that has `new_tokens`: what its `parse` reads in
+    the generated text, None where it reads nothing. Else: the text's own log-probability.
     """
     module, config = task.task.module("tasks"), task.task.config
     if hasattr(module, "new_tokens"):
@@ -70,8 +75,13 @@ def answer(
     options = [module.choices(example, config) for example in examples]
     common = [{"task": task.task.name, "id": example.id} for example in examples]
     if options[0] is None:
-        pairs = [(prompt, module.target(example, config)) for prompt, example in zip(prompts, examples, strict=True)]
-        parts = [cut(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)]
+        pairs = [
+            (prompt, module.target(example, config))
+            for prompt, example in zip(prompts, examples, strict=True)
+        ]
+        parts = [
+            cut(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)
+        ]
         every = [part for of in parts for part in of]
         logprobs_of = iter(text_log_likelihoods(model, every, settings.max_tokens, progress))
         return [
@@ -83,7 +93,11 @@ def answer(
             }
             for row, (_, text), of in zip(common, pairs, parts, strict=True)
         ]
-    pairs = [(prompt, choice) for prompt, choices in zip(prompts, options, strict=True) for choice in choices]
+    pairs = [
+        (prompt, choice)
+        for prompt, choices in zip(prompts, options, strict=True)
+        for choice in choices
+    ]
     encoded = iter(encode(tokenizer, pairs, max_seq_len, end=False))
     items = [[next(encoded) for _ in choices] for choices in options]
     answered = choice_log_likelihoods(model, items, settings.max_tokens, progress)
@@ -106,8 +120,9 @@ def _generated(
 ) -> list[Row]:
     """Rows of a task that is answered freely, greedily.
 
-    Prompt and answer together have at most `max_seq_len` tokens, as in training: an answer ends there at the latest. A prompt loses its
-    beginning where it would leave an answer less than half of them, or than `new_tokens`.
+    Prompt and answer together have at most `max_seq_len` tokens, as in training: an answer ends
+    there at the latest. A prompt loses its beginning where it would leave an answer less than half
+    of them, or than `new_tokens`.
     """
     module, config = task.task.module("tasks"), task.task.config
     new_tokens = module.new_tokens(config)
@@ -115,7 +130,9 @@ def _generated(
     room = max_seq_len - min(new_tokens, max_seq_len // 2)
     prompts = [each.ids for each in encode(tokenizer, pairs, room, end=False)]
     limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
-    answers = generate(model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress)
+    answers = generate(
+        model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress
+    )
     rows = []
     for example, ids in zip(examples, answers, strict=True):
         output = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -144,20 +161,33 @@ def score_rows(
     constants = {}
     for reply in module.constant_answers(config):
         said = [module.constant(reply, e, config) for e in examples]
-        constants[reply] = module.tally([{**row, "prediction": p} for row, p in zip(rows, said, strict=True)], config)
+        constants[reply] = module.tally(
+            [{**row, "prediction": p} for row, p in zip(rows, said, strict=True)], config
+        )
     scores = []
     for metric, interval in intervals(tally, clusters, score, **options).items():
         entry: dict[str, Any] = {
-            "task": task.task.name, "metric": metric, "value": interval.value, "low": interval.low,
-            "high": interval.high, "n": len(rows), "constant": None, "constant_answer": None,
-        }  # fmt: skip
+            "task": task.task.name,
+            "metric": metric,
+            "value": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+            "n": len(rows),
+            "constant": None,
+            "constant_answer": None,
+        }
         if constants:
             sign = -1 if metric == "unparsable_rate" else 1
-            best = max(constants, key=lambda reply: sign * float(score(constants[reply].sum(0))[metric]))
+            best = max(
+                constants, key=lambda reply: sign * float(score(constants[reply].sum(0))[metric])
+            )
             gain = paired_differences(tally, constants[best], clusters, score, **options)[metric]
             entry |= {
-                "constant": float(score(constants[best].sum(0))[metric]), "constant_answer": best,
-                "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
-            }  # fmt: skip
+                "constant": float(score(constants[best].sum(0))[metric]),
+                "constant_answer": best,
+                "gain": gain.value,
+                "gain_low": gain.low,
+                "gain_high": gain.high,
+            }
         scores.append(entry)
     return scores

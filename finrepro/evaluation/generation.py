@@ -1,7 +1,9 @@
-"""Greedy generation in batches: the likeliest next token, with a key-value cache, until the end of the text or a number of tokens.
+"""Greedy generation in batches: the likeliest next token, with a key-value cache, until the end of
+the text or a number of tokens.
 
-Prompts stand on the left and their padding between them and what is generated, hidden by a mask that we give ourselves: Transformers
-makes none for an attention implementation that it does not know, and would let the padding be seen. A row that has ended leaves the batch.
+Prompts stand on the left and their padding between them and what is generated, hidden by a mask
+that we give ourselves: Transformers makes none for an attention implementation that it does not
+know, and would let the padding be seen. A row that has ended leaves the batch.
 """
 
 from collections.abc import Sequence
@@ -26,26 +28,43 @@ def generate(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[Tokens]:
-    """What follows each prompt: at most as many token ids as its limit, without the end-of-text token `end`.
+    """What follows each prompt: at most as many token ids as its limit, without the end-of-text
+    token `end`.
 
-    A limit is at least 1. A batch holds at most `max_tokens` positions, those to be generated and padding included (a single longer row
-    has a batch of its own). What a row gets does not depend on the rows beside it, up to the rounding of the arithmetic.
+    A limit is at least 1. A batch holds at most `max_tokens` positions, those to be generated and
+    padding included (a single longer row has a batch of its own). What a row gets does not depend
+    on the rows beside it, up to the rounding of the arithmetic.
     """
     device = next(model.parameters()).device
     together = in_step(model)
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
 
     def compute(rows: packing.Rows) -> list[Tokens]:
-        return _continue(model, [prompts[row] for row in rows], [limits[row] for row in rows], end, device, together)
+        return _continue(
+            model,
+            [prompts[row] for row in rows],
+            [limits[row] for row in rows],
+            end,
+            device,
+            together,
+        )
 
     return share_out(
-        packing.padded(list(range(len(prompts))), lengths, max_tokens), compute, together=together, progress=progress
+        packing.padded(list(range(len(prompts))), lengths, max_tokens),
+        compute,
+        together=together,
+        progress=progress,
     )
 
 
 @torch.inference_mode()
 def _continue(
-    model: nn.Module, prompts: Sequence[Tokens], limits: Sequence[int], end: int, device: torch.device, together: bool
+    model: nn.Module,
+    prompts: Sequence[Tokens],
+    limits: Sequence[int],
+    end: int,
+    device: torch.device,
+    together: bool,
 ) -> list[Tokens]:
     """The continuations of one batch. With `together` it goes on until no rank has a row left."""
     from transformers import DynamicCache
@@ -53,8 +72,12 @@ def _continue(
     backbone, head = backbone_and_head(model)
     answers: list[list[int]] = [[] for _ in prompts]
     width = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    depth = torch.tensor([len(prompt) for prompt in prompts], device=device)  # the position of the next token
+    ids = torch.tensor(
+        [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device
+    )
+    depth = torch.tensor(
+        [len(prompt) for prompt in prompts], device=device
+    )  # the position of the next token
     seen = _prompt_positions(width, depth)
     going: list[int | None] = list(
         range(len(prompts))

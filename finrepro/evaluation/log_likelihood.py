@@ -1,8 +1,10 @@
-"""Log-likelihoods in as few and as small forward passes as possible: shared beginnings once, only the needed logits.
+"""Log-likelihoods in as few and as small forward passes as possible: shared beginnings once, only
+the needed logits.
 
-A prompt is computed once for all its answers: the answers' tokens follow it as branches that see the prompt and themselves. What
-all prompts of a set begin with (the instruction) is computed once for the whole set and kept as a key-value cache. Rows are sorted
-by length, and batches of them shared out over the ranks.
+A prompt is computed once for all its answers: the answers' tokens follow it as branches that see
+the prompt and themselves. What all prompts of a set begin with (the instruction) is computed once
+for the whole set and kept as a key-value cache. Rows are sorted by length, and batches of them
+shared out over the ranks.
 """
 
 from collections.abc import Sequence
@@ -42,11 +44,15 @@ def text_log_likelihoods(
 
 @torch.inference_mode()
 def choice_log_likelihoods(
-    model: nn.Module, items: Sequence[Sequence[Encoded]], max_tokens: int, progress: Progress | None = None
+    model: nn.Module,
+    items: Sequence[Sequence[Encoded]],
+    max_tokens: int,
+    progress: Progress | None = None,
 ) -> list[list[float]]:
     """Summed natural log-probability of each choice of each item.
 
-    `items[i]` holds the same prompt with each of its answers. Raises `ValueError` if the prompts of an item differ.
+    `items[i]` holds the same prompt with each of its answers. Raises `ValueError` if the prompts of
+    an item differ.
     """
     backbone, head = backbone_and_head(model)
     device = next(model.parameters()).device
@@ -54,7 +60,10 @@ def choice_log_likelihoods(
     prefix = _shared_prefix(prompts)
     cache = _prefill(backbone, prefix, device) if prefix else None
     rests = [prompt[len(prefix) :] for prompt in prompts]
-    lengths = [len(rest) + sum(len(a) - 1 for a in choices) for rest, choices in zip(rests, answers, strict=True)]
+    lengths = [
+        len(rest) + sum(len(a) - 1 for a in choices)
+        for rest, choices in zip(rests, answers, strict=True)
+    ]
 
     def compute(rows: packing.Rows) -> list[list[float]]:
         layout = [_branches(rests[row], answers[row], len(prefix)) for row in rows]
@@ -64,7 +73,9 @@ def choice_log_likelihoods(
     return share_out(batches, compute, together=in_step(model), progress=progress)
 
 
-def _split(items: Sequence[Sequence[Encoded]]) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]]]:
+def _split(
+    items: Sequence[Sequence[Encoded]],
+) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]]]:
     """Each item's prompt ids and its answers' ids."""
     prompts, answers = [], []
     for choices in items:
@@ -77,7 +88,9 @@ def _split(items: Sequence[Sequence[Encoded]]) -> tuple[list[tuple[int, ...]], l
 
 
 def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What every prompt begins with, leaving at least one token of each; empty when it is not worth a cache."""
+    """What every prompt begins with, leaving at least one token of each; empty when it is not
+    worth a cache.
+    """
     if len(prompts) < 2:
         return ()
     first, last = min(prompts), max(prompts)  # what the extremes of the order share, all share
@@ -86,14 +99,20 @@ def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return first[:length] if length >= SHORTEST_PREFIX else ()
 
 
-def _prefill(backbone: nn.Module, prefix: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _prefill(
+    backbone: nn.Module, prefix: tuple[int, ...], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the prefix, a pair a layer, each (1, kv_heads, prefix, head_dim)."""
-    cache = backbone(input_ids=torch.tensor([prefix], device=device), use_cache=True).past_key_values
+    cache = backbone(
+        input_ids=torch.tensor([prefix], device=device), use_cache=True
+    ).past_key_values
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _expanded(cache: list[tuple[Tensor, Tensor]], rows: int) -> Any:
-    """A fresh key-value cache with the prefix in every row; the prefix itself is not copied until it is used."""
+    """A fresh key-value cache with the prefix in every row; the prefix itself is not copied
+    until it is used.
+    """
     from transformers import DynamicCache
 
     expanded = DynamicCache()
@@ -103,9 +122,13 @@ def _expanded(cache: list[tuple[Tensor, Tensor]], rows: int) -> Any:
 
 
 class _Row:
-    """A prompt's rest with its answers as branches: ids, positions, and which logits score which choice."""
+    """A prompt's rest with its answers as branches: ids, positions, and which logits score which
+    choice.
+    """
 
-    def __init__(self, ids: list[int], depth: list[int], owner: list[int], picks: list[list[tuple[int, int]]]) -> None:
+    def __init__(
+        self, ids: list[int], depth: list[int], owner: list[int], picks: list[list[tuple[int, int]]]
+    ) -> None:
         self.ids = ids  # token ids
         self.depth = depth  # position ids
         self.owner = owner  # -1 for the prompt, else the branch that a token belongs to
@@ -113,7 +136,9 @@ class _Row:
 
 
 def _branches(rest: tuple[int, ...], answers: Sequence[tuple[int, ...]], offset: int) -> _Row:
-    """Lay out a prompt and its answers; the last token of an answer is only predicted, never read."""
+    """Lay out a prompt and its answers; the last token of an answer is only predicted, never
+    read.
+    """
     ids, owner = list(rest), [-1] * len(rest)
     depth = list(range(offset, offset + len(rest)))
     picks = []
@@ -128,7 +153,9 @@ def _branches(rest: tuple[int, ...], answers: Sequence[tuple[int, ...]], offset:
 
 
 def _mask(layout: Sequence[_Row], width: int, prefix: int) -> Bool[Tensor, "rows 1 width keys"]:
-    """Who sees whom: everyone the prefix and what stands before it in the prompt, a branch also itself."""
+    """Who sees whom: everyone the prefix and what stands before it in the prompt, a branch also
+    itself.
+    """
     owner = torch.full((len(layout), width), -2)
     for index, row in enumerate(layout):
         owner[index, : len(row.owner)] = torch.tensor(row.owner)
@@ -149,9 +176,13 @@ def _one_pass(
     """One forward pass over rows; the summed log-probability of each choice of each row."""
     width = max(len(row.ids) for row in layout)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in layout], device=device)
-    depth = torch.tensor([row.depth + [prefix] * (width - len(row.depth)) for row in layout], device=device)
+    depth = torch.tensor(
+        [row.depth + [prefix] * (width - len(row.depth)) for row in layout], device=device
+    )
     plain = cache is None and all(owner == -1 for row in layout for owner in row.owner)
-    options: dict[str, Any] = {} if plain else {"attention_mask": _mask(layout, width, prefix).to(device)}
+    options: dict[str, Any] = (
+        {} if plain else {"attention_mask": _mask(layout, width, prefix).to(device)}
+    )
     if cache is not None:
         options |= {"past_key_values": _expanded(cache, len(layout)), "use_cache": True}
     else:
@@ -159,7 +190,12 @@ def _one_pass(
     if not plain:
         options["position_ids"] = depth
     hidden = backbone(input_ids=ids, **options).last_hidden_state
-    flat = [(index, reader, token) for index, row in enumerate(layout) for pick in row.picks for reader, token in pick]
+    flat = [
+        (index, reader, token)
+        for index, row in enumerate(layout)
+        for pick in row.picks
+        for reader, token in pick
+    ]
     rows, readers, tokens = torch.tensor(flat, device=device).T
     needed, inverse = torch.unique(rows * width + readers, return_inverse=True)
     logits: Float[Tensor, "needed vocab"] = head(hidden.flatten(0, 1)[needed]).float()

@@ -1,7 +1,9 @@
-"""Classification metrics as functions of a confusion array, so that one line scores a thousand bootstrap resamples at once.
+"""Classification metrics as functions of a confusion array, so that one line scores a thousand
+bootstrap resamples at once.
 
-A confusion array has shape (..., labels, labels + 1): rows are gold labels, columns predictions, the last column unparsable answers. An
-unparsable answer is wrong for every metric. All values are fractions in [0, 1] but `mcc`, in [-1, 1].
+A confusion array has shape (..., labels, labels + 1): rows are gold labels, columns predictions,
+the last column unparsable answers. An unparsable answer is wrong for every metric. All values are
+fractions in [0, 1] but `mcc`, in [-1, 1].
 """
 
 from collections.abc import Sequence
@@ -10,18 +12,28 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def pair_index(gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]) -> Int[np.ndarray, " rows"]:
+def pair_index(
+    gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]
+) -> Int[np.ndarray, " rows"]:
     """Position of each row's (gold, prediction) pair in the flattened confusion array.
 
-    A prediction outside `labels`, or None, falls in the last column. Raises `KeyError` for a gold label that is not one of `labels`.
+    A prediction outside `labels`, or None, falls in the last column. Raises `KeyError` for a gold
+    label that is not one of `labels`.
     """
     index = {label: position for position, label in enumerate(labels)}
     width = len(labels) + 1
-    column = [index.get(answer, len(labels)) if answer is not None else len(labels) for answer in predicted]
-    return np.array([index[truth] * width + c for truth, c in zip(gold, column, strict=True)], dtype=np.int64)
+    column = [
+        index.get(answer, len(labels)) if answer is not None else len(labels)
+        for answer in predicted
+    ]
+    return np.array(
+        [index[truth] * width + c for truth, c in zip(gold, column, strict=True)], dtype=np.int64
+    )
 
 
-def _per_class(table: Float[np.ndarray, "*batch labels outcomes"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _per_class(
+    table: Float[np.ndarray, "*batch labels outcomes"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """True positives, predicted counts and gold counts of each class, shape (*batch, labels)."""
     hits = np.diagonal(table[..., :-1], axis1=-2, axis2=-1)
     return hits, table[..., :-1].sum(axis=-2), table.sum(axis=-1)
@@ -46,12 +58,16 @@ def f1_weighted(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.
 
 
 def f1_macro(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
-    """F1 of each label, averaged alike. A label that no gold row has counts as 0, as in scikit-learn with `labels=`."""
+    """F1 of each label, averaged alike. A label that no gold row has counts as 0, as in
+    scikit-learn with `labels=`.
+    """
     return np.asarray(_f1(table).mean(-1))
 
 
 def mcc(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
-    """Matthews correlation for several classes (Gorodkin, 2004), unparsable answers being a class of their own; 0 where undefined."""
+    """Matthews correlation for several classes (Gorodkin, 2004), unparsable answers being a
+    class of their own; 0 where undefined.
+    """
     hits, _, gold = _per_class(table)
     columns = table.sum(-2)
     total = gold.sum(-1)
@@ -60,12 +76,16 @@ def mcc(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray,
     return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
 
 
-def unparsable_rate(table: Float[np.ndarray, "*batch labels outcomes"]) -> Float[np.ndarray, "*batch"]:
+def unparsable_rate(
+    table: Float[np.ndarray, "*batch labels outcomes"],
+) -> Float[np.ndarray, "*batch"]:
     """Share of rows whose answer names no label."""
     return np.asarray(table[..., -1].sum(-1) / table.sum((-2, -1)))
 
 
-def classification_scores(table: Float[np.ndarray, "*batch labels outcomes"]) -> dict[str, np.ndarray]:
+def classification_scores(
+    table: Float[np.ndarray, "*batch labels outcomes"],
+) -> dict[str, np.ndarray]:
     """Every metric of this file by name."""
     return {
         "accuracy": accuracy(table),

@@ -1,4 +1,6 @@
-"""What a trained model is worth in fewer bits: the model that a run has just written, loaded through a quantizer and scored again."""
+"""What a trained model is worth in fewer bits: the model that a run has just written, loaded
+through a quantizer and scored again.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -18,29 +20,49 @@ if TYPE_CHECKING:
 
 
 def task_name(task: str, quantizer: str) -> str:
-    """Under which name the scores of a task stand that were taken with the model stored otherwise."""
+    """Under which name the scores of a task stand that were taken with the model stored
+    otherwise.
+    """
     return f"{task}.{quantizer}"
 
 
 def possible(spec: RunSpec) -> list[Choice]:
-    """Those of the cell's `stored_as` that can hold its model; none on several ranks, where only the first has the files."""
+    """Those of the cell's `stored_as` that can hold its model; none on several ranks, where only
+    the first has the files.
+    """
     chosen = spec.stored_as if spec.world_size == 1 else ()
     return [each for each in chosen if unstorable(spec.model, each, 0) is None]
 
 
 def scores(
-    spec: RunSpec, quantizer: Choice, folder: Path, datasets: dict[str, Dataset],
-    tokenizer: "PreTrainedTokenizerFast", device: "torch.device",
-) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
-    """The scores of the whole model in `folder` under a quantizer, and the bytes of it as stored."""
+    spec: RunSpec,
+    quantizer: Choice,
+    folder: Path,
+    datasets: dict[str, Dataset],
+    tokenizer: "PreTrainedTokenizerFast",
+    device: "torch.device",
+) -> tuple[list[dict[str, Any]], int]:
+    """The scores of the whole model in `folder` under a quantizer, and the bytes of it as
+    stored.
+    """
     plain = dataclasses.replace(spec.train, zero_stage=0, activation_checkpointing=False)
     loaded = dataclasses.replace(
-        spec, weights="pretrained", quantizer=quantizer, adapter=reader.adapter("base"), train=plain, stored_as=()
+        spec,
+        weights="pretrained",
+        quantizer=quantizer,
+        adapter=reader.adapter("base"),
+        train=plain,
+        stored_as=(),
     )
     built = build(loaded, folder, device)
     found = []
     for each in spec.tasks:
         examples = datasets[each.dataset.name].splits[spec.evaluation.split]
-        evaluated = evaluate(built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len)
-        found += [score | {"task": task_name(each.task.name, quantizer.name)} for score in evaluated.scores]
+        evaluated = evaluate(
+            built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len
+        )
+        found += [
+            score | {"task": task_name(each.task.name, quantizer.name)}
+            for score in evaluated.scores
+        ]
     return found, built.base_bytes

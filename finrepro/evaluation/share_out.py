@@ -1,7 +1,8 @@
-"""Work on many rows shared out over the ranks of a cell: the batches are those of one rank, each rank computes every N-th of them.
+"""Work on many rows shared out over the ranks of a cell: the batches are those of one rank, each
+rank computes every N-th of them.
 
-So a batch is computed in the same way whoever computes it, and the results are the same numbers, bit for bit, on one rank and on
-several. Every rank gets all of them.
+So a batch is computed in the same way whoever computes it, and the results are the same numbers,
+bit for bit, on one rank and on several. Every rank gets all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ Result = TypeVar("Result")
 
 
 def in_step(model: nn.Module) -> bool:
-    """Whether every rank has to make the same forward passes: the parameters lie in parts (ZeRO-3), and all bring theirs to each pass."""
+    """Whether every rank has to make the same forward passes: the parameters lie in parts
+    (ZeRO-3), and all bring theirs to each pass.
+    """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -31,8 +34,9 @@ def share_out(
 ) -> list[Result]:
     """One result a row, in the order of the rows; `batches` hold each of the rows 0..n-1 once.
 
-    `compute` gives the results of a batch's rows. With `together` a rank that has run out of batches computes one again and throws the
-    results away, so that all ranks call `compute` equally often. Progress counts what all ranks have done, if they are equally fast.
+    `compute` gives the results of a batch's rows. With `together` a rank that has run out of
+    batches computes one again and throws the results away, so that all ranks call `compute` equally
+    often. Progress counts what all ranks have done, if they are equally fast.
     """
     here = ranks.current()
     total = sum(map(len, batches))

@@ -20,7 +20,9 @@ def disk_errors(place: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         # MLflow passes on SQLite's message in an exception of its own.
         if number in (errno.ENOSPC, errno.EDQUOT) or "database or disk is full" in str(error):
-            raise EnvironmentFault(f"no space left on the disk of {place}; finished cells are kept.") from None
+            raise EnvironmentFault(
+                f"no space left on the disk of {place}; finished cells are kept."
+            ) from None
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise EnvironmentFault(
                 f"{place} is not writable ({os.strerror(number or 0)}); choose another with --store DIR."
@@ -47,7 +49,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

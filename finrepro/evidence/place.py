@@ -8,7 +8,9 @@ from finrepro.evidence.store import Store
 
 @dataclass(frozen=True)
 class Place:
-    """Folders on this machine. They are no part of a cell: the same cell in another place is the same cell."""
+    """Folders on this machine. They are no part of a cell: the same cell in another place is the
+    same cell.
+    """
 
     store: Store
     data_dir: Path | None = None

@@ -1,4 +1,6 @@
-"""Where a number comes from: source, lock, commit, versions and hardware, as recorded in every result."""
+"""Where a number comes from: source, lock, commit, versions and hardware, as recorded in every
+result.
+"""
 
 import hashlib
 import os
@@ -57,14 +59,18 @@ def source_digest() -> str:
         name = path.relative_to(root).as_posix()
         if name.startswith(COMPUTES):
             digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    for path in sorted((PROJECT / "configs" / "deepspeed").glob("*.json")):  # read while training, in no spec
+    for path in sorted(
+        (PROJECT / "configs" / "deepspeed").glob("*.json")
+    ):  # read while training, in no spec
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
 @cache
 def lock_digest() -> str | None:
-    """sha256 of the lock that the environment was installed from (`FINREPRO_LOCK`), None when it was not by one."""
+    """sha256 of the lock that the environment was installed from (`FINREPRO_LOCK`), None when it
+    was not by one.
+    """
     name = os.environ.get("FINREPRO_LOCK")
     path = PROJECT / name if name else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
@@ -74,14 +80,18 @@ def _git(*arguments: str) -> str | None:
     """Output of a git command in the project, None without git or outside a checkout."""
     command = ["git", "-c", f"safe.directory={PROJECT}", "-C", str(PROJECT), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 @cache
 def commit() -> tuple[str | None, bool | None]:
-    """(commit, dirty). In an image, the commit baked into REVISION; the source digest says what really ran."""
+    """(commit, dirty). In an image, the commit baked into REVISION; the source digest says what
+    really ran.
+    """
     baked = PROJECT / "REVISION"
     if baked.is_file():
         name = baked.read_text().strip()

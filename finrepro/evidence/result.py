@@ -16,7 +16,9 @@ def header(
     device: str | None = None,
     layout: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What every result.json has, finished or not: `device` is the kind that it ran on, `layout` what finrepro.training.layout settled."""
+    """What every result.json has, finished or not: `device` is the kind that it ran on, `layout`
+    what finrepro.training.layout settled.
+    """
     note = getattr(spec.quantizer.module("quantizers"), "note", None)
     said = note(device) if note and device else None
     attention = _attention(spec, device, layout) if device else None
@@ -53,12 +55,17 @@ def header(
 
 
 def _attention(spec: RunSpec, device: str, layout: dict[str, Any] | None) -> dict[str, str | None]:
-    """Which implementation of attention training and evaluation used; None where there was none. Only training has rows of segments."""
+    """Which implementation of attention training and evaluation used; None where there was none.
+    Only training has rows of segments.
+    """
     import torch
 
     from finrepro.methods.layers.isolated_attention import implementation
 
-    dtype, bins = getattr(torch, spec.model.dtype), (layout or {"used": spec.train.layout})["used"] == "bins"
+    dtype, bins = (
+        getattr(torch, spec.model.dtype),
+        (layout or {"used": spec.train.layout})["used"] == "bins",
+    )
     return {
         "train": implementation(bins, device, dtype) if spec.train.max_steps else None,
         "evaluate": implementation(False, device, dtype) if spec.tasks else None,

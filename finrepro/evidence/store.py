@@ -1,7 +1,9 @@
-"""The store: one folder a run, whole or absent, with a manifest of sha256 that `sha256sum -c` checks.
+"""The store: one folder a run, whole or absent, with a manifest of sha256 that `sha256sum -c`
+checks.
 
-A run is written to a hidden folder beside its final place and renamed there when every byte is on disk. What is found half-written
-after a crash is swept away by the next command that locks the store. MLflow's view of it is made by finrepro.tracking.view.
+A run is written to a hidden folder beside its final place and renamed there when every byte is on
+disk. What is found half-written after a crash is swept away by the next command that locks the
+store. MLflow's view of it is made by finrepro.tracking.view.
 """
 
 import contextlib
@@ -28,8 +30,18 @@ FORMAT = 1
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
 STALE, MISSING = "stale", "not run"
 RESULT_KEYS = {
-    "run_id", "label", "status", "reason", "spec", "started", "ended", "scores", "costs", "data", "environment",
-}  # fmt: skip
+    "run_id",
+    "label",
+    "status",
+    "reason",
+    "spec",
+    "started",
+    "ended",
+    "scores",
+    "costs",
+    "data",
+    "environment",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,9 @@ class Store:
     def result(self, run_id: str) -> dict[str, Any] | None:
         """A run's result.json, None if there is none that can be read and has the keys of one."""
         try:
-            found = json.loads((self.run_folder(run_id) / "result.json").read_text(encoding="utf-8"))
+            found = json.loads(
+                (self.run_folder(run_id) / "result.json").read_text(encoding="utf-8")
+            )
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) and found.keys() >= RESULT_KEYS else None
@@ -62,7 +76,8 @@ class Store:
     def state(self, spec: RunSpec) -> str:
         """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
 
-        Stale: the result, or a base that its table makes, was made by other source or locked packages, or the base is another by now.
+        Stale: the result, or a base that its table makes, was made by other source or locked
+        packages, or the base is another by now.
         """
         result = self.result(spec.run_id)
         if result is None:
@@ -72,27 +87,50 @@ class Store:
         here = (provenance.source_digest(), provenance.lock_digest())
         base = result["data"].get("base") or {}
         makers = [result["environment"], *([base] if "source_digest" in base else [])]
-        same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (None, base["weights"])
-        same_makers = all((maker["source_digest"], maker["lock_digest"]) == here for maker in makers)
+        same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (
+            None,
+            base["weights"],
+        )
+        same_makers = all(
+            (maker["source_digest"], maker["lock_digest"]) == here for maker in makers
+        )
         return DONE if same_makers and same_base else STALE
 
     def weights_digest(self, run_id: str) -> str | None:
-        """sha256 over the manifest's lines of what a run has trained; None if the run is not here."""
+        """sha256 over the manifest's lines of what a run has trained; None if the run is not
+        here.
+        """
         try:
-            lines = (self.run_folder(run_id) / "manifest.sha256").read_text(encoding="utf-8").splitlines()
+            lines = (
+                (self.run_folder(run_id) / "manifest.sha256")
+                .read_text(encoding="utf-8")
+                .splitlines()
+            )
         except (OSError, ValueError):
             return None
         weights = "\n".join(line for line in lines if "  weights/" in line)
         return hashlib.sha256(weights.encode()).hexdigest()
 
     def log_scoring(self, spec: RunSpec, task: str) -> None:
-        """Note that a split is scored, before it is: an attempt that failed or was thrown away still counts."""
-        row = {"run_id": spec.run_id, "label": spec.label, "task": task, "split": spec.evaluation.split}
-        with disk_errors(self.root), (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file:
+        """Note that a split is scored, before it is: an attempt that failed or was thrown away
+        still counts.
+        """
+        row = {
+            "run_id": spec.run_id,
+            "label": spec.label,
+            "task": task,
+            "split": spec.evaluation.split,
+        }
+        with (
+            disk_errors(self.root),
+            (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write("\n" + json.dumps({**row, "time": time.time()}))
 
     def times_scored(self, spec: RunSpec) -> int:
-        """How often this configuration's split has been scored in this store: tuning on a test set would show here."""
+        """How often this configuration's split has been scored in this store: tuning on a test
+        set would show here.
+        """
         try:
             lines = (self.results / "scorings.jsonl").read_text(encoding="utf-8").split("\n")
         except OSError:
@@ -101,20 +139,26 @@ class Store:
         return sum(f'"run_id": "{spec.run_id}"' in line for line in lines)
 
     def campaigns(self) -> list[dict[str, Any]]:
-        """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that cannot be read."""
+        """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that
+        cannot be read.
+        """
         found = []
         for path in (self.results / "campaigns").glob("*.json"):
             try:
                 found.append(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError):
-                raise EnvironmentFault(f"{path} is damaged; move it away and run the command again.") from None
+                raise EnvironmentFault(
+                    f"{path} is damaged; move it away and run the command again."
+                ) from None
         return sorted(found, key=lambda campaign: float(campaign["started"]))
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:
-        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older result.
+        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older
+        result.
 
-        A finished result that an unfinished one replaces is not thrown away: it is kept under results/superseded.
+        A finished result that an unfinished one replaces is not thrown away: it is kept under
+        results/superseded.
         """
         final = self.run_folder(run_id)
         partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
@@ -131,7 +175,11 @@ class Store:
                 if final.exists():
                     final.rename(old)
                 partial.rename(final)
-                if before and before["status"] == DONE and (self.result(run_id) or {}).get("status") != DONE:
+                if (
+                    before
+                    and before["status"] == DONE
+                    and (self.result(run_id) or {}).get("status") != DONE
+                ):
                     kept = self.results / "superseded" / f"{run_id}-{int(before['ended'])}"
                     kept.parent.mkdir(exist_ok=True)
                     old.rename(kept)
@@ -142,7 +190,9 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store alone; released by the system when the process dies. Sweeps what a crash left half-written."""
+        """Hold the store alone; released by the system when the process dies. Sweeps what a
+        crash left half-written.
+        """
         with disk_errors(self.root), (self.results / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,7 +205,9 @@ class Store:
             file.write(str(os.getpid()))
             file.flush()
             for leftover in (self.results / "runs").glob(".*.*"):
-                if not _is_alive(leftover.name.split(".")[2]):  # a cell started by hand is being sealed
+                if not _is_alive(
+                    leftover.name.split(".")[2]
+                ):  # a cell started by hand is being sealed
                     shutil.rmtree(leftover, ignore_errors=True)
             yield
 
@@ -180,18 +232,24 @@ def default_root() -> Path:
 
 
 def open_store(root: Path | None) -> Store:
-    """The store at `root`, made if it is not there. Raises `EnvironmentFault` if it cannot be written or is of a newer version."""
+    """The store at `root`, made if it is not there. Raises `EnvironmentFault` if it cannot be
+    written or is of a newer version.
+    """
     store = Store((root or default_root()).expanduser().absolute())
     with disk_errors(store.root):
         try:
             for name in ("runs", "campaigns", "tables", "checkpoints", "logs"):
                 (store.results / name).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise EnvironmentFault(f"{store.root} is not a folder; choose another with --store DIR.") from None
+            raise EnvironmentFault(
+                f"{store.root} is not a folder; choose another with --store DIR."
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
                 raise
-            said = f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
+            said = (
+                f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
+            )
             raise EnvironmentFault(said) from None
         mark = store.results / "store.json"
         if not mark.exists():
@@ -199,7 +257,9 @@ def open_store(root: Path | None) -> Store:
     try:
         found = json.loads(mark.read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise EnvironmentFault(f'{mark} is damaged: it should say {{"format": {FORMAT}}}.') from None
+        raise EnvironmentFault(
+            f'{mark} is damaged: it should say {{"format": {FORMAT}}}.'
+        ) from None
     if found != FORMAT:
         raise EnvironmentFault(
             f"{store.root} was written by a newer finrepro (format {found}, this one reads {FORMAT}); "

@@ -1,1 +1,3 @@
-"""A finished run as files for others: rebuilt, written, loaded again with Transformers and PEFT alone, and compared."""
+"""A finished run as files for others: rebuilt, written, loaded again with Transformers and PEFT
+alone, and compared.
+"""

@@ -1,6 +1,7 @@
 """Whether the model made again is the one that was scored: some recorded answers, computed again.
 
-Comparing an export with a model that was made again finds what was written wrongly, and not what was made wrongly.
+Comparing an export with a model that was made again finds what was written wrongly, and not what
+was made wrongly.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAMPLE = 8  # recorded examples
-# Between log-probabilities, for those above 1 as a share of them: they were computed in other batches, perhaps on another device. int8
-# rounds a row as the rows beside it decide.
+# Between log-probabilities, for those above 1 as a share of them: they were computed in other
+# batches, perhaps on another device. int8 rounds a row as the rows beside it decide.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "bnb_int8": 0.1}
 
 
-def check(recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """What was found, in a line. Raises `NotEqual` when the model gives other log-probabilities than the run recorded."""
+def check(
+    recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTokenizerFast"
+) -> str:
+    """What was found, in a line. Raises `NotEqual` when the model gives other log-probabilities
+    than the run recorded.
+    """
     spec = recorded.spec
     kept = [row for row in read_lines(recorded.folder / "predictions.jsonl") if _logprobs(row)]
     if not kept:
@@ -39,11 +44,18 @@ def check(recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTo
     if reason := files.missing_reason(task.dataset, place.data_dir, (split,)):
         return f"not held against recorded answers: {reason}"
     loaded = files.load(task.dataset, place.data_dir, (split,))
-    if loaded.fingerprints[split] != recorded.result["data"]["fingerprints"].get(name, {}).get(split):
+    if loaded.fingerprints[split] != recorded.result["data"]["fingerprints"].get(name, {}).get(
+        split
+    ):
         return f"not held against recorded answers: {name} is not what it was"
     examples = {example.id: example for example in loaded.splits[split]}
     again = answer(
-        model, tokenizer, task, [examples[row["id"]] for row in rows], spec.evaluation, spec.train.max_seq_len
+        model,
+        tokenizer,
+        task,
+        [examples[row["id"]] for row in rows],
+        spec.evaluation,
+        spec.train.max_seq_len,
     )
     pairs = [
         pair
@@ -63,14 +75,22 @@ def check(recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTo
 
 def _logprobs(row: dict[str, Any]) -> list[float]:
     """Of each choice, or of the text; none for an answer that was generated."""
-    return list(row["logprobs"].values()) if "logprobs" in row else [row["logprob"]] if "logprob" in row else []
+    return (
+        list(row["logprobs"].values())
+        if "logprobs" in row
+        else [row["logprob"]]
+        if "logprob" in row
+        else []
+    )
 
 
 def _task(recorded: Recorded, name: str) -> TaskSpec | None:
     """The task that the run was scored on; None when the catalogue's is another."""
     for values in recorded.result["spec"]["tasks"]:
         try:
-            _, scored = reader.train_set(recorded.result["cell"]["train_on"], values["task"].get("template", ""))
+            _, scored = reader.train_set(
+                recorded.result["cell"]["train_on"], values["task"].get("template", "")
+            )
         except UsageError:
             return None
         for each in scored:

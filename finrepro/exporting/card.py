@@ -22,7 +22,9 @@ K5 = {
 }
 
 
-def card(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str) -> str:
+def card(
+    recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str
+) -> str:
     """The text, in Markdown with the hub's YAML in front."""
     parts = [
         f"---\n{yaml.safe_dump(front_matter(recorded, planned), sort_keys=False)}---",
@@ -47,8 +49,18 @@ def front_matter(recorded: Recorded, planned: Layout) -> dict[str, Any]:
     if ids := sorted({hub.id for hub in hubs if hub}):
         values["datasets"] = ids
     trained = [] if planned.format == "base" else [spec.adapter.kind]
-    tags = ["finrepro", *trained, spec.quantizer.name, spec.model.family, f"{spec.model.scale}-scale"]
-    return values | {"library_name": LIBRARY[planned.format], "pipeline_tag": "text-generation", "tags": tags}
+    tags = [
+        "finrepro",
+        *trained,
+        spec.quantizer.name,
+        spec.model.family,
+        f"{spec.model.scale}-scale",
+    ]
+    return values | {
+        "library_name": LIBRARY[planned.format],
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
 
 
 def _what(recorded: Recorded, planned: Layout) -> str:
@@ -74,7 +86,10 @@ def _what(recorded: Recorded, planned: Layout) -> str:
         text = f"**A smoke result: not to be compared with published ones.** {spec.model.name} is a miniature of {spec.model.miniature_of}."
         lines += ["", text]
     if spec.weights == "random":
-        lines += ["", "**The base has random weights**: this export shows that the path works, and nothing of quality."]
+        lines += [
+            "",
+            "**The base has random weights**: this export shows that the path works, and nothing of quality.",
+        ]
     if spec.train.short:
         lines += ["", "**Trained too briefly to show quality.**"]
     return "\n".join(lines)
@@ -89,7 +104,11 @@ def snippet(recorded: Recorded, planned: Layout) -> str:
     spec = recorded.spec
     with_peft = planned.adapter is not None or planned.shift is not None
     quantized = loading_settings(spec) if planned.base is None else {}
-    imports = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
+    imports = [
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        *(["BitsAndBytesConfig"] if quantized else []),
+    ]
     lines = ["import torch", *(["from peft import PeftModel"] if with_peft else [])]
     lines += [f"from transformers import {', '.join(imports)}", ""]
     name = spec.model.hub.id if spec.model.hub and planned.base is None else planned.base
@@ -120,9 +139,16 @@ def snippet(recorded: Recorded, planned: Layout) -> str:
     return "\n".join([*lines, "model.eval()", ""])
 
 
-def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str) -> str:
+def _loading_notes(
+    recorded: Recorded, planned: Layout, apart: Difference, effect: float | None, held: str
+) -> str:
     versions = recorded.result["environment"].get("packages") or {}
-    names = ["torch", "transformers", "peft", *(["bitsandbytes"] if loading_settings(recorded.spec) else [])]
+    names = [
+        "torch",
+        "transformers",
+        "peft",
+        *(["bitsandbytes"] if loading_settings(recorded.spec) else []),
+    ]
     known = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     lines = [
         f"Run it in this folder{f'; the run was made with {known}' if known else ''}. All tensors are safetensors."
@@ -133,7 +159,11 @@ def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effec
             "base as its codes: without it every weight is another."
         )
     model = "base" if planned.format == "base" else "model"
-    moved = f" What was trained moves them by {effect:.2g} of their length." if effect is not None else ""
+    moved = (
+        f" What was trained moves them by {effect:.2g} of their length."
+        if effect is not None
+        else ""
+    )
     lines.append(
         f"Checked when it was exported: loaded this way it gives the logits of the run's {model}, to {apart.relative:.2g} of their length "
         f"(allowed: {TOLERANCE[recorded.spec.model.dtype]:g}; largest difference {apart.largest:.2g}).{moved}"
@@ -149,17 +179,32 @@ def _loading_notes(recorded: Recorded, planned: Layout, apart: Difference, effec
 
 def _scores(recorded: Recorded, planned: Layout) -> str:
     spec, found = recorded.spec, recorded.result["scores"]
-    dequantized = ", dequantized first" if hasattr(spec.quantizer.module("quantizers"), "weight") else ""
-    trained = "The whole model was evaluated as trained" if recorded.is_whole_model else "Evaluated not merged"
-    base = (
-        f"on the base as {spec.quantizer.name} stores it" if spec.quantizer.kind != "none" else f"in {spec.model.dtype}"
+    dequantized = (
+        ", dequantized first" if hasattr(spec.quantizer.module("quantizers"), "weight") else ""
     )
-    said = "That is this export." if recorded.is_whole_model and planned.format == "merged" else K5[planned.format]
+    trained = (
+        "The whole model was evaluated as trained"
+        if recorded.is_whole_model
+        else "Evaluated not merged"
+    )
+    base = (
+        f"on the base as {spec.quantizer.name} stores it"
+        if spec.quantizer.kind != "none"
+        else f"in {spec.model.dtype}"
+    )
+    said = (
+        "That is this export."
+        if recorded.is_whole_model and planned.format == "merged"
+        else K5[planned.format]
+    )
     text = f"{trained}, {base}. {said.format(dtype=spec.model.dtype, dequantized=dequantized)}"
     if not found:
         return f"## Scores\n\nNone: this run was not scored. {text}"
     level = f"{spec.evaluation.confidence:.0%}"
-    rows = ["| task | metric | value | interval | rows | best constant answer |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| task | metric | value | interval | rows | best constant answer |",
+        "|---|---|---|---|---|---|",
+    ]
     rows += [
         f"| {each['task']} | {each['metric']} | {_number(each['value'])} | {_number(each['low'])} to {_number(each['high'])} "
         f"| {each['n']} | {_number(each['constant'])} |"
@@ -189,7 +234,11 @@ def _data(recorded: Recorded) -> str:
     lines = ["## Data", ""]
     for name in _datasets(recorded):
         entry = _dataset(name)
-        title = f"{entry.config.title}; licence: {entry.config.licence}" if entry else "no longer in the catalogue"
+        title = (
+            f"{entry.config.title}; licence: {entry.config.licence}"
+            if entry
+            else "no longer in the catalogue"
+        )
         lines.append(f"- {name}: {title}")
         files = (recorded.result["data"].get("files") or {}).get(name) or {}
         lines += [f"  - {role}: sha256 `{digest}`" for role, digest in sorted(files.items())]
@@ -201,9 +250,10 @@ def _made(recorded: Recorded) -> str:
     commit = f"commit `{made['git_commit']}`" if made.get("git_commit") else "commit not recorded"
     ended = datetime.fromtimestamp(recorded.result["ended"], UTC).strftime("%Y-%m-%d")
     lines = [
-        "## Made by", "",
+        "## Made by",
+        "",
         f"finrepro, {commit}{' with changes' if made.get('git_dirty') else ''}, source `{made['source_digest']}`, "
         f"lock `{made['lock_digest'] or 'none'}`, on {ended}.",
         "`manifest.sha256` lists this folder's files: `sha256sum -c manifest.sha256`.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)

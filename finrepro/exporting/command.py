@@ -1,4 +1,6 @@
-"""`invoke export`: find the run, make its model again, write, load what was written, compare, and only then give it its name."""
+"""`invoke export`: find the run, make its model again, write, load what was written, compare,
+and only then give it its name.
+"""
 
 import gc
 import logging
@@ -21,8 +23,9 @@ from finrepro.runtime import process
 def export(run_id: str, wanted: str, out: Path | None, place: Place) -> Path:
     """Export a run of the store; the folder that was made.
 
-    It is written under another name beside its place, and renamed when its logits equal the run's; whatever happens before, nothing is
-    left. Raises the errors of `find`, `rebuild.start` and `verify.check`; `UsageError` when the place is taken.
+    It is written under another name beside its place, and renamed when its logits equal the run's;
+    whatever happens before, nothing is left. Raises the errors of `find`, `rebuild.start` and
+    `verify.check`; `UsageError` when the place is taken.
     """
     if wanted not in FORMATS:
         raise unknown("--format", wanted, FORMATS)
@@ -79,7 +82,11 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     elif planned.adapter:
         write.write_adapter(recorded, partial / planned.adapter)
     assert expected is not None
-    effect = verify.difference(expected, untrained).relative if untrained and planned.format != "base" else None
+    effect = (
+        verify.difference(expected, untrained).relative
+        if untrained and planned.format != "base"
+        else None
+    )
     del model
     gc.collect()
     print("loading what was written with Transformers and PEFT alone")
@@ -88,14 +95,20 @@ def _fill(recorded: Recorded, planned: Layout, partial: Path, place: Place) -> N
     said = f"logits equal the run's: largest difference {apart.largest:.3g}, {apart.relative:.3g} of their length"
     print(said + (f" (what was trained moves them by {effect:.3g})" if effect is not None else ""))
     if effect is not None and effect <= verify.TOLERANCE[spec.model.dtype]:
-        print("note: the run's training moves them by no more than rounding may: this comparison says little of it")
-    (partial / "README.md").write_text(card(recorded, planned, apart, effect, held), encoding="utf-8")
+        print(
+            "note: the run's training moves them by no more than rounding may: this comparison says little of it"
+        )
+    (partial / "README.md").write_text(
+        card(recorded, planned, apart, effect, held), encoding="utf-8"
+    )
     write_manifest(partial)
 
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target`, renamed to it at the end; removed on any error, and on SIGTERM as on Ctrl-C."""
+    """A hidden folder beside `target`, renamed to it at the end; removed on any error, and on
+    SIGTERM as on Ctrl-C.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -103,7 +116,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             if os.path.lexists(target):
-                raise UsageError(f"{target} has come into being in the meantime: say another with --out.")
+                raise UsageError(
+                    f"{target} has come into being in the meantime: say another with --out."
+                )
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,14 +1,18 @@
-"""Which folders an export has. By default what a run has trained is a PEFT folder for the base that everybody gets from the hub.
+"""Which folders an export has. By default what a run has trained is a PEFT folder for the base that
+everybody gets from the hub.
 
 A method may say otherwise, by optional names of its module:
 
 - adapters and quantizers: `NOT_EXPORTED`, format -> why it is refused;
-- quantizers: `loading(config)`, Transformers' settings under which it makes or reads such layers; `own_base(config)`, why that gives
-  another base than the run's; `weight(layer)`, the (out, in) that a layer stands for; `BESIDE`, the names of a layer's tensors that only
-  this package reads, where its method `as_frozen_lora()` gives (A, B) of what it adds to the layer that Transformers makes;
-- adapters: `own_base(quantizer, config)`, why `apply` leaves another base, on which its export stands, or on which `on_own_base(weights,
-  folder)` makes it stand; `read(model, folder)`, which puts the export on the base; `merge(model, folder)`, which puts it into the
-  weights; `WHOLE_MODEL`, that the export is a model by itself.
+- quantizers: `loading(config)`, Transformers' settings under which it makes or reads such layers;
+  `own_base(config)`, why that gives another base than the run's; `weight(layer)`, the (out, in)
+  that a layer stands for; `BESIDE`, the names of a layer's tensors that only this package reads,
+  where its method `as_frozen_lora()` gives (A, B) of what it adds to the layer that Transformers
+  makes;
+- adapters: `own_base(quantizer, config)`, why `apply` leaves another base, on which its export
+  stands, or on which `on_own_base(weights, folder)` makes it stand; `read(model, folder)`, which
+  puts the export on the base; `merge(model, folder)`, which puts it into the weights;
+  `WHOLE_MODEL`, that the export is a model by itself.
 """
 
 from dataclasses import dataclass
@@ -19,7 +23,9 @@ from finrepro.catalogue.spec import RunSpec
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders within an export; `.` is the export itself, None that there is no such thing in it."""
+    """The folders within an export; `.` is the export itself, None that there is no such thing
+    in it.
+    """
 
     format: str
     adapter: str | None = None
@@ -40,14 +46,22 @@ def layout(spec: RunSpec, wanted: str) -> Layout:
     shifted = hasattr(spec.quantizer.module("quantizers"), "BESIDE")
     why = own_base(spec)
     if wanted == "base":
-        return Layout(wanted, base="base", shift="shift", why_own=why) if shifted else Layout(wanted, base=".")
+        return (
+            Layout(wanted, base="base", shift="shift", why_own=why)
+            if shifted
+            else Layout(wanted, base=".")
+        )
     if why is None:
         return Layout(wanted, adapter=".")
-    return Layout(wanted, adapter="adapter", base="base", shift="shift" if shifted else None, why_own=why)
+    return Layout(
+        wanted, adapter="adapter", base="base", shift="shift" if shifted else None, why_own=why
+    )
 
 
 def own_base(spec: RunSpec) -> str | None:
-    """Why the base that a run was trained on is not what everybody gets from the hub; None if it is."""
+    """Why the base that a run was trained on is not what everybody gets from the hub; None if it
+    is.
+    """
     if reason := changed_base(spec):
         return reason
     by_quantizer = getattr(spec.quantizer.module("quantizers"), "own_base", None)
@@ -69,6 +83,8 @@ def changed_base(spec: RunSpec) -> str | None:
 
 
 def loading_settings(spec: RunSpec) -> dict[str, Any]:
-    """Arguments of Transformers' BitsAndBytesConfig for the run's base, dtypes by name; empty for a base that is not quantized."""
+    """Arguments of Transformers' BitsAndBytesConfig for the run's base, dtypes by name; empty
+    for a base that is not quantized.
+    """
     named = getattr(spec.quantizer.module("quantizers"), "loading", None)
     return dict(named(spec.quantizer.config)) if named else {}

@@ -1,4 +1,6 @@
-"""The model of a finished run, made again: its base as it was stored, and what it has trained on top."""
+"""The model of a finished run, made again: its base as it was stored, and what it has trained on
+top.
+"""
 
 import dataclasses
 import tempfile
@@ -36,7 +38,9 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Start:
-    """What a run started from: the folder of its base (None: weights from its seed, or none needed), and its tokenizer."""
+    """What a run started from: the folder of its base (None: weights from its seed, or none
+    needed), and its tokenizer.
+    """
 
     folder: Path | None
     tokenizer: "PreTrainedTokenizerFast"
@@ -45,8 +49,9 @@ class Start:
 def start(recorded: Recorded, place: Place, wanted: str) -> Start:
     """Find the base as for training, and hold it against what the run recorded of it.
 
-    A run that has trained a whole model needs its base for the tokenizer alone, and not where the tokenizer lies with the weights.
-    Raises `EnvironmentFault` when something is missing, or is not what the run was trained on.
+    A run that has trained a whole model needs its base for the tokenizer alone, and not where the
+    tokenizer lies with the weights. Raises `EnvironmentFault` when something is missing, or is not
+    what the run was trained on.
     """
     spec, data = recorded.spec, recorded.result["data"]
     if recorded.is_whole_model and wanted != "base" and tokenizer_digest(recorded.weights):
@@ -61,13 +66,17 @@ def start(recorded: Recorded, place: Place, wanted: str) -> Start:
             )
     digest = (data.get("tokenizer") or {}).get("sha256")
     if folder is not None and digest and tokenizer_digest(folder) != digest:
-        raise EnvironmentFault(f"{folder}: the tokenizer is not the one that run {recorded.run_id} used.")
+        raise EnvironmentFault(
+            f"{folder}: the tokenizer is not the one that run {recorded.run_id} used."
+        )
     return Start(folder, tokenizer)
 
 
 @contextmanager
 def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
-    """The run with its adapter as it stands on the base that it was trained on, where its file is for another one."""
+    """The run with its adapter as it stands on the base that it was trained on, where its file
+    is for another one.
+    """
     written = getattr(recorded.spec.adapter.module("adapters"), "on_own_base", None)
     if written is None or changed_base(recorded.spec) is None:
         yield recorded
@@ -78,7 +87,9 @@ def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
 
 
 def base_model(recorded: Recorded, begun: Start, device: torch.device) -> Any:
-    """The frozen base, as the run stored it; of a run that has trained a whole model, the untrained one."""
+    """The frozen base, as the run stored it; of a run that has trained a whole model, the
+    untrained one.
+    """
     spec = recorded.spec
     if changed_base(spec):
         return stripped(build(spec, begun.folder, device).model)
@@ -88,7 +99,9 @@ def base_model(recorded: Recorded, begun: Start, device: torch.device) -> Any:
 
 
 def trained_model(recorded: Recorded, base: Any, device: torch.device) -> Any:
-    """The run's model: `base` with the run's adapter on it, or the whole model that the run has trained (`base` is not looked at)."""
+    """The run's model: `base` with the run's adapter on it, or the whole model that the run has
+    trained (`base` is not looked at).
+    """
     if recorded.is_whole_model:
         model = skeleton(recorded.spec)
         loading.stream(model, source(recorded.spec, model, recorded.weights), None, device)
@@ -103,23 +116,31 @@ def adapted(spec: RunSpec, base: Any, folder: Path) -> Any:
 
 
 def read_peft(base: Any, folder: Path) -> Any:
-    """`base` with a PEFT folder on it. Raises `EnvironmentFault` when tensors are missing or left over."""
+    """`base` with a PEFT folder on it. Raises `EnvironmentFault` when tensors are missing or
+    left over.
+    """
     import peft
 
     device = next(base.parameters()).device
     with quiet_peft():
-        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=False, torch_device=str(device))
+        model = peft.PeftModel.from_pretrained(
+            base, folder, is_trainable=False, torch_device=str(device)
+        )
     check_every_tensor_is_used(model, folder)
     return model.eval()
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without what PEFT says of an adapter that fits a layer which lies the other way round, and of keys, which are checked here."""
+    """Without what PEFT says of an adapter that fits a layer which lies the other way round, and
+    of keys, which are checked here.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        warnings.filterwarnings("ignore", message="Specified to not")  # VeRA's matrices, drawn again from their key
+        warnings.filterwarnings(
+            "ignore", message="Specified to not"
+        )  # VeRA's matrices, drawn again from their key
         warnings.filterwarnings(
             "ignore", message=".*rank_pattern keys did not match.*lora_E"
         )  # PEFT's own words for AdaLoRA
@@ -127,7 +148,9 @@ def quiet_peft() -> Iterator[None]:
 
 
 def stripped(model: Any) -> Any:
-    """The base inside an adapted model: every layer that wraps another (`base_layer`) gives way to it, in place."""
+    """The base inside an adapted model: every layer that wraps another (`base_layer`) gives way
+    to it, in place.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in list(inner.named_modules()):
         if isinstance(getattr(module, "base_layer", None), nn.Module):
@@ -137,16 +160,25 @@ def stripped(model: Any) -> Any:
 
 
 def densify(spec: RunSpec, model: Any) -> Any:
-    """Replace each quantized layer by a plain one with the weight that it stands for, one at a time, in place."""
+    """Replace each quantized layer by a plain one with the weight that it stands for, one at a
+    time, in place.
+    """
     weight_of = getattr(spec.quantizer.module("quantizers"), "weight", None)
     if weight_of is None:
         return model
     plain = skeleton(spec)
     for name, layer in linear_layers(model).items():
-        weight, dense = weight_of(layer).to(getattr(torch, spec.model.dtype)), plain.get_submodule(name)
+        weight, dense = (
+            weight_of(layer).to(getattr(torch, spec.model.dtype)),
+            plain.get_submodule(name),
+        )
         kept = {"weight": weight.T.contiguous() if is_conv1d(dense) else weight, "bias": layer.bias}
         for key, value in kept.items():
-            setattr(dense, key, value if value is None else nn.Parameter(value.detach(), requires_grad=False))
+            setattr(
+                dense,
+                key,
+                value if value is None else nn.Parameter(value.detach(), requires_grad=False),
+            )
         model.set_submodule(name, dense)
     return model
 
@@ -160,5 +192,8 @@ def encoded_prompts(tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
 def logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits of every position of each prompt, (tokens, vocabulary), in float32 on the CPU."""
     device = next(model.parameters()).device
-    found = [model.eval()(input_ids=torch.tensor([list(ids)], device=device), use_cache=False) for ids in prompts]
+    found = [
+        model.eval()(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+        for ids in prompts
+    ]
     return [each.logits[0].float().cpu() for each in found]

@@ -1,6 +1,8 @@
-"""A finished run in the store, checked against its manifest, and as much of its `RunSpec` as its model is made of.
+"""A finished run in the store, checked against its manifest, and as much of its `RunSpec` as its
+model is made of.
 
-Settings are those that the result recorded, not today's catalogue; the catalogue gives the names and the hub's address alone.
+Settings are those that the result recorded, not today's catalogue; the catalogue gives the names
+and the hub's address alone.
 """
 
 import re
@@ -27,7 +29,8 @@ class Damaged(FinreproError):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A finished run: its result.json, its folder, and its spec without the tasks, which no model is made of.
+    """A finished run: its result.json, its folder, and its spec without the tasks, which no model
+    is made of.
 
     `elsewhere` is a folder to be taken for its `weights/`.
     """
@@ -56,10 +59,13 @@ class Recorded:
 def find(place: Store, run_id: str, wanted: str) -> Recorded:
     """The run of that id, to be exported in the format `wanted`.
 
-    Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not go into the format; `EnvironmentFault`
-    when its weights are missing or its settings are another version's; `Damaged` when a file is not the one that was sealed.
+    Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not
+    go into the format; `EnvironmentFault` when its weights are missing or its settings are another
+    version's; `Damaged` when a file is not the one that was sealed.
     """
-    done = sorted(path.name for path in (place.results / "runs").iterdir() if RUN_ID.fullmatch(path.name))
+    done = sorted(
+        path.name for path in (place.results / "runs").iterdir() if RUN_ID.fullmatch(path.name)
+    )
     if run_id not in done:
         if not done:
             raise UsageError(f"unknown run '{run_id}': there is no run in {place.root}.")
@@ -67,15 +73,23 @@ def find(place: Store, run_id: str, wanted: str) -> Recorded:
     folder, result = place.run_folder(run_id), place.result(run_id)
     wrong = damaged_files(folder)
     if wrong:
-        raise Damaged(f"run {run_id} is damaged, and is not exported: {', '.join(wrong)} differ from its manifest.")
+        raise Damaged(
+            f"run {run_id} is damaged, and is not exported: {', '.join(wrong)} differ from its manifest."
+        )
     if result is None:
         raise Damaged(f"run {run_id} has no result.json that can be read.")
     if result["status"] != store.DONE:
-        raise UsageError(f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}.")
+        raise UsageError(
+            f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."
+        )
     if reason := refusal(result["spec"], wanted):
-        raise UsageError(f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}.")
+        raise UsageError(
+            f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}."
+        )
     if wanted != "base" and not any((folder / "weights").glob("*.safetensors")):
-        raise EnvironmentFault(f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}.")
+        raise EnvironmentFault(
+            f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}."
+        )
     return Recorded(result, folder, specified(result))
 
 
@@ -86,8 +100,13 @@ def _nearest(run_id: str, known: list[str]) -> UsageError:
 
 
 def refusal(spec: dict[str, Any], wanted: str) -> str | None:
-    """Why a run's model, adapter or quantizer does not go into a format, with the formats that are possible; None if it does."""
-    modules = [kind_module("adapters", spec["adapter"]["kind"]), kind_module("quantizers", spec["quantizer"]["kind"])]
+    """Why a run's model, adapter or quantizer does not go into a format, with the formats that
+    are possible; None if it does.
+    """
+    modules = [
+        kind_module("adapters", spec["adapter"]["kind"]),
+        kind_module("quantizers", spec["quantizer"]["kind"]),
+    ]
     refused = not_exported(spec["quantizer"]["kind"]) if spec["model"].get("low_rank") else {}
     for module in modules:
         refused = getattr(module, "NOT_EXPORTED", {}) | refused
@@ -98,7 +117,9 @@ def refusal(spec: dict[str, Any], wanted: str) -> str | None:
 
 
 def specified(result: dict[str, Any]) -> RunSpec:
-    """The spec of a result. Raises `EnvironmentFault` when the model of that name is another by now, or this version has other settings."""
+    """The spec of a result. Raises `EnvironmentFault` when the model of that name is another by
+    now, or this version has other settings.
+    """
     cell, values = result["cell"], result["spec"]
     try:
         model = reader.model(cell["model"])
@@ -107,7 +128,9 @@ def specified(result: dict[str, Any]) -> RunSpec:
         train = reader.train_settings(values["train"], "train")
         evaluation = build(Evaluation, values["evaluation"], "evaluation")
     except UsageError as error:
-        raise EnvironmentFault(f"run {result['run_id']} was made with settings of another version: {error}") from None
+        raise EnvironmentFault(
+            f"run {result['run_id']} was made with settings of another version: {error}"
+        ) from None
     if without(plain(model), DESCRIPTIVE) != values["model"]:
         raise EnvironmentFault(
             f"run {result['run_id']} was made with another '{model.name}' than the catalogue's: use the version that made it "

@@ -1,4 +1,6 @@
-"""Loading an export as anybody would, with Transformers and PEFT alone, and holding its logits against the run's own."""
+"""Loading an export as anybody would, with Transformers and PEFT alone, and holding its logits
+against the run's own.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ class NotEqual(FinreproError):
 
 @dataclass(frozen=True)
 class Difference:
-    """`largest` between two logits, and the longest distance over a prompt as a share of the run's `relative`."""
+    """`largest` between two logits, and the longest distance over a prompt as a share of the
+    run's `relative`.
+    """
 
     largest: float
     relative: float
@@ -36,7 +40,9 @@ def reload(
     device: torch.device,
     prompts: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """The logits of the exported model, as `load` gives it. Raises `NotEqual` when the libraries cannot load it or compute with it."""
+    """The logits of the exported model, as `load` gives it. Raises `NotEqual` when the libraries
+    cannot load it or compute with it.
+    """
     try:
         return logits(load(spec, written, layout, base, device), prompts)
     except FinreproError:
@@ -48,8 +54,11 @@ def reload(
         ) from error
 
 
-def load(spec: RunSpec, written: Path, layout: Layout, base: Path | None, device: torch.device) -> Any:
-    """The exported model through the public loaders; `base` is where the hub's checkpoint lies, for an export without one.
+def load(
+    spec: RunSpec, written: Path, layout: Layout, base: Path | None, device: torch.device
+) -> Any:
+    """The exported model through the public loaders; `base` is where the hub's checkpoint lies, for
+    an export without one.
 
     It raises what the loaders raise, and `NotEqual` when they make up weights or leave some over.
     """
@@ -65,10 +74,14 @@ def load(spec: RunSpec, written: Path, layout: Layout, base: Path | None, device
     )
     for what in ("missing_keys", "mismatched_keys") if layout.base_is_elsewhere else loaded:
         if loaded.get(what):
-            raise NotEqual(f"Transformers reports {what.replace('_', ' ')}: {sorted(map(str, loaded[what]))[:2]}.")
+            raise NotEqual(
+                f"Transformers reports {what.replace('_', ' ')}: {sorted(map(str, loaded[what]))[:2]}."
+            )
     with quiet_peft():
         if layout.shift:
-            model = peft.PeftModel.from_pretrained(model, written / layout.shift, adapter_name="shift")
+            model = peft.PeftModel.from_pretrained(
+                model, written / layout.shift, adapter_name="shift"
+            )
             if layout.adapter:
                 model.load_adapter(written / layout.adapter, adapter_name="trained")
                 model.base_model.set_adapter(["shift", "trained"])
@@ -76,7 +89,8 @@ def load(spec: RunSpec, written: Path, layout: Layout, base: Path | None, device
             model = peft.PeftModel.from_pretrained(model, written / layout.adapter)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes' inference on CPUs with AVX512-BF16 computes in bfloat16 whatever was asked for, and repacks the codes to do so.
+            # bitsandbytes' inference on CPUs with AVX512-BF16 computes in bfloat16 whatever was
+            # asked for, and repacks the codes to do so.
             module.support_avx512bf16_for_cpu = False
     return model.eval()
 

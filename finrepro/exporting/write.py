@@ -1,4 +1,6 @@
-"""Writing an export's folders: safetensors and JSON alone, names of models and never a path on this machine."""
+"""Writing an export's folders: safetensors and JSON alone, names of models and never a path on
+this machine.
+"""
 
 import json
 import shutil
@@ -22,19 +24,25 @@ SETTINGS = "adapter_config.json"
 
 
 def write_adapter(recorded: Recorded, folder: Path) -> None:
-    """Copy what the run has trained, a PEFT folder already; what it calls its base is the model's name."""
+    """Copy what the run has trained, a PEFT folder already; what it calls its base is the
+    model's name.
+    """
     folder.mkdir(exist_ok=True)
     for path in sorted(recorded.weights.iterdir()):
         shutil.copyfile(path, folder / path.name)
     values, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), recorded.spec.model
     name = model.hub.id if model.hub else model.name
-    if values["base_model_name_or_path"] != name:  # a path on the machine that trained it means nothing to anybody
+    if (
+        values["base_model_name_or_path"] != name
+    ):  # a path on the machine that trained it means nothing to anybody
         text = json.dumps(values | {"base_model_name_or_path": name}, indent=2, sort_keys=True)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def check_adapter(recorded: Recorded, layout: Layout) -> None:
-    """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that belongs to its base."""
+    """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that
+    belongs to its base.
+    """
     kind = json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
     if layout.shift and kind != "LORA":
         raise UsageError(
@@ -44,14 +52,23 @@ def check_adapter(recorded: Recorded, layout: Layout) -> None:
 
 
 def write_base(spec: RunSpec, model: Any, tokenizer: Any, folder: Path) -> None:
-    """A Transformers checkpoint of the base as it is stored: quantized layers as bitsandbytes keeps them, with their configuration."""
+    """A Transformers checkpoint of the base as it is stored: quantized layers as bitsandbytes
+    keeps them, with their configuration.
+    """
     beside = getattr(spec.quantizer.module("quantizers"), "BESIDE", ())
-    state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in beside}
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.rpartition(".")[2] not in beside
+    }
     _save(model, tokenizer, folder, spec, state)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
-    """`save_pretrained`, with a cache again for whoever generates; with a `state`, as a quantized model where the run's was.
+def _save(
+    model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[str, Any] | None = None
+) -> None:
+    """`save_pretrained`, with a cache again for whoever generates; with a `state`, as a quantized
+    model where the run's was.
 
     A low-rank model is written as the dense one that computes the same, and used up.
     """
@@ -67,7 +84,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, spec: RunSpec, state: dict[s
 
 
 def write_shift(model: Any, folder: Path) -> None:
-    """What each layer adds to the plain one of Transformers, as a PEFT folder with a frozen LoRA of scaling 1."""
+    """What each layer adds to the plain one of Transformers, as a PEFT folder with a frozen LoRA
+    of scaling 1.
+    """
     factors = {name: layer.as_frozen_lora() for name, layer in linear_layers(model).items()}
     ranks = {name: len(first) for name, (first, _) in factors.items()}
     rank = max(ranks.values())
@@ -77,7 +96,8 @@ def write_shift(model: Any, folder: Path) -> None:
 
 
 def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> None:
-    """A dense checkpoint in the run's dtype: the base's weights, dequantized where they were quantized, plus what was trained.
+    """A dense checkpoint in the run's dtype: the base's weights, dequantized where they were
+    quantized, plus what was trained.
 
     Layers are taken one at a time, in place: `model`, the run's, is used up.
     """

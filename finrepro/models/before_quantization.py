@@ -1,9 +1,11 @@
-"""The first stage of methods that start from a layer's weight in full precision (PiSSA, LoftQ), before it is quantized.
+"""The first stage of methods that start from a layer's weight in full precision (PiSSA, LoftQ),
+before it is quantized.
 
-An adapter may define `prepare(name, weight, quantized, config, seed) -> (weight, state)` for the layers that its `target_modules` name.
-The streaming loader calls it for each of them while the weight is there, puts what it returns in the weight's place, and quantizes that;
-`state`, named small tensors, is kept and given to the adapter's `apply`. Both stages run in one process: none can be forgotten, and no
-more than one part of the model is ever there in full precision.
+An adapter may define `prepare(name, weight, quantized, config, seed) -> (weight, state)` for the
+layers that its `target_modules` name. The streaming loader calls it for each of them while the
+weight is there, puts what it returns in the weight's place, and quantizes that; `state`, named
+small tensors, is kept and given to the adapter's `apply`. Both stages run in one process: none can
+be forgotten, and no more than one part of the model is ever there in full precision.
 """
 
 from typing import Any
@@ -19,7 +21,8 @@ State = dict[str, Tensor]
 
 
 class FirstStage:
-    """Prepares a cell's layers, one at a time, and keeps what each left: `prepared`, layer -> state, on the CPU.
+    """Prepares a cell's layers, one at a time, and keeps what each left: `prepared`, layer ->
+    state, on the CPU.
 
     At ZeRO-3 every rank holds the whole of a part when it comes here, and all compute the same.
     """
@@ -32,9 +35,11 @@ class FirstStage:
 
     @torch.no_grad()
     def __call__(self, name: str) -> None:
-        """Replace, in place, the weight of the linear layer of this name, which is not quantized yet; another's stays as it is.
+        """Replace, in place, the weight of the linear layer of this name, which is not quantized
+        yet; another's stays as it is.
 
-        The method sees (out, in) in float32, whichever way and in whichever dtype the layer stores it.
+        The method sees (out, in) in float32, whichever way and in whichever dtype the layer stores
+        it.
         """
         if name not in self._names:
             return
@@ -43,7 +48,9 @@ class FirstStage:
         weight = (stored.T if is_conv1d(layer) else stored).float().contiguous()
 
         def quantized(matrix: Tensor) -> Tensor:
-            """What the layer would stand for with this weight: rounded to its dtype, encoded and decoded, in float32."""
+            """What the layer would stand for with this weight: rounded to its dtype, encoded and
+            decoded, in float32.
+            """
             module = self._quantizer.module("quantizers")
             encoded = module.encode(matrix.to(stored.dtype).contiguous(), self._quantizer.config)
             return module.decode(encoded).float()

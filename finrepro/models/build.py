@@ -1,4 +1,6 @@
-"""Building a cell's model: load, restructure, prepare, quantize, adapt, freeze - always in this order, for every method alike."""
+"""Building a cell's model: load, restructure, prepare, quantize, adapt, freeze - always in this
+order, for every method alike.
+"""
 
 import math
 from dataclasses import dataclass
@@ -31,21 +33,27 @@ class Built:
     model: nn.Module
     base_parameters: int
     trainable_parameters: int
-    base_bytes: int  # as stored, after quantization; of the whole base, also where each rank holds a share
+    base_bytes: (
+        int  # as stored, after quantization; of the whole base, also where each rank holds a share
+    )
 
 
 def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Built:
-    """The adapted model of a cell on `device`, in training mode, with exactly its adapter's parameters trainable.
+    """The adapted model of a cell on `device`, in training mode, with exactly its adapter's
+    parameters trainable.
 
-    Without `base_folder` the base gets random weights from the cell's seed. At ZeRO-3 on several ranks each keeps its share of the base.
-    Training mode is part of the contract: bitsandbytes' layers compute differently in evaluation mode on some CPUs.
+    Without `base_folder` the base gets random weights from the cell's seed. At ZeRO-3 on several
+    ranks each keeps its share of the base. Training mode is part of the contract: bitsandbytes'
+    layers compute differently in evaluation mode on some CPUs.
     """
     model = skeleton(spec)
     base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
     split = spec.train.zero_stage == 3 and ranks.current().world_size > 1
     finish = partial(partition, device=device) if split else None
     first = first_stage(spec, model)
-    base_bytes = loading.stream(model, source(spec, model, base_folder), spec.quantizer, device, finish, first)
+    base_bytes = loading.stream(
+        model, source(spec, model, base_folder), spec.quantizer, device, finish, first
+    )
     model.requires_grad_(False)
     prepared = [first.prepared] if first else []
     model = spec.adapter.module("adapters").apply(model, spec.adapter.config, spec.seed, *prepared)
@@ -69,8 +77,8 @@ def configuration(model: Model) -> Any:
 
 
 def skeleton(spec: RunSpec) -> Any:
-    """The base model of a cell in its dtype, low-rank where its entry says so, without storage, without a cache, and with the name that
-    exported files may tell.
+    """The base model of a cell in its dtype, low-rank where its entry says so, without storage,
+    without a cache, and with the name that exported files may tell.
     """
     model, low_rank = dense_skeleton(spec), spec.model.low_rank
     return model if low_rank is None else factorize.restructured(model, low_rank, rank(spec.model))
@@ -80,28 +88,37 @@ def dense_skeleton(spec: RunSpec) -> Any:
     """As `skeleton`, of the dense model of the same architecture."""
     model = loading.skeleton(configuration(spec.model), getattr(torch, spec.model.dtype))
     # What an exported file calls its base: a name, never a path on this machine.
-    model.name_or_path = model.config._name_or_path = spec.model.hub.id if spec.model.hub else spec.model.name
+    model.name_or_path = model.config._name_or_path = (
+        spec.model.hub.id if spec.model.hub else spec.model.name
+    )
     model.config.use_cache = False
     return model
 
 
 def source(spec: RunSpec, model: Any, folder: Path | None) -> loading.Source:
-    """Where the weights of a cell come from: `folder`, or the cell's seed; for a low-rank model decomposed, unless `folder` holds factors.
+    """Where the weights of a cell come from: `folder`, or the cell's seed; for a low-rank model
+    decomposed, unless `folder` holds factors.
 
-    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for dropout; it gives the weights alone.
-    Raises `EnvironmentFault` when they are not those of this architecture: no weight is ever made up.
+    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for
+    dropout; it gives the weights alone. Raises `EnvironmentFault` when they are not those of this
+    architecture: no weight is ever made up.
     """
     low_rank = spec.model.low_rank
     factored = low_rank is not None and not (folder and factorize.holds_factors(model, folder))
     filled = dense_skeleton(spec) if factored else model
     found: loading.Source = (
-        loading.Drawn(filled, spec.seed) if folder is None else loading.Checkpoint(filled, folder, spec.model.name)
+        loading.Drawn(filled, spec.seed)
+        if folder is None
+        else loading.Checkpoint(filled, folder, spec.model.name)
     )
-    return factorize.Factored(filled, found, low_rank, spec.seed) if factored and low_rank else found
+    return (
+        factorize.Factored(filled, found, low_rank, spec.seed) if factored and low_rank else found
+    )
 
 
 def load(spec: RunSpec, folder: Path | None) -> Any:
-    """The base model in full precision on the CPU, in training mode: from `folder`, or randomly initialised.
+    """The base model in full precision on the CPU, in training mode: from `folder`, or randomly
+    initialised.
 
     Raises `EnvironmentFault` as `source` does, and when a file cannot be read.
     """
@@ -118,7 +135,9 @@ def quantize(model: Any, quantizer: Choice) -> None:
 
 
 def load_tokenizer(folder: Path, model: Model | None = None) -> "PreTrainedTokenizerFast":
-    """The tokenizer saved in `folder`. Raises `EnvironmentFault` when there is none, or it has more tokens than `model` has rows for."""
+    """The tokenizer saved in `folder`. Raises `EnvironmentFault` when there is none, or it has
+    more tokens than `model` has rows for.
+    """
     tokenizer = _saved_tokenizer(folder, tokenizer_digest(folder))
     rows = model.architecture["vocab_size"] if model else len(tokenizer)
     if model and len(tokenizer) > rows:
@@ -128,7 +147,9 @@ def load_tokenizer(folder: Path, model: Model | None = None) -> "PreTrainedToken
 
 @lru_cache(maxsize=8)
 def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFast":
-    """Read once a process: tokenizers 0.23 keeps 7 MB of every tokenizer that was used, which a cell's peak memory would count."""
+    """Read once a process: tokenizers 0.23 keeps 7 MB of every tokenizer that was used, which a
+    cell's peak memory would count.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -137,7 +158,9 @@ def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFa
         )
     except Exception as error:  # whatever the libraries say of a damaged file
         said = (
-            str(error).splitlines()[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__} {error}"
+            str(error).splitlines()[0]
+            if isinstance(error, OSError | ValueError)
+            else f"{type(error).__name__} {error}"
         )
         raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {said}") from None
     return tokenizer

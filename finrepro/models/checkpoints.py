@@ -1,4 +1,6 @@
-"""Where a real model's weights are: in --models-dir, in the hub's cache, or on the hub at the pinned revision; and what they are."""
+"""Where a real model's weights are: in --models-dir, in the hub's cache, or on the hub at the
+pinned revision; and what they are.
+"""
 
 import contextlib
 import os
@@ -19,15 +21,19 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # how the hub's access tokens look
 def locate(model: Model, models_dir: Path | None) -> Path | None:
     """A local folder with the checkpoint, None if there is none.
 
-    Looked for: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the hub id>`, then the hub's cache at the pinned
-    revision.
+    Looked for: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the hub
+    id>`, then the hub's cache at the pinned revision.
     """
     return next((place for place in _places(model, models_dir) if _is_checkpoint(place)), None)
 
 
 def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
-    """A local folder with the model's tokenizer, whether or not the weights lie beside it; None if there is none."""
-    return next((place for place in _places(model, models_dir) if tokenizer_digest(place) is not None), None)
+    """A local folder with the model's tokenizer, whether or not the weights lie beside it; None
+    if there is none.
+    """
+    return next(
+        (place for place in _places(model, models_dir) if tokenizer_digest(place) is not None), None
+    )
 
 
 def _places(model: Model, models_dir: Path | None) -> list[Path]:
@@ -36,14 +42,23 @@ def _places(model: Model, models_dir: Path | None) -> list[Path]:
     names = (model.name, model.hub.id, model.hub.id.rpartition("/")[2])
     places = [models_dir / name for name in names] if models_dir is not None else []
     if model.hub.revision:
-        places.append(_cache() / f"models--{model.hub.id.replace('/', '--')}" / "snapshots" / model.hub.revision)
+        places.append(
+            _cache()
+            / f"models--{model.hub.id.replace('/', '--')}"
+            / "snapshots"
+            / model.hub.revision
+        )
     return places
 
 
 def _home() -> Path:
     """The hub client's folder, found as the client finds it, without importing it."""
     given = os.environ.get("HF_HOME")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
 
 
 def _cache() -> Path:
@@ -58,13 +73,17 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def missing_reason(model: Model, models_dir: Path | None) -> str | None:
-    """Why the model's weights are not on this machine and what to do, in one line; None if they are."""
+    """Why the model's weights are not on this machine and what to do, in one line; None if they
+    are.
+    """
     if model.hub is None and model.pretrain is None:
         return f"{model.name} is trained from scratch: there are no weights of it, on no hub"
     if model.hub is None or locate(model, models_dir) is not None:
         return None
     where = "not under --models-dir" if models_dir else "no --models-dir given"
-    halves = [place for place in _places(model, models_dir) if place.is_dir() and any(place.iterdir())]
+    halves = [
+        place for place in _places(model, models_dir) if place.is_dir() and any(place.iterdir())
+    ]
     if halves:  # something is there, and it cannot be used: say what is wrong with it
         first = halves[0]
         lacks = (
@@ -84,9 +103,11 @@ def how_to_get_access(model: Model) -> str:
 
 
 def check(model: Model, folder: Path) -> None:
-    """Hold a checkpoint against the catalogue without reading a tensor: configuration, index, the files' headers and sizes, tokenizer.
+    """Hold a checkpoint against the catalogue without reading a tensor: configuration, index, the
+    files' headers and sizes, tokenizer.
 
-    Names and shapes of the tensors are held against the model when it is loaded. Raises `EnvironmentFault` with the first thing wrong.
+    Names and shapes of the tensors are held against the model when it is loaded. Raises
+    `EnvironmentFault` with the first thing wrong.
     """
     safetensors.compare_configuration(model.name, model.family, model.architecture, folder)
     safetensors.tensors(folder)
@@ -94,7 +115,8 @@ def check(model: Model, folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """File name -> sha256 of a checkpoint's weight files, each read once a process while it keeps its size and time.
+    """File name -> sha256 of a checkpoint's weight files, each read once a process while it keeps
+    its size and time.
 
     Raises `EnvironmentFault` as `shards.files` does.
     """
@@ -112,7 +134,9 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` without access tokens: those of the environment and of the hub client's file, and whatever looks like one."""
+    """`text` without access tokens: those of the environment and of the hub client's file, and
+    whatever looks like one.
+    """
     secrets = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     stored = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token")
     with contextlib.suppress(OSError, ValueError):  # nobody has logged in
@@ -124,7 +148,9 @@ def redact(text: str) -> str:
 
 
 def unreachable_reason(model: Model) -> str | None:
-    """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks the hub, once a model."""
+    """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks
+    the hub, once a model.
+    """
     assert model.hub is not None
     return _ask_hub(model.hub.id, model.hub.revision)
 
@@ -142,16 +168,20 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
         return f"the hub wants an access token (HF_TOKEN) with access to {name}"
     except (HfHubHTTPError, OSError) as error:
         return f"the hub did not answer ({type(error).__name__})"
-    except Exception as error:  # the hub's client raises its transport's own errors, which it does not export
+    except (
+        Exception
+    ) as error:  # the hub's client raises its transport's own errors, which it does not export
         return f"the hub cannot be reached ({type(error).__name__})"
     return None
 
 
 def fetch(model: Model) -> Path:
-    """Download the checkpoint at the pinned revision: safetensors, configuration and tokenizer, never pickles.
+    """Download the checkpoint at the pinned revision: safetensors, configuration and tokenizer,
+    never pickles.
 
-    Raises `EnvironmentFault` with the hub's reason, for a gated model with the page that grants access, or when the hub resolves the
-    revision to another commit. No message holds an access token.
+    Raises `EnvironmentFault` with the hub's reason, for a gated model with the page that grants
+    access, or when the hub resolves the revision to another commit. No message holds an access
+    token.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
@@ -165,7 +195,9 @@ def fetch(model: Model) -> Path:
             ignore_patterns=["*/*"],  # the same weights in other formats
         )
     except GatedRepoError:
-        raise EnvironmentFault(f"could not fetch {model.hub.id}: {how_to_get_access(model)}.") from None
+        raise EnvironmentFault(
+            f"could not fetch {model.hub.id}: {how_to_get_access(model)}."
+        ) from None
     except Exception as error:  # as above
         reason = redact((str(error) or type(error).__name__).strip().splitlines()[0])
         gate = f"; {how_to_get_access(model)}" if model.gated else ""

@@ -1,8 +1,10 @@
-"""Filling a model with its weights as they arrive: block by block, each linear layer quantized at once, so that no host holds it whole.
+"""Filling a model with its weights as they arrive: block by block, each linear layer quantized at
+once, so that no host holds it whole.
 
-The model is built without storage. Its parts are then filled in the model's own order, from the files of a checkpoint or by the family's
-own initialisation, put on their device, quantized, and handed to `finish` (at ZeRO-3 it keeps this rank's share). At any time one part is
-there in full precision, beside what is already stored.
+The model is built without storage. Its parts are then filled in the model's own order, from the
+files of a checkpoint or by the family's own initialisation, put on their device, quantized, and
+handed to `finish` (at ZeRO-3 it keeps this rank's share). At any time one part is there in full
+precision, beside what is already stored.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import safetensors
 from finrepro.settings import Choice
 
-# Tensors of old checkpoints that are no weights: GPT-2's causal mask, Llama's rotary frequencies, both computed from the configuration.
+# Tensors of old checkpoints that are no weights: GPT-2's causal mask, Llama's rotary frequencies,
+# both computed from the configuration.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 
@@ -31,14 +34,17 @@ class Source(Protocol):
     """Where weights come from."""
 
     def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:
-        """Give every parameter of `part`, which the model calls `prefix`, its value; those with storage are left alone.
+        """Give every parameter of `part`, which the model calls `prefix`, its value; those with
+        storage are left alone.
 
         `device` is where the part will live: values may be put there at once, or left on the CPU.
         """
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a transformers configuration: parameters without storage, buffers (rotary frequencies) computed."""
+    """The model of a transformers configuration: parameters without storage, buffers (rotary
+    frequencies) computed.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -46,20 +52,34 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
 
     logging.disable_progress_bar()
     isolated_attention.register()
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=isolated_attention.NAME)
+    with (
+        torch.random.fork_rng(devices=[]),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=isolated_attention.NAME
+        )
 
 
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of a `skeleton`, tied ones once."""
     tied = model.all_tied_weights_keys
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in tied}
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name not in tied
+    }
 
 
 def parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) in the model's order: each block of its stack, and whatever stands before, between and behind it."""
+    """(name, module) in the model's order: each block of its stack, and whatever stands before,
+    between and behind it.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) or any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+        if isinstance(child, nn.ModuleList) or any(
+            isinstance(inner, nn.ModuleList) for inner in child.modules()
+        ):
             yield from parts(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
@@ -73,10 +93,12 @@ def stream(
     finish: Callable[[nn.Module], None] | None = None,
     prepare: Callable[[str], None] | None = None,
 ) -> int:
-    """Fill a `skeleton` in place; the bytes of its parameters as stored, quantized layers with their scales.
+    """Fill a `skeleton` in place; the bytes of its parameters as stored, quantized layers with
+    their scales.
 
-    `prepare` is called with the name of each linear layer of the blocks when its weight is there and not yet quantized; it may change the
-    weight's values. Tied weights are one parameter afterwards. Raises what the source and `prepare` raise.
+    `prepare` is called with the name of each linear layer of the blocks when its weight is there
+    and not yet quantized; it may change the weight's values. Tied weights are one parameter
+    afterwards. Raises what the source and `prepare` raise.
     """
     tied: dict[str, str] = dict(model.all_tied_weights_keys)  # target -> source of the same tensor
     layers = list(linear_layers(model))
@@ -108,13 +130,17 @@ def stream(
 
 
 def give_back() -> None:
-    """Return freed memory to the system now: glibc keeps what lies between the stored codes, which over a model adds up to all of it."""
+    """Return freed memory to the system now: glibc keeps what lies between the stored codes,
+    which over a model adds up to all of it.
+    """
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantize_layer(model: Any, name: str, quantizer: Choice) -> int:
-    """Replace one linear layer by its quantized form in place; the bytes of its weight as stored."""
+    """Replace one linear layer by its quantized form in place; the bytes of its weight as
+    stored.
+    """
     module, layer = quantizer.module("quantizers"), model.get_submodule(name)
     weight = layer.weight.detach()
     stored = module.encode(weight.T.contiguous() if is_conv1d(layer) else weight, quantizer.config)
@@ -130,7 +156,8 @@ def place(model: Any, name: str, parameter: nn.Parameter) -> None:
 
 
 class Drawn:
-    """Random weights: the family's own initialisation, in Transformers' own order, under a private generator state.
+    """Random weights: the family's own initialisation, in Transformers' own order, under a private
+    generator state.
 
     They are drawn on the CPU, so that a seed means the same bits whatever the device.
     """
@@ -142,7 +169,9 @@ class Drawn:
             self._state = torch.get_rng_state()
 
     def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:  # noqa: ARG002  (as in `Source`)
-        """As in `Source`, but on the CPU: whoever asked moves it. A block is initialised after its layers: GPT-2's rescales two of them."""
+        """As in `Source`, but on the CPU: whoever asked moves it. A block is initialised after
+        its layers: GPT-2's rescales two of them.
+        """
         if not any(parameter.is_meta for parameter in part.parameters()):
             return
         for name, parameter in list(part.named_parameters()):
@@ -154,30 +183,50 @@ class Drawn:
 
 
 class Checkpoint:
-    """The safetensors of a folder. Names are those of the hub: with the model's own prefix or without.
+    """The safetensors of a folder. Names are those of the hub: with the model's own prefix or
+    without.
 
-    Raises `EnvironmentFault`, before any tensor is read, when a tensor is missing, unexpected, of another shape or not in full precision.
+    Raises `EnvironmentFault`, before any tensor is read, when a tensor is missing, unexpected, of
+    another shape or not in full precision.
     """
 
     def __init__(self, model: Any, folder: Path, name: str) -> None:
-        safetensors.compare_configuration(name, model.config.model_type, model.config.to_dict(), folder)
+        safetensors.compare_configuration(
+            name, model.config.model_type, model.config.to_dict(), folder
+        )
         self._folder, self._name = folder, name
         self._entries: dict[
             str, tuple[str, safetensors.Entry]
         ] = {}  # the model's name -> the file's name, and where it is
-        found = {key: each for key, each in safetensors.tensors(folder).items() if not key.endswith(NOT_WEIGHTS)}
+        found = {
+            key: each
+            for key, each in safetensors.tensors(folder).items()
+            if not key.endswith(NOT_WEIGHTS)
+        }
         prefix, tied = f"{model.base_model_prefix}.", dict(model.all_tied_weights_keys)
         for key, shape in shapes(model).items():
             twins = [target for target, kept in tied.items() if kept == key]
-            names = [each for each in dict.fromkeys((key, key.removeprefix(prefix), *twins)) if each in found]
+            names = [
+                each
+                for each in dict.fromkeys((key, key.removeprefix(prefix), *twins))
+                if each in found
+            ]
             if not names:
-                raise EnvironmentFault(f"the checkpoint in {folder} is not {name}: it has no tensor {key}.")
+                raise EnvironmentFault(
+                    f"the checkpoint in {folder} is not {name}: it has no tensor {key}."
+                )
             entry = found[names[0]]
             if entry.shape != shape:
-                raise safetensors.another(folder, name, f"the shape of {names[0]}", list(entry.shape), list(shape))
+                raise safetensors.another(
+                    folder, name, f"the shape of {names[0]}", list(entry.shape), list(shape)
+                )
             if entry.dtype not in FULL_PRECISION:
                 raise safetensors.another(
-                    folder, name, f"the dtype of {names[0]}", entry.dtype, " or ".join(FULL_PRECISION)
+                    folder,
+                    name,
+                    f"the dtype of {names[0]}",
+                    entry.dtype,
+                    " or ".join(FULL_PRECISION),
                 )
             for twin in names[1:]:
                 self._expect_equal(names[0], entry, twin, found[twin])
@@ -191,7 +240,9 @@ class Checkpoint:
             )
 
     def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:
-        """As in `Source`. The files are mapped and let go with each part: their pages count as this process's memory while they are."""
+        """As in `Source`. The files are mapped and let go with each part: their pages count as
+        this process's memory while they are.
+        """
         from safetensors import SafetensorError, safe_open
 
         with ExitStack() as opened:
@@ -203,14 +254,24 @@ class Checkpoint:
                 value = torch.empty_like(parameter, device=device)
                 try:
                     if entry.path not in handles:
-                        handles[entry.path] = opened.enter_context(safe_open(entry.path, framework="pt"))
-                    value.copy_(handles[entry.path].get_tensor(key))  # also casts to the model's dtype
+                        handles[entry.path] = opened.enter_context(
+                            safe_open(entry.path, framework="pt")
+                        )
+                    value.copy_(
+                        handles[entry.path].get_tensor(key)
+                    )  # also casts to the model's dtype
                 except (OSError, SafetensorError, RuntimeError) as error:
-                    raise EnvironmentFault(f"{entry.path}: cannot read {key}: {str(error).splitlines()[0]}") from None
+                    raise EnvironmentFault(
+                        f"{entry.path}: cannot read {key}: {str(error).splitlines()[0]}"
+                    ) from None
                 place(part, name, nn.Parameter(value))
 
-    def _expect_equal(self, key: str, entry: safetensors.Entry, twin: str, other: safetensors.Entry) -> None:
-        """Tensors that are one in the model must be one in the file: `EnvironmentFault` if two values are given."""
+    def _expect_equal(
+        self, key: str, entry: safetensors.Entry, twin: str, other: safetensors.Entry
+    ) -> None:
+        """Tensors that are one in the model must be one in the file: `EnvironmentFault` if two
+        values are given.
+        """
         if entry.shape != other.shape or not torch.equal(_read(entry, key), _read(other, twin)):
             raise EnvironmentFault(
                 f"the checkpoint in {self._folder} is not {self._name}: {key} and {twin} differ, {self._name} ties them."

@@ -1,7 +1,9 @@
-"""What a checkpoint folder holds, read from its configuration, its index and the headers of its files: no torch, and no tensor is read.
+"""What a checkpoint folder holds, read from its configuration, its index and the headers of its
+files: no torch, and no tensor is read.
 
-The format is safetensors: eight bytes with the header's length, a JSON header that gives each tensor's dtype, shape and place, the tensors
-(https://huggingface.co/docs/safetensors, "Format"). Pickles are never read.
+The format is safetensors: eight bytes with the header's length, a JSON header that gives each
+tensor's dtype, shape and place, the tensors (https://huggingface.co/docs/safetensors, "Format").
+Pickles are never read.
 """
 
 import json
@@ -15,14 +17,30 @@ from finrepro.catalogue.spec import SIZES
 from finrepro.errors import EnvironmentFault
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILLED = 0.9  # the least share of an embedding's rows that its tokenizer uses: some pad them to a round number
+# the least share of an embedding's rows that its tokenizer uses: some pad them to a round number
+FILLED = 0.9
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-# Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest context are the run's own settings.
+# Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest
+# context are the run's own settings.
 COMPUTED = {
-    "gpt2": (*SIZES["gpt2"], "n_inner", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
-             "scale_attn_by_inverse_layer_idx"),
-    "llama": (*SIZES["llama"], "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings"),
-}  # fmt: skip
+    "gpt2": (
+        *SIZES["gpt2"],
+        "n_inner",
+        "activation_function",
+        "layer_norm_epsilon",
+        "scale_attn_weights",
+        "scale_attn_by_inverse_layer_idx",
+    ),
+    "llama": (
+        *SIZES["llama"],
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +59,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
     except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"{path}: not readable JSON: {str(error).splitlines()[0]}.") from None
+        raise EnvironmentFault(
+            f"{path}: not readable JSON: {str(error).splitlines()[0]}."
+        ) from None
     if not isinstance(found, dict):
         raise EnvironmentFault(f"{path}: a JSON object is expected, not a {type(found).__name__}.")
     return found
@@ -57,15 +77,23 @@ def files(folder: Path) -> tuple[Path, ...]:
     if not (folder / INDEX).is_file():
         raise EnvironmentFault(f"{folder}: {without_weights(folder)}.")
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) for name in names.values())
+    ):
         raise EnvironmentFault(f"{folder / INDEX}: 'weight_map' must map tensors to files.")
     found = sorted(set(names.values()))
     outside = [name for name in found if Path(name).name != name]
     if outside:
-        raise EnvironmentFault(f"{folder / INDEX}: names {outside[0]!r}, which is no file of this folder.")
+        raise EnvironmentFault(
+            f"{folder / INDEX}: names {outside[0]!r}, which is no file of this folder."
+        )
     absent = [name for name in found if not (folder / name).is_file()]
     if absent:
-        raise EnvironmentFault(f"{folder}: {len(absent)} of {len(found)} shards are absent, the first is {absent[0]}.")
+        raise EnvironmentFault(
+            f"{folder}: {len(absent)} of {len(found)} shards are absent, the first is {absent[0]}."
+        )
     return tuple(folder / name for name in found)
 
 
@@ -78,7 +106,9 @@ def without_weights(folder: Path) -> str:
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file. Raises `EnvironmentFault` when the file is truncated, or is something else."""
+    """The tensors of one file. Raises `EnvironmentFault` when the file is truncated, or is
+    something else.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -88,40 +118,54 @@ def header(path: Path) -> dict[str, Entry]:
                 raise EnvironmentFault(f"{path}: truncated, or no safetensors file ({size} bytes).")
             content = json.loads(file.read(length))
         content.pop("__metadata__", None)
-        found = {name: Entry(path, each["dtype"], tuple(each["shape"])) for name, each in content.items()}
+        found = {
+            name: Entry(path, each["dtype"], tuple(each["shape"])) for name, each in content.items()
+        }
         end = 8 + length + max((each["data_offsets"][1] for each in content.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EnvironmentFault(f"{path}: no safetensors file: {type(error).__name__}.") from None
     if size != end:
-        raise EnvironmentFault(f"{path}: {size} bytes, its header says {end}: truncated or damaged.")
+        raise EnvironmentFault(
+            f"{path}: {size} bytes, its header says {end}: truncated or damaged."
+        )
     return found
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint. Raises `EnvironmentFault` as `files` and `header` do, and when files and index disagree."""
+    """Every tensor of a checkpoint. Raises `EnvironmentFault` as `files` and `header` do, and
+    when files and index disagree.
+    """
     found: dict[str, Entry] = {}
     for path in files(folder):
         for name, entry in header(path).items():
             if name in found:
-                raise EnvironmentFault(f"{folder}: {name} stands in {found[name].path.name} and in {path.name}.")
+                raise EnvironmentFault(
+                    f"{folder}: {name} stands in {found[name].path.name} and in {path.name}."
+                )
             found[name] = entry
     if not (folder / WHOLE).is_file():
         for name, shard in read_json(folder / INDEX)["weight_map"].items():
             if name not in found or found[name].path.name != shard:
-                raise EnvironmentFault(f"{folder}: the index says that {name} is in {shard}, and it is not.")
+                raise EnvironmentFault(
+                    f"{folder}: the index says that {name} is in {shard}, and it is not."
+                )
     return found
 
 
 def compare_configuration(name: str, family: str, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Hold config.json against the catalogue: the family, and every key of `wanted` that decides what is computed.
+    """Hold config.json against the catalogue: the family, and every key of `wanted` that decides
+    what is computed.
 
-    A key that config.json leaves out is not compared. Raises `EnvironmentFault` naming the key and both values.
+    A key that config.json leaves out is not compared. Raises `EnvironmentFault` naming the key and
+    both values.
     """
     found = read_json(folder / "config.json")
     if found.get("model_type") != family:
         raise another(folder, name, "model_type", found.get("model_type"), family)
     if found.get("quantization_config"):
-        raise EnvironmentFault(f"the checkpoint in {folder} is quantized already: {name} needs the original weights.")
+        raise EnvironmentFault(
+            f"the checkpoint in {folder} is quantized already: {name} needs the original weights."
+        )
     for key in COMPUTED[family]:
         if key in wanted and key in found and found[key] != wanted[key]:
             raise another(folder, name, key, found[key], wanted[key])
@@ -133,8 +177,12 @@ def compare_configuration(name: str, family: str, wanted: Mapping[str, Any], fol
 
 
 def another(folder: Path, name: str, what: str, found: Any, wanted: Any) -> EnvironmentFault:
-    """What to raise when a checkpoint is of another model: the thing that differs, and both values."""
-    return EnvironmentFault(f"the checkpoint in {folder} is not {name}: {what} is {found!r}, {name} has {wanted!r}.")
+    """What to raise when a checkpoint is of another model: the thing that differs, and both
+    values.
+    """
+    return EnvironmentFault(
+        f"the checkpoint in {folder} is not {name}: {what} is {found!r}, {name} has {wanted!r}."
+    )
 
 
 def _rope(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +195,8 @@ def _rope(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
-    """Hold the tokenizer's files against the embedding's `rows`: they must be there, and no token may lie outside it.
+    """Hold the tokenizer's files against the embedding's `rows`: they must be there, and no token
+    may lie outside it.
 
     A SentencePiece file alone is not counted here. Raises `EnvironmentFault`.
     """
@@ -155,10 +204,16 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
         content = read_json(folder / "tokenizer.json")
         try:
             vocabulary = (content.get("model") or {}).get("vocab") or {}
-            ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+            ids = (
+                list(vocabulary.values())
+                if isinstance(vocabulary, dict)
+                else list(range(len(vocabulary)))
+            )
             ids += [each["id"] for each in content.get("added_tokens") or []]
         except (AttributeError, KeyError, TypeError):
-            raise EnvironmentFault(f"{folder / 'tokenizer.json'}: not a tokenizer's file.") from None
+            raise EnvironmentFault(
+                f"{folder / 'tokenizer.json'}: not a tokenizer's file."
+            ) from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         ids = list(read_json(folder / "vocab.json").values())
     elif (folder / "tokenizer.model").is_file():
@@ -179,4 +234,6 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
 
 def too_many_tokens(folder: Path, name: str, tokens: int, rows: int) -> EnvironmentFault:
     """What to raise when a tokenizer gives ids that the embedding has no row for."""
-    return EnvironmentFault(f"{folder}: the tokenizer has {tokens} tokens, the embedding of {name} has {rows} rows.")
+    return EnvironmentFault(
+        f"{folder}: the tokenizer has {tokens} tokens, the embedding of {name} has {rows} rows."
+    )

@@ -1,4 +1,6 @@
-"""Why what a cell is trained from or scored on is not to be had, each in one line that says what to do; None where it is there."""
+"""Why what a cell is trained from or scored on is not to be had, each in one line that says what
+to do; None where it is there.
+"""
 
 import os
 from functools import cache
@@ -17,7 +19,9 @@ from finrepro.models import checkpoints
 
 
 def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
-    """Why a model's weights, or the run of table 2 that makes them, are not to be had, in one line; None if they are."""
+    """Why a model's weights, or the run of table 2 that makes them, are not to be had, in one
+    line; None if they are.
+    """
     model, label = reader.origin(spec.model), reader.cell_of_table_2(spec.model)
     if label is None:
         return weights_of(model, place.models_dir, ask_hub)
@@ -31,7 +35,9 @@ def base_of(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
 
 
 def weights_of(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:
-    """Why the model's weights are not to be had, or not the model's, in one line; None if they are."""
+    """Why the model's weights are not to be had, or not the model's, in one line; None if they
+    are.
+    """
     reason = checkpoints.missing_reason(model, models_dir)
     if reason and ask_hub:
         unreachable = checkpoints.unreachable_reason(model)
@@ -51,7 +57,9 @@ def _wrong_weights(name: str, folder: Path) -> str | None:
 
 
 def data_of(spec: RunSpec, place: Place) -> str | None:
-    """Why the cell's data are not here, None if they are: training splits where it is trained, and the split that it is scored on."""
+    """Why the cell's data are not here, None if they are: training splits where it is trained,
+    and the split that it is scored on.
+    """
     if spec.train.max_steps:
         for part in spec.train_on.parts:
             reason = (
@@ -70,15 +78,20 @@ def data_of(spec: RunSpec, place: Place) -> str | None:
 
 def corpora_of(spec: RunSpec, place: Place) -> str | None:
     """Which of the cell's corpora is not finished, None if all are."""
-    named = [corpora.corpus_of(part.task) for part in (spec.train_on.parts if spec.train.max_steps else ())]
+    named = [
+        corpora.corpus_of(part.task)
+        for part in (spec.train_on.parts if spec.train.max_steps else ())
+    ]
     reasons = (corpora.missing_reason(name, place.data_dir) for name in named if name)
     return next((reason for reason in reasons if reason), None)
 
 
 def corpus_missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | None:
-    """Why the cell cannot be trained on the task's corpus here, in one line that says what to do; None if it can.
+    """Why the cell cannot be trained on the task's corpus here, in one line that says what to do;
+    None if it can.
 
-    One that is not finished will do where the task reads it as it arrives, alone, and it is being prepared or can be by the cell itself.
+    One that is not finished will do where the task reads it as it arrives, alone, and it is being
+    prepared or can be by the cell itself.
     """
     name = corpora.corpus_of(task)
     reason = corpora.missing_reason(name, place.data_dir) if name else None
@@ -88,19 +101,21 @@ def corpus_missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | 
     if underway.held(folder):
         return None
     if tokenizer_for(spec, folder, place.models_dir) is None:
-        return (
-            f"{reason}, or put the tokenizer of {spec.model.name} under --models-dir: the cell then prepares it itself"
-        )
+        return f"{reason}, or put the tokenizer of {spec.model.name} under --models-dir: the cell then prepares it itself"
     return None if _writable(folder) else reason
 
 
 def is_fed(spec: RunSpec, task: TaskSpec) -> bool:
-    """Whether the cell can begin before the task's corpus is finished. Those that are mixed have to be: how much each has is asked."""
+    """Whether the cell can begin before the task's corpus is finished. Those that are mixed have
+    to be: how much each has is asked.
+    """
     return corpora.block_of(task) is not None and len(spec.train_on.parts) == 1
 
 
 def tokenizer_for(spec: RunSpec, folder: Path, models_dir: Path | None) -> Path | None:
-    """The tokenizer that the corpus is prepared with: the one beside its shards, the model's, or that of the model it is compared with."""
+    """The tokenizer that the corpus is prepared with: the one beside its shards, the model's, or
+    that of the model it is compared with.
+    """
     if tokenizer_digest(folder / corpora.TOKENIZER) is not None:
         return folder / corpora.TOKENIZER
     models = [reader.origin(spec.model)]

@@ -28,7 +28,11 @@ def machine() -> Machine:
         query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
         query += [f"--id={visible}"] if visible else []
         answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        lines = [line.split(",", 1) for line in answer.stdout.strip().splitlines()] if answer.returncode == 0 else []
+        lines = (
+            [line.split(",", 1) for line in answer.stdout.strip().splitlines()]
+            if answer.returncode == 0
+            else []
+        )
         if lines:
             smallest = min(lines, key=lambda line: float(line[0]))
             return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip(), len(lines))
@@ -36,7 +40,9 @@ def machine() -> Machine:
 
 
 def cards(jobs: int) -> list[dict[str, str]]:
-    """The environment that gives each of several jobs a GPU of its own; nothing to give where there is one job or no GPU."""
+    """The environment that gives each of several jobs a GPU of its own; nothing to give where
+    there is one job or no GPU.
+    """
     if jobs == 1 or not machine().gpus:
         return [{}] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jobs)))

@@ -6,9 +6,11 @@ from finrepro.sizes.shapes import depth
 
 
 def needed_bytes(spec: RunSpec) -> int:
-    """Memory of one device to train the cell: base as stored, trained parameters in fp32 with gradient and two moments, and activations of
-    a checkpointed forward pass (QLoRA's and ZeRO's formulas: 4 + 4 + 8 bytes a trained parameter; stage 1 divides the moments by the
-    number of devices, 2 also the gradients, 3 everything but the activations). An estimate for refusing what cannot fit, not a prediction.
+    """Memory of one device to train the cell: base as stored, trained parameters in fp32 with
+    gradient and two moments, and activations of a checkpointed forward pass (QLoRA's and ZeRO's
+    formulas: 4 + 4 + 8 bytes a trained parameter; stage 1 divides the moments by the number of
+    devices, 2 also the gradients, 3 everything but the activations). An estimate for refusing what
+    cannot fit, not a prediction.
     """
     shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
     base = base_bytes(spec)

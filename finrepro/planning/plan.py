@@ -1,4 +1,6 @@
-"""What will happen to each cell before anything runs: kept, run, skipped or refused, why, and about how long it takes."""
+"""What will happen to each cell before anything runs: kept, run, skipped or refused, why, and
+about how long it takes.
+"""
 
 import os
 from collections.abc import Callable
@@ -20,7 +22,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Step:
-    """A run and what is to be done about it. `reason` says why it is skipped, refused or run again."""
+    """A run and what is to be done about it. `reason` says why it is skipped, refused or run
+    again.
+    """
 
     spec: RunSpec
     action: Action
@@ -31,16 +35,24 @@ class Step:
 
 
 def check_jobs(jobs: int, steps: list[Step]) -> None:
-    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of its own."""
+    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of
+    its own.
+    """
     cards = machine().gpus
     widest = max((step.spec.world_size for step in steps if step.action == "run"), default=1)
     if cards and jobs > 1 and (jobs > cards or widest > 1):
-        reason = f"this machine has {cards} GPU(s)" if jobs > cards else f"one of the cells takes {widest}"
+        reason = (
+            f"this machine has {cards} GPU(s)"
+            if jobs > cards
+            else f"one of the cells takes {widest}"
+        )
         raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {reason}.")
 
 
 def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None:
-    """Why this machine cannot run the cell, in one line; None if it can. With `ask_hub`, weights may still be fetched."""
+    """Why this machine cannot run the cell, in one line; None if it can. With `ask_hub`, weights
+    may still be fetched.
+    """
     devices = machine().gpus or len(os.sched_getaffinity(0))
     if spec.world_size > devices:
         return f"needs {spec.world_size} devices, this machine has {devices}"
@@ -51,19 +63,31 @@ def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None
         return None
     here = machine()
     available, where = (
-        (here.gpu_bytes, f"its {here.gpu_name}") if here.gpu_bytes else (here.memory_bytes, "this machine")
+        (here.gpu_bytes, f"its {here.gpu_name}")
+        if here.gpu_bytes
+        else (here.memory_bytes, "this machine")
     )
-    needed = needed_bytes(spec) * (1 if here.gpu_bytes else spec.world_size)  # ranks on a host share its memory
+    needed = needed_bytes(spec) * (
+        1 if here.gpu_bytes else spec.world_size
+    )  # ranks on a host share its memory
     if needed > available:
         return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
     return availability.base_of(spec, place, ask_hub) if spec.weights == "pretrained" else None
 
 
 def plan(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:
-    """The steps in the order in which they run: bases before the cells that need them. `keep` keeps stale results."""
+    """The steps in the order in which they run: bases before the cells that need them. `keep`
+    keeps stale results.
+    """
     steps = [_step(cell.spec, place, keep, ask_hub, cell.refusal, cell.base) for cell in cells]
-    needed = {step.base.run_id: step.base for step in steps if step.action == "run" and step.base is not None}
-    bases = [_step(base, place, keep, ask_hub, None, None, is_base=True) for base in needed.values()]
+    needed = {
+        step.base.run_id: step.base
+        for step in steps
+        if step.action == "run" and step.base is not None
+    }
+    bases = [
+        _step(base, place, keep, ask_hub, None, None, is_base=True) for base in needed.values()
+    ]
     return bases + steps
 
 
@@ -81,12 +105,24 @@ def _step(
     state = place.store.state(spec)
     if state == store.DONE or (state == store.STALE and keep):
         return Step(
-            spec, "keep", state, "made by other source or packages" if state == store.STALE else "", is_base, base
+            spec,
+            "keep",
+            state,
+            "made by other source or packages" if state == store.STALE else "",
+            is_base,
+            base,
         )
     reason = cannot_run(spec, place, ask_hub)
-    if reason and state == store.STALE:  # evidence that cannot be made again here is not thrown away
+    if (
+        reason and state == store.STALE
+    ):  # evidence that cannot be made again here is not thrown away
         return Step(
-            spec, "keep", state, f"made by other source or packages, and cannot be made again: {reason}", is_base, base
+            spec,
+            "keep",
+            state,
+            f"made by other source or packages, and cannot be made again: {reason}",
+            is_base,
+            base,
         )
     if reason:
         return Step(spec, "skip", store.SKIPPED, reason, is_base, base)
@@ -95,13 +131,22 @@ def _step(
 
 
 def auto_scale(paper: Callable[[], list[Cell]], place: Place) -> tuple[Scale, str]:
-    """`paper` where a GPU is there and at least one of the table's cells can run on it, else `smoke`; and why."""
+    """`paper` where a GPU is there and at least one of the table's cells can run on it, else
+    `smoke`; and why.
+    """
     here = machine()
     if not here.gpu_bytes:
         return "smoke", "no CUDA device on this machine"
     specs = [cell.spec for cell in paper() if not cell.refusal]
-    # What would first be prepared from the hub, during days of pretraining, is not begun without being asked for.
-    reasons = [availability.corpora_of(spec, place) or cannot_run(spec, place, ask_hub=True) for spec in specs]
+    # What would first be prepared from the hub, during days of pretraining, is not begun without
+    # being asked for.
+    reasons = [
+        availability.corpora_of(spec, place) or cannot_run(spec, place, ask_hub=True)
+        for spec in specs
+    ]
     if None in reasons:
         return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
-    return "smoke", f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}"
+    return (
+        "smoke",
+        f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}",
+    )

@@ -9,14 +9,18 @@ from finrepro.catalogue.published import VARIANTS, Level, Published
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a published value relates to a cell, and every reason that keeps it from being simply comparable."""
+    """How a published value relates to a cell, and every reason that keeps it from being simply
+    comparable.
+    """
 
     level: Level
     reasons: tuple[str, ...]
 
 
 def _size(model: str) -> str:
-    """The model's name without its variant: what is worth naming beside a cell, comparable or not."""
+    """The model's name without its variant: what is worth naming beside a cell, comparable or
+    not.
+    """
     return next((model.removesuffix(v) for v in VARIANTS if model.endswith(v)), model)
 
 
@@ -28,10 +32,12 @@ def _per_device(row: dict[str, Any]) -> float:
 def candidates(
     published: Sequence[Published], row: dict[str, Any], task: str | None, metrics: Sequence[str]
 ) -> list[Published]:
-    """Published values that a reader would look for beside this cell: its model's size, adapter, quantizer, task and metrics.
+    """Published values that a reader would look for beside this cell: its model's size, adapter,
+    quantizer, task and metrics.
 
-    To be named as not comparable is better than to be passed over. So the base is found beside the Instruct model, a metric beside the one
-    that it would be taken for, and every metric of a test set that asks something else.
+    To be named as not comparable is better than to be passed over. So the base is found beside the
+    Instruct model, a metric beside the one that it would be taken for, and every metric of a test
+    set that asks something else.
     """
     return [
         each
@@ -40,7 +46,10 @@ def candidates(
         and row["adapter"] in {each.system.adapter, each.system.folder}
         and (not each.system.quantizers or row["quantizer"] in each.system.quantizers)
         and _size(each.system.model) == _size(row["model"])
-        and ((each.measure.ours or each.measure.beside) in metrics or each.test_set.differs is not None)
+        and (
+            (each.measure.ours or each.measure.beside) in metrics
+            or each.test_set.differs is not None
+        )
         and each.test_set.batch in (None, _per_device(row))
     ]
 
@@ -48,7 +57,8 @@ def candidates(
 def comparability(published: Published, row: dict[str, Any], n: int | None = None) -> Comparison:
     """Whether a cell measures what was published.
 
-    `row` is a cell as the reports take it; `n` is the number of rows that it was scored on, for a score.
+    `row` is a cell as the reports take it; `n` is the number of rows that it was scored on, for a
+    score.
     """
     no = _other_quantity(published, row, n)
     if no:
@@ -68,15 +78,20 @@ def _other_quantity(published: Published, row: dict[str, Any], n: int | None) ->
         "random weights here": of_quality and row["weights"] == "random",
         "trained here for too few steps to show quality": of_quality and row["short"],
         f"{system.variant} there, {row['model']} here": of_quality and system.model != row["model"],
-        f"{system.method} there, {row['adapter']} here": row["adapter"] not in (system.adapter, system.folder),
+        f"{system.method} there, {row['adapter']} here": row["adapter"]
+        not in (system.adapter, system.folder),
         f"quantizer {' or '.join(system.quantizers)} there": bool(system.quantizers)
         and row["quantizer"] not in system.quantizers,
         f"{test_set.differs}": test_set.differs is not None,
-        f"test set of {test_set.n} rows there, {n} here": None not in (test_set.n, n) and test_set.n != n,
+        f"test set of {test_set.n} rows there, {n} here": None not in (test_set.n, n)
+        and test_set.n != n,
         f"batch of {test_set.batch} there": test_set.batch not in (None, _per_device(row)),
         f"their {published.metric} is {published.measure.says}": published.measure.ours is None,
         "an untuned model's score depends on how answers are read: generated text there, label likelihoods here": (
-            of_quality and untuned and answers and test_set.differs is None  # else the question itself is another
+            of_quality
+            and untuned
+            and answers
+            and test_set.differs is None  # else the question itself is another
         ),
         f"prompt {test_set.prompt} there, {prompt} here": (
             untuned and None not in (prompt, test_set.prompt) and prompt != test_set.prompt
@@ -100,8 +115,10 @@ def _other_way(published: Published, row: dict[str, Any]) -> list[str]:
             retrained and system.train_on_differs is not None and row["train_on"] == system.train_on
         ),
         "their bits are not known": system.quantizer is None,
-        f"scored there with quantizer {system.scored_with}": system.scored_with not in (None, row["quantizer"]),
-        "answers generated there, label likelihoods here": of_quality and published.measure.ours != "f1_entity",
+        f"scored there with quantizer {system.scored_with}": system.scored_with
+        not in (None, row["quantizer"]),
+        "answers generated there, label likelihoods here": of_quality
+        and published.measure.ours != "f1_entity",
         f"prompt {test_set.prompt} there, {prompt} here": (
             None not in (prompt, test_set.prompt) and prompt != test_set.prompt
         ),

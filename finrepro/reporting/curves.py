@@ -1,4 +1,6 @@
-"""Curves to look at: charts side by side, a line a curve, points where something stands. finrepro.reporting.dots writes them as SVG and PNG."""
+"""Curves to look at: charts side by side, a line a curve, points where something stands.
+finrepro.reporting.dots writes them as SVG and PNG.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ HEIGHT = 2.4  # inches a row of charts
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through (x, y) in this order; `dots` draws the points alone, `labels` beside them. Without a name it is in no legend."""
+    """A line through (x, y) in this order; `dots` draws the points alone, `labels` beside them.
+    Without a name it is in no legend.
+    """
 
     name: str
     x: tuple[float, ...]
@@ -25,7 +29,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One pair of axes. `x_scale` is matplotlib's (`linear`, `log`); `y_range` fixes the axis where charts are to be compared."""
+    """One pair of axes. `x_scale` is matplotlib's (`linear`, `log`); `y_range` fixes the axis
+    where charts are to be compared.
+    """
 
     title: str
     x: str
@@ -36,7 +42,9 @@ class Chart:
 
 
 def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Figure":
-    """The figure, charts in rows of `columns`. A curve's colour is its place in its chart; one legend where all have the same curves."""
+    """The figure, charts in rows of `columns`. A curve's colour is its place in its chart; one
+    legend where all have the same curves.
+    """
     from matplotlib.figure import Figure
 
     across = max(1, min(columns, len(charts)))
@@ -53,7 +61,9 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
             colour = COLOURS[
                 (index % lines if lines else index) % len(COLOURS)
             ]  # points have the colour of the line that they are on
-            axis.plot(curve.x, curve.y, label=curve.name or "_", color=colour, markersize=3.5, **style)
+            axis.plot(
+                curve.x, curve.y, label=curve.name or "_", color=colour, markersize=3.5, **style
+            )
             for name, x, y in zip(curve.labels, curve.x, curve.y, strict=False):
                 axis.annotate(name, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=6)
         axis.set_xscale(chart.x_scale)

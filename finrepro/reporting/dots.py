@@ -1,6 +1,8 @@
-"""A table to look at: a panel a task, a dot with its interval a configuration, the best constant answer as a dashed line.
+"""A table to look at: a panel a task, a dot with its interval a configuration, the best constant
+answer as a dashed line.
 
-Drawn without pyplot and without a display. The same dots give the same bytes of SVG: ids are salted alike and no date is written.
+Drawn without pyplot and without a display. The same dots give the same bytes of SVG: ids are salted
+alike and no date is written.
 """
 
 import io
@@ -24,7 +26,9 @@ ROW, WIDTH = 0.22, 9.0  # inches
 
 @dataclass(frozen=True)
 class Dot:
-    """A configuration's value with its interval. `group` decides the colour; `weak` dots are hollow: they show that a path works."""
+    """A configuration's value with its interval. `group` decides the colour; `weak` dots are
+    hollow: they show that a path works.
+    """
 
     name: str
     group: str
@@ -36,7 +40,9 @@ class Dot:
 
 @dataclass(frozen=True)
 class Panel:
-    """One task: what the axis shows, the constant answer's value where there is one, and its dots from top to bottom."""
+    """One task: what the axis shows, the constant answer's value where there is one, and its
+    dots from top to bottom.
+    """
 
     title: str
     axis: str
@@ -45,7 +51,9 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], caption: str) -> "Figure":
-    """The figure; panels stand below each other, as high as their dots need. Without panels it holds the caption alone."""
+    """The figure; panels stand below each other, as high as their dots need. Without panels it
+    holds the caption alone.
+    """
     from matplotlib.figure import Figure
 
     heights = [len(panel.dots) + 3 for panel in panels]
@@ -55,13 +63,20 @@ def draw(panels: Sequence[Panel], caption: str) -> "Figure":
     colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
     if not panels:
         return figure
-    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[
+        :, 0
+    ]
     for axis, panel in zip(axes, panels, strict=True):
         for row, dot in enumerate(panel.dots):
             colour = colours[dot.group]
             axis.hlines(row, dot.low, dot.high, color=colour, linewidth=1.2)
             axis.plot(
-                dot.value, row, "o", color=colour, markersize=4.5, markerfacecolor="white" if dot.weak else colour
+                dot.value,
+                row,
+                "o",
+                color=colour,
+                markersize=4.5,
+                markerfacecolor="white" if dot.weak else colour,
             )
         if panel.constant is not None:
             axis.axvline(panel.constant, color="0.4", linestyle="--", linewidth=0.9)

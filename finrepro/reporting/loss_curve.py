@@ -1,4 +1,6 @@
-"""The loss of a run by tokens and by time. In pretraining every text is new, so that the training loss is one on unseen text."""
+"""The loss of a run by tokens and by time. In pretraining every text is new, so that the
+training loss is one on unseen text.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ class LossCurve:
     losses: tuple[float, ...]
 
     def at(self, seconds: float) -> float | None:
-        """The loss at a time, between two steps on the line that joins them; None before the first value and after the last step."""
+        """The loss at a time, between two steps on the line that joins them; None before the
+        first value and after the last step.
+        """
         if not self.seconds or not self.seconds[0] <= seconds <= self.seconds[-1]:
             return None
         after = next(i for i, each in enumerate(self.seconds) if each >= seconds)
@@ -30,7 +34,8 @@ class LossCurve:
 
 
 def loss_curve(steps: Sequence[Mapping[str, Any]], tokens: int) -> LossCurve:
-    """The curve of the steps of loss.jsonl, of a run that saw so many `tokens` in all: alike in every step, to a few tokens.
+    """The curve of the steps of loss.jsonl, of a run that saw so many `tokens` in all: alike in
+    every step, to a few tokens.
 
     A value is the mean of the `WINDOW` steps that end there.
     """

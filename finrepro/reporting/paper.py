@@ -1,7 +1,8 @@
-"""The paper as a PDF: paper/*.tex with the tables of a store, typeset in a temporary folder. It needs pdflatex and bibtex, and no torch.
+"""The paper as a PDF: paper/*.tex with the tables of a store, typeset in a temporary folder. It
+needs pdflatex and bibtex, and no torch.
 
-The same sources, tables and LaTeX give the same bytes: dates and identifiers are fixed here and in main.tex. results/paper/provenance.json
-holds the sha256 of everything that went in.
+The same sources, tables and LaTeX give the same bytes: dates and identifiers are fixed here and in
+main.tex. results/paper/provenance.json holds the sha256 of everything that went in.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ from finrepro.reporting.table import escape
 
 SOURCES = PROJECT / "paper"
 PROGRAMS = ("pdflatex", "bibtex")
-PACKAGES = "texlive-publishers texlive-fonts-recommended"  # Debian's; IEEEtran and the PostScript fonts, with what they depend on
+# Debian's; IEEEtran and the PostScript fonts, with what they depend on
+PACKAGES = "texlive-publishers texlive-fonts-recommended"
 PASSES, SECONDS = 4, 120  # most passes over the sources, and the most that one program may take
 PAGE = 40  # rows of a table that fit a page together with its caption and notes
 SPARE, WIDTH = 8, 120  # lines of notes below a full page of rows, and characters in such a line
@@ -30,17 +32,23 @@ PLACES: dict[str, Scale] = {
     "tables": "paper",
     "appendix": "smoke",
 }  # what main.tex takes in, and the scale of its tables
-_PLACED = re.compile(r"^(\S+?\.\w+):(\d+): (.+)$", re.MULTILINE)  # what -file-line-error makes of an error
+_PLACED = re.compile(
+    r"^(\S+?\.\w+):(\d+): (.+)$", re.MULTILINE
+)  # what -file-line-error makes of an error
 _BARE = re.compile(r"^! (.+)$", re.MULTILINE)
 _ABSENT = re.compile(r"File `([^']+)' not found|Font \S+ .*not loadable: Metric \(TFM\) file")
-_LOOSE = re.compile(r"LaTeX Warning: ((?:Citation|Reference|Label) `[^']+').*?(undefined|multiply defined)")
+_LOOSE = re.compile(
+    r"LaTeX Warning: ((?:Citation|Reference|Label) `[^']+').*?(undefined|multiply defined)"
+)
 
 
 def build(root: Path, output: Path | None = None) -> Path:
-    """Typeset the paper with the tables under `root`/results/tables; the PDF's path, by default `root`/results/paper/main.pdf.
+    """Typeset the paper with the tables under `root`/results/tables; the PDF's path, by default
+    `root`/results/paper/main.pdf.
 
-    Raises `EnvironmentFault` where LaTeX, or a part of it, is not installed, and `CellFailed` with LaTeX's first complaint; the log stays
-    beside the PDF. A PDF that an earlier call made stays until the new one is whole.
+    Raises `EnvironmentFault` where LaTeX, or a part of it, is not installed, and `CellFailed` with
+    LaTeX's first complaint; the log stays beside the PDF. A PDF that an earlier call made stays
+    until the new one is whole.
     """
     goal = output or root / "results" / "paper" / "main.pdf"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -72,7 +80,9 @@ def build(root: Path, output: Path | None = None) -> Path:
 
 
 def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, str]]:
-    """The tables of one scale as LaTeX, and the sha256 of the store's files in them; copies their figures to `generated`."""
+    """The tables of one scale as LaTeX, and the sha256 of the store's files in them; copies
+    their figures to `generated`.
+    """
     parts, digests = ["% Written by finrepro.reporting.paper; do not edit."], {}
     for name in tables():
         stem = table(name).report
@@ -80,7 +90,9 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
             continue  # of the real models alone
         folder = root / "results" / "tables" / scale
         # `--full` writes files of its own: the same table with more cells and seeds.
-        found = [path for path in (folder / f"{stem}-full.tex", folder / f"{stem}.tex") if path.is_file()]
+        found = [
+            path for path in (folder / f"{stem}-full.tex", folder / f"{stem}.tex") if path.is_file()
+        ]
         if len(found) == 2 and b"(not run)" in found[0].read_bytes():
             found.reverse()  # `--full --only` has run a few of its cells
         if not found:
@@ -99,7 +111,9 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
 
 
 def split(text: str, most: int = PAGE) -> str:
-    """A table of `finrepro.reporting.table.to_latex` as floats of at most `most` rows, since a float cannot break over pages; notes come last."""
+    """A table of `finrepro.reporting.table.to_latex` as floats of at most `most` rows, since a
+    float cannot break over pages; notes come last.
+    """
     lines = text.split("\n")
     start, end = lines.index(r"\midrule") + 1, lines.index(r"\bottomrule")
     inside = lines[start:end]
@@ -109,7 +123,9 @@ def split(text: str, most: int = PAGE) -> str:
         for before, row in zip(["", *inside], inside, strict=False)
         if row != r"\midrule"
     ]
-    after = next(index for index in range(end, len(lines)) if lines[index].startswith(r"\end{tabular}"))
+    after = next(
+        index for index in range(end, len(lines)) if lines[index].startswith(r"\end{tabular}")
+    )
     notes = lines[after + 1 : lines.index(r"\end{table*}")]
     apart = len(body[(len(body) - 1) // most * most :]) + sum(map(_height, notes)) > most + SPARE
     if len(body) <= most and not apart:
@@ -122,9 +138,18 @@ def split(text: str, most: int = PAGE) -> str:
         rows = [[body[first][-1]], *body[first + 1 : first + most]]
         head = [again if first and line.startswith(r"\caption") else line for line in lines[:start]]
         below = notes if first + most >= len(body) and not apart else []
-        floats += [*head, *(line for row in rows for line in row), *lines[end : after + 1], *below, r"\end{table*}"]
+        floats += [
+            *head,
+            *(line for row in rows for line in row),
+            *lines[end : after + 1],
+            *below,
+            r"\end{table*}",
+        ]
     while apart and notes:
-        count = next((at for at in range(1, len(notes)) if sum(map(_height, notes[: at + 1])) > most), len(notes))
+        count = next(
+            (at for at in range(1, len(notes)) if sum(map(_height, notes[: at + 1])) > most),
+            len(notes),
+        )
         own = [NOTES * (not notes[0].startswith(NOTES)) + notes[0], *notes[1:count]]
         floats += [r"\begin{table*}", rf"\centering\small{again}", *own, r"\end{table*}"]
         notes = notes[count:]
@@ -145,19 +170,39 @@ def _boxed(number: str, scale: Scale) -> str:
 
 def _figure(name: str, stem: str, scale: Scale) -> str:
     """The figure that goes with a table."""
-    mark = "SMOKE: miniatures, never to be set against published values" if scale == "smoke" else "real models"
+    mark = (
+        "SMOKE: miniatures, never to be set against published values"
+        if scale == "smoke"
+        else "real models"
+    )
     what = "Shares of compute, by the sizes" if table(name).computed else "Scores"
     caption = escape(f"{what} of table {name.removeprefix('table')} ({mark})")
     size = r"width=\textwidth,height=0.85\textheight,keepaspectratio"
     picture = rf"\includegraphics[{size}]{{generated/{stem}_{scale}.png}}"
-    return "\n".join([r"\begin{figure*}", r"\centering", picture, rf"\caption{{{caption}}}", r"\end{figure*}"])
+    return "\n".join(
+        [r"\begin{figure*}", r"\centering", picture, rf"\caption{{{caption}}}", r"\end{figure*}"]
+    )
 
 
 def _typeset(folder: Path, kept: Path) -> str:
-    """LaTeX and BibTeX in turn until the references stand still; the last log, also written to `kept`."""
-    fixed = {"SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1", "TZ": "UTC", "LC_ALL": "C", "max_print_line": "1000"}
-    # Nothing outside the folder and the installation is read or written, and a user's own macros do not count.
-    own = {"HOME": str(folder), "TEXMFVAR": str(folder / "var"), "openin_any": "p", "openout_any": "p"}
+    """LaTeX and BibTeX in turn until the references stand still; the last log, also written to
+    `kept`.
+    """
+    fixed = {
+        "SOURCE_DATE_EPOCH": "0",
+        "FORCE_SOURCE_DATE": "1",
+        "TZ": "UTC",
+        "LC_ALL": "C",
+        "max_print_line": "1000",
+    }
+    # Nothing outside the folder and the installation is read or written, and a user's own macros do
+    # not count.
+    own = {
+        "HOME": str(folder),
+        "TEXMFVAR": str(folder / "var"),
+        "openin_any": "p",
+        "openout_any": "p",
+    }
     surroundings = {"PATH": os.environ.get("PATH", "")} | fixed | own
     latex = [
         "pdflatex",
@@ -171,12 +216,18 @@ def _typeset(folder: Path, kept: Path) -> str:
     for turn in range(PASSES):
         status = _run(latex, folder, surroundings)
         log = folder / "main.log"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "! pdflatex wrote no log\n"
+        text = (
+            log.read_text(encoding="utf-8", errors="replace")
+            if log.is_file()
+            else "! pdflatex wrote no log\n"
+        )
         files.write_text(kept, text)
         if status:
             break
         if turn == 0:
-            _run(["bibtex", "main"], folder, surroundings)  # what it misses is an undefined citation in LaTeX's log
+            _run(
+                ["bibtex", "main"], folder, surroundings
+            )  # what it misses is an undefined citation in LaTeX's log
         elif turn > 1 and "Rerun to get" not in text:
             break
     return text
@@ -200,7 +251,9 @@ def _run(command: list[str], folder: Path, surroundings: dict[str, str]) -> int:
 
 
 def _check(log: str, kept: Path, root: Path) -> None:
-    """Raise what the log complains about: an error, or a citation or reference that leads nowhere."""
+    """Raise what the log complains about: an error, or a citation or reference that leads
+    nowhere.
+    """
     placed, bare = _PLACED.search(log), _BARE.search(log)
     absent = _ABSENT.search(log) if placed or bare else None
     if absent:

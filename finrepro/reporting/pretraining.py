@@ -1,4 +1,6 @@
-"""What Table 2 says of a pretraining cell without running it: sizes, bytes, and the arithmetic of a token, beside the dense model's."""
+"""What Table 2 says of a pretraining cell without running it: sizes, bytes, and the arithmetic
+of a token, beside the dense model's.
+"""
 
 import dataclasses
 from typing import Any
@@ -14,8 +16,9 @@ CONVENTIONS: tuple[flops.Convention, ...] = ("palm", "causal")
 
 
 def facts(spec: RunSpec) -> dict[str, Any]:
-    """Parameters, compression against the model that the entry names in `compared_with`, bytes stored at 16, 8 and 4 bits (scales,
-    embeddings and head as they really are), FLOPs a trained token by both conventions, and how many times fewer they are."""
+    """Parameters, compression against the model that the entry names in `compared_with`, bytes
+    stored at 16, 8 and 4 bits (scales, embeddings and head as they really are), FLOPs a trained
+    token by both conventions, and how many times fewer they are."""
     model, dense, length = spec.model, reference(spec.model), spec.train.max_seq_len
     return {
         "parameters": model.parameters,
@@ -23,7 +26,8 @@ def facts(spec: RunSpec) -> dict[str, Any]:
         "compression": dense.parameters / model.parameters,
         "stored_bytes": {name: _bytes(spec, name) for name in STORED},
         "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
-        "flop_bound": flops.model_flops(dense, length, "palm") / flops.model_flops(model, length, "palm"),
+        "flop_bound": flops.model_flops(dense, length, "palm")
+        / flops.model_flops(model, length, "palm"),
         "rank": rank(model) if model.low_rank else None,
     }
 
@@ -34,9 +38,12 @@ def reference(model: Model) -> Model:
 
 
 def _bytes(spec: RunSpec, quantizer: str) -> int | None:
-    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype the miniature itself runs in; None where the
-    quantizer cannot hold them."""
-    model, choice = dataclasses.replace(spec.model, dtype="bfloat16"), reader.quantizer(quantizer, "bfloat16")
+    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype
+    the miniature itself runs in; None where the quantizer cannot hold them."""
+    model, choice = (
+        dataclasses.replace(spec.model, dtype="bfloat16"),
+        reader.quantizer(quantizer, "bfloat16"),
+    )
     if unstorable(model, choice, 0):
         return None
     return footprint.base_bytes(

@@ -22,7 +22,9 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
         result = place.store.result(cell.spec.run_id) or {}
         state = "refused" if cell.refusal else place.store.state(cell.spec)
         reason = (
-            cell.refusal or result.get("reason") or {store.STALE: "made by other source or packages"}.get(state, "")
+            cell.refusal
+            or result.get("reason")
+            or {store.STALE: "made by other source or packages"}.get(state, "")
         )
         joined.append(
             {
@@ -33,7 +35,10 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "adapter": cell.spec.adapter.name,
                 "adapter_kind": cell.spec.adapter.kind,
                 "train_on": cell.spec.train_on.name,
-                "prompts": {each.task.name: getattr(each.task.config, "template", "") for each in cell.spec.tasks},
+                "prompts": {
+                    each.task.name: getattr(each.task.config, "template", "")
+                    for each in cell.spec.tasks
+                },
                 "tasks": [each.task.name for each in cell.spec.tasks],
                 "seed": cell.spec.seed,
                 "devices": cell.spec.world_size,
@@ -46,8 +51,12 @@ def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
                 "short": cell.spec.train.short,
                 "scores": result.get("scores", []),
                 "costs": result.get("costs", {}),
-                "pretraining": pretraining.facts(cell.spec) if cell.spec.weights == "scratch" else {},
-                "curve": _losses(cell.spec, place) if cell.spec.weights == "scratch" and result.get("costs") else [],
+                "pretraining": pretraining.facts(cell.spec)
+                if cell.spec.weights == "scratch"
+                else {},
+                "curve": _losses(cell.spec, place)
+                if cell.spec.weights == "scratch" and result.get("costs")
+                else [],
                 "sizes": {} if cell.refusal or result.get("costs") else footprint.sizes(cell.spec),
             }
         )
@@ -58,10 +67,16 @@ def _losses(spec: RunSpec, place: Place) -> list[dict[str, Any]]:
     return read_lines(place.store.run_folder(spec.run_id) / "loss.jsonl")
 
 
-def with_neighbours(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> list[dict[str, Any]]:
-    """The rows of the cells, and those of the finished runs of the table that stands beside this one."""
+def with_neighbours(
+    selection: Selection, scale: Scale, cells: list[Cell], place: Place
+) -> list[dict[str, Any]]:
+    """The rows of the cells, and those of the finished runs of the table that stands beside this
+    one.
+    """
     beside = table(selection.table).beside
     if beside is None:
         return rows(cells, place)
     other = dataclasses.replace(selection, table=beside.removeprefix("table"), only=None)
-    return rows(cells, place) + [row for row in rows(expand(other, scale), place) if row["state"] == store.DONE]
+    return rows(cells, place) + [
+        row for row in rows(expand(other, scale), place) if row["state"] == store.DONE
+    ]

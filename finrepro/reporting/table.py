@@ -13,12 +13,17 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
 }
 GAP = 3  # blanks between columns in the terminal
-NAMES, NAME_WIDTH = 4, 22  # the columns on the left that name a line, and how wide the terminal keeps them
+NAMES, NAME_WIDTH = (
+    4,
+    22,
+)  # the columns on the left that name a line, and how wide the terminal keeps them
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its texts, and the evidence behind them for the JSON. `section` starts a new group of rows when it changes."""
+    """One row: its texts, and the evidence behind them for the JSON. `section` starts a new
+    group of rows when it changes.
+    """
 
     texts: tuple[str, ...]
     section: str = ""
@@ -27,7 +32,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table. `name` is the catalogue's; `label` the LaTeX label without `tab:`; `notes` stand below it."""
+    """A finished table. `name` is the catalogue's; `label` the LaTeX label without `tab:`;
+    `notes` stand below it.
+    """
 
     name: str
     label: str
@@ -51,9 +58,15 @@ def to_markdown(table: Table) -> str:
     """A pipe table with its caption above and its notes below."""
 
     def row(texts: tuple[str, ...]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        return (
+            "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        )
 
-    body = [row(table.columns), "|" + "---|" * len(table.columns), *(row(line.texts) for line in table.lines)]
+    body = [
+        row(table.columns),
+        "|" + "---|" * len(table.columns),
+        *(row(line.texts) for line in table.lines),
+    ]
     notes = [f"- {note}" for note in table.notes]
     return "\n".join([f"**{table.title}**", "", *body, "", *notes]).rstrip() + "\n"
 
@@ -101,13 +114,19 @@ def to_latex(table: Table) -> str:
 
 
 def widths(table: Table, room: int) -> list[int]:
-    """Columns' widths that fit `room` characters where they can: all as wide as their texts, or those behind the names folded at words.
+    """Columns' widths that fit `room` characters where they can: all as wide as their texts, or
+    those behind the names folded at words.
 
     What is left over goes to the columns that miss most, in turn.
     """
-    texts = [[column, *(line.texts[index] for line in table.lines)] for index, column in enumerate(table.columns)]
+    texts = [
+        [column, *(line.texts[index] for line in table.lines)]
+        for index, column in enumerate(table.columns)
+    ]
     whole = [max(map(len, column)) for column in texts]
-    words = [max([len(word) for text in column for word in text.split()], default=1) for column in texts]
+    words = [
+        max([len(word) for text in column for word in text.split()], default=1) for column in texts
+    ]
     least = [min(word, NAME_WIDTH) if index < NAMES else word for index, word in enumerate(words)]
     spare = room - sum(least) - GAP * len(least)
     for _ in range(max(0, spare)):
@@ -125,12 +144,20 @@ def to_rich(table: Table, room: int | None = None) -> "RichTable":
     from rich.text import Text
 
     shown = RichTable(
-        title=Text(table.title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+        title=Text(table.title),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
     )
     given = widths(table, room) if room else [None] * len(table.columns)
     for index, column in enumerate(table.columns):
-        longest = max([len(word) for line in table.lines for word in line.texts[index].split()], default=0)
-        whole = min(longest, NAME_WIDTH) if index < NAMES else None  # names stay in one piece, the rest folds first
+        longest = max(
+            [len(word) for line in table.lines for word in line.texts[index].split()], default=0
+        )
+        whole = (
+            min(longest, NAME_WIDTH) if index < NAMES else None
+        )  # names stay in one piece, the rest folds first
         shown.add_column(Text(column), overflow="fold", min_width=whole, width=given[index])
     previous = None
     for line in table.lines:
@@ -138,6 +165,8 @@ def to_rich(table: Table, room: int | None = None) -> "RichTable":
             shown.add_section()
         previous = line.section
         shown.add_row(*(Text(text) for text in line.texts))
-    shown.caption = Text("\n".join(table.notes)) if table.notes else None  # not markup: reasons may hold brackets
+    shown.caption = (
+        Text("\n".join(table.notes)) if table.notes else None
+    )  # not markup: reasons may hold brackets
     shown.caption_justify = "left"
     return shown

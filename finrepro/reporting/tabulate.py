@@ -1,4 +1,6 @@
-"""A table from the store: cells joined with their results, given to the report, and written as Markdown, LaTeX and JSON."""
+"""A table from the store: cells joined with their results, given to the report, and written as
+Markdown, LaTeX and JSON.
+"""
 
 import dataclasses
 
@@ -17,7 +19,9 @@ from finrepro.settings import kind_module
 
 
 def file_stem(selection: Selection) -> str:
-    """Name of the table's files: a selection with other cells than the table's own has files of its own."""
+    """Name of the table's files: a selection with other cells than the table's own has files of
+    its own.
+    """
     parts = [table(selection.table).report]
     parts += [name for name in ("quick", "full") if getattr(selection, name)]
     if selection.adapter:  # many folders are called checkpoint-500
@@ -29,13 +33,23 @@ def file_stem(selection: Selection) -> str:
 
 
 def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
-    """The table of the selected cells; the files, its figure among them, hold all of its cells, whichever --only selected."""
+    """The table of the selected cells; the files, its figure among them, hold all of its cells,
+    whichever --only selected.
+    """
     report = kind_module("report", table(selection.table).report)
     values = published() if scale == "paper" else ()
-    everything = cells if selection.only is None else expand(dataclasses.replace(selection, only=None), scale)
+    everything = (
+        cells
+        if selection.only is None
+        else expand(dataclasses.replace(selection, only=None), scale)
+    )
     shown = with_neighbours(selection, scale, everything, place)
     whole: Table = report.build(shown, scale, values)
-    files = {"md": to_markdown(whole).encode(), "tex": to_latex(whole).encode(), "json": to_json(whole).encode()}
+    files = {
+        "md": to_markdown(whole).encode(),
+        "tex": to_latex(whole).encode(),
+        "json": to_json(whole).encode(),
+    }
     if hasattr(report, "panels") and any(row["scores"] for row in shown):
         picture = draw(report.panels(shown), whole.title)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}

@@ -23,7 +23,8 @@ STAND_IN_TEXT, STAND_IN_VOCABULARY = "tfns_text", 8192
 def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedTokenizerFast", str]:
     """The base's folder (None: random weights), its tokenizer, and where that comes from.
 
-    Raises `Unavailable` when the run that makes the base, or the checkpoint, is not there or is faulty.
+    Raises `Unavailable` when the run that makes the base, or the checkpoint, is not there or is
+    faulty.
     """
     from finrepro.models.build import load_tokenizer
 
@@ -31,7 +32,9 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
         if spec.base_run is not None:
             folder = place.store.run_folder(spec.base_run) / "weights"
             if place.store.result(spec.base_run) is None:
-                raise EnvironmentFault(f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}.")
+                raise EnvironmentFault(
+                    f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}."
+                )
             return folder, load_tokenizer(folder), f"run {spec.base_run}"
         model = reader.origin(spec.model)
         if spec.weights == "scratch" and (made_with := open_corpora(spec, place)):
@@ -42,15 +45,20 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
             found = checkpoints.fetch(model)
         if found is not None:
             checkpoints.check(model, found)
-            return (found if spec.weights == "pretrained" else None), load_tokenizer(found, spec.model), "checkpoint"
+            return (
+                (found if spec.weights == "pretrained" else None),
+                load_tokenizer(found, spec.model),
+                "checkpoint",
+            )
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 
 
 def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
-    """What the base was: the run that made it with its maker's digests, or the sha256 of the checkpoint's weights.
+    """What the base was: the run that made it with its maker's digests, or the sha256 of the
+    checkpoint's weights.
 
-    A cell of table 2 is a base as a checkpoint is: made over days, and not again because a line of the source has changed. Its maker is on
-    record, and no part of what makes the cell stale.
+    A cell of table 2 is a base as a checkpoint is: made over days, and not again because a line of
+    the source has changed. Its maker is on record, and no part of what makes the cell stale.
     """
     if spec.base_run is not None:
         made = (place.store.result(spec.base_run) or {})["environment"]
@@ -62,18 +70,25 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
 
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
-    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens for random weights."""
+    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens
+    for random weights.
+    """
     text = spec.model.pretrain.task if isinstance(spec.model.pretrain, Pretrain) else STAND_IN_TEXT
     size = min(int(spec.model.architecture["vocab_size"]), STAND_IN_VOCABULARY)
     return _trained_tokenizer(text, spec.model.family, size, place.data_dir)
 
 
 @lru_cache(maxsize=8)
-def _trained_tokenizer(text: str, family: str, size: int, data_dir: Path | None) -> "PreTrainedTokenizerFast":
+def _trained_tokenizer(
+    text: str, family: str, size: int, data_dir: Path | None
+) -> "PreTrainedTokenizerFast":
     """Trained once a process, as `model.load_tokenizer` reads once."""
     from finrepro.data.tokens import train_tokenizer
 
     source = reader.task(text)
     task, config = source.task.module("tasks"), source.task.config
-    texts = [task.target(example, config) for example in files.load(source.dataset, data_dir).splits["train"]]
+    texts = [
+        task.target(example, config)
+        for example in files.load(source.dataset, data_dir).splits["train"]
+    ]
     return train_tokenizer(texts, family, size)

@@ -1,4 +1,6 @@
-"""The walk of one cell, from its spec to its sealed result. `python -m finrepro.running.cell` runs one cell and is idempotent."""
+"""The walk of one cell, from its spec to its sealed result. `python -m finrepro.running.cell`
+runs one cell and is idempotent.
+"""
 
 import json
 import shutil
@@ -13,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.arriving.growing import Waiting
-from finrepro.errors import CellFailed, EnvironmentFault, FinreproError, Unavailable, UsageError, unavailable_if_faulty
+from finrepro.errors import (
+    CellFailed,
+    EnvironmentFault,
+    FinreproError,
+    Unavailable,
+    UsageError,
+    unavailable_if_faulty,
+)
 from finrepro.evidence import provenance, store
 from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.place import Place
@@ -32,35 +41,57 @@ Report = Callable[[dict[str, Any]], None]
 EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
 
 
-def run_cell(spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+def run_cell(
+    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]
+) -> dict[str, Any]:
     """Walk one cell and seal its result; the content of result.json.
 
-    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base that cannot be used as `skipped`. Raises
-    `EnvironmentFault` (nothing is written) and `Interrupted` (a checkpoint is).
+    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base
+    that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
+    `Interrupted` (a checkpoint is).
     """
     from finrepro.errors import Diverged, Interrupted
 
     started, traced = time.time(), None
     try:
         with feeding.fed(spec, place) as tend:
-            return walk(spec, place, report, stop_requested, started, while_waiting(report, stop_requested, tend))
+            return walk(
+                spec,
+                place,
+                report,
+                stop_requested,
+                started,
+                while_waiting(report, stop_requested, tend),
+            )
     except Unavailable as error:
         status, reason = store.SKIPPED, str(error)
     except (EnvironmentFault, Interrupted):
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
-    except Exception as error:  # whatever it is, it costs one cell: its traceback goes into the result
-        status, reason = store.FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except (
+        Exception
+    ) as error:  # whatever it is, it costs one cell: its traceback goes into the result
+        status, reason = (
+            store.FAILED,
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
         traced = traceback.format_exc()
-        print(traced, file=sys.stderr)  # into the log: of several ranks only the first one's is kept with the result
+        print(
+            traced, file=sys.stderr
+        )  # into the log: of several ranks only the first one's is kept with the result
     if not ranks.current().is_main:
         return {"status": status, "reason": reason}
     return seal_unfinished(spec, place.store, status, reason, started, traced)
 
 
 def walk(
-    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool], started: float, waiting: Waiting
+    spec: RunSpec,
+    place: Place,
+    report: Report,
+    stop_requested: Callable[[], bool],
+    started: float,
+    waiting: Waiting,
 ) -> dict[str, Any]:
     """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
     device = process.setup(spec.seed, spec.threads)
@@ -94,7 +125,9 @@ def walk(
 
     checkpoints = place.store.checkpoints(spec.run_id)
     with Monitor() as monitor:
-        made_by = json.dumps([provenance.source_digest(), provenance.lock_digest(), made_from, text])
+        made_by = json.dumps(
+            [provenance.source_digest(), provenance.lock_digest(), made_from, text]
+        )
         control = Control(report, stop_requested, checkpoints, made_by, phases=phases)
         settled, layout = layouts.settled(spec, built.model, encoded, device, control)
         report({"event": "phase", "phase": "train"})
@@ -164,7 +197,9 @@ def walk(
                 "train_seconds": trained.seconds,
                 "train_tokens": trained.tokens,
                 "supervised_tokens": trained.supervised_tokens,
-                "useful_token_share": trained.tokens / trained.computed_tokens if trained.computed_tokens else None,
+                "useful_token_share": trained.tokens / trained.computed_tokens
+                if trained.computed_tokens
+                else None,
                 "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
                 "step_seconds": median_step(trained.losses),
                 "matmul_flops": rate,
@@ -177,11 +212,17 @@ def walk(
                 **inputs.data_facts(datasets),
                 "corpora": corpora_facts(spec, corpora),
                 "base": made_from,
-                "tokenizer": {"origin": origin, "sha256": tokenizer_digest(folder or target / "weights")},
+                "tokenizer": {
+                    "origin": origin,
+                    "sha256": tokenizer_digest(folder or target / "weights"),
+                },
                 "times_scored": place.store.times_scored(spec),
             },
         }
-        result["cell"] |= {"compilation": trained.compilation, "notes": result["cell"]["notes"] + remarks}
+        result["cell"] |= {
+            "compilation": trained.compilation,
+            "notes": result["cell"]["notes"] + remarks,
+        }
         write_json(target / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
@@ -193,7 +234,9 @@ def scored(report: Report, done: int, total: int) -> None:
 
 
 def check_launch(spec: RunSpec) -> None:
-    """Raise `UsageError` when the cell is refused, or this launch has another number of ranks than the cell has devices."""
+    """Raise `UsageError` when the cell is refused, or this launch has another number of ranks
+    than the cell has devices.
+    """
     refused, launched = refusal(spec), ranks.current().world_size
     if refused:
         raise UsageError(f"{spec.label}: {refused}.")
@@ -205,12 +248,16 @@ def check_launch(spec: RunSpec) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one cell as a process of its own: what launchers start, one a rank. Exit codes as everywhere."""
+    """Run one cell as a process of its own: what launchers start, one a rank. Exit codes as
+    everywhere.
+    """
     from finrepro.errors import Interrupted
 
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; who started us decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal sends it to everybody; who started us decides
     process.die_with_parent()
 
     def emit(event: dict[str, Any]) -> None:
@@ -226,7 +273,12 @@ def main(arguments: list[str] | None = None) -> int:
             result = run_cell(spec, place, emit, lambda: bool(stop))
         emit({"event": "result", "status": result["status"], "reason": result["reason"]})
         if result["status"] != store.DONE and not ranks.current().is_main:
-            print(json.dumps({"event": "rank", "rank": ranks.current().rank, "reason": result["reason"]}), flush=True)
+            print(
+                json.dumps(
+                    {"event": "rank", "rank": ranks.current().rank, "reason": result["reason"]}
+                ),
+                flush=True,
+            )
         if result["status"] == store.DONE:
             ranks.leave_process_group()
         return EXIT_CODES.get(result["status"], CellFailed.exit_code)

@@ -1,4 +1,6 @@
-"""What a cell does about a corpus that is not finished: whether it can be had at all, and a process that prepares it during training."""
+"""What a cell does about a corpus that is not finished: whether it can be had at all, and a
+process that prepares it during training.
+"""
 
 import contextlib
 import os
@@ -24,12 +26,14 @@ END_SECONDS = 20
 def fed(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]]:
     """While inside, the first rank sees to it that the cell's corpus is prepared.
 
-    Gives what is called by those who wait for it: whether a process of this cell is at work on it; raises `EnvironmentFault` with the
-    reason when that has failed.
+    Gives what is called by those who wait for it: whether a process of this cell is at work on it;
+    raises `EnvironmentFault` with the reason when that has failed.
     """
     feeders = [
         Feeder(str(corpora.corpus_of(part.task)), spec, place)
-        for part in (spec.train_on.parts if spec.train.max_steps and ranks.current().is_main else ())
+        for part in (
+            spec.train_on.parts if spec.train.max_steps and ranks.current().is_main else ()
+        )
         if corpora.corpus_of(part.task)
         and is_fed(spec, part.task)
         and corpus_missing_reason(spec, part.task, place) is None
@@ -55,7 +59,9 @@ class Feeder:
         self.process: subprocess.Popen[str] | None = None
 
     def tend(self) -> bool:
-        """Start the process where nobody is at work; whether it is running. Raises `EnvironmentFault` when it has ended too early."""
+        """Start the process where nobody is at work; whether it is running. Raises
+        `EnvironmentFault` when it has ended too early.
+        """
         if underway.is_finished(self.folder):
             return False
         if self.process is None:
@@ -74,23 +80,49 @@ class Feeder:
             return self.tend()
         if underway.is_finished(self.folder) or underway.held(self.folder):
             return False
-        ended_with = f"{signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit status {code}"
-        said = said or f"its process ended with {ended_with}, see {self.log}; run the same command again to go on."
+        ended_with = (
+            f"{signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit status {code}"
+        )
+        said = (
+            said
+            or f"its process ended with {ended_with}, see {self.log}; run the same command again to go on."
+        )
         raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {said}")
 
     def _start(self) -> None:
         tokenizer = tokenizer_for(self.spec, self.folder, self.place.models_dir)
-        if tokenizer is None:  # somebody was preparing it, and has gone before the tokenizer lay beside the shards
+        if (
+            tokenizer is None
+        ):  # somebody was preparing it, and has gone before the tokenizer lay beside the shards
             raise Unavailable(str(corpora.missing_reason(self.name, self.place.data_dir)))
         workers = max(1, default_workers() - self.spec.world_size)
-        options = ["--tokenizer", tokenizer, "--out", self.folder, "--workers", workers, "--parent", os.getpid()]
+        options = [
+            "--tokenizer",
+            tokenizer,
+            "--out",
+            self.folder,
+            "--workers",
+            workers,
+            "--parent",
+            os.getpid(),
+        ]
         options += ["--data-dir", self.place.data_dir] if self.place.data_dir else []
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "finrepro.data.arriving.feeder", self.name, *map(str, options)], cwd=PROJECT,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "finrepro.data.arriving.feeder",
+                    self.name,
+                    *map(str, options),
+                ],
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
 
     def end(self) -> None:
         """End the process; whole shards stay, and the next one goes on with them."""

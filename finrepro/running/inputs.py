@@ -1,4 +1,6 @@
-"""What a cell starts from: its examples, its base with the tokenizer, and the evidence of what they were."""
+"""What a cell starts from: its examples, its base with the tokenizer, and the evidence of what
+they were.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
-    """Dataset name -> its splits, of everything the cell is trained or scored on; each is read once."""
+    """Dataset name -> its splits, of everything the cell is trained or scored on; each is read
+    once.
+    """
     wanted: dict[str, set[str]] = {}
     choices = {}
     parts = spec.train_on.parts if spec.train.max_steps else ()
@@ -30,15 +34,20 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     for each, split in needed:
         wanted.setdefault(each.dataset.name, set()).add(split)
         choices[each.dataset.name] = each.dataset
-    return {name: files.load(choices[name], place.data_dir, tuple(sorted(splits))) for name, splits in wanted.items()}
+    return {
+        name: files.load(choices[name], place.data_dir, tuple(sorted(splits)))
+        for name, splits in wanted.items()
+    }
 
 
 def training_examples(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast",
+    spec: RunSpec,
+    datasets: dict[str, Dataset],
+    tokenizer: "PreTrainedTokenizerFast",
     opened: "dict[str, Corpus | GrowingCorpus]",
-) -> "Sequence[Sample]":  # fmt: skip
-    """Every training example, encoded, a part after the other; a repeated part stands there as often. Of running text, its windows, from
-    what `corpora` has opened."""
+) -> "Sequence[Sample]":
+    """Every training example, encoded, a part after the other; a repeated part stands there as
+    often. Of running text, its windows, from what `corpora` has opened."""
     from finrepro.data.tokens import encode
 
     if any(is_running_text(part.task) for part in spec.train_on.parts):
@@ -47,13 +56,17 @@ def training_examples(
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
         examples = datasets[part.task.dataset.name].splits["train"]
-        pairs = [(task.prompt(example, config), task.target(example, config)) for example in examples]
+        pairs = [
+            (task.prompt(example, config), task.target(example, config)) for example in examples
+        ]
         encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
 
 
 def data_facts(datasets: dict[str, Dataset]) -> dict[str, Any]:
-    """Fingerprints of the splits, overlap between them, where their files were, and the files' sha256, by dataset."""
+    """Fingerprints of the splits, overlap between them, where their files were, and the files'
+    sha256, by dataset.
+    """
     return {
         key: {name: getattr(dataset, key) for name, dataset in datasets.items()}
         for key in ("fingerprints", "overlap", "origin", "files")

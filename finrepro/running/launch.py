@@ -1,6 +1,8 @@
-"""A cell as a message to a process that runs it, and as the command line of the launcher that starts several.
+"""A cell as a message to a process that runs it, and as the command line of the launcher that
+starts several.
 
-A message says how to find the cell again, and the id and source that it must then have: two versions of the project are never mixed.
+A message says how to find the cell again, and the id and source that it must then have: two
+versions of the project are never mixed.
 """
 
 import argparse
@@ -22,48 +24,79 @@ Message = dict[str, Any]
 def request(spec: RunSpec, selection: Selection, scale: str) -> Message:
     """The message for one cell of a selection."""
     return {
-        "selection": asdict(selection), "scale": scale, "label": spec.label, "run_id": spec.run_id,
+        "selection": asdict(selection),
+        "scale": scale,
+        "label": spec.label,
+        "run_id": spec.run_id,
         "source": provenance.source_digest(),
-    }  # fmt: skip
+    }
 
 
 def resolve(message: Message) -> RunSpec:
-    """The spec that a message means. Raises `CellFailed` when configuration or source have changed in between."""
+    """The spec that a message means. Raises `CellFailed` when configuration or source have
+    changed in between.
+    """
     if message["source"] not in (None, provenance.source_digest()):
         raise CellFailed(f"{message['label']}: the source changed while the campaign was running.")
     values = message["selection"]
-    selection = Selection(**{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None})
+    selection = Selection(
+        **{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None}
+    )
     spec = find(selection, message["scale"], message["label"])
     if message["run_id"] not in (None, spec.run_id):
-        raise CellFailed(f"{message['label']}: the configuration changed while the campaign was running.")
+        raise CellFailed(
+            f"{message['label']}: the configuration changed while the campaign was running."
+        )
     return spec
 
 
 def command(spec: RunSpec, selection: Selection, scale: Scale, place: Place) -> list[str]:
-    """The command line that runs the cell by itself: torchrun with a process a device, or one process for one device.
+    """The command line that runs the cell by itself: torchrun with a process a device, or one
+    process for one device.
 
-    It is what this program starts for several devices, and what a batch system may start instead; `parse` reads it.
+    It is what this program starts for several devices, and what a batch system may start instead;
+    `parse` reads it.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={spec.world_size}",
+    ]
     options: list[tuple[str, object]] = [
-        ("--table", selection.table), ("--scale", scale), ("--cell", spec.label), ("--devices", spec.world_size),
+        ("--table", selection.table),
+        ("--scale", scale),
+        ("--cell", spec.label),
+        ("--devices", spec.world_size),
         ("--weights", selection.weights if selection.weights != "pretrained" else None),
-        ("--seeds", ",".join(map(str, selection.seeds)) if selection.seeds else None), ("--adapter", selection.adapter),
-        ("--store", place.store.root), ("--data-dir", place.data_dir), ("--models-dir", place.models_dir),
-    ]  # fmt: skip
+        ("--seeds", ",".join(map(str, selection.seeds)) if selection.seeds else None),
+        ("--adapter", selection.adapter),
+        ("--store", place.store.root),
+        ("--data-dir", place.data_dir),
+        ("--models-dir", place.models_dir),
+    ]
     switches = [f"--{name}" for name in ("quick", "full") if getattr(selection, name)]
     given = [part for flag, value in options if value is not None for part in (flag, str(value))]
-    start = [sys.executable, *(launcher if spec.world_size > 1 else []), "-m", "finrepro.running.cell"]
+    start = [
+        sys.executable,
+        *(launcher if spec.world_size > 1 else []),
+        "-m",
+        "finrepro.running.cell",
+    ]
     return [*start, *given, *switches]
 
 
 def parse(arguments: list[str] | None) -> tuple[Message, Place]:
-    """The message and the place that a command line means. Raises `UsageError` or `EnvironmentFault`."""
+    """The message and the place that a command line means. Raises `UsageError` or
+    `EnvironmentFault`.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m finrepro.running.cell", description="Run one cell; a process a device."
     )
     parser.add_argument("--table", required=True)
-    parser.add_argument("--scale", required=True, choices=[scale for scale in SCALES if scale != "auto"])
+    parser.add_argument(
+        "--scale", required=True, choices=[scale for scale in SCALES if scale != "auto"]
+    )
     parser.add_argument("--cell", required=True, help="its label")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--full", action="store_true")
@@ -90,7 +123,11 @@ def parse(arguments: list[str] | None) -> tuple[Message, Place]:
         given.adapter,
     )
     message = {
-        "selection": asdict(selection), "scale": given.scale, "label": given.cell, "run_id": given.run_id, "source": given.source,
-    }  # fmt: skip
+        "selection": asdict(selection),
+        "scale": given.scale,
+        "label": given.cell,
+        "run_id": given.run_id,
+        "source": given.source,
+    }
     folders = (path and path.absolute() for path in (given.data_dir, given.models_dir))
     return message, Place(store.open_store(given.store), *folders)

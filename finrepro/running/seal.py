@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def measured_rate(spec: RunSpec, device: "torch.device") -> float | None:
-    """FLOP/s of large matrix products here and now, in the model's dtype: what a pretraining run's own speed is held against."""
+    """FLOP/s of large matrix products here and now, in the model's dtype: what a pretraining
+    run's own speed is held against.
+    """
     if spec.weights != "scratch":
         return None
     import torch

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 def open_corpora(
     spec: RunSpec, place: Place, waiting: "Waiting" = lambda _: False
 ) -> "dict[str, Corpus | GrowingCorpus]":
-    """Task -> the corpus that the cell is trained on through it; `waiting` is called while one that is being prepared is waited for.
+    """Task -> the corpus that the cell is trained on through it; `waiting` is called while one that
+    is being prepared is waited for.
 
-    Raises `Unavailable` when one is not prepared, nor being prepared where that will do, is damaged, was made from something else than its
-    entry says, or by another tokenizer than the one that lies with it, or has more tokens than the model has rows.
+    Raises `Unavailable` when one is not prepared, nor being prepared where that will do, is
+    damaged, was made from something else than its entry says, or by another tokenizer than the one
+    that lies with it, or has more tokens than the model has rows.
     """
     from finrepro.data.arriving.growing import open_arriving
     from finrepro.data.corpora.stream import open_corpus
@@ -45,7 +47,9 @@ def open_corpora(
                 if is_fed(spec, part.task):
                     corpus = open_arriving(folder, rows, waiting)
                 else:
-                    corpus = open_corpus(folder, tokenizer_digest(folder / TOKENIZER) or "none", rows)
+                    corpus = open_corpus(
+                        folder, tokenizer_digest(folder / TOKENIZER) or "none", rows
+                    )
                 if said := unlike(name, corpus.index):
                     raise EnvironmentFault(f"{folder}: {said}")
                 corpus.stream()  # every shard is there, and as long as it was
@@ -54,11 +58,14 @@ def open_corpora(
 
 
 def corpora_facts(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
-    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an unfinished one that all steps together take
-    their windows from, in whichever attempt; source and size."""
+    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an
+    unfinished one that all steps together take their windows from, in whichever attempt; source
+    and size."""
     from finrepro.data.arriving.growing import GrowingCorpus
 
-    facts = {name: each.facts() for name, each in found.items() if not isinstance(each, GrowingCorpus)}
+    facts = {
+        name: each.facts() for name, each in found.items() if not isinstance(each, GrowingCorpus)
+    }
     for part in spec.train_on.parts:
         each, block = found.get(part.task.task.name), block_of(part.task)
         if isinstance(each, GrowingCorpus) and block:
@@ -68,22 +75,30 @@ def corpora_facts(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> 
 
 
 def corpora_identity(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
-    """What a checkpoint is held to. Of a corpus that may be unfinished it is what it is made from: the same before its end and after."""
+    """What a checkpoint is held to. Of a corpus that may be unfinished it is what it is made
+    from: the same before its end and after.
+    """
     fed = {part.task.task.name: is_fed(spec, part.task) for part in spec.train_on.parts}
     return {name: each.made_from() if fed[name] else each.facts() for name, each in found.items()}
 
 
 def while_waiting(
-    report: "Callable[[dict[str, Any]], None]", stop_requested: "Callable[[], bool]", tend: "Callable[[], bool]"
+    report: "Callable[[dict[str, Any]], None]",
+    stop_requested: "Callable[[], bool]",
+    tend: "Callable[[], bool]",
 ) -> "Waiting":
-    """What is done while text is waited for: say so once, see that somebody prepares it, and stop where that is asked."""
+    """What is done while text is waited for: say so once, see that somebody prepares it, and
+    stop where that is asked.
+    """
     from finrepro.errors import Interrupted
 
     said: list[str] = []
 
     def waiting(what: str) -> bool:
         if stop_requested():
-            raise Interrupted("stopped while it waited for text; it goes on from its last checkpoint, if there is one")
+            raise Interrupted(
+                "stopped while it waited for text; it goes on from its last checkpoint, if there is one"
+            )
         if said[-1:] != [what]:
             said.append(what)
             report({"event": "phase", "phase": what})
@@ -93,10 +108,14 @@ def while_waiting(
 
 
 def windows_of(
-    spec: RunSpec, datasets: dict[str, Dataset], tokenizer: "PreTrainedTokenizerFast",
+    spec: RunSpec,
+    datasets: dict[str, Dataset],
+    tokenizer: "PreTrainedTokenizerFast",
     opened: "dict[str, Corpus | GrowingCorpus]",
-) -> "Sequence[Sample]":  # fmt: skip
-    """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError` where a part is no corpus."""
+) -> "Sequence[Sample]":
+    """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError`
+    where a part is no corpus.
+    """
     from finrepro.data.arriving.arriving import ArrivingWindows
     from finrepro.data.corpora.memory import TextStream
     from finrepro.data.corpora.mixture import Mixture
@@ -107,7 +126,9 @@ def windows_of(
     for part in spec.train_on.parts if spec.train.max_steps else ():
         task, config = part.task.task.module("tasks"), part.task.task.config
         if not is_running_text(part.task):
-            raise UsageError(f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none.")
+            raise UsageError(
+                f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none."
+            )
         if corpus := opened.get(part.task.task.name):
             stream, block = corpus.stream(), block_of(part.task)
             made[part.task.task.name] = (
@@ -117,8 +138,15 @@ def windows_of(
             )
             continue
         examples = datasets[part.task.dataset.name].splits["train"]
-        texts = encode(tokenizer, [("", task.target(example, config)) for example in examples], sys.maxsize, end=False)
-        made[part.task.task.name] = Windows(TextStream(text.ids for text in texts), spec.train.max_seq_len)
+        texts = encode(
+            tokenizer,
+            [("", task.target(example, config)) for example in examples],
+            sys.maxsize,
+            end=False,
+        )
+        made[part.task.task.name] = Windows(
+            TextStream(text.ids for text in texts), spec.train.max_seq_len
+        )
     if len(made) <= 1:
         return next(iter(made.values()), [])
     return Mixture(made, {part.task.task.name: part.repeat for part in spec.train_on.parts})

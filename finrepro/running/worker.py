@@ -1,6 +1,8 @@
-"""A process that runs cells one after another with its imports done once, and the driver's handle on it.
+"""A process that runs cells one after another with its imports done once, and the driver's handle
+on it.
 
-One crash costs one cell: the driver starts a new process and goes on. When the driver dies, the worker dies with it.
+One crash costs one cell: the driver starts a new process and goes on. When the driver dies, the
+worker dies with it.
 """
 
 import gc
@@ -19,13 +21,17 @@ Event = dict[str, Any]
 
 
 def serve() -> int:
-    """Read requests from standard input until it ends; write events, a line of JSON each, to what was standard output."""
+    """Read requests from standard input until it ends; write events, a line of JSON each, to
+    what was standard output.
+    """
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
     runtime.die_with_parent()
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the driver decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal sends it to everybody; the driver decides
     runtime.quiet_environment()
 
     from finrepro.errors import FinreproError, Interrupted
@@ -40,7 +46,8 @@ def serve() -> int:
         gc.collect()  # the model of the cell before, which reference cycles keep alive
         message = json.loads(line)
         place = Place(
-            store.Store(Path(message["store"])), *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir"))
+            store.Store(Path(message["store"])),
+            *(message[k] and Path(message[k]) for k in ("data_dir", "models_dir")),
         )
         try:
             result = run_cell(resolve(message["request"]), place, emit, lambda: bool(stop))

@@ -1,4 +1,6 @@
-"""Interrupts that wait: what must not be cut short (a database that is being made) is ended first, and the interrupt comes then."""
+"""Interrupts that wait: what must not be cut short (a database that is being made) is ended
+first, and the interrupt comes then.
+"""
 
 import signal
 import threading
@@ -11,12 +13,17 @@ HELD = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was raised. In another thread nothing changes."""
+    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was
+    raised. In another thread nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     noted: list[tuple[int, FrameType | None]] = []
-    before = {each: signal.signal(each, lambda number, frame: noted.append((number, frame))) for each in HELD}
+    before = {
+        each: signal.signal(each, lambda number, frame: noted.append((number, frame)))
+        for each in HELD
+    }
     try:
         yield
     finally:

@@ -1,4 +1,6 @@
-"""The matrix rate of the device at hand: the best of a few shapes, measured for a few seconds, and only when asked for."""
+"""The matrix rate of the device at hand: the best of a few shapes, measured for a few seconds,
+and only when asked for.
+"""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# (rows, inner, columns): shapes that measured best on several GPUs (stas00/ml-engineering compute/accelerator@b9e29720), and square ones.
+# (rows, inner, columns): shapes that measured best on several GPUs (stas00/ml-engineering
+# compute/accelerator@b9e29720), and square ones.
 GPU_SHAPES = ((2048, 13312, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (1024, 5120, 10240))
 CPU_SHAPES = ((256, 256, 256), (512, 512, 512), (1024, 1024, 1024), (1024, 256, 1024))
 
@@ -23,7 +26,9 @@ class Rate:
 
 
 def measure(device: "torch.device", dtype: "torch.dtype", seconds: float = 3.0) -> Rate:
-    """The best mean rate over the shapes, in `seconds` for all of them; each is warmed up and timed in blocks between synchronisations."""
+    """The best mean rate over the shapes, in `seconds` for all of them; each is warmed up and
+    timed in blocks between synchronisations.
+    """
     import torch
 
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
@@ -45,12 +50,18 @@ def measure(device: "torch.device", dtype: "torch.dtype", seconds: float = 3.0) 
             count += rounds
             rounds = min(2 * rounds, 64)
         best = max(best, (2.0 * rows * inner * columns * count / spent, (rows, inner, columns)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return Rate(best[0], best[1], name, str(dtype).removeprefix("torch."))
 
 
 def at_hand() -> Rate:
-    """As `measure`, of this machine's first GPU in bfloat16, or without one of its processor in float32."""
+    """As `measure`, of this machine's first GPU in bfloat16, or without one of its processor in
+    float32.
+    """
     import torch
 
     if torch.cuda.is_available():

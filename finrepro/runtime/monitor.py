@@ -8,7 +8,9 @@ import psutil
 
 
 class Monitor:
-    """A context manager that samples processor and memory use of this process every `interval` seconds into `samples`."""
+    """A context manager that samples processor and memory use of this process every `interval`
+    seconds into `samples`.
+    """
 
     def __init__(self, interval: float = 1.0) -> None:
         self.interval = interval

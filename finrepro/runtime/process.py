@@ -1,4 +1,6 @@
-"""The process a cell runs in: ranks, devices, threads, seeds and determinism, set before anything is computed."""
+"""The process a cell runs in: ranks, devices, threads, seeds and determinism, set before
+anything is computed.
+"""
 
 import contextlib
 import ctypes
@@ -14,26 +16,36 @@ from finrepro.runtime.ranks import current
 if TYPE_CHECKING:
     import torch
 
-OFFLINE = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
+OFFLINE = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 
 def quiet_environment() -> None:
-    """No telemetry, quiet libraries, reproducible cuBLAS, one machine's ranks on loopback; call it before torch is imported."""
+    """No telemetry, quiet libraries, reproducible cuBLAS, one machine's ranks on loopback; call
+    it before torch is imported.
+    """
     os.environ.update(OFFLINE)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # A thread that waits for the others looks this often before it sleeps. OpenMP's own 300,000 keeps a core from whoever would let it go
-    # on: two cells side by side on two cores took five times as long as one. No bit of a result depends on it.
+    # A thread that waits for the others looks this often before it sleeps. OpenMP's own 300,000
+    # keeps a core from whoever would let it go on: two cells side by side on two cores took five
+    # times as long as one. No bit of a result depends on it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     world_size = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size:  # one machine: gloo stays on the loopback device
+    if (
+        os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
+    ):  # one machine: gloo stays on the loopback device
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def setup(seed: int, threads: int) -> "torch.device":
-    """Seed every global generator, fix the threads, ask for deterministic kernels; the device of this rank.
+    """Seed every global generator, fix the threads, ask for deterministic kernels; the device of
+    this rank.
 
     Our own code draws from private generators; the global ones are seeded for what libraries draw.
     """
@@ -56,11 +68,13 @@ def setup(seed: int, threads: int) -> "torch.device":
 
 
 def end(code: int) -> NoReturn:
-    """End the process with what it has written, and without the interpreter's teardown; for processes that have computed in a group.
+    """End the process with what it has written, and without the interpreter's teardown; for
+    processes that have computed in a group.
 
-    Gloo's threads outlive the group, whose references DDP and DeepSpeed keep, and free the tensors of the last exchange. One that waits for
-    the interpreter's lock while the interpreter is taken apart is ended by force inside a destructor, which aborts the process
-    ("terminate called without an active exception"): its results are whole, and its launcher fails the cell.
+    Gloo's threads outlive the group, whose references DDP and DeepSpeed keep, and free the tensors
+    of the last exchange. One that waits for the interpreter's lock while the interpreter is taken
+    apart is ended by force inside a destructor, which aborts the process ("terminate called without
+    an active exception"): its results are whole, and its launcher fails the cell.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody may listen any more

@@ -24,7 +24,9 @@ class Ranks:
 
 
 def current() -> Ranks:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun and DeepSpeed's launcher set them; alone without."""
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun and DeepSpeed's launcher set them; alone
+    without.
+    """
     return Ranks(*(int(os.environ.get(name, default)) for name, default in _RANK_DEFAULTS))
 
 
@@ -32,7 +34,9 @@ _RANK_DEFAULTS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def start_process_group(device: "torch.device") -> None:
-    """Join the cell's process group: nccl on GPUs, gloo on CPUs; alone, over an in-process store without a port."""
+    """Join the cell's process group: nccl on GPUs, gloo on CPUs; alone, over an in-process store
+    without a port.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -57,10 +61,11 @@ def leave_process_group() -> None:
 
 
 def start_deepspeed(device: "torch.device") -> Any:
-    """The module `deepspeed`, imported and joined to the cell's process group; nothing else may import it before.
+    """The module `deepspeed`, imported and joined to the cell's process group; nothing else may
+    import it before.
 
-    It is told to leave its shared-memory operator alone: that would be compiled at first use, which a machine without a compiler cannot
-    do, and gloo does the same work.
+    It is told to leave its shared-memory operator alone: that would be compiled at first use, which
+    a machine without a compiler cannot do, and gloo does the same work.
     """
     start_process_group(device)
     os.environ["DS_ACCELERATOR"] = device.type
@@ -71,12 +76,16 @@ def start_deepspeed(device: "torch.device") -> Any:
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, auto_mpi_discovery=False)
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), verbose=False, auto_mpi_discovery=False
+        )
     return deepspeed
 
 
 def largest_over_ranks(value: int, device: "torch.device") -> int:
-    """The largest of the ranks' values; all ranks call it, after they have joined their process group."""
+    """The largest of the ranks' values; all ranks call it, after they have joined their process
+    group.
+    """
     if current().world_size == 1:
         return value
     import torch

@@ -1,4 +1,6 @@
-"""ZeRO stage 3 from the first byte: of every part of a model that has just been loaded, a rank keeps its share."""
+"""ZeRO stage 3 from the first byte: of every part of a model that has just been loaded, a rank
+keeps its share.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def partition(part: "nn.Module", device: "torch.device") -> None:
-    """Split every parameter of `part` over the ranks, in place, as DeepSpeed's ZeRO-3 engine would later (Rajbhandari et al., 2020,
-    arXiv 1910.02054): what remains on this rank is 1 / ranks of it. All ranks call it, in the same order.
+    """Split every parameter of `part` over the ranks, in place, as DeepSpeed's ZeRO-3 engine would
+    later (Rajbhandari et al., 2020, arXiv 1910.02054): what remains on this rank is 1 / ranks of
+    it. All ranks call it, in the same order.
     """
     from finrepro.catalogue.reader import deepspeed_config
     from finrepro.runtime import ranks
@@ -24,11 +27,15 @@ def partition(part: "nn.Module", device: "torch.device") -> None:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
     }
-    deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=next(part.parameters()).dtype)
+    deepspeed.zero.Init(
+        module=part, config_dict_or_path=config, dtype=next(part.parameters()).dtype
+    )
 
 
 def whole(parameter: "nn.Parameter") -> "torch.Tensor":
-    """A copy of all of a parameter, also of one that lies in parts: then every rank calls it, in the same order."""
+    """A copy of all of a parameter, also of one that lies in parts: then every rank calls it, in
+    the same order.
+    """
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().clone()
     import deepspeed
@@ -38,9 +45,11 @@ def whole(parameter: "nn.Parameter") -> "torch.Tensor":
 
 
 def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
-    """Give a parameter of the model this value, in place, also one that lies in parts; all ranks call it, with the same value.
+    """Give a parameter of the model this value, in place, also one that lies in parts; all ranks
+    call it, with the same value.
 
-    Of a trained one an engine may keep a copy of its own, from which it is overwritten: `finrepro.training.handle` sets both.
+    Of a trained one an engine may keep a copy of its own, from which it is overwritten:
+    `finrepro.training.handle` sets both.
     """
     import torch
 
@@ -55,7 +64,9 @@ def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
 
 
 def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> None:
-    """Have DeepSpeed gather these parameters for the whole forward and backward pass of the module `inside`, where they lie in parts."""
+    """Have DeepSpeed gather these parameters for the whole forward and backward pass of the
+    module `inside`, where they lie in parts.
+    """
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -64,9 +75,11 @@ def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> Non
 
 
 def gather_with_their_layer(model: "nn.Module") -> None:
-    """Have DeepSpeed gather what a layer holds in a dictionary or list of parameters together with the layer's own.
+    """Have DeepSpeed gather what a layer holds in a dictionary or list of parameters together with
+    the layer's own.
 
-    Such a container is a module that is never called, and DeepSpeed gathers the parameters of a module when it is called.
+    Such a container is a module that is never called, and DeepSpeed gathers the parameters of a
+    module when it is called.
     """
     from torch import nn
 

@@ -14,10 +14,14 @@ from finrepro.sizes.shapes import block_sizes, depth
 
 @settings
 class Computed:
-    """What a table without cells is computed for: catalogue entries, sequence lengths (tokens), and what they are trained as."""
+    """What a table without cells is computed for: catalogue entries, sequence lengths (tokens),
+    and what they are trained as.
+    """
 
     models: tuple[str, ...]
-    lengths: tuple[Positive, ...]  # of the shares of compute; left out where a model has no positions for them
+    lengths: tuple[
+        Positive, ...
+    ]  # of the shares of compute; left out where a model has no positions for them
     tokens: Positive  # a sequence, for operations and memory
     rank: Positive  # of the LoRA
     compression: PositiveFloat  # of the linear layers, and of the whole model, by low-rank factors
@@ -39,21 +43,28 @@ def account(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dic
         "linear_share_with_head": (linear + head) / total,
         "linear_share_without_tables": linear / (total - tables),
         "tied": model.family == "gpt2" or bool(model.architecture.get("tie_word_embeddings")),
-        "bytes": {name: memory.stored_bytes(model, quantizer) for name, quantizer in stored.items()},
+        "bytes": {
+            name: memory.stored_bytes(model, quantizer) for name, quantizer in stored.items()
+        },
         "nominal_bytes": {bits: total * bits // 8 for bits in (16, 8, 4)},
         "cache_bytes_per_token": memory.cache_bytes(model),
-        "training_shares": {length: shares(flops.forward(model, length, causal=True)) for length in lengths},
+        "training_shares": {
+            length: shares(flops.forward(model, length, causal=True)) for length in lengths
+        },
         "serving_shares": {length: shares(flops.generated(model, length)) for length in lengths},
         "flops": _costs(model, settings),
         "memory": _memory(model, settings, stored),
         "low_rank": {
-            whole: _low_rank(model, settings, stored, whole == "whole_model") for whole in ("linear", "whole_model")
+            whole: _low_rank(model, settings, stored, whole == "whole_model")
+            for whole in ("linear", "whole_model")
         },
     }
 
 
 def shares(cost: flops.Flops) -> dict[str, float]:
-    """The parts of a cost as shares of it. Backward costs twice what forward does, in every part: the shares of training are these."""
+    """The parts of a cost as shares of it. Backward costs twice what forward does, in every
+    part: the shares of training are these.
+    """
     return {part: getattr(cost, part) / cost.total for part in ("linear", "attention", "head")}
 
 
@@ -70,18 +81,26 @@ def _costs(model: Any, settings: Computed) -> dict[str, float]:
     }
 
 
-def _memory(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dict[str, dict[str, int]]:
+def _memory(
+    model: Any, settings: Computed, stored: Mapping[str, Choice]
+) -> dict[str, dict[str, int]]:
     """Estimates of bytes to train on one sequence with block checkpointing."""
     trained = {
         "full": memory.full_bytes(model, settings.tokens),
         "lora": memory.lora_bytes(model, stored["none"], settings.rank, settings.tokens),
         "qlora": memory.lora_bytes(model, stored["nf4"], settings.rank, settings.tokens),
     }
-    return {name: {**dataclasses.asdict(each), "total": each.total} for name, each in trained.items()}
+    return {
+        name: {**dataclasses.asdict(each), "total": each.total} for name, each in trained.items()
+    }
 
 
-def _low_rank(model: Any, settings: Computed, stored: Mapping[str, Choice], whole: bool) -> dict[str, Any]:
-    """The model with its linear layers factored at the largest rank that reaches the compression; rank 0 where none does."""
+def _low_rank(
+    model: Any, settings: Computed, stored: Mapping[str, Choice], whole: bool
+) -> dict[str, Any]:
+    """The model with its linear layers factored at the largest rank that reaches the
+    compression; rank 0 where none does.
+    """
     rank = flops.rank_for(model, settings.compression, whole)
     if not rank:
         return {"rank": 0}
@@ -92,7 +111,10 @@ def _low_rank(model: Any, settings: Computed, stored: Mapping[str, Choice], whol
     packed = {
         name: 2 * rest
         + depth(model)
-        * sum(choice.module("quantizers").layer_bytes(choice.config, i, o, 16) for i, o in sizes.values())
+        * sum(
+            choice.module("quantizers").layer_bytes(choice.config, i, o, 16)
+            for i, o in sizes.values()
+        )
         for name, choice in stored.items()
     }
     dense = flops.forward(model, settings.tokens).total

@@ -1,11 +1,14 @@
-"""Floating-point operations of a catalogue entry, per token, from its sizes alone. It imports no torch.
+"""Floating-point operations of a catalogue entry, per token, from its sizes alone. It imports no
+torch.
 
-A multiply-add is 2. Only matrix products count: the linear layers of the blocks, attention's two products (scores, values), and the output
-head; norms, activations, softmax and embeddings do not. Attention at a sequence of `tokens` is counted in full (a token against all of
-them, as PaLM's formula and torch's counter do) or causal (against half of them, as llm.c does).
+A multiply-add is 2. Only matrix products count: the linear layers of the blocks, attention's two
+products (scores, values), and the output head; norms, activations, softmax and embeddings do not.
+Attention at a sequence of `tokens` is counted in full (a token against all of them, as PaLM's
+formula and torch's counter do) or causal (against half of them, as llm.c does).
 
-Backward, a linear layer costs its forward product once for the gradient of its input and once for that of its weight; either is left out
-where nothing asks for it. Sums over layers follow `block_sizes`, so that factored layers are counted as what they are.
+Backward, a linear layer costs its forward product once for the gradient of its input and once for
+that of its weight; either is left out where nothing asks for it. Sums over layers follow
+`block_sizes`, so that factored layers are counted as what they are.
 """
 
 from collections.abc import Mapping
@@ -14,10 +17,16 @@ from typing import Any, Literal
 
 from finrepro.sizes.shapes import block_sizes, depth, targeted
 
-Sizes = Mapping[str, tuple[int, int]]  # name within a block -> (in, out), in the order in which a block runs them
+Sizes = Mapping[
+    str, tuple[int, int]
+]  # name within a block -> (in, out), in the order in which a block runs them
 Convention = Literal["palm", "causal"]
-# What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and `<layer>.b`, a split one `<layer>.q.a` ...
-SOURCES = {"gpt2": ("attn.c_attn",) * 3, "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+# What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and
+# `<layer>.b`, a split one `<layer>.q.a` ...
+SOURCES = {
+    "gpt2": ("attn.c_attn",) * 3,
+    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,16 @@ class Flops:
         return self.linear + self.attention + self.head
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.linear + other.linear, self.attention + other.attention, self.head + other.head)
+        return Flops(
+            self.linear + other.linear, self.attention + other.attention, self.head + other.head
+        )
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer's product, (tokens, inputs) by (inputs, outputs). `trained`: its weight gets a gradient; `slope`: its input does."""
+    """A linear layer's product, (tokens, inputs) by (inputs, outputs). `trained`: its weight
+    gets a gradient; `slope`: its input does.
+    """
 
     inputs: int
     outputs: int
@@ -64,7 +77,9 @@ def width(model: Any) -> int:
 
 def positions(model: Any) -> int:
     """The longest sequence that the model has positions for."""
-    return int(model.architecture["n_positions" if model.family == "gpt2" else "max_position_embeddings"])
+    return int(
+        model.architecture["n_positions" if model.family == "gpt2" else "max_position_embeddings"]
+    )
 
 
 def head_parameters(model: Any) -> int:
@@ -73,7 +88,8 @@ def head_parameters(model: Any) -> int:
 
 
 def matrix_parameters(model: Any, sizes: Sizes | None = None) -> int:
-    """N of the MFU formulas: weights that take part in a matrix product - the blocks' linear layers and the output head.
+    """N of the MFU formulas: weights that take part in a matrix product - the blocks' linear layers
+    and the output head.
 
     Embedding tables are in it only as far as the head shares them; norms and biases are not.
     """
@@ -81,23 +97,35 @@ def matrix_parameters(model: Any, sizes: Sizes | None = None) -> int:
 
 
 def forward(model: Any, tokens: int, causal: bool = False, sizes: Sizes | None = None) -> Flops:
-    """A forward pass over sequences of `tokens`, a token. `sizes` replaces the entry's own linear layers."""
+    """A forward pass over sequences of `tokens`, a token. `sizes` replaces the entry's own
+    linear layers.
+    """
     attention = 4 * tokens * width(model) * (0.5 if causal else 1)
     layers = _linear(sizes or block_sizes(model))
-    return Flops(2.0 * depth(model) * layers, float(depth(model) * attention), 2.0 * head_parameters(model))
+    return Flops(
+        2.0 * depth(model) * layers, float(depth(model) * attention), 2.0 * head_parameters(model)
+    )
 
 
 def generated(model: Any, context: int, sizes: Sizes | None = None) -> Flops:
-    """One token after `context - 1` others whose keys and values are kept: it attends to `context` positions, its own among them."""
+    """One token after `context - 1` others whose keys and values are kept: it attends to
+    `context` positions, its own among them.
+    """
     return forward(model, context, sizes=sizes)
 
 
 def products(
-    sizes: Sizes, family: str, rank: int = 0, targets: str | tuple[str, ...] = "all-linear", first: bool = False
+    sizes: Sizes,
+    family: str,
+    rank: int = 0,
+    targets: str | tuple[str, ...] = "all-linear",
+    first: bool = False,
 ) -> tuple[Product, ...]:
-    """The products of a block in the order of a forward pass; with a `rank`, the base frozen and a LoRA's A and B behind each target.
+    """The products of a block in the order of a forward pass; with a `rank`, the base frozen and a
+    LoRA's A and B behind each target.
 
-    `first`: the block stands on frozen embeddings, so that what reads its input needs no gradient there.
+    `first`: the block stands on frozen embeddings, so that what reads its input needs no gradient
+    there.
     """
     if not rank:
         return tuple(Product(i, o, True, True) for i, o in sizes.values())
@@ -125,16 +153,20 @@ def training(
     scored: float = 1.0,
     sizes: Sizes | None = None,
 ) -> Flops:
-    """Forward and backward over sequences of `tokens`, a token: of every weight, or with a `rank` of a LoRA on frozen `targets`.
+    """Forward and backward over sequences of `tokens`, a token: of every weight, or with a `rank`
+    of a LoRA on frozen `targets`.
 
-    `checkpointing` adds the second forward pass of the blocks, as torch makes it: it stops once it has what backward needs, before the last
-    product of each block. `scored`: the share of positions whose logits are computed (1 unless the loss leaves some out before the head).
+    `checkpointing` adds the second forward pass of the blocks, as torch makes it: it stops once it
+    has what backward needs, before the last product of each block. `scored`: the share of positions
+    whose logits are computed (1 unless the loss leaves some out before the head).
     """
     own, blocks, runs = sizes or block_sizes(model), depth(model), 2 if checkpointing else 1
     frozen = (
         bool(rank) and not checkpointing
     )  # transformers asks for the embeddings' gradients where an adapted model is checkpointed
-    layers, at_first = (products(own, model.family, rank, targets, first) for first in (False, frozen))
+    layers, at_first = (
+        products(own, model.family, rank, targets, first) for first in (False, frozen)
+    )
     linear = sum(blocks * (runs * each.forward + each.backward) for each in layers)
     linear -= sum(each.backward for each in layers) - sum(each.backward for each in at_first)
     linear -= blocks * layers[-1].forward * (runs - 1)
@@ -145,27 +177,33 @@ def training(
     return Flops(float(linear), float(attention), float(head))
 
 
-def model_flops(model: Any, tokens: int, convention: Convention, sizes: Sizes | None = None) -> float:
-    """What a token of pretraining or full fine-tuning is taken to cost for MFU, whatever the program recomputes.
+def model_flops(
+    model: Any, tokens: int, convention: Convention, sizes: Sizes | None = None
+) -> float:
+    """What a token of pretraining or full fine-tuning is taken to cost for MFU, whatever the
+    program recomputes.
 
-    `palm`: 6 N + 12 L H Q T (Chowdhery et al., 2022, arXiv 2204.02311, appendix B), attention in full; `causal`: 6 N + 6 L H Q T (llm.c),
-    half of it. L blocks, H Q the width of the queries, T tokens a sequence, N as in `matrix_parameters`.
+    `palm`: 6 N + 12 L H Q T (Chowdhery et al., 2022, arXiv 2204.02311, appendix B), attention in
+    full; `causal`: 6 N + 6 L H Q T (llm.c), half of it. L blocks, H Q the width of the queries, T
+    tokens a sequence, N as in `matrix_parameters`.
     """
     attended = {"palm": 12, "causal": 6}[convention] * depth(model) * width(model) * tokens
     return 6.0 * matrix_parameters(model, sizes) + attended
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
-    """The share of `devices` times `peak` FLOP/s that `tokens_per_second` of all of them use at `flops_per_token`.
+    """The share of `devices` times `peak` FLOP/s that `tokens_per_second` of all of them use at
+    `flops_per_token`.
 
-    Model-FLOPs utilisation with `model_flops`, or for LoRA with `training` without checkpointing; hardware-FLOPs utilisation with
-    `training` and what it recomputes.
+    Model-FLOPs utilisation with `model_flops`, or for LoRA with `training` without checkpointing;
+    hardware-FLOPs utilisation with `training` and what it recomputes.
     """
     return tokens_per_second * flops_per_token / (peak * devices)
 
 
 def factored(sizes: Sizes, rank: int) -> dict[str, tuple[int, int]]:
-    """The same layers with W (out, in) replaced by B A, A (rank, in) and B (out, rank): FinGPT-HPC's low-rank layer (arXiv 2402.13533).
+    """The same layers with W (out, in) replaced by B A, A (rank, in) and B (out, rank):
+    FinGPT-HPC's low-rank layer (arXiv 2402.13533).
 
     A layer in which the rank saves nothing stays as it is.
     """
@@ -177,7 +215,8 @@ def factored(sizes: Sizes, rank: int) -> dict[str, tuple[int, int]]:
 
 
 def rank_for(model: Any, ratio: float, whole: bool = False) -> int:
-    """The rank, one for all layers, whose factors shrink the blocks' linear weights, or the `whole` model, nearest to `ratio`-fold.
+    """The rank, one for all layers, whose factors shrink the blocks' linear weights, or the `whole`
+    model, nearest to `ratio`-fold.
 
     0 where rank 1 is still too much: the rest of the model alone is more.
     """
@@ -202,7 +241,9 @@ def _linear(sizes: Sizes) -> int:
 
 
 def _reads_input(name: str, family: str) -> bool:
-    """Whether a layer reads the block's input: what attention takes its queries, keys and values from, or the first factor of that."""
+    """Whether a layer reads the block's input: what attention takes its queries, keys and values
+    from, or the first factor of that.
+    """
     return any(
         name.removesuffix(".a") in (source, f"{source}.{part}")
         for source, part in zip(SOURCES[family], "qkv", strict=True)
@@ -210,7 +251,9 @@ def _reads_input(name: str, family: str) -> bool:
 
 
 def _asked(sizes: Sizes, family: str, targets: str | tuple[str, ...]) -> int:
-    """How many of attention's four backward products a block on frozen embeddings needs: for queries, keys, scores and values."""
+    """How many of attention's four backward products a block on frozen embeddings needs: for
+    queries, keys, scores and values.
+    """
     adapted = targeted(dict(sizes), targets)
     query, key, value = (
         any(f"{source}{rest}" in adapted for rest in ("", ".a", ".b", f".{part}.a", f".{part}.b"))

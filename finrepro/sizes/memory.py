@@ -7,8 +7,9 @@ from finrepro.settings import Choice
 from finrepro.sizes.flops import width
 from finrepro.sizes.shapes import block_sizes, counted, depth
 
-# Kept a token and block without checkpointing, in 16 bits with fused attention: of the hidden width, and of a gated MLP's inner width
-# (Korthikanti et al., 2022, arXiv 2205.05198, without its attention term, for GPT; the same count of a Llama block's tensors).
+# Kept a token and block without checkpointing, in 16 bits with fused attention: of the hidden
+# width, and of a gated MLP's inner width (Korthikanti et al., 2022, arXiv 2205.05198, without its
+# attention term, for GPT; the same count of a Llama block's tensors).
 KEPT = {"gpt2": (34, 0), "llama": (15, 8)}
 LOGITS = 10  # bytes a logit: 16 bits, their fp32 copy and its gradient
 
@@ -24,18 +25,26 @@ class Training:
 
     @property
     def total(self) -> int:
-        """All of them: without the allocator's fragments, the driver's context and communication."""
+        """All of them: without the allocator's fragments, the driver's context and
+        communication.
+        """
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def stored_bytes(model: Any, quantizer: Choice) -> int:
-    """Bytes of the base as it is stored, quantization constants included: exact, from the architecture.
+    """Bytes of the base as it is stored, quantization constants included: exact, from the
+    architecture.
 
     Embeddings, norms and the output head keep the model's dtype.
     """
-    bits, stored = 16 if model.dtype == "bfloat16" else 32, quantizer.module("quantizers").layer_bytes
+    bits, stored = (
+        16 if model.dtype == "bfloat16" else 32,
+        quantizer.module("quantizers").layer_bytes,
+    )
     sizes = block_sizes(model).values()
-    blocks = depth(model) * sum(stored(quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes)
+    blocks = depth(model) * sum(
+        stored(quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes
+    )
     linear = depth(model) * sum(inputs * outputs for inputs, outputs in sizes)
     return int(blocks + (model.parameters - linear) * bits // 8)
 
@@ -43,12 +52,16 @@ def stored_bytes(model: Any, quantizer: Choice) -> int:
 def cache_bytes(model: Any) -> int:
     """Bytes of keys and values that generation keeps a token, in 16 bits."""
     shape = model.architecture
-    heads = 1 if model.family == "gpt2" else shape["num_key_value_heads"] / shape["num_attention_heads"]
+    heads = (
+        1 if model.family == "gpt2" else shape["num_key_value_heads"] / shape["num_attention_heads"]
+    )
     return int(2 * 2 * depth(model) * width(model) * heads)
 
 
 def activation_bytes(model: Any, tokens: int, checkpointing: bool) -> int:
-    """An estimate of what `tokens` in flight keep for backward, logits included; with `checkpointing` each block's input, and one block."""
+    """An estimate of what `tokens` in flight keep for backward, logits included; with
+    `checkpointing` each block's input, and one block.
+    """
     hidden, inner = KEPT[model.family]
     block = hidden * width(model) + inner * model.architecture.get("intermediate_size", 0)
     kept = 2 * width(model) * depth(model) + block if checkpointing else block * depth(model)
@@ -56,13 +69,19 @@ def activation_bytes(model: Any, tokens: int, checkpointing: bool) -> int:
 
 
 def full_bytes(model: Any, tokens: int, checkpointing: bool = True) -> Training:
-    """Every parameter trained by AdamW in mixed precision: 16 bits of weight and gradient, 32 of master copy and of two moments."""
+    """Every parameter trained by AdamW in mixed precision: 16 bits of weight and gradient, 32 of
+    master copy and of two moments.
+    """
     n = model.parameters
     return Training(2 * n, 2 * n, 12 * n, activation_bytes(model, tokens, checkpointing))
 
 
-def lora_bytes(model: Any, quantizer: Choice, rank: int, tokens: int, checkpointing: bool = True) -> Training:
+def lora_bytes(
+    model: Any, quantizer: Choice, rank: int, tokens: int, checkpointing: bool = True
+) -> Training:
     """A LoRA on all linear layers, in fp32 with AdamW, beside the stored base."""
     trained = counted(model, "all-linear", lambda i, o: rank * (i + o))
     base = stored_bytes(model, quantizer)
-    return Training(base + 4 * trained, 4 * trained, 8 * trained, activation_bytes(model, tokens, checkpointing))
+    return Training(
+        base + 4 * trained, 4 * trained, 8 * trained, activation_bytes(model, tokens, checkpointing)
+    )

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 def targeted(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
     """Those of named layers whose last name is among `targets`; all of them for `all-linear`."""
     return {
-        name: each for name, each in layers.items() if targets == "all-linear" or name.rpartition(".")[2] in targets
+        name: each
+        for name, each in layers.items()
+        if targets == "all-linear" or name.rpartition(".")[2] in targets
     }
 
 
 def absent(layers: dict[str, Any], targets: str | tuple[str, ...]) -> str | None:
-    """Which of `targets` no layer bears, in one line with the names that there are; None if each is somewhere."""
+    """Which of `targets` no layer bears, in one line with the names that there are; None if each
+    is somewhere.
+    """
     known = sorted({name.rpartition(".")[2] for name in layers})
     missing = sorted(set(() if targets == "all-linear" else targets) - set(known))
     if targets and not missing:
@@ -32,21 +36,31 @@ def targeted_or_fail(layers: dict[str, Any], targets: str | tuple[str, ...]) -> 
 
 
 def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
-    """Name within a block -> (in, out) of its linear layers, from a catalogue entry; every block is alike.
+    """Name within a block -> (in, out) of its linear layers, from a catalogue entry; every block is
+    alike.
 
-    Those of a low-rank model are its factors: a quantizer stores them, and an adapter stands beside them.
+    Those of a low-rank model are its factors: a quantizer stores them, and an adapter stands beside
+    them.
     """
     dense = dense_sizes(model)
-    return dense if model.low_rank is None else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+    return (
+        dense
+        if model.low_rank is None
+        else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+    )
 
 
 def rank(model: Any) -> int:
-    """The rank of a low-rank catalogue entry's factors. Raises `ValueError` as `low_rank.solve` does."""
+    """The rank of a low-rank catalogue entry's factors. Raises `ValueError` as `low_rank.solve`
+    does.
+    """
     return low_rank.solve(model.low_rank, dense_sizes(model), depth(model), other_parameters(model))
 
 
 def other_parameters(model: Any) -> int:
-    """Parameters of a catalogue entry that are no weights of its blocks' linear layers: embeddings, an output head, biases, norms."""
+    """Parameters of a catalogue entry that are no weights of its blocks' linear layers:
+    embeddings, an output head, biases, norms.
+    """
     shape, gpt2 = model.architecture, model.family == "gpt2"
     width = shape["n_embd" if gpt2 else "hidden_size"]
     if gpt2:
@@ -81,9 +95,15 @@ def dense_sizes(model: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def counted(model: Any, targets: str | tuple[str, ...], a_layer: "Callable[[int, int], int]") -> int:
-    """The sum of `a_layer(in, out)` over the targeted linear layers of all blocks of a catalogue entry."""
-    return depth(model) * sum(a_layer(*size) for size in targeted(block_sizes(model), targets).values())
+def counted(
+    model: Any, targets: str | tuple[str, ...], a_layer: "Callable[[int, int], int]"
+) -> int:
+    """The sum of `a_layer(in, out)` over the targeted linear layers of all blocks of a catalogue
+    entry.
+    """
+    return depth(model) * sum(
+        a_layer(*size) for size in targeted(block_sizes(model), targets).values()
+    )
 
 
 def depth(model: Any) -> int:

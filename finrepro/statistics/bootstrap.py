@@ -1,4 +1,6 @@
-"""Intervals and paired differences by bootstrap over examples, clustered where examples share a source."""
+"""Intervals and paired differences by bootstrap over examples, clustered where examples share a
+source.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,16 @@ class Interval:
 
 
 def resampled_sums(
-    tallies: Sequence[Float[np.ndarray, "rows _"]], clusters: Sequence[Hashable], resamples: int, seed: int
+    tallies: Sequence[Float[np.ndarray, "rows _"]],
+    clusters: Sequence[Hashable],
+    resamples: int,
+    seed: int,
 ) -> list[Float[np.ndarray, "resamples _"]]:
-    """Column sums of each tally under the same resamples of clusters with replacement, so that they can be compared pairwise.
+    """Column sums of each tally under the same resamples of clusters with replacement, so that they
+    can be compared pairwise.
 
-    Every metric here is a function of such sums, which makes a thousand resamples one matrix product (Efron, 1979; the cluster
-    bootstrap of Cameron, Gelbach and Miller, 2008, section II).
+    Every metric here is a function of such sums, which makes a thousand resamples one matrix
+    product (Efron, 1979; the cluster bootstrap of Cameron, Gelbach and Miller, 2008, section II).
     """
     codes = {key: position for position, key in enumerate(dict.fromkeys(clusters))}
     member = np.array([codes[key] for key in clusters])
@@ -61,7 +67,9 @@ def intervals(
     values = score(tally.sum(0))
     (sums,) = resampled_sums([tally], clusters, resamples, seed)
     samples = score(sums)
-    return {name: _interval(float(value), samples[name], confidence) for name, value in values.items()}
+    return {
+        name: _interval(float(value), samples[name], confidence) for name, value in values.items()
+    }
 
 
 def paired_differences(
@@ -79,5 +87,8 @@ def paired_differences(
     sums = resampled_sums([first, second], clusters, resamples, seed)
     samples = [score(each) for each in sums]
     return {
-        name: _interval(float(one[name] - two[name]), samples[0][name] - samples[1][name], confidence) for name in one
+        name: _interval(
+            float(one[name] - two[name]), samples[0][name] - samples[1][name], confidence
+        )
+        for name in one
     }

@@ -1,7 +1,9 @@
-"""What MLflow is shown of a result and of a campaign: names, tags, parameters, metrics, notes and views, made from the files alone.
+"""What MLflow is shown of a result and of a campaign: names, tags, parameters, metrics, notes and
+views, made from the files alone.
 
-Few keys, the same in every cell. Tags are what one filters by; the axes are parameters as well, since MLflow's comparison of runs
-(difference, parallel coordinates) knows no tags. finrepro.tracking.view puts all this into MLflow.
+Few keys, the same in every cell. Tags are what one filters by; the axes are parameters as well,
+since MLflow's comparison of runs (difference, parallel coordinates) knows no tags.
+finrepro.tracking.view puts all this into MLflow.
 """
 
 import base64
@@ -29,7 +31,9 @@ def milliseconds(seconds: float) -> int:
 
 
 def configuration(result: dict[str, Any]) -> str:
-    """The label without its seed: what runs of several seeds have in common, and what MLflow can group by."""
+    """The label without its seed: what runs of several seeds have in common, and what MLflow can
+    group by.
+    """
     label = str(result["label"]).removesuffix(f"-s{result['cell']['seed']}")
     return " ".join([label, *variant(result)])
 
@@ -60,7 +64,11 @@ def git_tags(environment: dict[str, Any]) -> dict[str, str]:
     """The commit, set by hand: MLflow finds none where there is no git, and does not say so."""
     commit = environment["git_commit"] or "unknown"
     dirty = str(environment["git_dirty"]).lower()
-    return {"git_dirty": dirty, "mlflow.source.git.commit": commit, "mlflow.source.name": "finrepro"}
+    return {
+        "git_dirty": dirty,
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": "finrepro",
+    }
 
 
 def cell_tags(result: dict[str, Any]) -> dict[str, str]:
@@ -81,9 +89,15 @@ def campaign_tags(campaign: dict[str, Any]) -> dict[str, str]:
     states = [cell["status"] for cell in campaign["cells"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     return {
-        "status": campaign["status"], "scale": campaign["scale"], "cells": counts, "command": campaign["command"],
-        "tables": campaign["table"], "role": "campaign", "campaign": campaign["id"], **git_tags(campaign["environment"]),
-    }  # fmt: skip
+        "status": campaign["status"],
+        "scale": campaign["scale"],
+        "cells": counts,
+        "command": campaign["command"],
+        "tables": campaign["table"],
+        "role": "campaign",
+        "campaign": campaign["id"],
+        **git_tags(campaign["environment"]),
+    }
 
 
 def parameters(result: dict[str, Any]) -> dict[str, str]:
@@ -97,11 +111,16 @@ def parameters(result: dict[str, Any]) -> dict[str, str]:
     values |= {key: spec[key] for key in ("base_run", "base_checkpoint", "threads", "world_size")}
     values |= {"dtype": spec["model"]["dtype"], "family": spec["model"]["family"]}
     # None says nothing that a missing parameter does not, and MLflow would compare it as a word.
-    return {key: str(value)[:PARAMETER_LIMIT] for key, value in sorted(values.items()) if value is not None}
+    return {
+        key: str(value)[:PARAMETER_LIMIT]
+        for key, value in sorted(values.items())
+        if value is not None
+    }
 
 
 def metrics(result: dict[str, Any], folder: Path) -> Iterator[Point]:
-    """The first score with its bounds as `main/...`, so that runs have one column in common; every score, cost and step.
+    """The first score with its bounds as `main/...`, so that runs have one column in common; every
+    score, cost and step.
 
     Bounds of the other scores are in the note and in result.json.
     """
@@ -117,7 +136,12 @@ def metrics(result: dict[str, Any], folder: Path) -> Iterator[Point]:
             yield f"cost/{name}", value, end, 0
     for row in read_lines(folder / "loss.jsonl"):
         for field in ("loss", "grad_norm", "lr"):
-            yield f"train/{field}", row[field], milliseconds(result["started"] + row["seconds"]), row["step"]
+            yield (
+                f"train/{field}",
+                row[field],
+                milliseconds(result["started"] + row["seconds"]),
+                row["step"],
+            )
     # MLflow keeps what is named system/ apart, under a tab of its own.
     for step, row in enumerate(read_lines(folder / "system.jsonl")):
         for name, value in row.items():
@@ -126,7 +150,9 @@ def metrics(result: dict[str, Any], folder: Path) -> Iterator[Point]:
 
 
 def datasets(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Name, digest, source and context of every split. The digest is our fingerprint of all examples; MLflow's own sees the first rows."""
+    """Name, digest, source and context of every split. The digest is our fingerprint of all
+    examples; MLflow's own sees the first rows.
+    """
     for dataset, splits in result["data"].get("fingerprints", {}).items():
         files = result["data"]["files"][dataset]
         for split, fingerprint in splits.items():
@@ -135,7 +161,9 @@ def datasets(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def cell_note(result: dict[str, Any], folder: Path) -> str:
-    """What a reviewer reads first in a run: the scores with their intervals, or why there are none."""
+    """What a reviewer reads first in a run: the scores with their intervals, or why there are
+    none.
+    """
     head = [SMOKE] if result["cell"]["scale"] == "smoke" else []
     if result["status"] != "done":
         head.append(f"**{result['status']}**: {result['reason']}")
@@ -144,7 +172,11 @@ def cell_note(result: dict[str, Any], folder: Path) -> str:
         f"{'' if s['constant'] is None else format(s['constant'], '.4f')} |"
         for s in result["scores"]
     ]
-    table = ["| task | metric | value [95 % interval] | best constant |", "|---|---|---|---|", *rows] if rows else []
+    table = (
+        ["| task | metric | value [95 % interval] | best constant |", "|---|---|---|---|", *rows]
+        if rows
+        else []
+    )
     evidence = f"Evidence: results/runs/{folder.name}/ (`sha256sum -c manifest.sha256`)"
     return cut("\n\n".join([*head, *(["\n".join(table)] if table else []), evidence]), evidence)
 
@@ -164,7 +196,9 @@ def table_html(table: dict[str, Any]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
 
     def runs(line: dict[str, Any]) -> str:
-        return " ".join(cell["run_id"] for cell in line["evidence"].get("cells", []) if cell.get("run_id"))
+        return " ".join(
+            cell["run_id"] for cell in line["evidence"].get("cells", []) if cell.get("run_id")
+        )
 
     body, previous = [], None
     for line in table["lines"]:
@@ -182,19 +216,57 @@ def table_html(table: dict[str, Any]) -> str:
 
 # Saved views: key -> name, which runs, by what they are sorted, columns in the columns' order.
 VIEWS = {
-    "results": ("Results", "tags.role = 'cell'", "metrics.`main/value`",
-                ["tags.`status`", "tags.`scale`", "tags.`main_metric`", "metrics.`main/value`", "metrics.`main/low`", "metrics.`main/high`",
-                 "metrics.`main/constant`", "metrics.`cost/train_seconds`", "tags.`reason`", *(f"params.`{axis}`" for axis in AXES)]),
-    "costs": ("Costs", "tags.role = 'cell'", "metrics.`cost/train_seconds`",
-              ["tags.`status`", "tags.`scale`", "metrics.`main/value`", "metrics.`cost/trainable_params`",
-               "metrics.`cost/trained_file_bytes`", "metrics.`cost/peak_memory_bytes`", "metrics.`cost/train_seconds`",
-               "metrics.`cost/tokens_per_second`"]),
-    "seeds": ("Mean over seeds", "tags.role = 'cell'", "metrics.`main/value`",
-              ["metrics.`main/value`", "metrics.`main/low`", "metrics.`main/high`", "metrics.`main/constant`",
-               "metrics.`cost/train_seconds`"]),
-    "campaigns": ("Campaigns", "tags.role = 'campaign'", "attributes.start_time",
-                  ["tags.`status`", "tags.`scale`", "tags.`cells`", "tags.`command`"]),
-}  # fmt: skip
+    "results": (
+        "Results",
+        "tags.role = 'cell'",
+        "metrics.`main/value`",
+        [
+            "tags.`status`",
+            "tags.`scale`",
+            "tags.`main_metric`",
+            "metrics.`main/value`",
+            "metrics.`main/low`",
+            "metrics.`main/high`",
+            "metrics.`main/constant`",
+            "metrics.`cost/train_seconds`",
+            "tags.`reason`",
+            *(f"params.`{axis}`" for axis in AXES),
+        ],
+    ),
+    "costs": (
+        "Costs",
+        "tags.role = 'cell'",
+        "metrics.`cost/train_seconds`",
+        [
+            "tags.`status`",
+            "tags.`scale`",
+            "metrics.`main/value`",
+            "metrics.`cost/trainable_params`",
+            "metrics.`cost/trained_file_bytes`",
+            "metrics.`cost/peak_memory_bytes`",
+            "metrics.`cost/train_seconds`",
+            "metrics.`cost/tokens_per_second`",
+        ],
+    ),
+    "seeds": (
+        "Mean over seeds",
+        "tags.role = 'cell'",
+        "metrics.`main/value`",
+        [
+            "metrics.`main/value`",
+            "metrics.`main/low`",
+            "metrics.`main/high`",
+            "metrics.`main/constant`",
+            "metrics.`cost/train_seconds`",
+        ],
+    ),
+    "campaigns": (
+        "Campaigns",
+        "tags.role = 'campaign'",
+        "attributes.start_time",
+        ["tags.`status`", "tags.`scale`", "tags.`cells`", "tags.`command`"],
+    ),
+}
 WIDTHS = {
     "tags.`status`": 75,
     "tags.`scale`": 70,
@@ -205,13 +277,16 @@ WIDTHS = {
 
 
 def experiment_tags(table: str, scale: str, experiment: str) -> dict[str, str]:
-    """An experiment's description, the kind of page it opens with, and its saved views (menu Views)."""
+    """An experiment's description, the kind of page it opens with, and its saved views (menu
+    Views).
+    """
     links = " - ".join(f"[{name}]({link(experiment, key)})" for key, (name, *_) in VIEWS.items())
     about = f"{links}\n\n{SMOKE if scale == 'smoke' else ''}\n\nA parent run is a campaign, a call of `reproduce`; its children are cells."
     kept = "MLflow is a view: the evidence lies in results/runs/, one folder a run."
     tags = {
         "mlflow.note.content": f"{about} {kept}",
-        "mlflow.experimentKind": "custom_model_development",  # else MLflow opens its page for traces of language models
+        # else MLflow opens its page for traces of language models
+        "mlflow.experimentKind": "custom_model_development",
         "mlflow.experiment.primaryMetric.name": "main/value",
         "tables": table,
         "scale": scale,
@@ -220,21 +295,42 @@ def experiment_tags(table: str, scale: str, experiment: str) -> dict[str, str]:
 
 
 def link(experiment: str, view: str = "results") -> str:
-    """Where a saved view lies below the server's address; on MLflow's pages for training, not those for language models' traces."""
+    """Where a saved view lies below the server's address; on MLflow's pages for training, not
+    those for language models' traces.
+    """
     return f"#/experiments/{experiment}/runs?viewStateShareKey={view}&workflowType=machine_learning"
 
 
 def _view(key: str) -> str:
-    """A saved view in the form that MLflow's own page writes (3.17.2, read from a view saved there); an unknown one shows as default."""
+    """A saved view in the form that MLflow's own page writes (3.17.2, read from a view saved
+    there); an unknown one shows as default.
+    """
     name, query, order, columns = VIEWS[key]
-    grouped = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "configuration"}]}
+    grouped = {
+        "aggregateFunction": "average",
+        "groupByKeys": [{"mode": "tag", "groupByData": "configuration"}],
+    }
     widths = {"attributes.`Run Name`": 300, "runDateAndNestInfo": 115, "duration": 80}
-    widths |= {column: WIDTHS.get(column, 92 if column.startswith("metrics") else 110) for column in columns}
+    widths |= {
+        column: WIDTHS.get(column, 92 if column.startswith("metrics") else 110)
+        for column in columns
+    }
     state = {
-        "searchFilter": query, "orderByKey": order, "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active",
-        "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns, "columnWidths": widths,
-        "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *columns, "duration"], "runsHiddenMode": "SHOW_ALL",
-        "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": grouped if key == "seeds" else None, "groupsExpanded": {},
-    }  # fmt: skip
+        "searchFilter": query,
+        "orderByKey": order,
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": columns,
+        "columnWidths": widths,
+        "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *columns, "duration"],
+        "runsHiddenMode": "SHOW_ALL",
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": grouped if key == "seeds" else None,
+        "groupsExpanded": {},
+    }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})

@@ -1,8 +1,10 @@
-"""MLflow's view of the store: made from results/ by one function, after each cell and by a rebuild alike.
+"""MLflow's view of the store: made from results/ by one function, after each cell and by a rebuild
+alike.
 
-The evidence is the files; this is the window. Nothing is written here that cannot be made again, and this is the only importer of mlflow.
-An experiment is a table at one scale, a parent run a campaign, a child a cell. A cell of two tables is a child in both, and its tag
-`tables` names both. A skipped cell is no run: the table says why it was skipped.
+The evidence is the files; this is the window. Nothing is written here that cannot be made again,
+and this is the only importer of mlflow. An experiment is a table at one scale, a parent run a
+campaign, a child a cell. A cell of two tables is a child in both, and its tag `tables` names both.
+A skipped cell is no run: the table says why it was skipped.
 """
 
 import hashlib
@@ -30,7 +32,9 @@ def database(store: Store) -> Path:
 
 
 def tracking_uri(store: Store) -> str:
-    """The explicit address of the view; MLflow's own default depends on what lies in the working directory."""
+    """The explicit address of the view; MLflow's own default depends on what lies in the working
+    directory.
+    """
     return f"sqlite:///{database(store)}"
 
 
@@ -40,7 +44,9 @@ def _digest(store: Store, run_id: str) -> str:
 
 
 def _shown(store: Store) -> dict[str, Any]:
-    """What the view shows: `cells` (run id -> table -> digest), `experiments` (name -> id), its layout and where the store lay."""
+    """What the view shows: `cells` (run id -> table -> digest), `experiments` (name -> id), its
+    layout and where the store lay.
+    """
     empty = {"store": str(store.root), "layout": LAYOUT, "experiments": {}, "cells": {}}
     try:
         found = json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8"))
@@ -50,23 +56,36 @@ def _shown(store: Store) -> dict[str, Any]:
 
 
 def is_shown(store: Store, run_id: str, table: str) -> bool:
-    """Whether the view shows the run's current result among those of `table`; answered without loading MLflow."""
-    return is_current(store) and _shown(store)["cells"].get(run_id, {}).get(table) == _digest(store, run_id)
+    """Whether the view shows the run's current result among those of `table`; answered without
+    loading MLflow.
+    """
+    return is_current(store) and _shown(store)["cells"].get(run_id, {}).get(table) == _digest(
+        store, run_id
+    )
 
 
 def is_current(store: Store) -> bool:
-    """Whether there is a view of this layout, made where the store lies now: MLflow keeps absolute paths."""
+    """Whether there is a view of this layout, made where the store lies now: MLflow keeps
+    absolute paths.
+    """
     shown = _shown(store)
-    return database(store).is_file() and (shown["store"], shown["layout"]) == (str(store.root), LAYOUT)
+    return database(store).is_file() and (shown["store"], shown["layout"]) == (
+        str(store.root),
+        LAYOUT,
+    )
 
 
 def links(store: Store) -> dict[str, str]:
     """Experiment -> its results below the address of MLflow's server."""
-    return {name: projection.link(key) for name, key in sorted(_shown(store)["experiments"].items())}
+    return {
+        name: projection.link(key) for name, key in sorted(_shown(store)["experiments"].items())
+    }
 
 
 def environment(store: Store) -> dict[str, str]:
-    """Environment variables of a process that opens the view: no telemetry, no notices, and no connection kept to a file made anew."""
+    """Environment variables of a process that opens the view: no telemetry, no notices, and no
+    connection kept to a file made anew.
+    """
     return process.OFFLINE | {
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_TRACKING_URI": tracking_uri(store),
@@ -75,7 +94,9 @@ def environment(store: Store) -> dict[str, str]:
 
 
 def load_mlflow(store: Store) -> Any:
-    """The `mlflow` package, set up for the store. Raises `EnvironmentFault` if it is not installed."""
+    """The `mlflow` package, set up for the store. Raises `EnvironmentFault` if it is not
+    installed.
+    """
     # No notices, no traceback of an error that it raises as well.
     os.environ |= environment(store) | {"MLFLOW_LOGGING_LEVEL": "CRITICAL"}
     try:
@@ -91,7 +112,8 @@ def load_mlflow(store: Store) -> Any:
 
 
 class View:
-    """MLflow's database of a store, opened by the one process that holds the store's lock; created if it is not there.
+    """MLflow's database of a store, opened by the one process that holds the store's lock; created
+    if it is not there.
 
     Raises `EnvironmentFault` if mlflow is not installed or the disk is full or refused.
     """
@@ -103,11 +125,16 @@ class View:
         self.store = store
         with disk_errors(store.root):
             database(store).parent.mkdir(parents=True, exist_ok=True)
-            # MLflow keeps one object an address as long as the process lives, and would not make the tables of a new file.
-            mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore(tracking_uri(store), self._artifacts("default"))
+            # MLflow keeps one object an address as long as the process lives, and would not make
+            # the tables of a new file.
+            mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore(
+                tracking_uri(store), self._artifacts("default")
+            )
             self.client = mlflow.tracking.MlflowClient(tracking_uri=tracking_uri(store))
             if not is_current(store):
-                write_json(database(store).parent / "shown.json", _shown(store) | {"layout": LAYOUT})
+                write_json(
+                    database(store).parent / "shown.json", _shown(store) | {"layout": LAYOUT}
+                )
                 self.client.delete_experiment("0")  # MLflow's empty "Default"
 
     def _artifacts(self, experiment: str) -> str:
@@ -120,7 +147,9 @@ class View:
         """The id of the experiment of the table at this scale."""
         name, known = f"{table}-{scale}", _shown(self.store)["experiments"]
         if name not in known:
-            experiment = str(self.client.create_experiment(name, artifact_location=self._artifacts(name)))
+            experiment = str(
+                self.client.create_experiment(name, artifact_location=self._artifacts(name))
+            )
             for key, value in projection.experiment_tags(table, scale, experiment).items():
                 self.client.set_experiment_tag(experiment, key, value)
             known = known | {name: experiment}
@@ -133,7 +162,9 @@ class View:
         return list(self.client.search_runs(experiments, query)) if experiments else []
 
     def _close_abandoned(self, current: str = "") -> None:
-        """Mark campaigns as interrupted that still seem to run: who holds the store's lock is alone."""
+        """Mark campaigns as interrupted that still seem to run: who holds the store's lock is
+        alone.
+        """
         for run in self.runs("tags.role = 'campaign' and tags.status = 'running'"):
             if run.data.tags["campaign"] != current:
                 self.client.set_tag(run.info.run_id, "status", "interrupted")
@@ -144,7 +175,9 @@ class View:
         experiment = self.experiment(campaign["table"], campaign["scale"])
         self._close_abandoned(campaign["id"])
         found = self.runs(f"tags.role = 'campaign' and tags.campaign = '{campaign['id']}'")
-        parent = next((run for run in found if run.info.experiment_id == experiment), None) or self.client.create_run(
+        parent = next(
+            (run for run in found if run.info.experiment_id == experiment), None
+        ) or self.client.create_run(
             experiment,
             projection.milliseconds(campaign["started"]),
             run_name=projection.campaign_name(campaign),
@@ -161,12 +194,15 @@ class View:
         return run_id
 
     def _table(self, mlflow_id: str, folder: Path, stem: str) -> None:
-        """The table's files as artifacts, with a page that MLflow shows; its Markdown as the run's note."""
+        """The table's files as artifacts, with a page that MLflow shows; its Markdown as the
+        run's note.
+        """
         for path in sorted(folder.glob(f"{stem}.*")):
             self.client.log_artifact(mlflow_id, str(path), "table")
             if path.suffix == ".md":
                 text = projection.cut(
-                    path.read_text(encoding="utf-8"), f"The whole table: Artifacts, table/{stem}.html"
+                    path.read_text(encoding="utf-8"),
+                    f"The whole table: Artifacts, table/{stem}.html",
                 )
                 self.client.set_tag(mlflow_id, "mlflow.note.content", text)
             if path.suffix == ".json":
@@ -174,7 +210,8 @@ class View:
                 self.client.log_text(mlflow_id, page, f"table/{stem}.html")
 
     def cell(self, run_id: str, campaign: dict[str, Any], parent: str) -> None:
-        """The child run of a cell's current result, in this campaign's experiment and in every other that shows the cell.
+        """The child run of a cell's current result, in this campaign's experiment and in every
+        other that shows the cell.
 
         Once projected, a result is left alone; an older result of the cell is removed.
         """
@@ -183,35 +220,56 @@ class View:
             return
         digest = _digest(self.store, run_id)
         here = self.experiment(campaign["table"], campaign["scale"])
-        before = {str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")}
-        homes = {key: run.data.tags["mlflow.parentRunId"] for key, run in before.items()} | {here: parent}
-        table_of = {key: name.rpartition("-")[0] for name, key in _shown(self.store)["experiments"].items()}
+        before = {
+            str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")
+        }
+        homes = {key: run.data.tags["mlflow.parentRunId"] for key, run in before.items()} | {
+            here: parent
+        }
+        table_of = {
+            key: name.rpartition("-")[0] for name, key in _shown(self.store)["experiments"].items()
+        }
         tables = sorted(table_of[key] for key in homes)
         for experiment, home in homes.items():
             older = before.get(experiment)
             if older is None or older.data.tags.get("result_digest") != digest:
                 if older is not None:
                     self.client.delete_run(older.info.run_id)
-                self._project(result, experiment, {"mlflow.parentRunId": home, "tables": " ".join(tables)}, digest)
+                self._project(
+                    result,
+                    experiment,
+                    {"mlflow.parentRunId": home, "tables": " ".join(tables)},
+                    digest,
+                )
             elif older.data.tags.get("tables") != " ".join(tables):
                 self.client.set_tag(older.info.run_id, "tables", " ".join(tables))
         shown = _shown(self.store)["cells"] | {run_id: dict.fromkeys(tables, digest)}
         self._note_shown(cells=shown)
 
-    def _project(self, result: dict[str, Any], experiment: str, tags: dict[str, str], digest: str) -> None:
+    def _project(
+        self, result: dict[str, Any], experiment: str, tags: dict[str, str], digest: str
+    ) -> None:
         """A run made from a result: its tags, parameters, metrics, datasets and artifacts."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
         folder = self.store.run_folder(result["run_id"])
-        tags = {**projection.cell_tags(result), **tags, "mlflow.note.content": projection.cell_note(result, folder)}
+        tags = {
+            **projection.cell_tags(result),
+            **tags,
+            "mlflow.note.content": projection.cell_note(result, folder),
+        }
         started, name = projection.milliseconds(result["started"]), projection.cell_name(result)
         run_id = self.client.create_run(experiment, started, tags, name).info.run_id
-        self.client.log_batch(run_id, params=[Param(*pair) for pair in projection.parameters(result).items()])
+        self.client.log_batch(
+            run_id, params=[Param(*pair) for pair in projection.parameters(result).items()]
+        )
         metrics = [Metric(*point) for point in projection.metrics(result, folder)]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         inputs = [
-            DatasetInput(Dataset(dataset, key, "sha256", source), [InputTag("mlflow.data.context", context)])
+            DatasetInput(
+                Dataset(dataset, key, "sha256", source), [InputTag("mlflow.data.context", context)]
+            )
             for dataset, key, source, context in projection.datasets(result)
         ]
         self.client.log_inputs(run_id, inputs)
@@ -226,7 +284,9 @@ class View:
 
 
 def rebuild(store: Store) -> int:
-    """Throw the view away and make it again from results/; the number of cells in it. Raises as `View` does."""
+    """Throw the view away and make it again from results/; the number of cells in it. Raises as
+    `View` does.
+    """
     campaigns = store.campaigns()
     load_mlflow(store)  # before anything is thrown away
     shutil.rmtree(database(store).parent, ignore_errors=True)

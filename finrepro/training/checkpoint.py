@@ -1,4 +1,6 @@
-"""Checkpoints of an unfinished run: what training carries along, saved whole, and resumed only by the same maker."""
+"""Checkpoints of an unfinished run: what training carries along, saved whole, and resumed only
+by the same maker.
+"""
 
 import json
 import os
@@ -26,12 +28,16 @@ class Trained:
     tokens: int = 0  # real tokens that went through the model, prompt and answer
     supervised_tokens: int = 0
     computed_tokens: int = 0  # with padding
-    compilation: list[dict[str, Any]] = field(default_factory=list)  # a proof a process (finrepro.training.compilation)
+    compilation: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # a proof a process (finrepro.training.compilation)
 
 
 @dataclass(frozen=True)
 class Control:
-    """How the loop talks to its surroundings: progress out, a wish to stop in, and where checkpoints go."""
+    """How the loop talks to its surroundings: progress out, a wish to stop in, and where
+    checkpoints go.
+    """
 
     report: Callable[[dict[str, Any]], None]
     stop_requested: Callable[[], bool]
@@ -41,8 +47,11 @@ class Control:
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
 
 
-def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter: Any = None) -> None:
-    """Weights, optimizer, generators and what the adapter's own `state` gave, after the last finished step.
+def save_checkpoint(
+    engine: Engine, control: Control, trained: Trained, adapter: Any = None
+) -> None:
+    """Weights, optimizer, generators and what the adapter's own `state` gave, after the last
+    finished step.
 
     The older checkpoint goes when the new one is whole.
     """
@@ -67,12 +76,16 @@ def save_checkpoint(engine: Engine, control: Control, trained: Trained, adapter:
 
 
 def resume(
-    engine: Engine, control: Control, trained: Trained, load_adapter: Callable[[Any], None] = lambda _: None
+    engine: Engine,
+    control: Control,
+    trained: Trained,
+    load_adapter: Callable[[Any], None] = lambda _: None,
 ) -> int:
-    """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint of the same maker.
+    """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint
+    of the same maker.
 
-    `load_adapter` gets what the adapter's `state` gave, once the weights are there.
-    Raises `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
+    `load_adapter` gets what the adapter's `state` gave, once the weights are there. Raises
+    `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
     """
     try:
         pointer = json.loads((control.checkpoints / "latest").read_text())

@@ -1,12 +1,14 @@
-"""What a method may do around an optimizer step: read gradients and weights, set them, and begin a parameter's moments anew.
+"""What a method may do around an optimizer step: read gradients and weights, set them, and begin a
+parameter's moments anew.
 
-An optimizer steps float32 numbers that need not be the model's own: DeepSpeed steps flat copies, of which each rank holds a share (ZeRO,
-Rajbhandari et al., 2020, arXiv 1910.02054), and writes the model's weights from them after each step, so that a weight edited in place is
-back at the next one. A `Share` says where this rank's part of a parameter lies, whichever way it is kept.
+An optimizer steps float32 numbers that need not be the model's own: DeepSpeed steps flat copies, of
+which each rank holds a share (ZeRO, Rajbhandari et al., 2020, arXiv 1910.02054), and writes the
+model's weights from them after each step, so that a weight edited in place is back at the next one.
+A `Share` says where this rank's part of a parameter lies, whichever way it is kept.
 
-DeepSpeed's own setters (`deepspeed.utils.safe_set_full_*`) are not used: they leave the model's weight as it was until the next step,
-cannot set a parameter whose size the number of ranks does not divide (stage 3), and know no moments between a resumed checkpoint and the
-next step.
+DeepSpeed's own setters (`deepspeed.utils.safe_set_full_*`) are not used: they leave the model's
+weight as it was until the next step, cannot set a parameter whose size the number of ranks does not
+divide (stage 3), and know no moments between a resumed checkpoint and the next step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,13 +23,20 @@ from torch import Tensor, nn
 from finrepro.runtime import zero3
 from finrepro.training.engines.base import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # as torch and bitsandbytes name them
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+    "state1",
+    "state2",
+)  # as torch and bitsandbytes name them
 
 
 @dataclass(frozen=True)
 class Share:
-    """Elements `first` to `first + count` of a flattened parameter are elements `offset` to `offset + count` of `owner`, float32 numbers
-    that the optimizer steps on this rank. `unit` names those numbers on every rank: the parameters of a unit have one step count."""
+    """Elements `first` to `first + count` of a flattened parameter are elements `offset` to
+    `offset + count` of `owner`, float32 numbers that the optimizer steps on this rank. `unit`
+    names those numbers on every rank: the parameters of a unit have one step count."""
 
     unit: int
     owner: Tensor
@@ -45,19 +54,27 @@ class Share:
 
 
 class Handle:
-    """The training of one model, as the hooks of its adapter and of its optimizer see it. All ranks make the same calls, in the same order.
+    """The training of one model, as the hooks of its adapter and of its optimizer see it. All ranks
+    make the same calls, in the same order.
 
-    `named` are the trained parameters by their names in `model`. Values and gradients are whole and float32, of the parameter's shape,
-    and copies: nothing moves but by `set`, `set_frozen` and `reset_state`.
+    `named` are the trained parameters by their names in `model`. Values and gradients are whole and
+    float32, of the parameter's shape, and copies: nothing moves but by `set`, `set_frozen` and
+    `reset_state`.
     """
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.model = model
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.named = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         self._trained = {id(parameter) for parameter in self.named.values()}
         self._engine = engine
         self._optimizer = engine.stepped_by
-        self._base: Any = getattr(self._optimizer, "optimizer", self._optimizer)  # torch's, inside of DeepSpeed's
+        self._base: Any = getattr(
+            self._optimizer, "optimizer", self._optimizer
+        )  # torch's, inside of DeepSpeed's
         self._gradients = False
 
     @contextmanager
@@ -70,28 +87,41 @@ class Handle:
             self._gradients = False
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient that the optimizer is about to see, of the whole global batch, not clipped yet; zero where there is none.
+        """The gradient that the optimizer is about to see, of the whole global batch, not clipped
+        yet; zero where there is none.
 
         Raises `RuntimeError` outside `before_step`: earlier it is not whole, later it is gone.
         """
         if not self._gradients:
-            raise RuntimeError("a gradient can be read in before_step only: earlier it is not whole, later it is gone.")
+            raise RuntimeError(
+                "a gradient can be read in before_step only: earlier it is not whole, later it is gone."
+            )
         found = self._engine.gradient(parameter)
-        return torch.zeros_like(self.value(parameter)) if found is None else found.detach().to(torch.float32, copy=True)
+        return (
+            torch.zeros_like(self.value(parameter))
+            if found is None
+            else found.detach().to(torch.float32, copy=True)
+        )
 
     def rate(self, parameter: nn.Parameter) -> float:
         """The learning rate of this step for a trained parameter."""
         unit = self._share(parameter).unit
-        group = getattr(self._optimizer, "sub_group_to_group_id", {}).get(unit, unit)  # stage 3 cuts groups into units
+        group = getattr(self._optimizer, "sub_group_to_group_id", {}).get(
+            unit, unit
+        )  # stage 3 cuts groups into units
         return float(self._engine.param_groups[group]["lr"])
 
     def value(self, parameter: nn.Parameter) -> Tensor:
-        """The value of a trained parameter as the optimizer keeps it: bfloat16 weights have more digits there."""
+        """The value of a trained parameter as the optimizer keeps it: bfloat16 weights have more
+        digits there.
+        """
         share = self._share(parameter)
         return self._gathered(share, parameter, share.owner)
 
     def set(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Give a trained parameter this value, in the model and where the optimizer keeps it; its moments stay. Shapes have to agree."""
+        """Give a trained parameter this value, in the model and where the optimizer keeps it;
+        its moments stay. Shapes have to agree.
+        """
         _expect_shape(parameter, value)
         share = self._share(parameter)
         value = value.detach().to(share.owner.device)
@@ -99,12 +129,16 @@ class Handle:
         if share.owner is not parameter:
             zero3.fill(parameter, value)
 
-    def reset_state(self, parameters: nn.Parameter | Iterable[nn.Parameter], *, steps: bool = True) -> None:
-        """Zero the moments of trained parameters, and with `steps` the count of steps by which they are corrected.
+    def reset_state(
+        self, parameters: nn.Parameter | Iterable[nn.Parameter], *, steps: bool = True
+    ) -> None:
+        """Zero the moments of trained parameters, and with `steps` the count of steps by which they
+        are corrected.
 
-        Where the optimizer steps flat copies, the parameters of a group have one count: with `steps` the groups are reset whole, or
-        `ValueError` is raised, on every engine alike. Nothing to do before the first step. Raises `TypeError` for an optimizer with other
-        state than moments of a weight's shape and a step.
+        Where the optimizer steps flat copies, the parameters of a group have one count: with
+        `steps` the groups are reset whole, or `ValueError` is raised, on every engine alike.
+        Nothing to do before the first step. Raises `TypeError` for an optimizer with other state
+        than moments of a weight's shape and a step.
         """
         chosen = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         shares = {id(parameter): self._share(parameter) for parameter in chosen}
@@ -116,9 +150,12 @@ class Handle:
             if steps and "step" in (kept := self._base.state.get(share.owner, {})):
                 _zero_step(kept)
 
-    def change_state(self, parameter: nn.Parameter, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        """Give the moments of a trained parameter the values that `change` makes of them, by name, whole, float32; the first moment is the
-        first. Nothing to do before the first step. Raises `TypeError` as `reset_state` does."""
+    def change_state(
+        self, parameter: nn.Parameter, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
+        """Give the moments of a trained parameter the values that `change` makes of them, by
+        name, whole, float32; the first moment is the first. Nothing to do before the first step.
+        Raises `TypeError` as `reset_state` does."""
         share = self._share(parameter)
         moments = self._moments(share.owner)
         if moments:
@@ -128,11 +165,15 @@ class Handle:
                 share.of(moments[name]).copy_(share.cut(value))
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """A copy of any weight of the model in its own dtype, also of a frozen one that lies in parts."""
+        """A copy of any weight of the model in its own dtype, also of a frozen one that lies in
+        parts.
+        """
         return zero3.whole(parameter)
 
     def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Give a frozen weight this value, also one that lies in parts. Raises `ValueError` for a trained one, and for another shape."""
+        """Give a frozen weight this value, also one that lies in parts. Raises `ValueError` for
+        a trained one, and for another shape.
+        """
         if parameter.requires_grad:
             raise ValueError("a trained parameter is set by `set`, or the optimizer would undo it.")
         _expect_shape(parameter, value)
@@ -141,7 +182,9 @@ class Handle:
     @property
     def _in_shares(self) -> bool:
         """Whether the ranks hold different parts of what the optimizer steps."""
-        return hasattr(self._optimizer, "bit16_groups") or hasattr(self._optimizer, "fp32_partitioned_groups_flat")
+        return hasattr(self._optimizer, "bit16_groups") or hasattr(
+            self._optimizer, "fp32_partitioned_groups_flat"
+        )
 
     def _gathered(self, share: Share, parameter: nn.Parameter, flat: Tensor) -> Tensor:
         """The whole of what lies in `flat`, shaped as the share's owner, for a parameter."""
@@ -153,7 +196,9 @@ class Handle:
 
     def _moments(self, owner: Tensor) -> dict[str, Tensor]:
         """What the optimizer remembers of an owner beside the count of steps."""
-        found = {key: each for key, each in self._base.state.get(owner, {}).items() if key != "step"}
+        found = {
+            key: each for key, each in self._base.state.get(owner, {}).items() if key != "step"
+        }
         for key, each in found.items():
             if not (key in MOMENTS and each.shape == owner.shape and each.is_floating_point()):
                 raise TypeError(
@@ -162,7 +207,9 @@ class Handle:
         return found
 
     def _share(self, parameter: Any) -> Share:
-        """Where this rank's part of a trained parameter lies; a share of nothing where it has none."""
+        """Where this rank's part of a trained parameter lies; a share of nothing where it has
+        none.
+        """
         if id(parameter) not in self._trained:
             raise ValueError("the optimizer does not step this parameter.")
         kept = self._optimizer
@@ -217,4 +264,6 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 def _expect_shape(parameter: nn.Parameter, value: Tensor) -> None:
     if value.shape != _shape(parameter):
-        raise ValueError(f"a value of shape {list(value.shape)} for a parameter of shape {list(_shape(parameter))}.")
+        raise ValueError(
+            f"a value of shape {list(value.shape)} for a parameter of shape {list(_shape(parameter))}."
+        )

@@ -1,17 +1,22 @@
-"""The steps that a method takes part in: optional functions of its module, called by the training loop, which knows no method by name.
+"""The steps that a method takes part in: optional functions of its module, called by the training
+loop, which knows no method by name.
 
-    extra_loss(model, config) -> scalar tensor             added to the objective once a step; in no recorded and no evaluated loss
-    before_step(handle, config, step, max_steps)           gradients of the whole global batch are there, not clipped yet
-    after_step(handle, config, step, max_steps)            the optimizer has stepped, and neither loss nor gradient was infinite
-    state(model) -> value, load_state(model, value)        what resuming needs beyond the trained parameters and the optimizer
+    extra_loss(model, config) -> scalar tensor             added to the objective once a step; in no
+    recorded and no evaluated loss before_step(handle, config, step, max_steps)           gradients
+    of the whole global batch are there, not clipped yet after_step(handle, config, step, max_steps)
+    the optimizer has stepped, and neither loss nor gradient was infinite state(model) -> value,
+    load_state(model, value)        what resuming needs beyond the trained parameters and the
+    optimizer
 
-An adapter may have all of them, an optimizer `before_step` and `after_step`: what it keeps is in its own state, which engines save. The
-optimizer's are called next to its update: `before_step` after the adapter's, which measures the weights as they were, `after_step` before.
+An adapter may have all of them, an optimizer `before_step` and `after_step`: what it keeps is in
+its own state, which engines save. The optimizer's are called next to its update: `before_step`
+after the adapter's, which measures the weights as they were, `after_step` before.
 
-`handle` is `finrepro.training.handle.Handle`. `step` counts from 0. Every rank calls all of them. `state` gives tensors, numbers, strings, and lists
-and dictionaries of them, the same on every rank; `load_state` is called with the trained parameters loaded, before the first step.
-What a function needs between its calls it keeps in the model; a frozen weight that may lie in parts is read and written by
-`finrepro.runtime.zero3.whole` and `fill`.
+`handle` is `finrepro.training.handle.Handle`. `step` counts from 0. Every rank calls all of them.
+`state` gives tensors, numbers, strings, and lists and dictionaries of them, the same on every rank;
+`load_state` is called with the trained parameters loaded, before the first step. What a function
+needs between its calls it keeps in the model; a frozen weight that may lie in parts is read and
+written by `finrepro.runtime.zero3.whole` and `fill`.
 """
 
 from functools import partial
@@ -26,9 +31,13 @@ from finrepro.training.handle import Handle
 
 
 class Hooks:
-    """The functions of one cell's adapter and optimizer, and no call at all for those that they do not define."""
+    """The functions of one cell's adapter and optimizer, and no call at all for those that they
+    do not define.
+    """
 
-    def __init__(self, adapter: Choice, optimizer: Choice, model: nn.Module, max_steps: int) -> None:
+    def __init__(
+        self, adapter: Choice, optimizer: Choice, model: nn.Module, max_steps: int
+    ) -> None:
         names = ("extra_loss", "state", "load_state")
         module, stepping = adapter.module("adapters"), optimizer.module("optimizers")
         self._own = {name: own for name in names if (own := getattr(module, name, None))}
@@ -42,7 +51,9 @@ class Hooks:
 
     @property
     def extra_loss(self) -> ExtraLoss | None:
-        """The adapter's term of the objective as a function of the model, None where it has none."""
+        """The adapter's term of the objective as a function of the model, None where it has
+        none.
+        """
         own = self._own.get("extra_loss")
         return partial(own, config=self._config) if own else None
 

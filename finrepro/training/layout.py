@@ -1,8 +1,11 @@
-"""Which layout of a step's micro-batches is faster here: measured before training, on the run's own examples and device.
+"""Which layout of a step's micro-batches is faster here: measured before training, on the run's own
+examples and device.
 
-On CPUs a row of many short pieces costs a call of attention a piece, and padding between examples of like length costs little; on GPUs one
-variable-length call takes a whole bin. Nobody has to know which: `layout: fastest` measures. Every layout gives the same loss and gradients
-(finrepro.data.packing), so that the choice changes rounding and time only; it is recorded with the seconds that it rests on.
+On CPUs a row of many short pieces costs a call of attention a piece, and padding between examples
+of like length costs little; on GPUs one variable-length call takes a whole bin. Nobody has to know
+which: `layout: fastest` measures. Every layout gives the same loss and gradients
+(finrepro.data.packing), so that the choice changes rounding and time only; it is recorded with the
+seconds that it rests on.
 """
 
 import contextlib
@@ -29,7 +32,9 @@ from finrepro.training.engines.deepspeed import is_sharded
 from finrepro.training.steps import micro_batches, steps_from
 
 USUAL = "bins"  # where nothing can be measured, and where the difference is small
-MARGIN = 1.05  # another layout has to be so many times faster: a choice within the noise of a clock would differ from run to run
+# another layout has to be so many times faster: a choice within the noise of a clock would differ
+# from run to run
+MARGIN = 1.05
 STEPS, TURNS = 2, 2  # steps that are measured, evenly spread over the run, and how often
 NOTE = "layout.json"
 
@@ -37,7 +42,8 @@ NOTE = "layout.json"
 def settled(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
 ) -> tuple[RunSpec, dict[str, Any]]:
-    """The cell with a layout, and what is said of it: `used`, and each layout's `seconds` for a step, empty where none was measured.
+    """The cell with a layout, and what is said of it: `used`, and each layout's `seconds` for a
+    step, empty where none was measured.
 
     An interrupted run goes on with the layout that it began with. All ranks call it.
     """
@@ -55,7 +61,8 @@ def settled(
 def _measured(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
 ) -> dict[str, Any]:
-    # Only an engine computes with parts, and windows of running text, which have an order of their own, need bins.
+    # Only an engine computes with parts, and windows of running text, which have an order of their
+    # own, need bins.
     if is_sharded(model) or hasattr(data, "rows"):
         return {"used": USUAL, "seconds": {}}
     control.report({"event": "phase", "phase": "layout"})
@@ -66,8 +73,11 @@ def _measured(
     return {"used": best if seconds[best] * MARGIN < seconds[USUAL] else USUAL, "seconds": seconds}
 
 
-def step_seconds(spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device) -> dict[str, float]:
-    """Median seconds of the forward and backward passes of a step in each layout, side by side, the slowest rank's.
+def step_seconds(
+    spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device
+) -> dict[str, float]:
+    """Median seconds of the forward and backward passes of a step in each layout, side by side, the
+    slowest rank's.
 
     Leaves no gradient behind, and the generators as they were.
     """
@@ -79,10 +89,14 @@ def step_seconds(spec: RunSpec, model: nn.Module, data: Sequence[Sample], device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for turn in range(TURNS + 1):
             for name in LAYOUTS:
-                took = _turn(lm, chosen, data, lengths, replace(spec.train, layout=cast(Any, name)), device)
+                took = _turn(
+                    lm, chosen, data, lengths, replace(spec.train, layout=cast(Any, name)), device
+                )
                 if turn:  # the first one warms up
                     times[name].append(took / len(chosen))
-    found = torch.tensor([statistics.median(times[name]) for name in LAYOUTS], dtype=torch.float64, device=device)
+    found = torch.tensor(
+        [statistics.median(times[name]) for name in LAYOUTS], dtype=torch.float64, device=device
+    )
     if dist.get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return dict(zip(LAYOUTS, found.tolist(), strict=True))

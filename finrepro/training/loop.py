@@ -23,13 +23,17 @@ from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import computed_tokens, micro_batches, steps_from
 
 
-def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch.device, control: Control) -> Trained:
-    """Train `model` in place on `data` for `spec.train.max_steps` optimizer steps, resuming from a checkpoint if there is one.
+def train(
+    model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch.device, control: Control
+) -> Trained:
+    """Train `model` in place on `data` for `spec.train.max_steps` optimizer steps, resuming from a
+    checkpoint if there is one.
 
-    The loss is the sum over supervised tokens divided by their number in the global batch, whatever the layout and the number of ranks.
-    At ZeRO stage 3 on several ranks its parameters are left in parts (`finrepro.training.engines.start.inference` computes with them). With `max_steps` 0
-    nothing happens, but that the ranks find one another. Raises `Diverged` on a non-finite loss or gradient, `Interrupted` after saving
-    when a stop was requested.
+    The loss is the sum over supervised tokens divided by their number in the global batch, whatever
+    the layout and the number of ranks. At ZeRO stage 3 on several ranks its parameters are left in
+    parts (`finrepro.training.engines.start.inference` computes with them). With `max_steps` 0
+    nothing happens, but that the ranks find one another. Raises `Diverged` on a non-finite loss or
+    gradient, `Interrupted` after saving when a stop was requested.
     """
     settings, here = spec.train, ranks.current()
     if settings.max_steps == 0:
@@ -52,7 +56,11 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
             batch = micro_batches(rows, data, lengths, settings, here)[0].to(device)
             keep = trained.compilation.append
             until_the_end.enter_context(compilation.compiled(model, batch, spec.model.dtype, keep))
-        last_save, began, pause = time.monotonic(), time.monotonic() - trained.seconds, control.checkpoint_seconds
+        last_save, began, pause = (
+            time.monotonic(),
+            time.monotonic() - trained.seconds,
+            control.checkpoint_seconds,
+        )
         for step, rows in steps_from(first, lengths, settings, spec.seed, order):
             rate = learning_rate(step, settings) * rate_factor(step)
             rates.set_rate(engine.param_groups, rate)
@@ -73,10 +81,23 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
                 raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
             hooks.after_step(step)
             trained.losses.append(
-                {"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": trained.seconds}
+                {
+                    "step": step,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": rate,
+                    "seconds": trained.seconds,
+                }
             )
-            control.report({"event": "step", "step": step + 1, "steps": settings.max_steps, "loss": loss,
-                            "tokens_per_second": trained.tokens / trained.seconds})  # fmt: skip
+            control.report(
+                {
+                    "event": "step",
+                    "step": step + 1,
+                    "steps": settings.max_steps,
+                    "loss": loss,
+                    "tokens_per_second": trained.tokens / trained.seconds,
+                }
+            )
             stop = ranks.any_rank(control.stop_requested(), device)
             if stop or ranks.any_rank(time.monotonic() - last_save > pause, device):
                 began_save = time.monotonic()
@@ -86,7 +107,9 @@ def train(model: nn.Module, data: Sequence[Sample], spec: RunSpec, device: torch
                 # Saving takes at most a twentieth of the time, however large the model.
                 pause = max(control.checkpoint_seconds, 20 * (last_save - began_save))
                 if stop:
-                    raise Interrupted(f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved")
+                    raise Interrupted(
+                        f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved"
+                    )
     if here.world_size == 1:  # ZeRO-3's parts of one rank are the whole
         make_whole(model)
     return trained
@@ -99,14 +122,19 @@ def optimizer_step(
     device: torch.device,
     before_update: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Forward and backward over the micro-batches, one update; the loss of the whole global batch, and its gradient's norm.
+    """Forward and backward over the micro-batches, one update; the loss of the whole global batch,
+    and its gradient's norm.
 
-    Engines average gradients over ranks, so each rank's share is scaled by their number to make the average a sum.
+    Engines average gradients over ranks, so each rank's share is scaled by their number to make the
+    average a sum.
     """
     world_size = dist.get_world_size()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
-        total += engine.backward(batch.to(device), world_size / supervised, index == len(batches) - 1) / world_size
+        total += (
+            engine.backward(batch.to(device), world_size / supervised, index == len(batches) - 1)
+            / world_size
+        )
     before_update()
     norm = engine.update()
     if world_size > 1:

@@ -37,7 +37,9 @@ def engine(image: str) -> str:
 
 @pytest.fixture(scope="session")
 def run(engine: str, image: str) -> Run:
-    """`run(*command, ...)`: the command's result in a fresh container, by default a confined one."""
+    """`run(*command, ...)`: the command's result in a fresh container, by default a confined
+    one.
+    """
 
     def run_in_image(
         *command: str,
@@ -49,7 +51,12 @@ def run(engine: str, image: str) -> Run:
         limits = (*CONFINED, "--tmpfs", scratch) if confined else ("--network", "none")
         call = [engine, "run", "--rm", *limits, *options, image, *command]
         return subprocess.run(
-            call, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
+            call,
+            check=False,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
         )
 
     return run_in_image
@@ -58,15 +65,23 @@ def run(engine: str, image: str) -> Run:
 @pytest.fixture(scope="session")
 def facts(engine: str, image: str) -> dict[str, Any]:
     """What the engine knows of the image."""
-    listing = subprocess.run([engine, "image", "inspect", image], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        [engine, "image", "inspect", image], capture_output=True, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(listing.stdout)[0]
     return found
 
 
 @pytest.fixture(scope="session")
 def lock(facts: dict[str, Any]) -> str:
-    """The lock file that the image says it was made from; it tells which of the two targets this is."""
-    (found,) = (line.split("=", 1)[1] for line in facts["Config"]["Env"] if line.startswith("FINREPRO_LOCK="))
+    """The lock file that the image says it was made from; it tells which of the two targets this
+    is.
+    """
+    (found,) = (
+        line.split("=", 1)[1]
+        for line in facts["Config"]["Env"]
+        if line.startswith("FINREPRO_LOCK=")
+    )
     assert found in ("requirements/cpu.lock", "requirements/cuda.lock")
     return str(found)
 

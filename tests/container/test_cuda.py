@@ -41,7 +41,9 @@ def test_torch_and_the_compiler_are_of_one_cuda(cuda: Any) -> None:
 
 def test_deepspeed_finds_no_compiler_but_the_locked_one(cuda: Any) -> None:
     """The test above can fail."""
-    done = cuda("python", "-W", "ignore", "-c", VERSIONS, options=(*ON_GPU, "--env", "CUDA_HOME=/nowhere"))
+    done = cuda(
+        "python", "-W", "ignore", "-c", VERSIONS, options=(*ON_GPU, "--env", "CUDA_HOME=/nowhere")
+    )
     assert done.returncode != 0
     assert "MissingCUDAException" in done.stderr
 
@@ -58,7 +60,8 @@ print(json.dumps([stored.numel(), error.item()]))
 """
     size, error = answer(cuda, program)
     assert size == 256 * 256 // 2
-    # Sixteen levels at the quantiles of a normal distribution, blocks of 64: about a tenth of its spread.
+    # Sixteen levels at the quantiles of a normal distribution, blocks of 64: about a tenth of its
+    # spread.
     assert 0.08 < error < 0.11
 
 

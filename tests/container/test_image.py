@@ -19,7 +19,9 @@ def test_runs_as_a_user_without_rights(run: Any, facts: dict[str, Any]) -> None:
 
 
 def test_labels_name_the_commit(run: Any, facts: dict[str, Any]) -> None:
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
     labels = facts["Config"]["Labels"]
     assert labels["org.opencontainers.image.revision"] == head.stdout.strip()
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -67,7 +69,9 @@ def test_any_user_has_a_store_a_home_and_a_name(run: Any, uid: str) -> None:
 
 
 def test_only_the_cuda_target_holds_a_compiler(run: Any, lock: str) -> None:
-    found = run("sh", "-c", "for tool in gcc g++ ninja nvcc; do command -v $tool; done").stdout.split()
+    found = run(
+        "sh", "-c", "for tool in gcc g++ ninja nvcc; do command -v $tool; done"
+    ).stdout.split()
     names = {Path(path).name for path in found}
     assert names == ({"gcc", "g++", "ninja", "nvcc"} if lock.endswith("cuda.lock") else {"ninja"})
 

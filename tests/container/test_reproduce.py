@@ -1,4 +1,6 @@
-"""The main job in the image, as a reader of the paper would start it: confined, offline, from nothing."""
+"""The main job in the image, as a reader of the paper would start it: confined, offline, from
+nothing.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,8 @@ class Campaign(NamedTuple):
     def results(self) -> dict[str, dict[str, Any]]:
         """The finished runs, by run id."""
         runs = {
-            path.parent.name: json.loads(path.read_text()) for path in self.store.glob("results/runs/*/result.json")
+            path.parent.name: json.loads(path.read_text())
+            for path in self.store.glob("results/runs/*/result.json")
         }
         return {run_id: result for run_id, result in runs.items() if result["status"] == "done"}
 
@@ -39,7 +42,11 @@ def test_quick_run_succeeds_without_network_or_rights(quick: Campaign) -> None:
 
 def test_quick_run_covers_every_architecture_and_quantizer(quick: Campaign) -> None:
     labels = [result["label"] for result in quick.results.values()]
-    cells = [found.groups() for label in labels if (found := re.match(r"(gpt2|llama)\w*-([a-z0-9]+)-", label))]
+    cells = [
+        found.groups()
+        for label in labels
+        if (found := re.match(r"(gpt2|llama)\w*-([a-z0-9]+)-", label))
+    ]
     assert {architecture for architecture, _ in cells} == {"gpt2", "llama"}, labels
     assert {quantizer for _, quantizer in cells} >= {"none", "nf4"}, labels
 
@@ -51,7 +58,9 @@ def test_every_manifest_verifies(quick: Campaign) -> None:
         named = set()
         for line in manifest.read_text().splitlines():
             digest, name = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line).groups()  # type: ignore[union-attr]
-            assert hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() == digest, f"{manifest}: {name}"
+            assert hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() == digest, (
+                f"{manifest}: {name}"
+            )
             named.add(name)
         assert "result.json" in named, manifest
 
@@ -63,7 +72,10 @@ def test_mlflow_store_is_written(quick: Campaign) -> None:
 def test_second_run_computes_nothing_again(run: Any, quick: Campaign) -> None:
     def state() -> dict[str, tuple[int, str]]:
         files = (path for path in quick.store.glob("results/runs/**/*") if path.is_file())
-        return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
+        return {
+            str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in files
+        }
 
     before = state()
     again = run(*QUICK, options=("-v", f"{quick.store}:/srv/finrepro"), timeout=60)
@@ -71,9 +83,13 @@ def test_second_run_computes_nothing_again(run: Any, quick: Campaign) -> None:
     assert before and state() == before
 
 
-def test_any_user_gets_the_same_scores_in_a_store_of_its_own(run: Any, new_store: Any, quick: Campaign) -> None:
+def test_any_user_gets_the_same_scores_in_a_store_of_its_own(
+    run: Any, new_store: Any, quick: Campaign
+) -> None:
     store = new_store()
-    other = Campaign(store, run(*QUICK, options=("--user", "4242:4242", "-v", f"{store}:/srv/finrepro")))
+    other = Campaign(
+        store, run(*QUICK, options=("--user", "4242:4242", "-v", f"{store}:/srv/finrepro"))
+    )
     assert other.done.returncode == 0, other.done.stdout[-4000:] + other.done.stderr[-4000:]
     assert {path.stat().st_uid for path in store.glob("results/runs/*")} == {4242}
 
@@ -92,7 +108,9 @@ def test_literal_command_without_a_mount(run: Any) -> None:
 
 
 def test_the_computed_table_and_the_one_of_pretraining(run: Any) -> None:
-    """Table 1 needs nothing, and the shortest pretraining runs from text to a loss in eight and four bits."""
+    """Table 1 needs nothing, and the shortest pretraining runs from text to a loss in eight and
+    four bits.
+    """
     assert "H1:" in run("invoke", "reproduce", "--table", "1", confined=False).stdout
     done = run("invoke", "reproduce", "--table", "2", "--quick", confined=False, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,8 +1,10 @@
-"""Windows in the order in which their text arrives, so that training can begin before the corpus is finished.
+"""Windows in the order in which their text arrives, so that training can begin before the corpus is
+finished.
 
-In the first epoch windows are taken block after block, a block being `block` windows that follow one another in the stream, permuted among
-themselves; later epochs are permutations of all windows, as ever. Which window a position has follows from the seed and the stream: a
-corpus that is finished gives the same ones as one that is being written, however slowly.
+In the first epoch windows are taken block after block, a block being `block` windows that follow
+one another in the stream, permuted among themselves; later epochs are permutations of all windows,
+as ever. Which window a position has follows from the seed and the stream: a corpus that is finished
+gives the same ones as one that is being written, however slowly.
 """
 
 import numpy as np
@@ -15,8 +17,8 @@ from finrepro.data.corpora.windows import Windows, check_length
 
 
 class ArrivingLengths(Rows[int]):
-    """The lengths of all windows. `len` counts those that are there so far, of which it waits for the first: nothing that is learned may
-    depend on it before the stream has ended."""
+    """The lengths of all windows. `len` counts those that are there so far, of which it waits
+    for the first: nothing that is learned may depend on it before the stream has ended."""
 
     def __init__(self, stream: TokenStream, size: int) -> None:
         self._stream, self._size = stream, size
@@ -40,7 +42,9 @@ class ArrivingLengths(Rows[int]):
 
 
 class ArrivingWindows(Windows):
-    """As `Windows`, over a stream that may still grow. Raises `UsageError` as that, when the stream has ended."""
+    """As `Windows`, over a stream that may still grow. Raises `UsageError` as that, when the
+    stream has ended.
+    """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, block: int) -> None:
         check_length(max_seq_len)
@@ -53,7 +57,9 @@ class ArrivingWindows(Windows):
         return self.lengths.has(row)
 
     def order(self, positions: NDArray[np.int64], seed: int, part: int = 0) -> NDArray[np.int64]:
-        """The windows at these positions; waits until the blocks of those in the first epoch are there."""
+        """The windows at these positions; waits until the blocks of those in the first epoch are
+        there.
+        """
         found = np.empty_like(positions)
         later = np.zeros(len(positions), bool)
         blocks, places = np.divmod(positions, self.block)

@@ -1,7 +1,9 @@
-"""`python -m finrepro.data.arriving.feeder`: prepares a corpus for a cell that is trained on it meanwhile, and ends with that cell's process.
+"""`python -m finrepro.data.arriving.feeder`: prepares a corpus for a cell that is trained on it
+meanwhile, and ends with that cell's process.
 
-Options are the catalogue's, or those that the folder was begun with; the tokenizer is copied beside the shards before the first one. What
-happens goes to standard error, which is a log; the reason of a failure, in one line, to standard output.
+Options are the catalogue's, or those that the folder was begun with; the tokenizer is copied beside
+the shards before the first one. What happens goes to standard error, which is a log; the reason of
+a failure, in one line, to standard output.
 """
 
 import argparse
@@ -25,7 +27,11 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
     """Prepare the corpus, or go on with it, with at most so many tokenizing processes."""
     sources, held_out = named_or_path(name, data_dir)
     begun = underway.begun(out)
-    options = build(Options, begun.options, str(out)) if begun else command.default_options(sources, held_out)
+    options = (
+        build(Options, begun.options, str(out))
+        if begun
+        else command.default_options(sources, held_out)
+    )
     if sources.size is not None and sources.size < command.LITTLE:
         workers = 1
     shown = command.Shown(sources.size)
@@ -43,7 +49,8 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
 def main(arguments: list[str] | None = None) -> int:
     """Feed until the corpus is finished; the exit codes are those of every command."""
     parser = argparse.ArgumentParser(
-        prog="python -m finrepro.data.arriving.feeder", description="Prepare a corpus for a running cell."
+        prog="python -m finrepro.data.arriving.feeder",
+        description="Prepare a corpus for a running cell.",
     )
     parser.add_argument("corpus")
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -55,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     process.die_with_parent()
     if os.getppid() != given.parent:  # it died before the kernel was told
         return 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the cell decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal sends it to everybody; the cell decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written shard
     os.nice(5)  # where cores are few, training goes first
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core: the rest is the training's

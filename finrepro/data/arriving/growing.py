@@ -1,7 +1,9 @@
-"""A corpus that is read while it is being written: the same tokens at the same positions as when it is finished, as soon as they are there.
+"""A corpus that is read while it is being written: the same tokens at the same positions as when it
+is finished, as soon as they are there.
 
-What is whole is told by the shards' records, and by the index once there is one. Asked for more, the stream waits; it never guesses. So
-what is read depends on the text alone, not on when it arrived.
+What is whole is told by the shards' records, and by the index once there is one. Asked for more,
+the stream waits; it never guesses. So what is read depends on the text alone, not on when it
+arrived.
 """
 
 import sys
@@ -23,7 +25,8 @@ from finrepro.settings import plain
 PAUSE_SECONDS = 0.1
 PATIENCE_SECONDS = 60.0  # that nobody need be at work: who takes over has to start first
 
-# Called with what is waited for. It may raise, in order to stop waiting, and says whether somebody is about to go to work.
+# Called with what is waited for. It may raise, in order to stop waiting, and says whether somebody
+# is about to go to work.
 Waiting = Callable[[str], bool]
 
 
@@ -35,7 +38,9 @@ class Watch:
         self._idle: float | None = None
 
     def pause(self, what: str) -> None:
-        """Wait a moment. Raises `EnvironmentFault` when nobody has been at work for a minute, with the reason that the last one left."""
+        """Wait a moment. Raises `EnvironmentFault` when nobody has been at work for a minute,
+        with the reason that the last one left.
+        """
         began = time.monotonic()
         if self._waiting(what) or underway.held(self.folder):
             self._idle = None
@@ -54,23 +59,33 @@ class Watch:
 
 
 class GrowingStream(TokenStream):
-    """A split of a corpus that need not be finished. Its length and number of documents are known at the end alone: asking waits for it."""
+    """A split of a corpus that need not be finished. Its length and number of documents are
+    known at the end alone: asking waits for it.
+    """
 
     def __init__(self, folder: Path, begun: Begun, split: str, watch: Watch) -> None:
         self._begin(folder, dtype_for(begun.vocabulary), int(begun.options["shard_tokens"]))
         self.begun, self.split, self.watch = begun, split, watch
-        self.finished, self.read, self._length = False, 0, 0  # `read`: the last token that was, and one
+        self.finished, self.read, self._length = (
+            False,
+            0,
+            0,
+        )  # `read`: the last token that was, and one
         self.look()
 
     def look(self) -> None:
-        """Map what has become whole. Raises `EnvironmentFault` where the finished corpus is not the one that was begun."""
+        """Map what has become whole. Raises `EnvironmentFault` where the finished corpus is not
+        the one that was begun.
+        """
         if self.finished:
             return
         if underway.is_finished(self.folder):
             self._finish()
             return
         id_bytes = self.dtype.itemsize
-        while found := whole_shard(self.folder, f"{self.split}-{len(self.shards):05d}", self.capacity, id_bytes):
+        while found := whole_shard(
+            self.folder, f"{self.split}-{len(self.shards):05d}", self.capacity, id_bytes
+        ):
             self._add(found[0])
             self._length += self.capacity
 
@@ -79,7 +94,9 @@ class GrowingStream(TokenStream):
         split = split_of(self.folder, index, self.split)
         same = all(getattr(index, key) == value for key, value in plain(self.begun).items())
         if not same or list(split.shards[: len(self.shards)]) != self.shards:
-            raise EnvironmentFault(f"{self.folder}: the corpus was replaced by another one while it was read.")
+            raise EnvironmentFault(
+                f"{self.folder}: the corpus was replaced by another one while it was read."
+            )
         self._complete(split)
         self.finished = True
 
@@ -90,7 +107,9 @@ class GrowingStream(TokenStream):
             if self._length >= count or self.finished:
                 break
             try:
-                self.watch.pause(f"waiting for text: {self.folder.name}, shard {len(self.shards) + 1}")
+                self.watch.pause(
+                    f"waiting for text: {self.folder.name}, shard {len(self.shards) + 1}"
+                )
             except Unavailable:
                 raise
             except EnvironmentFault as error:
@@ -99,7 +118,9 @@ class GrowingStream(TokenStream):
                     break
                 if self.shards:
                     raise
-                raise Unavailable(str(error)) from None  # nothing was learned from it: the cell is skipped
+                raise Unavailable(
+                    str(error)
+                ) from None  # nothing was learned from it: the cell is skipped
         return count <= self._length
 
     def tokens(self, begin: int, end: int) -> Tokens:
@@ -115,7 +136,9 @@ class GrowingStream(TokenStream):
 
 
 class GrowingCorpus:
-    """An opened corpus that was not finished when it was opened. As `stream.Corpus`, of the training split alone."""
+    """An opened corpus that was not finished when it was opened. As `stream.Corpus`, of the
+    training split alone.
+    """
 
     def __init__(self, folder: Path, begun: Begun, waiting: Waiting) -> None:
         self.folder, self.index = folder, begun
@@ -131,8 +154,9 @@ class GrowingCorpus:
         return found
 
     def facts(self, tokens: int | None = None) -> dict[str, Any]:
-        """What goes into a result: as of a finished corpus if it is one by now, else what it is of and the sha256 of the shards that hold
-        the first `tokens`; by default of what this process has read."""
+        """What goes into a result: as of a finished corpus if it is one by now, else what it is
+        of and the sha256 of the shards that hold the first `tokens`; by default of what this
+        process has read."""
         stream = self._stream
         stream.look()
         waited = {"finished": stream.finished, "waited_seconds": round(stream.watch.seconds, 1)}
@@ -148,8 +172,11 @@ class GrowingCorpus:
         }
 
 
-def open_arriving(folder: Path, rows: int | None = None, waiting: Waiting = lambda _: False) -> Corpus | GrowingCorpus:
-    """Open a corpus for a model with so many embeddings, finished or not; waits until it is known what it is, and its tokenizer is there.
+def open_arriving(
+    folder: Path, rows: int | None = None, waiting: Waiting = lambda _: False
+) -> Corpus | GrowingCorpus:
+    """Open a corpus for a model with so many embeddings, finished or not; waits until it is known
+    what it is, and its tokenizer is there.
 
     Raises as `stream.open_corpus`, and `EnvironmentFault` where nobody is at work.
     """

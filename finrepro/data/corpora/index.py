@@ -1,8 +1,10 @@
-"""`index.json`: what a folder of token shards holds, and whether this program and this model can read it.
+"""`index.json`: what a folder of token shards holds, and whether this program and this model can
+read it.
 
-A split is one stream of tokens, document after document, each beginning with the start token. It is cut into shards of
-`shard_tokens` tokens wherever that falls; a shard is two files, `NAME.tokens` (little-endian, `dtype`) and `NAME.starts` (little-endian
-uint32: where in the shard a document begins). The index is written last: a folder without it is a preparation that has not ended.
+A split is one stream of tokens, document after document, each beginning with the start token. It is
+cut into shards of `shard_tokens` tokens wherever that falls; a shard is two files, `NAME.tokens`
+(little-endian, `dtype`) and `NAME.starts` (little-endian uint32: where in the shard a document
+begins). The index is written last: a folder without it is a preparation that has not ended.
 """
 
 import hashlib
@@ -33,7 +35,9 @@ class Shard:
 
 @settings
 class Split:
-    """One stream. `bytes` counts the UTF-8 bytes of its documents' text, for bits per byte; start tokens are among the `tokens`."""
+    """One stream. `bytes` counts the UTF-8 bytes of its documents' text, for bits per byte;
+    start tokens are among the `tokens`.
+    """
 
     documents: Count
     tokens: Count
@@ -43,7 +47,9 @@ class Split:
 
 @settings
 class Index:
-    """The whole file. `source`, `options` and `counts` say how it was made (finrepro.data.preparing.prepare)."""
+    """The whole file. `source`, `options` and `counts` say how it was made
+    (finrepro.data.preparing.prepare).
+    """
 
     format: Positive
     tokenizer: Digest
@@ -59,7 +65,9 @@ class Index:
 
 @settings
 class Begun:
-    """`.preparing/options.json`: what a preparation that has not ended is of. When it has, the same stands in the index."""
+    """`.preparing/options.json`: what a preparation that has not ended is of. When it has, the
+    same stands in the index.
+    """
 
     format: Positive
     tokenizer: Digest
@@ -74,13 +82,21 @@ def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
 
 
 def read_index(folder: Path) -> Index:
-    """The checked index. Raises `EnvironmentFault` in one line for none, a damaged one, or one of another format version."""
+    """The checked index. Raises `EnvironmentFault` in one line for none, a damaged one, or one
+    of another format version.
+    """
     path = folder / INDEX
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        begun = " (a preparation was begun and has not ended: run it again)" if (folder / ".preparing").is_dir() else ""
-        raise EnvironmentFault(f"{folder} holds no prepared corpus: it has no {INDEX}{begun}.") from None
+        begun = (
+            " (a preparation was begun and has not ended: run it again)"
+            if (folder / ".preparing").is_dir()
+            else ""
+        )
+        raise EnvironmentFault(
+            f"{folder} holds no prepared corpus: it has no {INDEX}{begun}."
+        ) from None
     except OSError as error:
         raise EnvironmentFault(f"{path}: {error.strerror}.") from None
     except ValueError:
@@ -98,19 +114,25 @@ def read_index(folder: Path) -> Index:
 
 
 def index_digest(folder: Path) -> str:
-    """sha256 of the index file, which holds that of every shard: the identity of a prepared corpus."""
+    """sha256 of the index file, which holds that of every shard: the identity of a prepared
+    corpus.
+    """
     return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
 
 
 def check_fits(folder: Path, index: Index | Begun, tokenizer: str | None, rows: int | None) -> None:
-    """Raise `UsageError` where the tokenizer (its sha256) is another, or has ids that a model of `rows` embeddings lacks."""
+    """Raise `UsageError` where the tokenizer (its sha256) is another, or has ids that a model of
+    `rows` embeddings lacks.
+    """
     if tokenizer is not None and tokenizer != index.tokenizer:
         raise UsageError(
             f"{folder} was made with another tokenizer (sha256 {index.tokenizer[:12]}..., the model's is {tokenizer[:12]}...): "
             "prepare it again with the model's."
         )
     if rows is not None and index.vocabulary > rows:
-        raise UsageError(f"{folder} holds ids up to {index.vocabulary - 1}, the model has only {rows} embeddings.")
+        raise UsageError(
+            f"{folder} holds ids up to {index.vocabulary - 1}, the model has only {rows} embeddings."
+        )
 
 
 def split_of(folder: Path, index: Index, name: str) -> Split:

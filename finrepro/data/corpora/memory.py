@@ -1,4 +1,6 @@
-"""Token streams of texts that are small enough to be tokenized each time: the same windows as from shards, without a folder."""
+"""Token streams of texts that are small enough to be tokenized each time: the same windows as
+from shards, without a folder.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +11,9 @@ from finrepro.data.corpora.stream import Tokens
 
 
 class TextStream:
-    """Documents, each with its start token first, as one array. As `stream.TokenStream`, but for `bytes`, which nobody asks for here."""
+    """Documents, each with its start token first, as one array. As `stream.TokenStream`, but for
+    `bytes`, which nobody asks for here.
+    """
 
     def __init__(self, documents: Iterable[Sequence[int]]) -> None:
         parts = [np.asarray(ids, np.uint32) for ids in documents]

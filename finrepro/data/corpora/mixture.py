@@ -1,7 +1,8 @@
 """Several corpora in given proportions, as one set of windows.
 
-Which corpus the p-th window of training comes from depends on p alone: of any first p windows, each corpus has its share to within as
-many windows as there are corpora. A corpus that is used up begins again in a new order, while the others go on.
+Which corpus the p-th window of training comes from depends on p alone: of any first p windows, each
+corpus has its share to within as many windows as there are corpora. A corpus that is used up begins
+again in a new order, while the others go on.
 """
 
 from bisect import bisect_right
@@ -18,10 +19,11 @@ from finrepro.errors import UsageError
 
 
 class Mixture(Rows[Window]):
-    """Windows of several corpora: `mixture[row]` runs through them one after the other, `rows(step, ...)` mixes them.
+    """Windows of several corpora: `mixture[row]` runs through them one after the other, `rows(step,
+    ...)` mixes them.
 
-    `weights` are relative numbers of windows by name, as {"news": 3, "books": 1.5}. Raises `UsageError` unless they are positive, and of
-    the corpora that are there.
+    `weights` are relative numbers of windows by name, as {"news": 3, "books": 1.5}. Raises
+    `UsageError` unless they are positive, and of the corpora that are there.
     """
 
     def __init__(self, corpora: Mapping[str, Windows], weights: Mapping[str, int | float]) -> None:
@@ -36,10 +38,14 @@ class Mixture(Rows[Window]):
                 )
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
-                raise UsageError(f"mixture: the weight of '{name}' is {weight}, expected a positive number.")
+                raise UsageError(
+                    f"mixture: the weight of '{name}' is {weight}, expected a positive number."
+                )
         self.names, self.parts = tuple(corpora), tuple(corpora.values())
         exact = [Fraction(str(weights[name])) for name in self.names]
-        rest = list(accumulate(reversed(exact)))[::-1]  # what is left before each corpus takes its share
+        rest = list(accumulate(reversed(exact)))[
+            ::-1
+        ]  # what is left before each corpus takes its share
         self._shares = [weight / left for weight, left in zip(exact, rest, strict=True)]
         self._ends = list(accumulate(len(part) for part in self.parts))
         self.lengths = MixedLengths(self)
@@ -60,9 +66,11 @@ class Mixture(Rows[Window]):
         return windows.at(inside)
 
     def drawn(self, position: int) -> tuple[int, int]:
-        """(corpus, how many of that corpus came before) at a position of training's order: O(corpora), in exact numbers.
+        """(corpus, how many of that corpus came before) at a position of training's order:
+        O(corpora), in exact numbers.
 
-        Each corpus in turn takes the positions, among those left over by the ones before it, at which its share grows by a whole.
+        Each corpus in turn takes the positions, among those left over by the ones before it, at
+        which its share grows by a whole.
         """
         for part, share in enumerate(self._shares[:-1]):
             before = position * share.numerator // share.denominator

@@ -8,7 +8,9 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Rows(Sequence[T_co]):
-    """A length and `at` make one; a slice is the list of its items. Raises `IndexError` for a row that there is not."""
+    """A length and `at` make one; a slice is the list of its items. Raises `IndexError` for a
+    row that there is not.
+    """
 
     __slots__ = ()
 

@@ -1,4 +1,6 @@
-"""A split's tokens as one long array, memory-mapped from its shards: reading costs what is read, wherever it stands."""
+"""A split's tokens as one long array, memory-mapped from its shards: reading costs what is read,
+wherever it stands.
+"""
 
 from dataclasses import fields
 from pathlib import Path
@@ -7,19 +9,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finrepro.data.corpora.index import Begun, Index, Shard, Split, check_fits, index_digest, read_index, split_of
+from finrepro.data.corpora.index import (
+    Begun,
+    Index,
+    Shard,
+    Split,
+    check_fits,
+    index_digest,
+    read_index,
+    split_of,
+)
 from finrepro.errors import EnvironmentFault
 
 Tokens = NDArray[np.unsignedinteger]
 
 
 class TokenStream:
-    """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and where documents begin there."""
+    """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and
+    where documents begin there.
+    """
 
     finished = True
 
     def __init__(self, folder: Path, index: Index, split: Split) -> None:
-        """Map every shard, without reading it. Raises `EnvironmentFault` for a file that is absent or of another length."""
+        """Map every shard, without reading it. Raises `EnvironmentFault` for a file that is
+        absent or of another length.
+        """
         self._begin(folder, index.dtype, index.shard_tokens)
         self._complete(split)
 
@@ -32,7 +47,9 @@ class TokenStream:
     def _add(self, shard: Shard) -> None:
         """Map one more shard."""
         self._tokens.append(_map(self.folder / f"{shard.name}.tokens", self.dtype, shard.tokens))
-        self._starts.append(_map(self.folder / f"{shard.name}.starts", np.dtype("<u4"), shard.documents))
+        self._starts.append(
+            _map(self.folder / f"{shard.name}.starts", np.dtype("<u4"), shard.documents)
+        )
         self.shards.append(shard)
 
     def _complete(self, split: Split) -> None:
@@ -42,8 +59,13 @@ class TokenStream:
             self._add(shard)
         self.documents, self.bytes, self._length = split.documents, split.bytes, split.tokens
         if [len(each) for each in self._tokens[:-1]] != [self.capacity] * (len(self._tokens) - 1):
-            raise EnvironmentFault(f"{folder}: a shard before the last one is not full; prepare the corpus again.")
-        if sum(map(len, self._tokens)) != self._length or sum(map(len, self._starts)) != self.documents:
+            raise EnvironmentFault(
+                f"{folder}: a shard before the last one is not full; prepare the corpus again."
+            )
+        if (
+            sum(map(len, self._tokens)) != self._length
+            or sum(map(len, self._starts)) != self.documents
+        ):
             raise EnvironmentFault(
                 f"{folder}: the shards do not add up to the index's counts; prepare the corpus again."
             )
@@ -67,10 +89,14 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def starts(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Positions in [begin, end) at which a document begins; a binary search in the shard's list."""
+        """Positions in [begin, end) at which a document begins; a binary search in the shard's
+        list.
+        """
         found = []
         for k, a, b in self._cut(begin, end):
-            first, last = self._starts[k].searchsorted(np.array((a, b), "<u4"))  # another type would copy the list
+            first, last = self._starts[k].searchsorted(
+                np.array((a, b), "<u4")
+            )  # another type would copy the list
             found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
@@ -92,17 +118,23 @@ def _map(path: Path, dtype: "np.dtype[np.unsignedinteger]", count: int) -> Token
         # A plain array over the map: indexing a memmap makes an object of a Python class each time.
         return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
     except OSError as error:
-        raise EnvironmentFault(f"{path}: {error.strerror}; it is part of the corpus: prepare it again.") from None
+        raise EnvironmentFault(
+            f"{path}: {error.strerror}; it is part of the corpus: prepare it again."
+        ) from None
 
 
 class Corpus:
-    """An opened corpus: `index`, `digest` (its identity, for a result's record) and a stream for each split."""
+    """An opened corpus: `index`, `digest` (its identity, for a result's record) and a stream for
+    each split.
+    """
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index, self.digest = folder, index, index_digest(folder)
 
     def facts(self) -> dict[str, Any]:
-        """What goes into a result: the sha256 of the index, where the text came from, and how much it is."""
+        """What goes into a result: the sha256 of the index, where the text came from, and how
+        much it is.
+        """
         train = self.index.splits["train"]
         return {
             "index": self.digest,
@@ -116,15 +148,19 @@ class Corpus:
         return {field.name: getattr(self.index, field.name) for field in fields(Begun)}
 
     def stream(self, split: str = "train") -> TokenStream:
-        """The tokens of a split. Raises `UsageError` for one that there is not, `EnvironmentFault` for a missing or cut shard."""
+        """The tokens of a split. Raises `UsageError` for one that there is not,
+        `EnvironmentFault` for a missing or cut shard.
+        """
         return TokenStream(self.folder, self.index, split_of(self.folder, self.index, split))
 
 
 def open_corpus(folder: Path, tokenizer: str | None = None, rows: int | None = None) -> Corpus:
-    """Open a prepared corpus for a model with this tokenizer (sha256, as `tokens.tokenizer_digest`) and so many embeddings.
+    """Open a prepared corpus for a model with this tokenizer (sha256, as `tokens.tokenizer_digest`)
+    and so many embeddings.
 
-    Checks the index alone: sizes are checked as a split is opened, every sha256 by `invoke data --verify`. Raises `EnvironmentFault`
-    (absent, damaged, another format version) or `UsageError` (it does not fit the model).
+    Checks the index alone: sizes are checked as a split is opened, every sha256 by `invoke data
+    --verify`. Raises `EnvironmentFault` (absent, damaged, another format version) or `UsageError`
+    (it does not fit the model).
     """
     index = read_index(folder)
     check_fits(folder, index, tokenizer, rows)

@@ -1,9 +1,11 @@
-"""Windows of running text as training examples: documents do not see one another, and every token is learned exactly once.
+"""Windows of running text as training examples: documents do not see one another, and every token
+is learned exactly once.
 
-Window i has as inputs the tokens [i L, (i + 1) L) of the stream, L = `max_seq_len` exactly (the last one may be shorter), cut into pieces
-where documents begin. Position t predicts token t + 1, also when that one stands in the next window: nothing is lost at a border and no
-token goes through the model twice. A document's first token follows nothing and is predicted nowhere, so that a stream of T tokens in D
-documents has T - D supervised ones, whatever L.
+Window i has as inputs the tokens [i L, (i + 1) L) of the stream, L = `max_seq_len` exactly (the
+last one may be shorter), cut into pieces where documents begin. Position t predicts token t + 1,
+also when that one stands in the next window: nothing is lost at a border and no token goes through
+the model twice. A document's first token follows nothing and is predicted nowhere, so that a stream
+of T tokens in D documents has T - D supervised ones, whatever L.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from finrepro.errors import UsageError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A part of one document: `ids` go in; each predicts the next, the last one `successor` (None: the document ends here)."""
+    """A part of one document: `ids` go in; each predicts the next, the last one `successor`
+    (None: the document ends here).
+    """
 
     ids: Tokens
     successor: int | None
@@ -41,7 +45,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """`ids` (inputs), the id after them, and `cuts`: where in the window, its end included, another document begins (never 0)."""
+    """`ids` (inputs), the id after them, and `cuts`: where in the window, its end included,
+    another document begins (never 0).
+    """
 
     ids: Tokens
     after: int
@@ -53,14 +59,21 @@ class Window:
         ids, length = self.ids, len(self.ids)
         if not self.cuts:
             return (Piece(ids, self.after),)
-        whole = [Piece(ids[begin:end], None) for begin, end in zip((0, *self.cuts[:-1]), self.cuts, strict=True)]
+        whole = [
+            Piece(ids[begin:end], None)
+            for begin, end in zip((0, *self.cuts[:-1]), self.cuts, strict=True)
+        ]
         rest = self.cuts[-1]
         return tuple(whole) if rest == length else (*whole, Piece(ids[rest:], self.after))
 
     @property
     def piece_lengths(self) -> tuple[int, ...]:
         """How long each piece is, without making them."""
-        ends = self.cuts if self.cuts and self.cuts[-1] == len(self.ids) else (*self.cuts, len(self.ids))
+        ends = (
+            self.cuts
+            if self.cuts and self.cuts[-1] == len(self.ids)
+            else (*self.cuts, len(self.ids))
+        )
         return tuple(end - begin for begin, end in zip((0, *ends), ends, strict=False))
 
     def targets(self) -> NDArray[np.int64]:
@@ -74,7 +87,9 @@ class Window:
 
     @property
     def num_supervised(self) -> int:
-        """Positions whose successor is learned: all but the last one of each document that ends here."""
+        """Positions whose successor is learned: all but the last one of each document that ends
+        here.
+        """
         return len(self.ids) - len(self.cuts)
 
 
@@ -86,7 +101,9 @@ def check_length(max_seq_len: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lengths(Rows[int]):
-    """The lengths of all windows, without storing them: `number` of them, all `size` but the last."""
+    """The lengths of all windows, without storing them: `number` of them, all `size` but the
+    last.
+    """
 
     number: int
     size: int
@@ -115,7 +132,8 @@ class Stream(Protocol):
 
 
 class Windows(Rows[Window]):
-    """A split's windows, each read when it is asked for, and the order in which training takes them.
+    """A split's windows, each read when it is asked for, and the order in which training takes
+    them.
 
     Raises `UsageError` for a `max_seq_len` below 2 or a split without two tokens.
     """
@@ -123,7 +141,8 @@ class Windows(Rows[Window]):
     def __init__(self, stream: Stream, max_seq_len: int) -> None:
         check_length(max_seq_len)
         self.stream, self.max_seq_len = stream, max_seq_len
-        # The stream's very last token predicts nothing: it is a target only. So no window is without a supervised position.
+        # The stream's very last token predicts nothing: it is a target only. So no window is
+        # without a supervised position.
         inputs = len(stream) - 1
         if inputs < 1:
             raise UsageError("the split holds no text to learn from.")
@@ -146,7 +165,9 @@ class Windows(Rows[Window]):
         return Window(read[:-1], int(read[-1]), tuple(cuts.tolist()))
 
     def order(self, positions: NDArray[np.int64], seed: int, part: int = 0) -> NDArray[np.int64]:
-        """The windows at these positions of training's endless order: every epoch is a permutation of its own."""
+        """The windows at these positions of training's endless order: every epoch is a
+        permutation of its own.
+        """
         epochs, places = np.divmod(positions, len(self))
         found = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
@@ -155,6 +176,8 @@ class Windows(Rows[Window]):
         return found
 
     def rows(self, step: int, global_batch_size: int, seed: int) -> list[int]:
-        """The windows of optimizer step `step`, from nothing but its number: no state, whatever the ranks or the workers."""
+        """The windows of optimizer step `step`, from nothing but its number: no state, whatever
+        the ranks or the workers.
+        """
         first = step * global_batch_size
         return [int(row) for row in self.order(np.arange(first, first + global_batch_size), seed)]

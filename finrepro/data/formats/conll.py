@@ -1,7 +1,8 @@
-"""CoNLL files of one token a line and its entity tag, an empty line after each sentence, `-DOCSTART-` before each document.
+"""CoNLL files of one token a line and its entity tag, an empty line after each sentence,
+`-DOCSTART-` before each document.
 
-Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are IO: `I-PER` inside a person, `O` outside, so that
-two entities of one type side by side are one.
+Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are IO: `I-PER` inside a
+person, `O` outside, so that two entities of one type side by side are one.
 """
 
 from finrepro.catalogue.spec import Hub
@@ -15,7 +16,9 @@ DOCUMENT = "-DOCSTART-"
 
 @settings
 class Config:
-    """`files` maps a split to its file; a tag's type is one of `types`, or one of `dropped` and then read as outside."""
+    """`files` maps a split to its file; a tag's type is one of `types`, or one of `dropped` and
+    then read as outside.
+    """
 
     version: int
     title: str
@@ -38,8 +41,9 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     """Split name -> sentences in file order, those without an entity too.
 
-    `text` is the tokens and `label` the tags, both joined by single spaces; `source` names the document. Raises `EnvironmentFault` on a
-    line or tag that is none, or another number of sentences.
+    `text` is the tokens and `label` the tags, both joined by single spaces; `source` names the
+    document. Raises `EnvironmentFault` on a line or tag that is none, or another number of
+    sentences.
     """
     splits: dict[str, tuple[Example, ...]] = {}
     for split, content in contents.items():

@@ -1,7 +1,9 @@
-"""Comma-separated files with a text and a coded label, one file a split: the Twitter Financial News Sentiment format.
+"""Comma-separated files with a text and a coded label, one file a split: the Twitter Financial News
+Sentiment format.
 
-The label codes of two datasets can mean different things (0, 1, 2 is bearish, bullish, neutral here and negative, neutral,
-positive in Financial PhraseBank), so the map is part of the dataset's entry; FinLoRA's swapped file is what a shared map yields.
+The label codes of two datasets can mean different things (0, 1, 2 is bearish, bullish, neutral here
+and negative, neutral, positive in Financial PhraseBank), so the map is part of the dataset's entry;
+FinLoRA's swapped file is what a shared map yields.
 """
 
 import csv
@@ -36,7 +38,9 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Split name -> examples in file order. Raises `EnvironmentFault` on a missing column or an unknown label code."""
+    """Split name -> examples in file order. Raises `EnvironmentFault` on a missing column or an
+    unknown label code.
+    """
     splits = {}
     for split, content in contents.items():
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
@@ -50,6 +54,8 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
                 for row, values in enumerate(rows)
             )
         except KeyError as error:
-            raise EnvironmentFault(f"dataset '{name}', split '{split}': no column or label {error}.") from None
+            raise EnvironmentFault(
+                f"dataset '{name}', split '{split}': no column or label {error}."
+            ) from None
         check_rows(name, split, config.files[split], len(rows))
     return splits

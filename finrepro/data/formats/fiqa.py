@@ -1,10 +1,12 @@
-"""FiQA-SA: financial headlines and posts with a sentiment score for each target they name (WWW'18 open challenge, task 1).
+"""FiQA-SA: financial headlines and posts with a sentiment score for each target they name (WWW'18
+open challenge, task 1).
 
-The official test set has no scores, so everybody splits the training set again. Here the test set is FLARE's 235 rows, read from
-FinLoRA's copy: PIXIU made them by shuffling the rows of each class with a seed (The-FinAI/PIXIU@7923146, data/fiqasa/preprocess.py), but
-starting from files in an order that is not public, so that the rule alone does not give them back. The training set is what remains of the
-challenge's files, without any sentence of the test set; PIXIU divided rows and not sentences, so that 22 test rows have their sentence
-in its training or validation set as well.
+The official test set has no scores, so everybody splits the training set again. Here the test set
+is FLARE's 235 rows, read from FinLoRA's copy: PIXIU made them by shuffling the rows of each class
+with a seed (The-FinAI/PIXIU@7923146, data/fiqasa/preprocess.py), but starting from files in an
+order that is not public, so that the rule alone does not give them back. The training set is what
+remains of the challenge's files, without any sentence of the test set; PIXIU divided rows and not
+sentences, so that 22 test rows have their sentence in its training or validation set as well.
 """
 
 import json
@@ -22,8 +24,9 @@ SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's pro
 
 @settings
 class Config:
-    """Files `headline` and `post` of the challenge and `test`, in FinGPT's prompt form. Scores run from -1 to 1: below `low` is negative,
-    from `low` and below `high` neutral, else positive."""
+    """Files `headline` and `post` of the challenge and `test`, in FinGPT's prompt form. Scores
+    run from -1 to 1: below `low` is negative, from `low` and below `high` neutral, else
+    positive."""
 
     version: int
     title: str
@@ -42,7 +45,8 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Test rows in their file's order and, with the challenge's files, training rows: one for each target of a sentence.
+    """Test rows in their file's order and, with the challenge's files, training rows: one for each
+    target of a sentence.
 
     Raises `EnvironmentFault` on a file of another form or length.
     """
@@ -53,18 +57,30 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
         instruction, text = asked(str(line.get("context")))
         source = SCORED["post"] if SCORED["post"] in instruction else SCORED["headline"]
         examples.append(
-            Example(id=f"{name}/test/{row}", text=text.strip(), label=str(line.get("target")), source=source)
+            Example(
+                id=f"{name}/test/{row}",
+                text=text.strip(),
+                label=str(line.get("target")),
+                source=source,
+            )
         )
     test = tuple(examples)
     if not all(role in contents for role in SCORED):
         return {"test": test}
     held_out = {example.text for example in test}
-    scored = [example for role in SCORED for example in scored_rows(contents[role], name, role, config)]
-    return {"train": tuple(example for example in scored if example.text not in held_out), "test": test}
+    scored = [
+        example for role in SCORED for example in scored_rows(contents[role], name, role, config)
+    ]
+    return {
+        "train": tuple(example for example in scored if example.text not in held_out),
+        "test": test,
+    }
 
 
 def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Example]:
-    """Every sentence of one of the challenge's files as often as it has targets. Raises `EnvironmentFault` on another form or length."""
+    """Every sentence of one of the challenge's files as often as it has targets. Raises
+    `EnvironmentFault` on another form or length.
+    """
     try:
         sentences: dict[str, Any] = json.loads(content)
         check_rows(name, role, config.files[role], len(sentences), "sentences")
@@ -79,7 +95,9 @@ def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Ex
             for number, target in enumerate(entry["info"])
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EnvironmentFault(f"dataset '{name}', file '{role}': not the challenge's form ({error!r}).") from None
+        raise EnvironmentFault(
+            f"dataset '{name}', file '{role}': not the challenge's form ({error!r})."
+        ) from None
 
 
 def sentiment(score: float, config: Config) -> str:

@@ -1,4 +1,6 @@
-"""JSON lines with a text and a label by name, one file a split: news with labels that ChatGPT gave (NWGI)."""
+"""JSON lines with a text and a label by name, one file a split: news with labels that ChatGPT
+gave (NWGI).
+"""
 
 import json
 
@@ -11,7 +13,9 @@ from finrepro.settings import settings
 
 @settings
 class Columns:
-    """The keys of a file's lines. `prompted`: the text stands inside FinGPT's instruction, between its Input and its Answer."""
+    """The keys of a file's lines. `prompted`: the text stands inside FinGPT's instruction,
+    between its Input and its Answer.
+    """
 
     text: str
     label: str
@@ -20,7 +24,9 @@ class Columns:
 
 @settings
 class Config:
-    """`files` and `columns` map a split to its file and its keys; `labels` are all that may occur."""
+    """`files` and `columns` map a split to its file and its keys; `labels` are all that may
+    occur.
+    """
 
     version: int
     title: str
@@ -39,7 +45,9 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Split name -> examples in file order. Raises `EnvironmentFault` on a line of another form or an unknown label."""
+    """Split name -> examples in file order. Raises `EnvironmentFault` on a line of another form
+    or an unknown label.
+    """
     splits = {}
     for split, content in contents.items():
         columns, examples = config.columns[split], []
@@ -64,14 +72,20 @@ def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise EnvironmentFault(f"dataset '{name}', file '{role}', line {number}: not JSON ({error}).") from None
+            raise EnvironmentFault(
+                f"dataset '{name}', file '{role}', line {number}: not JSON ({error})."
+            ) from None
         if not isinstance(value, dict):
-            raise EnvironmentFault(f"dataset '{name}', file '{role}', line {number}: not a JSON object.")
+            raise EnvironmentFault(
+                f"dataset '{name}', file '{role}', line {number}: not a JSON object."
+            )
         found.append(value)
     return found
 
 
 def asked(prompt: str) -> tuple[str, str]:
-    """(instruction, text) of a prompt in FinGPT's form, `Instruction: ...\\nInput: ...\\nAnswer: `."""
+    """(instruction, text) of a prompt in FinGPT's form, `Instruction: ...\\nInput: ...\\nAnswer:
+    `.
+    """
     instruction, _, rest = prompt.partition("\nInput: ")
     return instruction, rest.rpartition("\nAnswer:")[0]

@@ -1,7 +1,8 @@
 """Financial PhraseBank's `sentence@label` lines (Malo et al., 2014), split as FinGPT split it.
 
-The release has no split. FinGPT and FinLoRA score on `datasets.train_test_split(seed=42)`, a random quarter; the same 1,212 rows in
-the same order come from NumPy's generator alone, which is how `Split` says it.
+The release has no split. FinGPT and FinLoRA score on `datasets.train_test_split(seed=42)`, a random
+quarter; the same 1,212 rows in the same order come from NumPy's generator alone, which is how
+`Split` says it.
 """
 
 import numpy as np
@@ -14,7 +15,9 @@ from finrepro.settings import settings
 
 @settings
 class Split:
-    """The first `test_rows` of `numpy.random.default_rng(seed).permutation(rows)` are the test set, the rest is train."""
+    """The first `test_rows` of `numpy.random.default_rng(seed).permutation(rows)` are the test
+    set, the rest is train.
+    """
 
     seed: int
     test_rows: int
@@ -41,9 +44,13 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Train and test in the order of the permutation. Raises `EnvironmentFault` on a wrong number of lines."""
+    """Train and test in the order of the permutation. Raises `EnvironmentFault` on a wrong
+    number of lines.
+    """
     # Not splitlines(): in ISO-8859-1 it would also break at control characters inside a sentence.
-    lines = contents["all"].decode(config.encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = (
+        contents["all"].decode(config.encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    )
     check_rows(name, "all", config.files["all"], len(lines), "lines")
     examples = []
     for row, line in enumerate(lines):
@@ -51,4 +58,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
         examples.append(Example(id=f"{name}/all/{row}", text=text.strip(), label=label.strip()))
     order = np.random.default_rng(config.split.seed).permutation(len(examples))
     shuffled = [examples[row] for row in order]
-    return {"train": tuple(shuffled[config.split.test_rows :]), "test": tuple(shuffled[: config.split.test_rows])}
+    return {
+        "train": tuple(shuffled[config.split.test_rows :]),
+        "test": tuple(shuffled[: config.split.test_rows]),
+    }

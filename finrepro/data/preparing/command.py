@@ -1,4 +1,6 @@
-"""What `invoke data --prepare` and `--verify` do: options checked, progress shown, the outcome said."""
+"""What `invoke data --prepare` and `--verify` do: options checked, progress shown, the outcome
+said.
+"""
 
 import sys
 import time
@@ -19,7 +21,9 @@ VALIDATION = 0.005  # of the documents, where nothing else is said
 
 
 def one_of(prepare: str, verify: str | None) -> None:
-    """Raise `UsageError` for both at once, and for a folder to verify that has no name (a variable that was not set)."""
+    """Raise `UsageError` for both at once, and for a folder to verify that has no name (a
+    variable that was not set).
+    """
     if prepare and verify is not None:
         raise UsageError("--prepare and --verify are two commands: give one of them.")
     if verify == "":
@@ -27,10 +31,20 @@ def one_of(prepare: str, verify: str | None) -> None:
 
 
 def make(
-    given: str, tokenizer: Path | None, out: Path | None, data_dir: Path | None, *,
-    workers: str, on_error: str, field: str, documents: str, validation: str,
-) -> int:  # fmt: skip
-    """Prepare a corpus, or go on with it. Options are as they were typed, empty where they were not."""
+    given: str,
+    tokenizer: Path | None,
+    out: Path | None,
+    data_dir: Path | None,
+    *,
+    workers: str,
+    on_error: str,
+    field: str,
+    documents: str,
+    validation: str,
+) -> int:
+    """Prepare a corpus, or go on with it. Options are as they were typed, empty where they were
+    not.
+    """
     if tokenizer is None or out is None:
         raise UsageError("--prepare needs --tokenizer FOLDER and --out FOLDER.")
     local = {key: value for key, value in (("field", field), ("documents", documents)) if value}
@@ -39,7 +53,9 @@ def make(
         raise UsageError(
             f"--{next(iter(local))} goes with files of your own; '{given}' says in configs/corpora.yaml what it is."
         )
-    if Path(given).expanduser().is_dir() and out.resolve().is_relative_to(Path(given).expanduser().resolve()):
+    if Path(given).expanduser().is_dir() and out.resolve().is_relative_to(
+        Path(given).expanduser().resolve()
+    ):
         raise UsageError(f"--out {out} lies inside of its own source {given}: choose another.")
     options = _options(validation, sources, held_out)
     encoder = load_encoder(tokenizer)
@@ -62,7 +78,9 @@ def make(
 
 
 def default_options(sources: Sources, held_out: HeldOut | None) -> Options:
-    """The options where nothing is said: the catalogue's rule for held-out documents, if it has one."""
+    """The options where nothing is said: the catalogue's rule for held-out documents, if it has
+    one.
+    """
     fraction: float = held_out.fraction if held_out else 0.0 if sources.validation else VALIDATION
     return Options(validation=fraction, seed=held_out.seed if held_out else 0)
 
@@ -74,7 +92,9 @@ def _options(validation: str, sources: Sources, held_out: HeldOut | None) -> Opt
     try:
         fraction = float(validation)
     except ValueError:
-        raise UsageError(f"--validation '{validation}': expected a fraction from 0 to below 1, as 0.005.") from None
+        raise UsageError(
+            f"--validation '{validation}': expected a fraction from 0 to below 1, as 0.005."
+        ) from None
     return build(Options, {"validation": fraction, "seed": options.seed}, "--validation")
 
 
@@ -100,7 +120,11 @@ def described(folder: Path, index: Index) -> list[str]:
     return [*lines, f"  left out: {', '.join(left)}"] if left else lines
 
 
-_LEFT_OUT = {"duplicates": "duplicates", "empty": "empty", "quarantined": "damaged (quarantine.jsonl)"}
+_LEFT_OUT = {
+    "duplicates": "duplicates",
+    "empty": "empty",
+    "quarantined": "damaged (quarantine.jsonl)",
+}
 
 
 def verify(folder: Path) -> int:
@@ -109,7 +133,9 @@ def verify(folder: Path) -> int:
     for line in wrong:
         print(f"damaged: {line}")
     print("\n".join(described(folder, index)))
-    print(f"{sum(len(split.shards) for split in index.splits.values())} shards, {len(wrong)} damaged")
+    print(
+        f"{sum(len(split.shards) for split in index.splits.values())} shards, {len(wrong)} damaged"
+    )
     return 4 if wrong else 0
 
 
@@ -124,8 +150,14 @@ class Shown:
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("preparing"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-            self._bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            columns = (
+                TextColumn("preparing"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._bars = Bars(
+                *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
             self._bars.start()
             self._bars.add_task("preparing", total=total, facts="")
 

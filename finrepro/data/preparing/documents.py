@@ -1,4 +1,6 @@
-"""Where one document of a text file ends and the next begins. Only lines that are text: a damaged one costs its document, not the file."""
+"""Where one document of a text file ends and the next begins. Only lines that are text: a
+damaged one costs its document, not the file.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +22,12 @@ class Document:
 
 
 def split_file(rule: str, lines: Lines, name: str, fault: Fault) -> Iterator[Document]:
-    """The documents of a file by a named rule. Damaged ones go to `fault`; an empty one has only white space and is left to the caller.
+    """The documents of a file by a named rule. Damaged ones go to `fault`; an empty one has only
+    white space and is left to the caller.
 
-    `file`: all of it. `articles`: WikiText's, each begins at its heading ` = Title = ` with a blank line before. `lines`: each line.
-    `paragraphs`: parted by blank lines. Raises `UsageError` for another rule.
+    `file`: all of it. `articles`: WikiText's, each begins at its heading ` = Title = ` with a blank
+    line before. `lines`: each line. `paragraphs`: parted by blank lines. Raises `UsageError` for
+    another rule.
     """
     if rule not in RULES:
         raise unknown("rule for documents", rule, RULES)

@@ -1,4 +1,6 @@
-"""configs/corpora.yaml: corpora that are known by name, where their text is and how it is cut into documents and splits."""
+"""configs/corpora.yaml: corpora that are known by name, where their text is and how it is cut
+into documents and splits.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,9 @@ from finrepro.settings import Count, build, settings
 
 @settings
 class HeldOut:
-    """The validation split: this fraction of the documents, by a hash of their text and the seed."""
+    """The validation split: this fraction of the documents, by a hash of their text and the
+    seed.
+    """
 
     fraction: Annotated[float, pydantic.Field(gt=0, lt=1)]
     seed: Count
@@ -27,9 +31,11 @@ class HeldOut:
 
 @settings
 class Entry:
-    """A corpus. Either `files` by split (train, and validation where the text comes with one), or `hub` with its split and field.
+    """A corpus. Either `files` by split (train, and validation where the text comes with one), or
+    `hub` with its split and field.
 
-    `documents` is the rule that cuts text files (finrepro.data.preparing.documents); `held_out` is None where validation has files of its own.
+    `documents` is the rule that cuts text files (finrepro.data.preparing.documents); `held_out` is
+    None where validation has files of its own.
     """
 
     title: str
@@ -60,18 +66,24 @@ def entry(name: str) -> Entry:
 
 
 def sources_of(name: str, data_dir: Path | None) -> Sources:
-    """Where the corpus's documents are read. Raises `EnvironmentFault` when a file is not here, or is not the recorded one."""
+    """Where the corpus's documents are read. Raises `EnvironmentFault` when a file is not here,
+    or is not the recorded one.
+    """
     found = entry(name)
     if found.hub is not None:
         return Sources([hub.Hub(found.hub.id, found.hub.revision, found.split, found.field)])
     assert found.files is not None and found.documents is not None
     places: dict[str, list[Local]] = {"train": [], "validation": []}
     for split, file in found.files.items():
-        candidates = [folder / file.path for folder in (data_dir, data.EMBEDDED) if folder is not None]
+        candidates = [
+            folder / file.path for folder in (data_dir, data.EMBEDDED) if folder is not None
+        ]
         path = next((each for each in candidates if each.is_file()), None)
         if path is None:
             source = f"; its source is {file.url}" if file.url else ""
-            raise EnvironmentFault(f"corpus '{name}' is not here: put {file.path} under --data-dir{source}.")
+            raise EnvironmentFault(
+                f"corpus '{name}' is not here: put {file.path} under --data-dir{source}."
+            )
         try:
             data.digest_of(path.read_bytes(), file, path)
         except OSError as error:
@@ -81,10 +93,17 @@ def sources_of(name: str, data_dir: Path | None) -> Sources:
 
 
 def unlike(name: str, index: Index | Begun) -> str | None:
-    """Why a prepared corpus is not the one of this name, None if it is: made from another place, revision or file than its entry says."""
+    """Why a prepared corpus is not the one of this name, None if it is: made from another place,
+    revision or file than its entry says.
+    """
     found, made = entry(name), index.source.get("train", [])
     if found.hub is not None:
-        wanted = {"hub": found.hub.id, "revision": found.hub.revision, "split": found.split, "field": found.field}
+        wanted = {
+            "hub": found.hub.id,
+            "revision": found.hub.revision,
+            "split": found.split,
+            "field": found.field,
+        }
         if len(made) == 1 and wanted.items() <= made[0].items():
             return None
         return f"it is not {name}: it was not made from {found.hub.id} at the catalogue's revision (see `source` in its index.json)"
@@ -94,8 +113,11 @@ def unlike(name: str, index: Index | Begun) -> str | None:
     return f"it is not {name}: it was made from other files (see `source` in its index.json)"
 
 
-def named_or_path(given: str, data_dir: Path | None, **local: Any) -> tuple[Sources, HeldOut | None]:
-    """The sources of a catalogue's entry, or of a file or folder; the entry's rule for held-out documents, if it has one.
+def named_or_path(
+    given: str, data_dir: Path | None, **local: Any
+) -> tuple[Sources, HeldOut | None]:
+    """The sources of a catalogue's entry, or of a file or folder; the entry's rule for held-out
+    documents, if it has one.
 
     Raises `UsageError` for what is neither.
     """
@@ -112,6 +134,10 @@ def listed() -> list[str]:
     lines = []
     for name in reader.catalogue("corpora"):
         found = entry(name)
-        place = "embedded" if found.embedded else "from the hub" if found.hub else "under --data-dir"
-        lines.append(f"{name}: {found.title} ({place}; {found.licence}): invoke data --prepare {name}")
+        place = (
+            "embedded" if found.embedded else "from the hub" if found.hub else "under --data-dir"
+        )
+        lines.append(
+            f"{name}: {found.title} ({place}; {found.licence}): invoke data --prepare {name}"
+        )
     return lines

@@ -1,4 +1,6 @@
-"""Documents from a dataset of the hub, streamed: nothing is stored but the shards that are made of them."""
+"""Documents from a dataset of the hub, streamed: nothing is stored but the shards that are made
+of them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from finrepro.errors import EnvironmentFault
 
 @dataclass(frozen=True)
 class Hub:
-    """A split of a hub dataset at a revision (a commit; None: whatever is there, which the index then says)."""
+    """A split of a hub dataset at a revision (a commit; None: whatever is there, which the index
+    then says).
+    """
 
     id: str
     revision: str | None
@@ -36,15 +40,21 @@ class Hub:
         return
 
     def read(self, fault: Fault) -> Iterator[tuple[str, Document]]:
-        """(address, document); a row's number counts from 1. Raises `EnvironmentFault` when the hub cannot be had."""
+        """(address, document); a row's number counts from 1. Raises `EnvironmentFault` when the
+        hub cannot be had.
+        """
         from finrepro.data.fetch import without_secrets
 
         where = f"hf://datasets/{self.id}@{self.revision or 'main'}, split {self.split}"
         try:
             rows = self._stream()
         except ImportError as error:
-            raise EnvironmentFault(f"could not read {where}: the package '{error.name}' is not installed.") from None
-        except Exception as error:  # the hub's client and its transport raise errors that they do not export
+            raise EnvironmentFault(
+                f"could not read {where}: the package '{error.name}' is not installed."
+            ) from None
+        except (
+            Exception
+        ) as error:  # the hub's client and its transport raise errors that they do not export
             raise EnvironmentFault(f"could not read {where}: {without_secrets(error)}") from None
         number = 0
         while True:
@@ -70,5 +80,7 @@ class Hub:
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
         return iter(
-            datasets.load_dataset(self.id, self.subset, revision=self.revision, split=self.split, streaming=True)
+            datasets.load_dataset(
+                self.id, self.subset, revision=self.revision, split=self.split, streaming=True
+            )
         )

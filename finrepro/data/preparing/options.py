@@ -1,4 +1,6 @@
-"""The options of `invoke data` that prepare text, in words; `tasks.py` reads them at every command, so that nothing is imported here."""
+"""The options of `invoke data` that prepare text, in words; `tasks.py` reads them at every
+command, so that nothing is imported here.
+"""
 
 HELP = {
     "prepare": "tokenize a corpus of configs/corpora.yaml, a file or a folder into shards; run again to go on",

@@ -1,7 +1,9 @@
-"""From sources to a corpus of token shards: read, set aside what is damaged, drop duplicates, hold out, tokenize, write.
+"""From sources to a corpus of token shards: read, set aside what is damaged, drop duplicates, hold
+out, tokenize, write.
 
-All of it is a function of the documents in their order, so that a preparation that was cut short (killed, full disk) reads its sources
-again from the beginning, tokenizes only what is in no whole shard yet, and ends with the same bytes, whatever the number of workers.
+All of it is a function of the documents in their order, so that a preparation that was cut short
+(killed, full disk) reads its sources again from the beginning, tokenizes only what is in no whole
+shard yet, and ends with the same bytes, whatever the number of workers.
 """
 
 import contextlib
@@ -36,7 +38,8 @@ EVERY = 256  # documents between two reports of progress
 class Options:
     """What decides the bytes, beside the sources and the tokenizer.
 
-    `validation` is the fraction of documents that are held out by a hash of their text and `seed`; 0 where the sources name their own.
+    `validation` is the fraction of documents that are held out by a hash of their text and `seed`;
+    0 where the sources name their own.
     """
 
     validation: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.005
@@ -79,13 +82,17 @@ def prepare(
 ) -> Index:
     """Make the corpus in `folder`, or go on making it; one that is made is left as it is.
 
-    `keep` is called before the first shard is written, to put beside the shards what those need who follow them (the tokenizer).
+    `keep` is called before the first shard is written, to put beside the shards what those need who
+    follow them (the tokenizer).
 
-    Raises `UsageError` when the folder holds another corpus, `EnvironmentFault` for a full disk, damaged text (`on_error` stop), a hub that
-    cannot be had, sources that changed between two attempts, or when another process is at work there.
+    Raises `UsageError` when the folder holds another corpus, `EnvironmentFault` for a full disk,
+    damaged text (`on_error` stop), a hub that cannot be had, sources that changed between two
+    attempts, or when another process is at work there.
     """
     if sources.validation and options.validation:
-        raise UsageError("these sources have a validation split of their own: --validation must be 0.")
+        raise UsageError(
+            "these sources have a validation split of their own: --validation must be 0."
+        )
     check_choice(on_error)
     identities = {
         "format": FORMAT,
@@ -101,7 +108,15 @@ def prepare(
                 made = _begun(folder, identities)
                 keep()
                 if made is None:
-                    made = _make(sources, encoder, folder, options, workers, Quarantine(folder, on_error), progress)
+                    made = _make(
+                        sources,
+                        encoder,
+                        folder,
+                        options,
+                        workers,
+                        Quarantine(folder, on_error),
+                        progress,
+                    )
                 return made
             finally:  # what is needed to go on stays; a folder that is finished, or not ours, is left as it was
                 if (folder / INDEX).exists() or not (folder / PREPARING / BEGUN).exists():
@@ -109,7 +124,9 @@ def prepare(
 
 
 def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
-    """The finished index, or None after noting what is made here. Raises `UsageError` when it is something else."""
+    """The finished index, or None after noting what is made here. Raises `UsageError` when it is
+    something else.
+    """
     here = json.loads(json.dumps(identities))
     if (folder / INDEX).exists():
         index = read_index(folder)
@@ -119,7 +136,9 @@ def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
     else:
         others = [path.name for path in folder.iterdir() if path.name != PREPARING]
         if others:
-            raise UsageError(f"{folder} is not empty (it holds {sorted(others)[0]}): choose another --out.")
+            raise UsageError(
+                f"{folder} is not empty (it holds {sorted(others)[0]}): choose another --out."
+            )
         write_durably(folder / PREPARING / BEGUN, here)
         return None
     differ = [key for key in here if here[key] != found[key]]
@@ -141,7 +160,10 @@ def _make(
     progress: Progress,
 ) -> Index:
     dtype = dtype_for(encoder.vocabulary)
-    writers = {name: SplitWriter(folder, name, dtype, options.shard_tokens) for name in ("train", "validation")}
+    writers = {
+        name: SplitWriter(folder, name, dtype, options.shard_tokens)
+        for name in ("train", "validation")
+    }
     counts = Counter({"duplicates": 0, "empty": 0})
     done = Counter({"documents": 0, "bytes": 0, "tokens": 0})
     ended = False
@@ -194,7 +216,11 @@ def _index(
         splits=splits,
         source=sources.description,
         options=plain(options),
-        counts={**counts, "quarantined": aside.count, "reasons": dict(sorted(aside.reasons.items()))},
+        counts={
+            **counts,
+            "quarantined": aside.count,
+            "reasons": dict(sorted(aside.reasons.items())),
+        },
     )
 
 
@@ -203,15 +229,21 @@ def _chosen(
 ) -> Iterator[tuple[str, bytes, int, str]]:
     """(split, identity, UTF-8 bytes, text) of every document that is kept.
 
-    The validation split's own sources come first: a training document that is also there is dropped as their duplicate.
+    The validation split's own sources come first: a training document that is also there is dropped
+    as their duplicate.
     """
     seen = Seen()
-    for own, source in [*((True, each) for each in sources.validation), *((False, each) for each in sources.train)]:
+    for own, source in [
+        *((True, each) for each in sources.validation),
+        *((False, each) for each in sources.train),
+    ]:
         for name, document in source.read(quarantine.fault):
             try:
                 size = len(document.text.encode())
             except UnicodeEncodeError:
-                quarantine.fault(name, document.line, "text that UTF-8 does not have (half of a surrogate pair)")
+                quarantine.fault(
+                    name, document.line, "text that UTF-8 does not have (half of a surrogate pair)"
+                )
                 continue
             if not document.text.strip():
                 counts["empty"] += 1

@@ -1,4 +1,6 @@
-"""What could not be read, counted and listed with file, line and reason; or the first of it as the error that stops."""
+"""What could not be read, counted and listed with file, line and reason; or the first of it as
+the error that stops.
+"""
 
 import contextlib
 import json
@@ -18,7 +20,9 @@ def check_choice(choice: str) -> None:
 
 
 class Quarantine:
-    """Gathers faults into `quarantine.jsonl` of the corpus, which is there only when it has a line. `choice` is stop or skip."""
+    """Gathers faults into `quarantine.jsonl` of the corpus, which is there only when it has a
+    line. `choice` is stop or skip.
+    """
 
     def __init__(self, folder: Path, choice: str) -> None:
         self.path, self.stops = folder / NAME, choice == "stop"
@@ -31,7 +35,9 @@ class Quarantine:
         """One fault. Raises `EnvironmentFault` with it when faults stop."""
         if self._file is None:
             where = f"{file}, line {line}" if line else file
-            raise EnvironmentFault(f"{where}: {reason}. Give --on-error skip to set such documents aside.")
+            raise EnvironmentFault(
+                f"{where}: {reason}. Give --on-error skip to set such documents aside."
+            )
         self.count += 1
         self.reasons[reason.split(" (")[0]] += 1
         row = {"file": file, "line": line, "reason": reason}

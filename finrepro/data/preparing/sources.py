@@ -1,6 +1,8 @@
-"""Documents from files on this machine: text and JSON lines, also compressed by gzip, Parquet, or folders of those by name.
+"""Documents from files on this machine: text and JSON lines, also compressed by gzip, Parquet, or
+folders of those by name.
 
-Nothing is skipped in silence: a damaged file, line or row is told to `fault`, which counts it and goes on, or stops.
+Nothing is skipped in silence: a damaged file, line or row is told to `fault`, which counts it and
+goes on, or stops.
 """
 
 import gzip
@@ -21,20 +23,26 @@ KNOWN = TEXT + JSONL + PARQUET
 
 @dataclass(frozen=True)
 class Local:
-    """A file or a folder. `documents` is the rule for text files, `field` the text's name in JSON lines and Parquet."""
+    """A file or a folder. `documents` is the rule for text files, `field` the text's name in
+    JSON lines and Parquet.
+    """
 
     path: Path
     documents: str = "file"
     field: str = "text"
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for an unknown rule, `EnvironmentFault` where there is nothing to read."""
+        """Raises `UsageError` for an unknown rule, `EnvironmentFault` where there is nothing to
+        read.
+        """
         if self.documents not in RULES:
             raise unknown("rule for documents", self.documents, RULES)
         if not self.path.exists():
             raise EnvironmentFault(f"{self.path}: no such file or folder.")
         if not self.files:
-            raise EnvironmentFault(f"{self.path} holds no file of a known kind: {', '.join(KNOWN)}, or with .gz.")
+            raise EnvironmentFault(
+                f"{self.path} holds no file of a known kind: {', '.join(KNOWN)}, or with .gz."
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -42,7 +50,11 @@ class Local:
         if not self.path.is_dir():
             return [self.path]
         inside = sorted(path for path in self.path.rglob("*") if path.is_file())
-        return [each for each in inside if kind_of(each) in KNOWN and not _hidden(each.relative_to(self.path))]
+        return [
+            each
+            for each in inside
+            if kind_of(each) in KNOWN and not _hidden(each.relative_to(self.path))
+        ]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -82,7 +94,9 @@ class Local:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells the format, without .gz; a single file of no known kind is read as text."""
+    """The suffix that tells the format, without .gz; a single file of no known kind is read as
+    text.
+    """
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     return suffixes[-1].lower() if suffixes else ""
 
@@ -97,7 +111,9 @@ def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
 
 def _text(path: Path, name: str, rule: str, fault: Fault) -> Iterator[Document]:
     with _opened(path) as file:
-        if b"\0" in file.read(1 << 16):  # an archive or a picture: one fault, not one for each of its lines
+        if b"\0" in file.read(
+            1 << 16
+        ):  # an archive or a picture: one fault, not one for each of its lines
             fault(name, 1, "a binary file (it has NUL bytes)")
             return
         file.seek(0)
@@ -128,7 +144,9 @@ def _rows(path: Path, name: str, field: str, fault: Fault) -> Iterator[Document]
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                fault(name, 0, f"no column '{field}'; there are {', '.join(file.schema_arrow.names)}")
+                fault(
+                    name, 0, f"no column '{field}'; there are {', '.join(file.schema_arrow.names)}"
+                )
                 return
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):

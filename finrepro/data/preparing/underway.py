@@ -1,4 +1,6 @@
-"""What others see of a preparation that has not ended: what it is of, whether somebody is at work on it, and why it was given up."""
+"""What others see of a preparation that has not ended: what it is of, whether somebody is at
+work on it, and why it was given up.
+"""
 
 import contextlib
 import fcntl
@@ -14,7 +16,9 @@ from finrepro.settings import build
 
 BEGUN, LOCK, FAILURE = "options.json", ".lock", "failure.txt"
 TRIES, TRY_SECONDS = 10, 0.05
-HELD = 75  # a feeder's exit status when another process is at work there (EX_TEMPFAIL of sysexits.h)
+HELD = (
+    75  # a feeder's exit status when another process is at work there (EX_TEMPFAIL of sysexits.h)
+)
 
 
 def is_finished(folder: Path) -> bool:
@@ -23,14 +27,18 @@ def is_finished(folder: Path) -> bool:
 
 
 def begun(folder: Path) -> Begun | None:
-    """What a preparation that has not ended is of; None where none was begun. Raises `EnvironmentFault` for a note that cannot be read."""
+    """What a preparation that has not ended is of; None where none was begun. Raises
+    `EnvironmentFault` for a note that cannot be read.
+    """
     path = folder / PREPARING / BEGUN
     try:
         return build(Begun, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (FinreproError, ValueError, TypeError):
-        raise EnvironmentFault(f"{path} is damaged: delete {path.parent}, and begin again.") from None
+        raise EnvironmentFault(
+            f"{path} is damaged: delete {path.parent}, and begin again."
+        ) from None
 
 
 class Held(EnvironmentFault):
@@ -39,7 +47,8 @@ class Held(EnvironmentFault):
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when the process dies. A failure inside is noted for those who wait for shards.
+    """Hold the folder; the system lets go of it when the process dies. A failure inside is noted
+    for those who wait for shards.
 
     Raises `Held` where another process is.
     """
@@ -50,14 +59,18 @@ def alone(folder: Path) -> Iterator[None]:
                 break
             except OSError:
                 if not left:
-                    raise Held(f"another process is preparing {folder}; wait for it or choose another --out.") from None
+                    raise Held(
+                        f"another process is preparing {folder}; wait for it or choose another --out."
+                    ) from None
                 time.sleep(TRY_SECONDS)
         note = folder / PREPARING / FAILURE
         note.unlink(missing_ok=True)
         try:
             yield
         except FinreproError as error:
-            with contextlib.suppress(OSError):  # a full disk, or a folder that is not ours and was left as it was
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk, or a folder that is not ours and was left as it was
                 note.write_text(" ".join(str(error).split()), encoding="utf-8")
             raise
 

@@ -1,4 +1,6 @@
-"""Every byte of a corpus against its index: sha256 of all shards, and that documents and ids are what the counts say."""
+"""Every byte of a corpus against its index: sha256 of all shards, and that documents and ids are
+what the counts say.
+"""
 
 import hashlib
 from pathlib import Path
@@ -11,12 +13,17 @@ BLOCK = 1 << 24  # bytes
 
 
 def wrong_shards(folder: Path) -> tuple[Index, list[str]]:
-    """The index, and a line for each thing that is wrong: the file and what is the matter. Raises `EnvironmentFault` without an index."""
+    """The index, and a line for each thing that is wrong: the file and what is the matter.
+    Raises `EnvironmentFault` without an index.
+    """
     index = read_index(folder)
     wrong: list[str] = []
     for name, split in index.splits.items():
         for shard in split.shards:
-            for kind, recorded in (("tokens", shard.sha256_tokens), ("starts", shard.sha256_starts)):
+            for kind, recorded in (
+                ("tokens", shard.sha256_tokens),
+                ("starts", shard.sha256_starts),
+            ):
                 said = _fault(folder / f"{shard.name}.{kind}", recorded)
                 wrong += [f"{shard.name}.{kind}: {said}"] if said else []
         wrong += _miscounted(folder, index, name) if not wrong else []
@@ -35,18 +42,26 @@ def _fault(path: Path, recorded: str) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     found = digest.hexdigest()
-    return None if found == recorded else f"has sha256 {found[:12]}..., the index says {recorded[:12]}..."
+    return (
+        None
+        if found == recorded
+        else f"has sha256 {found[:12]}..., the index says {recorded[:12]}..."
+    )
 
 
 def _miscounted(folder: Path, index: Index, name: str) -> list[str]:
-    """What the files say that the index does not: numbers of tokens and documents, ids, documents' first tokens."""
+    """What the files say that the index does not: numbers of tokens and documents, ids,
+    documents' first tokens.
+    """
     split, wrong = index.splits[name], []
     for shard in split.shards:
         wrong += [f"{shard.name}: {said}" for said in _inside(folder, index, shard)]
     for what in ("tokens", "documents"):
         found = sum(getattr(shard, what) for shard in split.shards)
         if found != getattr(split, what):
-            wrong.append(f"{name}: its shards have {found} {what}, the index says {getattr(split, what)}")
+            wrong.append(
+                f"{name}: its shards have {found} {what}, the index says {getattr(split, what)}"
+            )
     return wrong
 
 
@@ -60,6 +75,8 @@ def _inside(folder: Path, index: Index, shard: Shard) -> list[str]:
         )
     elif len(tokens) and int(tokens.max()) >= index.vocabulary:
         wrong.append(f"holds the id {int(tokens.max())}, the tokenizer has {index.vocabulary}")
-    elif len(starts) and (int(starts.max()) >= len(tokens) or (tokens[starts] != index.start_id).any()):
+    elif len(starts) and (
+        int(starts.max()) >= len(tokens) or (tokens[starts] != index.start_id).any()
+    ):
         wrong.append("a document does not begin with the start token")
     return wrong

@@ -1,8 +1,9 @@
-"""Token shards on disk: a shard is whole or absent, and the same documents give the same bytes however often the writing was cut short.
+"""Token shards on disk: a shard is whole or absent, and the same documents give the same bytes
+however often the writing was cut short.
 
-A shard's two files are written under hidden names, flushed to disk and renamed; then its record, in `.preparing/`, says that it is whole.
-What no record names does not count. A writer that begins again is given the same documents from the first one on: those in whole shards it
-passes over.
+A shard's two files are written under hidden names, flushed to disk and renamed; then its record, in
+`.preparing/`, says that it is whole. What no record names does not count. A writer that begins
+again is given the same documents from the first one on: those in whole shards it passes over.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ PREPARING = ".preparing"
 class SplitWriter:
     """Writes one split's documents, in order, into shards of `capacity` tokens.
 
-    Raises `EnvironmentFault` when the documents are not those that the whole shards were made from, or the disk is full.
+    Raises `EnvironmentFault` when the documents are not those that the whole shards were made from,
+    or the disk is full.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str, capacity: int) -> None:
@@ -38,7 +40,9 @@ class SplitWriter:
         self.shards, self._seals = _whole_shards(folder, name, capacity, self.dtype.itemsize)
         self._written = capacity * len(self.shards)
         begun = sum(shard.documents for shard in self.shards)
-        self.known = max(0, begun - 1)  # documents that lie in whole shards entirely: the last one begun may not
+        self.known = max(
+            0, begun - 1
+        )  # documents that lie in whole shards entirely: the last one begun may not
         self._position = _last_start(folder, self.shards, capacity)
         self.documents = self.bytes = 0
         self._chain = hashlib.sha256()
@@ -52,7 +56,9 @@ class SplitWriter:
         return self.documents < self.known
 
     def add(self, identity: bytes, size: int, ids: Tokens | None) -> None:
-        """The next document: what stands for its text, the text's bytes, its ids with the start token first (None: `passes_over`)."""
+        """The next document: what stands for its text, the text's bytes, its ids with the start
+        token first (None: `passes_over`).
+        """
         self.documents += 1
         self.bytes += size
         self._chain.update(identity)
@@ -64,7 +70,9 @@ class SplitWriter:
         assert ids is not None
         if self._position >= self._written:
             self._starts.append(self._filled)
-        rest = ids[max(0, min(len(ids), self._written - self._position)) :].astype(self.dtype, copy=False)
+        rest = ids[max(0, min(len(ids), self._written - self._position)) :].astype(
+            self.dtype, copy=False
+        )
         self._position += len(ids)
         while len(rest):
             part, rest = rest[: self.capacity - self._filled], rest[self.capacity - self._filled :]
@@ -73,17 +81,26 @@ class SplitWriter:
                 self._close_shard()
 
     def finish(self) -> Split:
-        """Write the last shard, which need not be full, and return what the index says of the split."""
+        """Write the last shard, which need not be full, and return what the index says of the
+        split.
+        """
         if self.documents < max(self._seals, default=0):
             self._changed()
         if self._filled:
             self._close_shard()
-        return Split(documents=self.documents, tokens=self._position, bytes=self.bytes, shards=tuple(self.shards))
+        return Split(
+            documents=self.documents,
+            tokens=self._position,
+            bytes=self.bytes,
+            shards=tuple(self.shards),
+        )
 
     def close(self) -> None:
         """Leave off: what is not a whole shard is taken away."""
         if self._open is not None:
-            with contextlib.suppress(OSError):  # what it still holds back may not fit on the disk either
+            with contextlib.suppress(
+                OSError
+            ):  # what it still holds back may not fit on the disk either
                 self._open.close()
             self._open = None
             for kind in ("tokens", "starts"):
@@ -134,8 +151,12 @@ class SplitWriter:
         self._starts, self._filled = [], 0
 
 
-def _whole_shards(folder: Path, name: str, capacity: int, id_bytes: int) -> tuple[list[Shard], dict[int, str]]:
-    """The full shards that an earlier attempt has left, and by number of documents the seal over their texts."""
+def _whole_shards(
+    folder: Path, name: str, capacity: int, id_bytes: int
+) -> tuple[list[Shard], dict[int, str]]:
+    """The full shards that an earlier attempt has left, and by number of documents the seal over
+    their texts.
+    """
     shards: list[Shard] = []
     seals: dict[int, str] = {}
     while found := whole_shard(folder, f"{name}-{len(shards):05d}", capacity, id_bytes):
@@ -144,10 +165,14 @@ def _whole_shards(folder: Path, name: str, capacity: int, id_bytes: int) -> tupl
     return shards, seals
 
 
-def whole_shard(folder: Path, name: str, capacity: int, id_bytes: int) -> tuple[Shard, dict[str, Any]] | None:
-    """A full shard of a preparation that has not ended, with its record; None if it is not there, not full or not whole.
+def whole_shard(
+    folder: Path, name: str, capacity: int, id_bytes: int
+) -> tuple[Shard, dict[str, Any]] | None:
+    """A full shard of a preparation that has not ended, with its record; None if it is not there,
+    not full or not whole.
 
-    The last one is written again: whether it is the last is not known yet. So is one that somebody took away, with those after it.
+    The last one is written again: whether it is the last is not known yet. So is one that somebody
+    took away, with those after it.
     """
     path = folder / PREPARING / f"{name}.json"
     try:

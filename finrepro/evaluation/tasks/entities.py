@@ -1,9 +1,12 @@
-"""Name the entities of a sentence, one a line in their order: `Evergreen Solar Inc, ORG`; `none` where there are none. Scored by entity F1.
+"""Name the entities of a sentence, one a line in their order: `Evergreen Solar Inc, ORG`; `none`
+where there are none. Scored by entity F1.
 
-A name alone does not say where in the sentence it stands, and FLARE's scorer labels every occurrence, so that the right answers score
-0.98. Here a line means one place: the first occurrence of the name, on whole tokens, that begins after the entity of the line before it.
-Where an entity is not that one, its line says which occurrence it is, counted from the beginning of the sentence: `Lender, PER #3`. With
-that the right answers score 1. No sentence of FIN needs the number, so the prompts do not speak of it.
+A name alone does not say where in the sentence it stands, and FLARE's scorer labels every
+occurrence, so that the right answers score 0.98. Here a line means one place: the first occurrence
+of the name, on whole tokens, that begins after the entity of the line before it. Where an entity is
+not that one, its line says which occurrence it is, counted from the beginning of the sentence:
+`Lender, PER #3`. With that the right answers score 1. No sentence of FIN needs the number, so the
+prompts do not speak of it.
 """
 
 import re
@@ -18,14 +21,17 @@ from finrepro.data.examples import Example
 from finrepro.settings import Positive, settings
 
 NONE = "none"
-KIND = re.compile(r"(?P<kind>[A-Za-z]+)(?:\s*#(?P<number>[1-9]\d{0,3}))?")  # what follows a line's last comma
+KIND = re.compile(
+    r"(?P<kind>[A-Za-z]+)(?:\s*#(?P<number>[1-9]\d{0,3}))?"
+)  # what follows a line's last comma
 UNREADABLE = "?"  # in a prediction: a line that names nothing
 Span = tuple[int, int, str]  # first token, last token, type
 
 
 @settings
 class Config:
-    """`types` are the entity types; `max_new_tokens` is the most that an answer may have, at least the longest right answer's.
+    """`types` are the entity types; `max_new_tokens` is the most that an answer may have, at least
+    the longest right answer's.
 
     `known` holds words that are always the same entity: what a constant answer knows.
     """
@@ -45,7 +51,9 @@ def prompt(example: Example, config: Config) -> str:
 
 
 def target(example: Example, config: Config) -> str:
-    """The answer to learn: a space, so that prompt and answer are one natural string, and the lines."""
+    """The answer to learn: a space, so that prompt and answer are one natural string, and the
+    lines.
+    """
     tokens, lines, after = example.text.split(" "), [], -1
     for first, last, kind in spans(example.label):
         name = " ".join(tokens[first : last + 1])
@@ -68,11 +76,13 @@ def new_tokens(config: Config) -> int:
 
 
 def parse(output: str, example: Example, config: Config) -> str | None:
-    """What an answer says, as `written` gives it, or None when no line of it can be read: counted, never dropped.
+    """What an answer says, as `written` gives it, or None when no line of it can be read: counted,
+    never dropped.
 
-    The answer is what stands before the first empty line. `none` alone means no entity. Every other line is one claim: one that cannot be
-    read, or whose name does not stand in the sentence (there), or that repeats a place, is a wrong one, so that rambling costs
-    precision. White space is not compared; case and punctuation are.
+    The answer is what stands before the first empty line. `none` alone means no entity. Every other
+    line is one claim: one that cannot be read, or whose name does not stand in the sentence
+    (there), or that repeats a place, is a wrong one, so that rambling costs precision. White space
+    is not compared; case and punctuation are.
     """
     lines = output.strip().split("\n\n")[0].splitlines()
     if len(lines) == 1 and re.sub(r"\W", "", lines[0]).lower() == NONE:
@@ -88,7 +98,11 @@ def parse(output: str, example: Example, config: Config) -> str | None:
             continue
         name, kind, number = claim
         places = occurrences(name, tokens)
-        chosen = places[number - 1 : number] if number else [place for place in places if place[0] > after][:1]
+        chosen = (
+            places[number - 1 : number]
+            if number
+            else [place for place in places if place[0] > after][:1]
+        )
         item = written([(*chosen[0], kind)]) if chosen else ""
         said.append(item if item and item not in said else f"{UNREADABLE}/{kind}")
         after = chosen[0][1] if chosen else after
@@ -109,14 +123,19 @@ def constant(answer: str, example: Example, config: Config) -> str:
     """What a constant answer predicts for an example."""
     if answer == NONE:
         return ""
-    words = [(place, place, config.known.get(token)) for place, token in enumerate(example.text.split(" "))]
+    words = [
+        (place, place, config.known.get(token))
+        for place, token in enumerate(example.text.split(" "))
+    ]
     return written([(first, last, kind) for first, last, kind in words if kind])
 
 
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows cells"]:
-    """Each row's counts: for each type how many entities are right, predicted and there; unreadable lines; 1 if unparsable; 1.
+    """Each row's counts: for each type how many entities are right, predicted and there; unreadable
+    lines; 1 if unparsable; 1.
 
-    An unparsable answer is one unreadable line: where nothing is to be found, the answer is `none` and not silence.
+    An unparsable answer is one unreadable line: where nothing is to be found, the answer is `none`
+    and not silence.
     """
     table = np.zeros((len(rows), 3 * len(config.types) + 3))
     for row, counts in zip(rows, table, strict=True):
@@ -134,8 +153,12 @@ def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "
     return table
 
 
-def score(sums: Float[np.ndarray, "*batch cells"], config: Config) -> dict[str, Float[np.ndarray, "*batch"]]:
-    """Every metric from summed tallies: micro F1, precision and recall of whole entities as in seqeval, each type's F1, unparsable rate."""
+def score(
+    sums: Float[np.ndarray, "*batch cells"], config: Config
+) -> dict[str, Float[np.ndarray, "*batch"]]:
+    """Every metric from summed tallies: micro F1, precision and recall of whole entities as in
+    seqeval, each type's F1, unparsable rate.
+    """
     by_type = sums[..., :-3].reshape(*sums.shape[:-1], len(config.types), 3)
     right, predicted, there = (by_type[..., column] for column in range(3))
     hits, claimed, wanted = right.sum(-1), predicted.sum(-1) + sums[..., -3], there.sum(-1)
@@ -145,12 +168,16 @@ def score(sums: Float[np.ndarray, "*batch cells"], config: Config) -> dict[str, 
         "recall_entity": _share(hits, wanted),
     }
     for position, kind in enumerate(config.types):
-        found[f"f1_{kind.lower()}"] = _share(2 * right[..., position], (predicted + there)[..., position])
+        found[f"f1_{kind.lower()}"] = _share(
+            2 * right[..., position], (predicted + there)[..., position]
+        )
     return found | {"unparsable_rate": _share(sums[..., -2], sums[..., -1])}
 
 
 def spans(tags: str) -> list[Span]:
-    """The entities that tags joined by spaces mean, by seqeval's definition (chunks as in conlleval), in their order."""
+    """The entities that tags joined by spaces mean, by seqeval's definition (chunks as in
+    conlleval), in their order.
+    """
     return list(_spans(tags))
 
 
@@ -158,7 +185,9 @@ def spans(tags: str) -> list[Span]:
 def _spans(tags: str) -> tuple[Span, ...]:
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return tuple((int(first), int(last), str(kind)) for kind, first, last in get_entities(tags.split(" ")))
+    return tuple(
+        (int(first), int(last), str(kind)) for kind, first, last in get_entities(tags.split(" "))
+    )
 
 
 def written(entities: Sequence[Span]) -> str:
@@ -167,7 +196,9 @@ def written(entities: Sequence[Span]) -> str:
 
 
 def occurrences(name: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """(first, last) of every run of whole tokens that spells the name, white space aside, by its first token."""
+    """(first, last) of every run of whole tokens that spells the name, white space aside, by its
+    first token.
+    """
     wanted = "".join(name.split())
     found = []
     for first in range(len(tokens)):

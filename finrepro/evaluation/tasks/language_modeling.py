@@ -1,5 +1,5 @@
-"""Predict the next token of plain text. Scored on text that was not trained on: perplexity per token, and bits per byte, which models with
-different tokenizers have in common."""
+"""Predict the next token of plain text. Scored on text that was not trained on: perplexity per
+token, and bits per byte, which models with different tokenizers have in common."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,13 +14,16 @@ from finrepro.settings import Positive, settings
 
 @settings
 class Config:
-    """`endings`: one of them follows each text, chosen by the example's id and so without regard to its label.
+    """`endings`: one of them follows each text, chosen by the example's id and so without regard to
+    its label.
 
-    They let a miniature read and write the wording of a task it will be fine-tuned on, while it learns nothing about the answers.
-    `windows`: the texts are a corpus. Laid end to end they are cut in windows of `max_seq_len` tokens, which `global_batch_size` counts.
-    `corpus` names what is trained on instead of the dataset: a corpus of configs/corpora.yaml; scored is the dataset.
-    `order` is that of a corpus' windows: `shuffled`, each epoch a permutation of all of them, or `arriving`, for which the corpus need not
-    be finished: in the first epoch `block` windows that follow one another are permuted among themselves.
+    They let a miniature read and write the wording of a task it will be fine-tuned on, while it
+    learns nothing about the answers. `windows`: the texts are a corpus. Laid end to end they are
+    cut in windows of `max_seq_len` tokens, which `global_batch_size` counts. `corpus` names what is
+    trained on instead of the dataset: a corpus of configs/corpora.yaml; scored is the dataset.
+    `order` is that of a corpus' windows: `shuffled`, each epoch a permutation of all of them, or
+    `arriving`, for which the corpus need not be finished: in the first epoch `block` windows that
+    follow one another are permuted among themselves.
     """
 
     version: int
@@ -65,7 +68,9 @@ def parse(output: str, example: Example, config: Config) -> str:
 
 
 def cluster(example: Example) -> str:
-    """What the bootstrap resamples: the paragraphs of an article, or equal texts, are one observation."""
+    """What the bootstrap resamples: the paragraphs of an article, or equal texts, are one
+    observation.
+    """
     return example.source or example.text
 
 
@@ -80,11 +85,17 @@ def constant(answer: str, example: Example, config: Config) -> str:
 
 
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows 3"]:
-    """Each row's summed natural log-probability, its number of predicted tokens, and its bytes of UTF-8."""
-    return np.array([[row["logprob"], row["tokens"], row["bytes"]] for row in rows], dtype=float).reshape(-1, 3)
+    """Each row's summed natural log-probability, its number of predicted tokens, and its bytes
+    of UTF-8.
+    """
+    return np.array(
+        [[row["logprob"], row["tokens"], row["bytes"]] for row in rows], dtype=float
+    ).reshape(-1, 3)
 
 
-def score(sums: Float[np.ndarray, "*batch 3"], config: Config) -> dict[str, Float[np.ndarray, "*batch"]]:
+def score(
+    sums: Float[np.ndarray, "*batch 3"], config: Config
+) -> dict[str, Float[np.ndarray, "*batch"]]:
     """Perplexity per token and bits per byte from summed tallies."""
     logprob, tokens, size = sums[..., 0], sums[..., 1], sums[..., 2]
     return {

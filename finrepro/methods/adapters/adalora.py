@@ -1,8 +1,10 @@
-"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): y = W x + s P Lambda Q x with P (out, r), Lambda diagonal and Q (r, in) trained, W
-frozen, s = alpha / init_r. While it is trained, unimportant triplets lose their Lambda, until target_r a layer are left on average.
+"""AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): y = W x + s P Lambda Q x with P (out, r), Lambda
+diagonal and Q (r, in) trained, W frozen, s = alpha / init_r. While it is trained, unimportant
+triplets lose their Lambda, until target_r a layer are left on average.
 
-The layers are PEFT's, so that what is exported is a plain PEFT folder; importance, budget and regulariser are computed here, from the
-paper's equations, for PEFT's own read gradients that are gone under ZeRO. Lambda starts at zero: the model equals its base at first.
+The layers are PEFT's, so that what is exported is a plain PEFT folder; importance, budget and
+regulariser are computed here, from the paper's equations, for PEFT's own read gradients that are
+gone under ZeRO. Lambda starts at zero: the model equals its base at first.
 """
 
 from contextlib import contextmanager
@@ -13,8 +15,8 @@ from pydantic import Field
 from finrepro.methods.adapters.lora import export, misfit
 from finrepro.settings import Choice, Count, Positive, Share, settings
 
-# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out (`rank_pattern`), and when it reads such a
-# file it warns, wrongly, that it ignores the pattern.
+# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out
+# (`rank_pattern`), and when it reads such a file it warns, wrongly, that it ignores the pattern.
 __all__ = [
     "Config",
     "after_step",
@@ -41,7 +43,9 @@ PARTS = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
 
 @settings
 class Config:
-    """PEFT's names. `tinit` and `tfinal` are optimizer steps, or shares of all of them where they lie between 0 and 1."""
+    """PEFT's names. `tinit` and `tfinal` are optimizer steps, or shares of all of them where
+    they lie between 0 and 1.
+    """
 
     init_r: Positive
     target_r: Positive
@@ -64,7 +68,9 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer, since it only calls the base layer, or why the rank does not fit the model's layers."""
+    """None for every quantizer, since it only calls the base layer, or why the rank does not fit
+    the model's layers.
+    """
     return misfit(model, config.init_r, config.target_modules)
 
 
@@ -81,15 +87,18 @@ def supports_training(train: Any, config: Config) -> str | None:
 
 def phases(config: Config, max_steps: int) -> tuple[int, int]:
     """How many steps are taken before the budget begins to fall, and when it has fallen."""
-    first, final = (round(t * max_steps) if 0 < t < 1 else int(t) for t in (config.tinit, config.tfinal))
+    first, final = (
+        round(t * max_steps) if 0 < t < 1 else int(t) for t in (config.tinit, config.tfinal)
+    )
     return first, max_steps - final
 
 
 def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
-    """How many triplets stay in all layers after `taken` steps (section 3.3): a cubic from init_r to target_r a layer, rounded down.
+    """How many triplets stay in all layers after `taken` steps (section 3.3): a cubic from init_r
+    to target_r a layer, rounded down.
 
-    Counted from `tinit`, as both codes do: the paper's equation 12 subtracts `tfinal` as well, and would neither begin at the initial
-    budget nor end at the target.
+    Counted from `tinit`, as both codes do: the paper's equation 12 subtracts `tfinal` as well, and
+    would neither begin at the initial budget nor end at the target.
     """
     first, last = phases(config, max_steps)
     start, end = config.init_r * layers, config.target_r * layers
@@ -101,7 +110,9 @@ def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: init_r (in + out + 1) for each adapted layer; pruned ones are still trained."""
+    """Trained parameters of a catalogue entry: init_r (in + out + 1) for each adapted layer;
+    pruned ones are still trained.
+    """
     from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.init_r * (i + o + 1))
@@ -110,7 +121,8 @@ def trainable_parameters(model: Any, config: Config) -> int:
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with P, Lambda and Q beside each target and everything else frozen.
 
-    P and Q are drawn from N(0, 0.02^2) under a private generator state. Raises `ValueError` when a target names no layer.
+    P and Q are drawn from N(0, 0.02^2) under a private generator state. Raises `ValueError` when a
+    target names no layer.
     """
     import peft
     import torch
@@ -144,11 +156,15 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 @contextmanager
 def quantized_layers_known(model: Any) -> "Iterator[None]":
-    """Inside, PEFT takes layers of bitsandbytes' classes for what they are, as after Transformers' own loading.
+    """Inside, PEFT takes layers of bitsandbytes' classes for what they are, as after Transformers'
+    own loading.
 
-    On others its layer adds the update to their output in place, through which bitsandbytes computes no gradient.
+    On others its layer adds the update to their output in place, through which bitsandbytes
+    computes no gradient.
     """
-    flags = [name for name in ("is_loaded_in_8bit", "is_loaded_in_4bit") if not hasattr(model, name)]
+    flags = [
+        name for name in ("is_loaded_in_8bit", "is_loaded_in_4bit") if not hasattr(model, name)
+    ]
     for name in flags:
         setattr(model, name, True)
     try:
@@ -165,24 +181,35 @@ def layers_of(model: Any) -> dict[str, dict[str, str]]:
 
 
 def extra_loss(model: "nn.Module", config: Config) -> "Tensor":
-    """The regulariser of section 3.1: orth_reg_weight times the mean distance of P and Q from orthogonal, over the layers' matrices."""
+    """The regulariser of section 3.1: orth_reg_weight times the mean distance of P and Q from
+    orthogonal, over the layers' matrices.
+    """
     from finrepro.methods.layers.triplets import mean_distance
 
-    pairs = ((model.get_parameter(each["P"]), model.get_parameter(each["Q"])) for each in layers_of(model).values())
+    pairs = (
+        (model.get_parameter(each["P"]), model.get_parameter(each["Q"]))
+        for each in layers_of(model).values()
+    )
     return config.orth_reg_weight * mean_distance(pairs)
 
 
 def before_step(handle: "Handle", config: Config, step: int, max_steps: int) -> None:
-    """Measure the importance of every trained number, from its value and gradient before the step, until the budget has fallen.
+    """Measure the importance of every trained number, from its value and gradient before the step,
+    until the budget has fallen.
 
-    Raises `ValueError` where no step is left to prune in, `RuntimeError` when the step before was not allocated.
+    Raises `ValueError` where no step is left to prune in, `RuntimeError` when the step before was
+    not allocated.
     """
     model: Any = handle.model
     first, last = phases(config, max_steps)
     if first >= last:
-        raise ValueError(f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps to prune in")
+        raise ValueError(
+            f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps to prune in"
+        )
     if not model.allocation.measured == model.allocation.allocated == step:
-        raise RuntimeError(f"AdaLoRA is at step {step}, and has allocated after {model.allocation.allocated} steps")
+        raise RuntimeError(
+            f"AdaLoRA is at step {step}, and has allocated after {model.allocation.allocated} steps"
+        )
     model.allocation.measured += 1
     told = model.peft_config["default"]  # what an exported file says of the schedule
     told.tinit, told.tfinal, told.total_step = first, max_steps - last, max_steps
@@ -193,14 +220,18 @@ def before_step(handle: "Handle", config: Config, step: int, max_steps: int) -> 
 
 
 def after_step(handle: "Handle", config: Config, step: int, max_steps: int) -> None:
-    """Every `deltaT` steps, and a last time when the budget has fallen, choose the triplets that stay; the Lambda of the others is zero.
+    """Every `deltaT` steps, and a last time when the budget has fallen, choose the triplets that
+    stay; the Lambda of the others is zero.
 
-    Between two choices it is free to grow again; after the last one it is not. Raises `RuntimeError` when the step was not measured.
+    Between two choices it is free to grow again; after the last one it is not. Raises
+    `RuntimeError` when the step was not measured.
     """
     model: Any = handle.model
     taken, (first, last) = step + 1, phases(config, max_steps)
     if not model.allocation.measured == model.allocation.allocated + 1 == taken:
-        raise RuntimeError(f"AdaLoRA is after step {step}, and has measured {model.allocation.measured} steps")
+        raise RuntimeError(
+            f"AdaLoRA is after step {step}, and has measured {model.allocation.measured} steps"
+        )
     model.allocation.allocated += 1
     layers = layers_of(model)
     if taken == last or (first < taken < last and taken % config.deltaT == 0):
@@ -223,4 +254,6 @@ def state(model: Any) -> dict[str, Any]:
 
 def load_state(model: Any, state: dict[str, Any]) -> None:
     """Take up what `state` gave."""
-    model.allocation.load(state, {name: parameter.device for name, parameter in model.named_parameters()})
+    model.allocation.load(
+        state, {name: parameter.device for name, parameter in model.named_parameters()}
+    )

@@ -1,4 +1,6 @@
-"""The model as it is: nothing is added, nothing is trained. What the adapters are held against from below."""
+"""The model as it is: nothing is added, nothing is trained. What the adapters are held against
+from below.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,9 @@ class Config:
     """No settings."""
 
 
-def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None) -> str | None:
+def supports(
+    model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None
+) -> str | None:
     """None: a model can be scored in whatever form it is stored."""
     return None
 

@@ -1,8 +1,11 @@
-"""Bottleneck adapters (Houlsby et al., 2019, arXiv 1902.00751): two small networks a block, and the block's layer norms, are trained.
+"""Bottleneck adapters (Houlsby et al., 2019, arXiv 1902.00751): two small networks a block, and the
+block's layer norms, are trained.
 
-They stand behind the attention and the MLP sub-layer of every block, on what is then added to the residual stream. The paper's BERT
-normalises after that sum, GPT-2 and Llama before the sub-layer: the place is the same, and the norms that are trained are the block's two.
-They are not linear, so nothing folds them into the weights: merging is not possible, and the export has a format of its own.
+They stand behind the attention and the MLP sub-layer of every block, on what is then added to the
+residual stream. The paper's BERT normalises after that sum, GPT-2 and Llama before the sub-layer:
+the place is the same, and the norms that are trained are the block's two. They are not linear, so
+nothing folds them into the weights: merging is not possible, and the export has a format of its
+own.
 """
 
 import dataclasses
@@ -25,7 +28,9 @@ SETTINGS, WEIGHTS, FORMAT = "bottleneck.json", "bottleneck.safetensors", "finrep
 
 @settings
 class Config:
-    """`bottleneck_size` is the paper's m. With `zero_up` W_up starts at zero, so that nothing changes at first, not only almost nothing."""
+    """`bottleneck_size` is the paper's m. With `zero_up` W_up starts at zero, so that nothing
+    changes at first, not only almost nothing.
+    """
 
     bottleneck_size: Positive
     init_std: PositiveFloat
@@ -33,13 +38,19 @@ class Config:
     train_layer_norms: bool
 
 
-def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None) -> str | None:
-    """None: it acts on activations, whatever the weights are stored as, and whichever way they lie."""
+def supports(
+    model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None
+) -> str | None:
+    """None: it acts on activations, whatever the weights are stored as, and whichever way they
+    lie.
+    """
     return None
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: 2 (2 m d + m + d) a block, and its two layer norms."""
+    """Trained parameters of a catalogue entry: 2 (2 m d + m + d) a block, and its two layer
+    norms.
+    """
     from finrepro.sizes.shapes import depth
 
     shape, m = model.architecture, config.bottleneck_size
@@ -50,9 +61,11 @@ def trainable_parameters(model: Any, config: Config) -> int:
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with its sub-layers, and the norms that are trained, wrapped in place, and everything else frozen.
+    """The model with its sub-layers, and the norms that are trained, wrapped in place, and
+    everything else frozen.
 
-    The weights are drawn from a generator of its own. At ZeRO-3 on several ranks all of them call it.
+    The weights are drawn from a generator of its own. At ZeRO-3 on several ranks all of them call
+    it.
     """
     import torch
 
@@ -67,7 +80,12 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
         for name in SUBLAYERS[of.model_type]:
             sublayer = block.get_submodule(name)
             wrapped = Bottleneck(
-                sublayer, of.hidden_size, config.bottleneck_size, config.init_std, config.zero_up, generator
+                sublayer,
+                of.hidden_size,
+                config.bottleneck_size,
+                config.init_std,
+                config.zero_up,
+                generator,
             )
             setattr(block, name, wrapped)
         for name in NORMS[of.model_type] if config.train_layer_norms else ():
@@ -85,7 +103,11 @@ def _tensors(model: "nn.Module") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         names = (
-            ("down", "up") if isinstance(module, Bottleneck) else ("norm",) if isinstance(module, TrainedNorm) else ()
+            ("down", "up")
+            if isinstance(module, Bottleneck)
+            else ("norm",)
+            if isinstance(module, TrainedNorm)
+            else ()
         )
         for name in names:
             inner = module.get_submodule(name).named_parameters()
@@ -104,24 +126,36 @@ def _size(model: Any) -> dict[str, Any]:
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """The adapter's tensors, and a JSON with its settings, its base's name and size; `read` takes them up again."""
+    """The adapter's tensors, and a JSON with its settings, its base's name and size; `read`
+    takes them up again.
+    """
     from safetensors.torch import save_file
 
     from finrepro.methods.layers.bottleneck import Bottleneck, TrainedNorm
 
     made: Any = next(module for module in model.modules() if isinstance(module, Bottleneck))
     norms = any(isinstance(module, TrainedNorm) for module in model.modules())
-    config = Config(bottleneck_size=made.size, init_std=made.init_std, zero_up=made.zero_up, train_layer_norms=norms)
-    save_file({name: p.detach().cpu().contiguous() for name, p in _tensors(model).items()}, folder / WEIGHTS)
+    config = Config(
+        bottleneck_size=made.size,
+        init_std=made.init_std,
+        zero_up=made.zero_up,
+        train_layer_norms=norms,
+    )
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in _tensors(model).items()},
+        folder / WEIGHTS,
+    )
     values = {"format": FORMAT, "base": _size(model), "settings": dataclasses.asdict(config)}
     (folder / SETTINGS).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def read(model: "nn.Module", folder: Path) -> "nn.Module":
-    """`model`, an untouched base in whatever form it is stored, with the exported adapter of `folder` in place, frozen.
+    """`model`, an untouched base in whatever form it is stored, with the exported adapter of
+    `folder` in place, frozen.
 
-    Raises `EnvironmentFault` in one line when a file is missing or damaged, is not of this format, or is for a base of another name
-    or size, and when a tensor is missing, unexpected, of another shape or not float32.
+    Raises `EnvironmentFault` in one line when a file is missing or damaged, is not of this format,
+    or is for a base of another name or size, and when a tensor is missing, unexpected, of another
+    shape or not float32.
     """
     import torch
     from safetensors import SafetensorError
@@ -131,12 +165,16 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
         values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise EnvironmentFault(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}.") from None
+        raise EnvironmentFault(
+            f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}."
+        ) from None
     known = isinstance(values, dict) and set(values) == {"format", "base", "settings"}
     if not known or values["format"] != FORMAT or not isinstance(values["settings"], dict):
         raise EnvironmentFault(f"{folder / SETTINGS}: not an adapter of the format '{FORMAT}'.")
     if values["base"] != _size(model):
-        raise EnvironmentFault(f"{folder}: the adapter is for {values['base']}, not for {_size(model)}.")
+        raise EnvironmentFault(
+            f"{folder}: the adapter is for {values['base']}, not for {_size(model)}."
+        )
     try:
         config = build(Config, values["settings"], str(folder / SETTINGS))
     except UsageError as error:
@@ -154,7 +192,9 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
         ("has another shape or dtype of", wrong),
     ):
         if names:
-            raise EnvironmentFault(f"{folder / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more.")
+            raise EnvironmentFault(
+                f"{folder / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more."
+            )
     with torch.no_grad():
         for name, parameter in places.items():
             parameter.copy_(tensors[name])

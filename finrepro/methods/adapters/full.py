@@ -17,9 +17,15 @@ class Config:
     """No settings."""
 
 
-def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None) -> str | None:
+def supports(
+    model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None
+) -> str | None:
     """None, or why the combination cannot run: rounded weights have no gradient."""
-    return None if quantizer.kind == "none" else f"full fine-tuning cannot train weights stored as {quantizer.name}"
+    return (
+        None
+        if quantizer.kind == "none"
+        else f"full fine-tuning cannot train weights stored as {quantizer.name}"
+    )
 
 
 def trainable_parameters(model: Any, config: Config) -> int:

@@ -1,7 +1,9 @@
-"""The adapter of IR-QLoRA (Qin et al., 2024, arXiv 2402.05445, section 3.3): LoRA whose two factors have a shortcut each.
+"""The adapter of IR-QLoRA (Qin et al., 2024, arXiv 2402.05445, section 3.3): LoRA whose two factors
+have a shortcut each.
 
-Means of neighbouring channels go past A and past B, each times a trained scalar that starts at zero: two parameters a layer beside
-LoRA's. IR-QLoRA is this on the quantizer `icq`; it goes with every other one as well. `finrepro.methods.layers.iec` has the equations.
+Means of neighbouring channels go past A and past B, each times a trained scalar that starts at
+zero: two parameters a layer beside LoRA's. IR-QLoRA is this on the quantizer `icq`; it goes with
+every other one as well. `finrepro.methods.layers.iec` has the equations.
 """
 
 from pathlib import Path
@@ -28,12 +30,16 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer and ZeRO stage, since it only calls the base layer; or that rank or targets do not fit the model."""
+    """None for every quantizer and ZeRO stage, since it only calls the base layer; or that rank
+    or targets do not fit the model.
+    """
     return lora.misfit(model, config.r, config.target_modules)
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, LoRA's, and two."""
+    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, LoRA's, and
+    two.
+    """
     from finrepro.sizes.shapes import counted
 
     return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + 2)
@@ -47,14 +53,18 @@ def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
 
 
 def lr_scale(name: str, config: Config) -> float:
-    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A and for the scalars, of which LoRA+ says nothing."""
+    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A and for the
+    scalars, of which LoRA+ says nothing.
+    """
     return config.lr_ratio_b if name.endswith(".lora_B") else 1.0
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with each target replaced, in place, by a layer that wraps it, and everything else frozen.
+    """The model with each target replaced, in place, by a layer that wraps it, and everything else
+    frozen.
 
-    A is drawn as LoRA's, from a generator of its own. Raises `ValueError` when a target names no layer.
+    A is drawn as LoRA's, from a generator of its own. Raises `ValueError` when a target names no
+    layer.
     """
     import torch
 
@@ -72,9 +82,11 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """A plain PEFT folder with the folded factors, which needs nothing of this package to be loaded.
+    """A plain PEFT folder with the folded factors, which needs nothing of this package to be
+    loaded.
 
-    It computes what the model computes in evaluation, up to the rounding of a sum in float32; the scalars are part of the factors there.
+    It computes what the model computes in evaluation, up to the rounding of a sum in float32; the
+    scalars are part of the factors there.
     """
     from finrepro.methods.layers.iec import IECLinear
     from finrepro.methods.layers.linear import is_conv1d

@@ -1,8 +1,11 @@
-"""LoftQ (Li et al., 2023, arXiv 2310.08659, algorithm 1): LoRA whose factors start as what rounding took from the weight.
+"""LoftQ (Li et al., 2023, arXiv 2310.08659, algorithm 1): LoRA whose factors start as what rounding
+took from the weight.
 
-From A_0 = B_0 = 0, for t = 1 ... T: Q_t = q(W - B_{t-1} A_{t-1}), and B_t A_t is the principal part of rank r of W - Q_t, halved as
-A = sqrt(S_r) V_r^T (r, in) and B = U_r sqrt(S_r) (out, r). Q_T is the base, A_T and B_T are trained: y = Q_T x + B A x, at first nearer to
-W x than q(W) x is. q is the cell's own quantizer with its own settings. The scaling is 1: with another one Q_T + s B A would not be near W.
+From A_0 = B_0 = 0, for t = 1 ... T: Q_t = q(W - B_{t-1} A_{t-1}), and B_t A_t is the principal part
+of rank r of W - Q_t, halved as A = sqrt(S_r) V_r^T (r, in) and B = U_r sqrt(S_r) (out, r). Q_T is
+the base, A_T and B_T are trained: y = Q_T x + B A x, at first nearer to W x than q(W) x is. q is
+the cell's own quantizer with its own settings. The scaling is 1: with another one Q_T + s B A would
+not be near W.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +24,9 @@ __all__ = ["Config", "apply", "export", "own_base", "prepare", "supports", "trai
 
 @settings
 class Config:
-    """PEFT's names. `loftq_iter` is T; `svd_niter`: iterations of a randomised decomposition, null for the full one."""
+    """PEFT's names. `loftq_iter` is T; `svd_niter`: iterations of a randomised decomposition,
+    null for the full one.
+    """
 
     r: Positive
     lora_alpha: Positive
@@ -37,9 +42,11 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer in 4 bits and every ZeRO stage; or that there is nothing to compensate, or that rank or targets do not fit.
+    """None for every quantizer in 4 bits and every ZeRO stage; or that there is nothing to
+    compensate, or that rank or targets do not fit.
 
-    LLM.int8 also rounds every input, about as coarsely as its weights; no fixed factors can make up for that.
+    LLM.int8 also rounds every input, about as coarsely as its weights; no fixed factors can make up
+    for that.
     """
     unfit = {"none": "takes nothing", "bnb_int8": "rounds every input as well"}
     if quantizer.kind in unfit:
@@ -55,7 +62,9 @@ def trainable_parameters(model: Any, config: Config) -> int:
 def prepare(
     name: str, weight: "Tensor", quantized: "Callable[[Tensor], Tensor]", config: Config, seed: int
 ) -> tuple["Tensor", dict[str, "Tensor"]]:
-    """W - B_{T-1} A_{T-1} of a weight (out, in) in float32, of which the loader makes Q_T, and A_T and B_T."""
+    """W - B_{T-1} A_{T-1} of a weight (out, in) in float32, of which the loader makes Q_T, and
+    A_T and B_T.
+    """
     from finrepro.methods.layers.principal import principal_factors
 
     def compensation(target: "Tensor") -> tuple["Tensor", "Tensor"]:
@@ -70,7 +79,8 @@ def prepare(
 
 
 def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any]) -> "nn.Module":
-    """The model, whose layers hold Q_T, with A and B beside each target and everything else frozen; `seed` decides nothing.
+    """The model, whose layers hold Q_T, with A and B beside each target and everything else frozen;
+    `seed` decides nothing.
 
     Raises `ValueError` when a target names no layer, or has not been through the first stage.
     """

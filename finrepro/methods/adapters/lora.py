@@ -1,11 +1,14 @@
-"""LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + s B A x with A (r, in) and B (out, r) trained, W frozen, s = alpha / r.
+"""LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + s B A x with A (r, in) and B (out, r)
+trained, W frozen, s = alpha / r.
 
-Variants are settings. rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732): s = alpha / sqrt(r). LoRA+ (Hayou et al., 2024, arXiv 2402.12354): B
-learns `lr_ratio_b` times as fast as A. DoRA (Liu et al., 2024, arXiv 2402.09353, section 4): y = W' x with W' = m (W + s B A) /
-||W + s B A||, the norm taken over each row of W as (out, in) and m (out,) trained, at first ||W||; no gradient flows through the norm
-(section 4.3).
+Variants are settings. rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732): s = alpha / sqrt(r). LoRA+
+(Hayou et al., 2024, arXiv 2402.12354): B learns `lr_ratio_b` times as fast as A. DoRA (Liu et al.,
+2024, arXiv 2402.09353, section 4): y = W' x with W' = m (W + s B A) / ||W + s B A||, the norm taken
+over each row of W as (out, in) and m (out,) trained, at first ||W||; no gradient flows through the
+norm (section 4.3).
 
-Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero: the adapted model equals its base at first.
+Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero: the adapted model
+equals its base at first.
 """
 
 import json
@@ -26,7 +29,9 @@ PREFIX = "base_model.model."  # PEFT's, before the name that a layer has in the 
 
 @settings
 class Config:
-    """PEFT's names. `all-linear` is every linear layer of the blocks, never the embeddings or the output head."""
+    """PEFT's names. `all-linear` is every linear layer of the blocks, never the embeddings or
+    the output head.
+    """
 
     r: Positive
     lora_alpha: Positive
@@ -38,10 +43,11 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's base is in parts.
+    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's
+    base is in parts.
 
-    LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not the whole of it, or ZeRO-3 has taken it
-    away by then, it is refused.
+    LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not
+    the whole of it, or ZeRO-3 has taken it away by then, it is refused.
     """
     if config.use_dora and (apart := getattr(quantizer.module("quantizers"), "KEPT_APART", None)):
         return f"DoRA reads the base's weights, from which {quantizer.name} keeps {apart} apart"
@@ -73,22 +79,30 @@ def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | N
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with DoRA its out."""
+    """Trained parameters of a catalogue entry: r (in + out) for each adapted layer, and with
+    DoRA its out.
+    """
     from finrepro.sizes.shapes import counted
 
-    return counted(model, config.target_modules, lambda i, o: config.r * (i + o) + (o if config.use_dora else 0))
+    return counted(
+        model,
+        config.target_modules,
+        lambda i, o: config.r * (i + o) + (o if config.use_dora else 0),
+    )
 
 
 def lr_scale(name: str, config: Config) -> float:
-    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A, and for DoRA's m, of which LoRA+ says nothing."""
+    """The factor to a parameter's learning rate: LoRA+'s ratio for B; 1 for A, and for DoRA's m,
+    of which LoRA+ says nothing.
+    """
     return config.lr_ratio_b if ".lora_B." in name else 1.0
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with A and B (and m) added beside each target and everything else frozen.
 
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (PEFT's and loralib's initialisation) under a private generator state.
-    Raises `ValueError` when a target names no layer.
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (PEFT's and loralib's initialisation) under a private
+    generator state. Raises `ValueError` when a target names no layer.
     """
     import peft
     import torch
@@ -110,10 +124,14 @@ def plain(r: int, lora_alpha: int, target_modules: str | tuple[str, ...]) -> Con
     return Config(r=r, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets, **variants)
 
 
-def apply_from(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any], method: str) -> "nn.Module":
-    """As `apply`, but A and B of each target begin as the `lora_A` (r, in) and `lora_B` (out, r) that a first stage `prepared` for it.
+def apply_from(
+    model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any], method: str
+) -> "nn.Module":
+    """As `apply`, but A and B of each target begin as the `lora_A` (r, in) and `lora_B` (out, r)
+    that a first stage `prepared` for it.
 
-    Raises `ValueError` with the name of the `method` when the first stage has left out a target: its base is not the method's.
+    Raises `ValueError` with the name of the `method` when the first stage has left out a target:
+    its base is not the method's.
     """
     import torch
 
@@ -124,7 +142,9 @@ def apply_from(model: "nn.Module", config: Config, seed: int, prepared: dict[str
     missing = [name for name in layers if name not in prepared]
     if missing:
         what = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
-        raise ValueError(f"{method} on a {what} without the first stage: {missing[0]} and {len(missing) - 1} more")
+        raise ValueError(
+            f"{method} on a {what} without the first stage: {missing[0]} and {len(missing) - 1} more"
+        )
     adapted: Any = apply(model, config, seed)
     with torch.no_grad():
         for name in layers:
@@ -155,7 +175,8 @@ def peft_settings(layers: dict[str, Any], config: Any, **variants: bool) -> Any:
 def export(model: "nn.Module", folder: Path) -> None:
     """A plain PEFT folder.
 
-    The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model card is a form that nobody filled in.
+    The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model
+    card is a form that nobody filled in.
     """
     model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)
@@ -163,9 +184,16 @@ def export(model: "nn.Module", folder: Path) -> None:
 
 
 def export_factors(
-    model: Any, folder: Path, factors: "Mapping[str, tuple[Tensor, Tensor]]", r: int, lora_alpha: int, **settings: Any
+    model: Any,
+    folder: Path,
+    factors: "Mapping[str, tuple[Tensor, Tensor]]",
+    r: int,
+    lora_alpha: int,
+    **settings: Any,
 ) -> None:
-    """A plain PEFT folder of a LoRA with these factors: layer -> A (r, in) and B (out, r). `settings` replace others of PEFT's."""
+    """A plain PEFT folder of a LoRA with these factors: layer -> A (r, in) and B (out, r).
+    `settings` replace others of PEFT's.
+    """
     import peft
     from safetensors.torch import save_file
 
@@ -175,7 +203,12 @@ def export_factors(
         for key, each in zip("AB", pair, strict=True)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
     written = peft.LoraConfig(
         **common | {"r": r, "lora_alpha": lora_alpha, "target_modules": list(factors)} | settings,
         base_model_name_or_path=str(model.name_or_path),
@@ -185,7 +218,9 @@ def export_factors(
 
 
 def sort_settings(folder: Path) -> None:
-    """Write a PEFT folder's JSON in a fixed order: PEFT writes sets, whose order changes from process to process."""
+    """Write a PEFT folder's JSON in a fixed order: PEFT writes sets, whose order changes from
+    process to process.
+    """
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     values["target_modules"] = sorted(values["target_modules"])

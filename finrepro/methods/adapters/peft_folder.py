@@ -1,10 +1,12 @@
-"""An adapter made elsewhere, scored on its base: a PEFT folder with LoRA weights, such as FinGPT's v3.2 and v3.3 or FinLoRA's.
+"""An adapter made elsewhere, scored on its base: a PEFT folder with LoRA weights, such as FinGPT's
+v3.2 and v3.3 or FinLoRA's.
 
-Read strictly: safetensors alone (a pickle runs code when it is read), every tensor of the file is used and none is missing, and the
-base is the one that `adapter_config.json` names. The rule: the name there is the model's hub id or has its last part (a mirror's
-"x/Llama-2-13b-hf" is "meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused: who knows that it
-is the same model writes the hub id into `base_model_name_or_path`. Adapters that act outside the layers (prompt tuning) are refused
-because scoring passes PEFT's wrapper by.
+Read strictly: safetensors alone (a pickle runs code when it is read), every tensor of the file is
+used and none is missing, and the base is the one that `adapter_config.json` names. The rule: the
+name there is the model's hub id or has its last part (a mirror's "x/Llama-2-13b-hf" is
+"meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused:
+who knows that it is the same model writes the hub id into `base_model_name_or_path`. Adapters that
+act outside the layers (prompt tuning) are refused because scoring passes PEFT's wrapper by.
 """
 
 import hashlib
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOT_EXPORTED = dict.fromkeys(
-    ("peft", "merged", "base"), "its adapter was made elsewhere, and its own folder is what others load"
+    ("peft", "merged", "base"),
+    "its adapter was made elsewhere, and its own folder is what others load",
 )
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 @settings
 class Config:
-    """`sha256` is over the digests of the folder's two files, `base_model` what the folder says it was trained on."""
+    """`sha256` is over the digests of the folder's two files, `base_model` what the folder says
+    it was trained on.
+    """
 
     path: str
     sha256: str
@@ -38,8 +43,8 @@ class Config:
 def from_folder(path: Path) -> dict[str, Any]:
     """The settings of the adapter in a folder; nothing is loaded.
 
-    Raises `EnvironmentFault` in one line when there is no such folder, or it is no PEFT folder, holds a pickle, is truncated or empty,
-    is not LoRA, or names no base.
+    Raises `EnvironmentFault` in one line when there is no such folder, or it is no PEFT folder,
+    holds a pickle, is truncated or empty, is not LoRA, or names no base.
     """
     if not path.is_dir():
         raise EnvironmentFault(f"{path}: there is no such adapter folder.")
@@ -50,7 +55,9 @@ def from_folder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"{path / SETTINGS}: cannot be read: {error}.") from None
     kind, base = (
-        (values.get(key) for key in ("peft_type", "base_model_name_or_path")) if isinstance(values, dict) else ("", "")
+        (values.get(key) for key in ("peft_type", "base_model_name_or_path"))
+        if isinstance(values, dict)
+        else ("", "")
     )
     if kind != "LORA":
         raise EnvironmentFault(
@@ -65,7 +72,9 @@ def from_folder(path: Path) -> dict[str, Any]:
 
 
 def _check_weights(path: Path) -> None:
-    """Raises `EnvironmentFault` unless the folder's safetensors are there, whole, and hold numbers."""
+    """Raises `EnvironmentFault` unless the folder's safetensors are there, whole, and hold
+    numbers.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not (path / WEIGHTS).is_file():
@@ -78,7 +87,9 @@ def _check_weights(path: Path) -> None:
         with safe_open(path / WEIGHTS, framework="numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise EnvironmentFault(f"{path / WEIGHTS}: damaged: {str(error).splitlines()[0]}.") from None
+        raise EnvironmentFault(
+            f"{path / WEIGHTS}: damaged: {str(error).splitlines()[0]}."
+        ) from None
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         raise EnvironmentFault(
@@ -87,7 +98,9 @@ def _check_weights(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """sha256 over the digests of what decides the numbers, in the format of `sha256sum`, sorted by name."""
+    """sha256 over the digests of what decides the numbers, in the format of `sha256sum`, sorted
+    by name.
+    """
     lines = [f"{file_digest(path / name)}  {name}\n" for name in sorted([SETTINGS, WEIGHTS])]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -116,39 +129,56 @@ def trainable_parameters(model: Any, config: Config) -> int:
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     """The model with the adapter in place, frozen.
 
-    Raises `EnvironmentFault` when the files are no longer those that were planned with, or do not fit the model's layers.
+    Raises `EnvironmentFault` when the files are no longer those that were planned with, or do not
+    fit the model's layers.
     """
     import peft
 
     path = Path(config.path)
     _check_weights(path)
     if _digest(path) != config.sha256:
-        raise EnvironmentFault(f"{path}: the adapter's files have changed since the cell was planned.")
+        raise EnvironmentFault(
+            f"{path}: the adapter's files have changed since the cell was planned."
+        )
     device = str(next(model.parameters()).device)
     try:
         with warnings.catch_warnings():
-            # An adapter from a quantized GPT-2 fits the plain one and the other way round; a missing key is found below.
+            # An adapter from a quantized GPT-2 fits the plain one and the other way round; a
+            # missing key is found below.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=False, torch_device=device)
+            adapted = peft.PeftModel.from_pretrained(
+                model, path, is_trainable=False, torch_device=device
+            )
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise EnvironmentFault(f"{path}: the adapter does not fit the model: {' '.join(lines[:2])}") from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+            type(error).__name__
+        ]
+        raise EnvironmentFault(
+            f"{path}: the adapter does not fit the model: {' '.join(lines[:2])}"
+        ) from None
     check_every_tensor_is_used(adapted, path)
     return adapted.requires_grad_(False)
 
 
 def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
-    """Raises `EnvironmentFault` when the file lacks a tensor of the adapted model or holds one that the model has no place for."""
+    """Raises `EnvironmentFault` when the file lacks a tensor of the adapted model or holds one
+    that the model has no place for.
+    """
     import peft
     from safetensors import safe_open
 
     wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(path / WEIGHTS, framework="numpy") as file:
         given = set(file.keys())
-    for what, names in (("lacks", wanted - given), ("holds, without a place for it,", given - wanted)):
+    for what, names in (
+        ("lacks", wanted - given),
+        ("holds, without a place for it,", given - wanted),
+    ):
         if names:
-            raise EnvironmentFault(f"{path / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more.")
+            raise EnvironmentFault(
+                f"{path / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more."
+            )
 
 
 def export(model: "nn.Module", folder: Path) -> None:

@@ -1,10 +1,13 @@
-"""PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the weight's principal part, beside a frozen rest.
+"""PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the weight's principal part,
+beside a frozen rest.
 
-W = U S V^T. A = sqrt(S_r / s) V_r^T (r, in) and B = U_r sqrt(S_r / s) (out, r) are trained, with s = alpha / r as in LoRA, and the base
-keeps W_res = W - s B A in its own dtype: y = W_res x + s B A x, at first W x. On a quantized base (QPiSSA) it is W_res that is rounded;
-it has to be made before, in a first stage, which is `prepare`. Dropout is no setting: it would drop a part of W.
+W = U S V^T. A = sqrt(S_r / s) V_r^T (r, in) and B = U_r sqrt(S_r / s) (out, r) are trained, with s
+= alpha / r as in LoRA, and the base keeps W_res = W - s B A in its own dtype: y = W_res x + s B A
+x, at first W x. On a quantized base (QPiSSA) it is W_res that is rounded; it has to be made before,
+in a first stage, which is `prepare`. Dropout is no setting: it would drop a part of W.
 
-What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0 A_0) = s [B, -B_0] [A; A_0].
+What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0 A_0) = s [B, -B_0]
+[A; A_0].
 """
 
 import json
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 
 @settings
 class Config:
-    """PEFT's names. `svd_niter`: iterations of a randomised decomposition (PEFT's `pissa_niter_N`), null for the full one."""
+    """PEFT's names. `svd_niter`: iterations of a randomised decomposition (PEFT's
+    `pissa_niter_N`), null for the full one.
+    """
 
     r: Positive
     lora_alpha: Positive
@@ -33,7 +38,8 @@ class Config:
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer and ZeRO stage, or that rank or targets do not fit the model.
 
-    At ZeRO-3 a part of the model is whole on every rank when it is prepared; after that the base layer is only called.
+    At ZeRO-3 a part of the model is whole on every rank when it is prepared; after that the base
+    layer is only called.
     """
     return lora.misfit(model, config.r, config.target_modules)
 
@@ -61,15 +67,19 @@ def prepare(
 
 
 def residual(weight: "Tensor", a: "Tensor", b: "Tensor", scale: float) -> "Tensor":
-    """W - s B A (out, in): from W and the exported A_0 and B_0 it is W_res to the last bit, where the same library computes it."""
+    """W - s B A (out, in): from W and the exported A_0 and B_0 it is W_res to the last bit,
+    where the same library computes it.
+    """
     return weight - scale * (b @ a)
 
 
 def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any]) -> "nn.Module":
-    """The model, whose layers hold W_res, with A and B beside each target and everything else frozen; `seed` decides nothing.
+    """The model, whose layers hold W_res, with A and B beside each target and everything else
+    frozen; `seed` decides nothing.
 
-    A_0 and B_0 are kept for the export in buffers that no checkpoint holds: a resumed run prepares them again. Raises `ValueError` when
-    a target names no layer, or has not been through the first stage.
+    A_0 and B_0 are kept for the export in buffers that no checkpoint holds: a resumed run prepares
+    them again. Raises `ValueError` when a target names no layer, or has not been through the first
+    stage.
     """
     adapted: Any = lora.apply_from(model, _as_lora(config), seed, prepared, "PiSSA")
     for name, own in prepared.items():
@@ -81,10 +91,12 @@ def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """A plain PEFT folder for the original weights, of rank 2 r and twice the alpha, so that s is the same.
+    """A plain PEFT folder for the original weights, of rank 2 r and twice the alpha, so that s is
+    the same.
 
-    The first r rows of A (columns of B) are the trained ones. Where the base was quantized the trained model is q(W_res) + s B A, and what
-    the file makes of W differs from it by the rounding of W_res; W_res itself is W + s [-B_0] A_0, from the other halves.
+    The first r rows of A (columns of B) are the trained ones. Where the base was quantized the
+    trained model is q(W_res) + s B A, and what the file makes of W differs from it by the rounding
+    of W_res; W_res itself is W + s [-B_0] A_0, from the other halves.
     """
     import torch
 
@@ -102,20 +114,26 @@ def export(model: "nn.Module", folder: Path) -> None:
     }
     first: Any = next(iter(layers.values()))
     base: Any = model
-    transposed = base.config.model_type == "gpt2"  # as the original layers lie, whatever the base was stored as
+    transposed = (
+        base.config.model_type == "gpt2"
+    )  # as the original layers lie, whatever the base was stored as
     r, alpha = 2 * first.r["default"], 2 * first.lora_alpha["default"]
     lora.export_factors(model, folder, factors, r, alpha, fan_in_fan_out=transposed)
 
 
 def own_base(quantizer: Choice, config: Config) -> str | None:
-    """Why the base of a run is not W as everybody stores it: it is q(W_res). None without rounding: W and the exported change."""
+    """Why the base of a run is not W as everybody stores it: it is q(W_res). None without
+    rounding: W and the exported change.
+    """
     if quantizer.module("quantizers").linear is None:
         return None
     return "it is what PiSSA's first stage has left of the weights, quantized"
 
 
 def on_own_base(weights: Path, folder: Path) -> None:
-    """Write the trained half of an exported file, a plain PEFT folder of rank r for the base W_res."""
+    """Write the trained half of an exported file, a plain PEFT folder of rank r for the base
+    W_res.
+    """
     from safetensors.torch import load_file, save_file
 
     settings = json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
@@ -130,7 +148,9 @@ def on_own_base(weights: Path, folder: Path) -> None:
         "lora_alpha": settings["lora_alpha"] // 2,
         "fan_in_fan_out": False,
     }  # quantized layers lie as (out, in)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def _as_lora(config: Config) -> lora.Config:

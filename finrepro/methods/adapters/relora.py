@@ -1,8 +1,10 @@
-"""ReLoRA (Lialin et al., 2023, arXiv 2307.05695): pretraining through low-rank updates that are merged into W again and again.
+"""ReLoRA (Lialin et al., 2023, arXiv 2307.05695): pretraining through low-rank updates that are
+merged into W again and again.
 
-Every `reset_every` steps s B A is added to W, A is drawn anew and B is zero, most of the moments of A and B are forgotten, and the
-learning rate rises from zero over a few steps. W is frozen in between; embeddings, output head, norms and biases are trained throughout.
-The authors begin with full-rank training, a quarter of all steps in their recipe; W is frozen here from the first step.
+Every `reset_every` steps s B A is added to W, A is drawn anew and B is zero, most of the moments of
+A and B are forgotten, and the learning rate rises from zero over a few steps. W is frozen in
+between; embeddings, output head, norms and biases are trained throughout. The authors begin with
+full-rank training, a quarter of all steps in their recipe; W is frozen here from the first step.
 """
 
 from collections.abc import Iterator
@@ -27,8 +29,9 @@ RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
 
 @settings
 class Config:
-    """`r` is whole, or a share of each layer's shorter side, and `lora_scale` multiplies B A. `reset_every` is in optimizer steps, or a
-    share of all; `restart_warmup` in steps, or a share of those between two resets. `keep_moments` is the share that a reset leaves."""
+    """`r` is whole, or a share of each layer's shorter side, and `lora_scale` multiplies B A.
+    `reset_every` is in optimizer steps, or a share of all; `restart_warmup` in steps, or a share
+    of those between two resets. `keep_moments` is the share that a reset leaves."""
 
     r: Positive | Share
     lora_scale: PositiveFloat
@@ -39,7 +42,9 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for a base in full precision, or why not: quantized weights, or a rank or targets that do not fit the model."""
+    """None for a base in full precision, or why not: quantized weights, or a rank or targets
+    that do not fit the model.
+    """
     if quantizer.kind != "none":
         return f"ReLoRA on {quantizer.name}: it changes the dense weights"
     return lora.misfit(model, config.r if isinstance(config.r, int) else 1, config.target_modules)
@@ -66,7 +71,9 @@ def warmup_of(config: Config, max_steps: int) -> int:
 
 
 def lr_factor(step: int, config: Config, max_steps: int) -> float:
-    """Linear from near 0 to 1 after each reset; 1 before the first, where the schedule has a warm-up of its own."""
+    """Linear from near 0 to 1 after each reset; 1 before the first, where the schedule has a
+    warm-up of its own.
+    """
     period, place = divmod(step, period_of(config, max_steps))
     rise = warmup_of(config, max_steps)
     return (place + 1) / rise if period and place < rise else 1.0
@@ -78,7 +85,9 @@ def rank_of(config: Config, inputs: int, outputs: int) -> int:
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
-    """Trained parameters of a catalogue entry: all but the targeted weights (in, out), and r (in + out) beside each."""
+    """Trained parameters of a catalogue entry: all but the targeted weights (in, out), and r (in
+    + out) beside each.
+    """
     from finrepro.sizes.shapes import counted
 
     return int(model.parameters) + counted(
@@ -92,7 +101,8 @@ def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with each target wrapped, in place, its weight frozen, and everything else trainable. Every rank calls it.
+    """The model with each target wrapped, in place, its weight frozen, and everything else
+    trainable. Every rank calls it.
 
     Raises `ValueError` when a target names no layer.
     """
@@ -103,12 +113,17 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     model.requires_grad_(True)
     for name, layer in targeted_or_fail(linear_layers(model), config.target_modules).items():
         layer.weight.requires_grad_(False)
-        model.set_submodule(name, ReloraLinear(layer, name, rank_of(config, *features(layer)), config.lora_scale, seed))
+        model.set_submodule(
+            name,
+            ReloraLinear(layer, name, rank_of(config, *features(layer)), config.lora_scale, seed),
+        )
     return model
 
 
 def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
-    """Merge and begin anew after every `reset_every` steps, but not after the last one. Step counts go on: a group has one."""
+    """Merge and begin anew after every `reset_every` steps, but not after the last one. Step
+    counts go on: a group has one.
+    """
     every = period_of(config, max_steps)
     if (step + 1) % every or step + 1 >= max_steps:
         return
@@ -125,9 +140,11 @@ def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
 
 
 def largest(moments: "dict[str, Tensor]", keep: float) -> "dict[str, Tensor]":
-    """All moments of a parameter, zero but where the first one is among the `keep` largest magnitudes.
+    """All moments of a parameter, zero but where the first one is among the `keep` largest
+    magnitudes.
 
-    One mask for both: a first moment whose second one was forgotten would make a step as large as its gradient is small.
+    One mask for both: a first moment whose second one was forgotten would make a step as large as
+    its gradient is small.
     """
     import torch
 
@@ -154,7 +171,9 @@ def load_state(model: "nn.Module", state: dict[str, Any]) -> None:
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """The whole dense model, each W with its B A, as full fine-tuning writes it; the model itself is left as it was."""
+    """The whole dense model, each W with its B A, as full fine-tuning writes it; the model
+    itself is left as it was.
+    """
     with _dense(model):
         full.export(model, folder)
 
@@ -172,7 +191,9 @@ def _dense(model: "nn.Module") -> Iterator[None]:
     layers = layers_of(model)
     before = [layer.base_layer.weight.data for layer in layers]
     for layer in layers:
-        layer.base_layer.weight.data = layer.stored(layer.merged(layer.lora_A.detach(), layer.lora_B.detach()))
+        layer.base_layer.weight.data = layer.stored(
+            layer.merged(layer.lora_A.detach(), layer.lora_B.detach())
+        )
         model.set_submodule(layer.name, layer.base_layer)
     try:
         yield

@@ -1,10 +1,13 @@
-"""ROSA (Hameed et al., 2024, arXiv 2407.07802, "Random Subspace Adaptation"): trained factors that begin as singular directions of W.
+"""ROSA (Hameed et al., 2024, arXiv 2407.07802, "Random Subspace Adaptation"): trained factors that
+begin as singular directions of W.
 
-Every `resample_every` steps what was learned is merged into the frozen weight, the sum is factored anew, other directions are drawn and
-the optimizer forgets the old ones; the learning rate's schedule goes on. `finrepro.methods.layers.rosa` has the equations.
+Every `resample_every` steps what was learned is merged into the frozen weight, the sum is factored
+anew, other directions are drawn and the optimizer forgets the old ones; the learning rate's
+schedule goes on. `finrepro.methods.layers.rosa` has the equations.
 
-It needs the dense weight at every resample, so a quantized base is refused. With several ranks each factors its share of the layers and
-sends the others the result: they hold the same bits, also where an SVD would not give the same twice.
+It needs the dense weight at every resample, so a quantized base is refused. With several ranks each
+factors its share of the layers and sends the others the result: they hold the same bits, also where
+an SVD would not give the same twice.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 @settings
 class Config:
-    """`resample_every` counts optimizer steps. `random` is the method; `top`, once, begins as PiSSA does.
+    """`resample_every` counts optimizer steps. `random` is the method; `top`, once, begins as PiSSA
+    does.
 
     Gauge `sqrt` is the paper's split of the product, `code` that of its authors' code.
     """
@@ -37,7 +41,9 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for a base in full precision, or why not: quantized weights, or a rank or targets that do not fit the model."""
+    """None for a base in full precision, or why not: quantized weights, or a rank or targets
+    that do not fit the model.
+    """
     if quantizer.kind != "none":
         return f"ROSA on {quantizer.name}: it needs the dense weight at every resample"
     return lora.misfit(model, config.r, config.target_modules)
@@ -57,7 +63,8 @@ def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with each target replaced, in place, by a layer that wraps it and is in its first period, and everything else frozen.
+    """The model with each target replaced, in place, by a layer that wraps it and is in its first
+    period, and everything else frozen.
 
     Every rank calls it. Raises `ValueError` when a target names no layer.
     """
@@ -71,7 +78,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
         wrapped = RosaLinear(layer, name, config.r, config.selection, config.gauge, seed)
         setattr(model.get_submodule(parent), child, wrapped)
     layers = layers_of(model)
-    for layer, start in zip(layers, _open(layers, lambda layer, frozen: layer.opened(frozen, None)), strict=True):
+    for layer, start in zip(
+        layers, _open(layers, lambda layer, frozen: layer.opened(frozen, None)), strict=True
+    ):
         layer.start = start.copy()
         layer.lora_A.data.copy_(start.a)
         layer.lora_B.data.copy_(start.b)
@@ -88,41 +97,54 @@ def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
     from finrepro.methods.layers.rosa import Factors, Period
 
     layers = layers_of(handle.model)
-    trained = {layer: Factors(handle.value(layer.lora_A), handle.value(layer.lora_B)) for layer in layers}
+    trained = {
+        layer: Factors(handle.value(layer.lora_A), handle.value(layer.lora_B)) for layer in layers
+    }
     starts = _open(layers, lambda layer, frozen: layer.opened(frozen, trained[layer]))
     for layer, start in zip(layers, starts, strict=True):
         layer.history.append(Period(_started(layer), trained[layer].copy()))
         layer.start = start.copy()
         handle.set(layer.lora_A, start.a)
         handle.set(layer.lora_B, start.b)
-    handle.reset_state([parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)])
+    handle.reset_state(
+        [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
+    )
 
 
 def state(model: "nn.Module") -> dict[str, Any]:
     """Of each layer the factors of its periods, and those with which the present one began."""
     return {
-        layer.name: {"history": [[*start, *end] for start, end in layer.history], "start": [*_started(layer)]}
+        layer.name: {
+            "history": [[*start, *end] for start, end in layer.history],
+            "start": [*_started(layer)],
+        }
         for layer in layers_of(model)
     }
 
 
 def load_state(model: "nn.Module", state: dict[str, Any]) -> None:
-    """Take up what `state` gave, in a model that `apply` has just made: W_f goes through the same sums again. Every rank calls it."""
+    """Take up what `state` gave, in a model that `apply` has just made: W_f goes through the
+    same sums again. Every rank calls it.
+    """
     from finrepro.methods.layers.rosa import Factors, Period
 
     layers = layers_of(model)
     made = {layer: _started(layer) for layer in layers}
     for layer in layers:
         kept = state[layer.name]
-        layer.history = [Period(Factors(*each[:2]).copy(), Factors(*each[2:]).copy()) for each in kept["history"]]
+        layer.history = [
+            Period(Factors(*each[:2]).copy(), Factors(*each[2:]).copy()) for each in kept["history"]
+        ]
         layer.start = Factors(*kept["start"]).copy()
     _open(layers, lambda layer, frozen: layer.replayed(frozen, made[layer]))
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """A plain PEFT folder for the original base: a LoRA of scale 1 and rank 2 r T after T periods, which needs nothing of this package.
+    """A plain PEFT folder for the original base: a LoRA of scale 1 and rank 2 r T after T periods,
+    which needs nothing of this package.
 
-    Where 2 r T is more than a layer's own rank the file is larger than the layer would be, and as right.
+    Where 2 r T is more than a layer's own rank the file is larger than the layer would be, and as
+    right.
     """
     from finrepro.methods.layers.linear import is_conv1d
 
@@ -145,8 +167,11 @@ def _started(layer: "RosaLinear") -> Any:
     return layer.start
 
 
-def _open(layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], Opened]") -> "list[Factors]":
-    """Give every layer the W_f that `compute` makes of the one it has; the factors that were taken out of each.
+def _open(
+    layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], Opened]"
+) -> "list[Factors]":
+    """Give every layer the W_f that `compute` makes of the one it has; the factors that were taken
+    out of each.
 
     Every rank calls it. It computes one layer of each so many, and sends the result to the others.
     """
@@ -165,7 +190,10 @@ def _open(layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], O
                 mine, kept = layer, weight
         if here.rank < len(group):
             opened = compute(mine, mine.frozen(kept))
-        starts += [_receive(layer, opened if place == here.rank else None, place) for place, layer in enumerate(group)]
+        starts += [
+            _receive(layer, opened if place == here.rank else None, place)
+            for place, layer in enumerate(group)
+        ]
     return starts
 
 

@@ -1,8 +1,10 @@
-"""VeRA (Kopiczko et al., 2024, arXiv 2310.11454): y = W x + b * (B (d * (A x))), A and B random and frozen, d (r,) and b (out,) trained.
+"""VeRA (Kopiczko et al., 2024, arXiv 2310.11454): y = W x + b * (B (d * (A x))), A and B random and
+frozen, d (r,) and b (out,) trained.
 
-One A (r, largest in) and one B (largest out, r) serve every layer, which takes the part of its own size. They are drawn from
-`projection_prng_key` and not from the cell's seed: cells of all seeds train in the same random basis. Made by PEFT. b starts at zero: the
-adapted model equals its base at first.
+One A (r, largest in) and one B (largest out, r) serve every layer, which takes the part of its own
+size. They are drawn from `projection_prng_key` and not from the cell's seed: cells of all seeds
+train in the same random basis. Made by PEFT. b starts at zero: the adapted model equals its base at
+first.
 """
 
 import warnings
@@ -21,7 +23,9 @@ __all__ = ["Config", "apply", "export", "exported_parameters", "supports", "trai
 
 @settings
 class Config:
-    """PEFT's names. With `save_projection` the exported file holds A and B, else whoever reads it has to draw them again from the key."""
+    """PEFT's names. With `save_projection` the exported file holds A and B, else whoever reads
+    it has to draw them again from the key.
+    """
 
     r: Positive
     vera_dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -32,7 +36,9 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer, since it only calls the base layer. ZeRO-3 over several devices is tested neither here nor in PEFT."""
+    """None for every quantizer, since it only calls the base layer. ZeRO-3 over several devices
+    is tested neither here nor in PEFT.
+    """
     from finrepro.sizes.shapes import absent, block_sizes
 
     if reason := absent(block_sizes(model), config.target_modules):
@@ -52,7 +58,11 @@ def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
     from finrepro.sizes.shapes import block_sizes, targeted
 
     sizes = targeted(block_sizes(model), config.target_modules).values()
-    shared = config.r * (max(i for i, _ in sizes) + max(o for _, o in sizes)) if config.save_projection else 0
+    shared = (
+        config.r * (max(i for i, _ in sizes) + max(o for _, o in sizes))
+        if config.save_projection
+        else 0
+    )
     return trainable_parameters(model, config) + shared
 
 
@@ -69,7 +79,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
     adapted = targeted_or_fail(linear_layers(model), config.target_modules)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Specified to not save vera_A")  # the settings say so
+        warnings.filterwarnings(
+            "ignore", message="Specified to not save vera_A"
+        )  # the settings say so
         settings = peft.VeraConfig(
             task_type="CAUSAL_LM",
             r=config.r,

@@ -1,10 +1,12 @@
-"""The step of GaLore (Zhao et al., 2024, arXiv 2403.03507): Adam in a subspace of the gradient that is found anew every T steps.
+"""The step of GaLore (Zhao et al., 2024, arXiv 2403.03507): Adam in a subspace of the gradient that
+is found anew every T steps.
 
-    m <= n:  P = U[:, :r],  R = P^T G (r, n),  W <- W - lr scale P N(R)        with G = U S V^T and N Adam's step on R
-    m > n:   Q = V[:, :r],  R = G Q (m, r),    W <- W - lr scale N(R) Q^T
+    m <= n:  P = U[:, :r],  R = P^T G (r, n),  W <- W - lr scale P N(R)        with G = U S V^T and
+    N Adam's step on R m > n:   Q = V[:, :r],  R = G Q (m, r),    W <- W - lr scale N(R) Q^T
 
-The moments are Adam's of R. They are not turned when P is another, as in the paper: for a while after a refresh they belong to the old
-directions. A singular vector has no sign of its own; the largest entry of each is made positive, so that nothing but the gradient decides.
+The moments are Adam's of R. They are not turned when P is another, as in the paper: for a while
+after a refresh they belong to the old directions. A singular vector has no sign of its own; the
+largest entry of each is made positive, so that nothing but the gradient decides.
 """
 
 from typing import Any
@@ -16,7 +18,9 @@ from torch import Tensor
 
 
 def projection(gradient: Float[Tensor, "m n"], r: int) -> Float[Tensor, "side r"]:
-    """The first `r` singular vectors of the shorter side: left where m <= n, else right. Orthonormal columns, also for a zero gradient."""
+    """The first `r` singular vectors of the shorter side: left where m <= n, else right.
+    Orthonormal columns, also for a zero gradient.
+    """
     if not gradient.isfinite().all():  # the run is over, and says so: an SVD would fail before
         return torch.eye(min(gradient.shape), r, dtype=gradient.dtype, device=gradient.device)
     u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
@@ -25,7 +29,9 @@ def projection(gradient: Float[Tensor, "m n"], r: int) -> Float[Tensor, "side r"
 
 
 def on_the_left(matrix: Float[Tensor, "m n"]) -> bool:
-    """Whether the projection multiplies from the left: m <= n, of the weight as the layer stores it."""
+    """Whether the projection multiplies from the left: m <= n, of the weight as the layer stores
+    it.
+    """
     return matrix.shape[0] <= matrix.shape[1]
 
 
@@ -40,9 +46,11 @@ def up(step: Tensor, basis: Tensor, like: Float[Tensor, "m n"]) -> Float[Tensor,
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
-    """AdamW whose groups with a `rank` other than 0 are matrices, and step in a subspace of that many dimensions.
+    """AdamW whose groups with a `rank` other than 0 are matrices, and step in a subspace of that
+    many dimensions.
 
-    Where a process group has several members all of them step the same parameters: the first one's subspaces are everybody's.
+    Where a process group has several members all of them step the same parameters: the first one's
+    subspaces are everybody's.
     """
 
     @torch.no_grad()
@@ -62,7 +70,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 state["projection"] = _shared(projection(gradient, group["rank"]))
             gradient = down(gradient, state["projection"])
         if not count:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(gradient),
+                torch.zeros_like(gradient),
+            )
         state["step"] = count + 1
         beta1, beta2 = group["betas"]
         first = state["exp_avg"].lerp_(gradient, 1 - beta1)
@@ -75,7 +86,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def _shared(basis: Tensor) -> Tensor:
-    """The first rank's, where there are several: an SVD need not come out alike on two machines, and their weights have to."""
+    """The first rank's, where there are several: an SVD need not come out alike on two machines,
+    and their weights have to.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(basis, src=0)
     return basis

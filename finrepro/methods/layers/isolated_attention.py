@@ -1,12 +1,15 @@
 """Causal attention confined to segments of a row, so that packed examples do not see one another.
 
-Registered with Transformers under `NAME`. Without `segment_lengths` it is plain scaled-dot-product attention. With them, on CUDA, it is one
-variable-length flash-attention call (`torch.nn.attention.varlen`); elsewhere, one call a segment: exact, and linear in the number of
-segments, where a block-diagonal mask would be quadratic in the row's length. Passing the segments explicitly avoids Transformers'
-guess from position ids, which a key-value cache or an attention mask silently switches off.
+Registered with Transformers under `NAME`. Without `segment_lengths` it is plain scaled-dot-product
+attention. With them, on CUDA, it is one variable-length flash-attention call
+(`torch.nn.attention.varlen`); elsewhere, one call a segment: exact, and linear in the number of
+segments, where a block-diagonal mask would be quadratic in the row's length. Passing the segments
+explicitly avoids Transformers' guess from position ids, which a key-value cache or an attention
+mask silently switches off.
 
-Compiled code (finrepro.training.compilation) calls segments as one operator of its own, whose inside is what runs without: lengths are a tensor, so
-that a bin with others is no new code, and backward computes the attention again, since an operator hands on nothing but its result.
+Compiled code (finrepro.training.compilation) calls segments as one operator of its own, whose
+inside is what runs without: lengths are a tensor, so that a bin with others is no new code, and
+backward computes the attention again, since an operator hands on nothing but its result.
 """
 
 from collections.abc import Iterator
@@ -25,14 +28,20 @@ Implementation = Literal["sdpa", "sdpa per segment", "flash varlen"]
 
 
 def implementation(segments: bool, device_type: str, dtype: torch.dtype) -> Implementation:
-    """What computes attention, for rows that consist of `segments` or not, on this kind of device and in this dtype of the queries.
+    """What computes attention, for rows that consist of `segments` or not, on this kind of device
+    and in this dtype of the queries.
 
-    `sdpa`: torch's scaled-dot-product attention over whole rows; `sdpa per segment`: one such call a segment; `flash varlen`: one
-    variable-length flash-attention call over all segments, which exists on CUDA in 16 bits.
+    `sdpa`: torch's scaled-dot-product attention over whole rows; `sdpa per segment`: one such call
+    a segment; `flash varlen`: one variable-length flash-attention call over all segments, which
+    exists on CUDA in 16 bits.
     """
     if not segments:
         return "sdpa"
-    return "flash varlen" if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa per segment"
+    return (
+        "flash varlen"
+        if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        else "sdpa per segment"
+    )
 
 
 def isolated_attention(
@@ -46,8 +55,8 @@ def isolated_attention(
     segment_lengths: Tensor | tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch seq heads head_dim"], None]:
-    """Transformers' attention interface; lengths as a tensor lie on the CPU. Raises `ValueError` for segments in a batch of more than one
-    row, and for dropout in compiled code."""
+    """Transformers' attention interface; lengths as a tensor lie on the CPU. Raises `ValueError`
+    for segments in a batch of more than one row, and for dropout in compiled code."""
     if segment_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -58,27 +67,44 @@ def isolated_attention(
         if dropout:
             raise ValueError("compiled attention over segments has no dropout")
         return _operator(query, key, value, segment_lengths, scaling), None
-    lengths = tuple(segment_lengths.tolist()) if isinstance(segment_lengths, Tensor) else segment_lengths
+    lengths = (
+        tuple(segment_lengths.tolist()) if isinstance(segment_lengths, Tensor) else segment_lengths
+    )
     return _over_segments(query, key, value, lengths, scaling, dropout), None
 
 
 def _over_segments(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """(1, heads, seq, head_dim) in, (1, seq, heads, head_dim) out."""
     if implementation(True, query.device.type, query.dtype) == "flash varlen":
         return _variable_length(query, key, value, lengths, scaling)
     parts = [
         scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        for q, k, v in zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("finrepro::attention_over_segments", mutates_args=())
-def _operator(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None) -> Tensor:
+def _operator(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None
+) -> Tensor:
     return _over_segments(query, key, value, tuple(lengths.tolist()), scaling).contiguous()
 
 
@@ -95,8 +121,12 @@ def _backward_operator(
 
 @contextmanager
 def _recorded_by_autograd() -> Iterator[None]:
-    """Inside, autograd sees what an operator's implementation computes; torch calls that beneath autograd."""
-    keys = [getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "ADInplaceOrView")]
+    """Inside, autograd sees what an operator's implementation computes; torch calls that beneath
+    autograd.
+    """
+    keys = [
+        getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "ADInplaceOrView")
+    ]
     before = [(key, torch._C._dispatch_tls_is_dispatch_key_excluded(key)) for key in keys]
     for key in keys:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
@@ -108,12 +138,16 @@ def _recorded_by_autograd() -> Iterator[None]:
 
 
 @_operator.register_fake
-def _shape_of_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None) -> Tensor:
+def _shape_of_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None
+) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 @_backward_operator.register_fake
-def _shapes_of_slopes(slope: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _shapes_of_slopes(
+    slope: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
@@ -132,10 +166,14 @@ _operator.register_autograd(_differentiate, setup_context=_remember)
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None
 ) -> Tensor:
-    """One flash-attention call over all segments; (1, heads, seq, head_dim) in, (1, seq, heads, head_dim) out."""
+    """One flash-attention call over all segments; (1, heads, seq, head_dim) in, (1, seq, heads,
+    head_dim) out.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
+    bounds = (
+        torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
+    )
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     longest = max(lengths)
     out = varlen_attn(
@@ -155,5 +193,7 @@ def _variable_length(
 
 
 def register() -> None:
-    """Make the implementation known to Transformers; models are then loaded with `attn_implementation=NAME`."""
+    """Make the implementation known to Transformers; models are then loaded with
+    `attn_implementation=NAME`.
+    """
     ALL_ATTENTION_FUNCTIONS.register(NAME, isolated_attention)

@@ -19,7 +19,8 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def linear_layers(model: "nn.Module") -> dict[str, Any]:
-    """Name -> layer for every linear layer inside the blocks; the output head and the embeddings are not among them.
+    """Name -> layer for every linear layer inside the blocks; the output head and the embeddings
+    are not among them.
 
     "All linear layers" in the sense of QLoRA: four a block in GPT-2, seven in Llama.
     """

@@ -1,6 +1,8 @@
-"""The leading part of a matrix by singular value decomposition, as the two factors that a low-rank update starts from.
+"""The leading part of a matrix by singular value decomposition, as the two factors that a low-rank
+update starts from.
 
-M ~ U_r S_r V_r^T (Eckart and Young, 1936: no matrix of rank r is nearer) becomes B A with A = sqrt(S_r) V_r^T and B = U_r sqrt(S_r).
+M ~ U_r S_r V_r^T (Eckart and Young, 1936: no matrix of rank r is nearer) becomes B A with A =
+sqrt(S_r) V_r^T and B = U_r sqrt(S_r).
 """
 
 import torch
@@ -13,10 +15,12 @@ OVERSAMPLED = 8  # columns beyond r that the randomised decomposition looks at
 def principal_factors(
     matrix: Float[Tensor, "d_out d_in"], r: int, svd_niter: int | None, seed: int
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-    """(A, B) in float32 on the matrix's device: B A is the principal part of rank r, and both have the singular values' roots.
+    """(A, B) in float32 on the matrix's device: B A is the principal part of rank r, and both have
+    the singular values' roots.
 
-    Without `svd_niter` by the full decomposition, where `seed` decides nothing; else by a randomised one with so many iterations. Singular
-    vectors come in pairs of free sign: here the entry of largest magnitude of each column of B is positive, on every machine.
+    Without `svd_niter` by the full decomposition, where `seed` decides nothing; else by a
+    randomised one with so many iterations. Singular vectors come in pairs of free sign: here the
+    entry of largest magnitude of each column of B is positive, on every machine.
     """
     wide = matrix.float()
     if svd_niter is None:
@@ -31,12 +35,15 @@ def principal_factors(
 def _randomised_svd(
     matrix: Float[Tensor, "d_out d_in"], r: int, niter: int, seed: int
 ) -> tuple[Float[Tensor, "d_out q"], Float[Tensor, " q"], Float[Tensor, "q d_in"]]:
-    """U, S, V^T of the matrix's part in the span of its products with random vectors (Halko et al., 2011, arXiv 0909.4061, algorithms 4.4
-    and 5.1). They are drawn on the CPU from a generator of their own, so that a seed means the same vectors whatever the device.
+    """U, S, V^T of the matrix's part in the span of its products with random vectors (Halko et al.,
+    2011, arXiv 0909.4061, algorithms 4.4 and 5.1). They are drawn on the CPU from a generator of
+    their own, so that a seed means the same vectors whatever the device.
     """
     columns = min(r + OVERSAMPLED, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(matrix.shape[1], columns, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = torch.randn(
+        matrix.shape[1], columns, generator=generator, dtype=torch.float32, device="cpu"
+    )
     basis = torch.linalg.qr(matrix @ drawn.to(matrix.device)).Q
     for _ in range(niter):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q

@@ -1,7 +1,9 @@
-"""A linear layer under ReLoRA (Lialin et al., 2023, arXiv 2307.05695): y = W x + s B A x + c, with W frozen until B A is merged into it.
+"""A linear layer under ReLoRA (Lialin et al., 2023, arXiv 2307.05695): y = W x + s B A x + c, with
+W frozen until B A is merged into it.
 
-W is the sum of all that was merged: it is kept in float32, in the layer's own weight where that is float32 and whole, else on the host,
-of which the weight is a rounding. In bfloat16 most of an update that is a thousandth of W would be lost.
+W is the sum of all that was merged: it is kept in float32, in the layer's own weight where that is
+float32 and whole, else on the host, of which the weight is a rounding. In bfloat16 most of an
+update that is a thousandth of W would be lost.
 """
 
 import hashlib
@@ -17,9 +19,11 @@ from finrepro.runtime.zero3 import whole
 
 
 class ReloraLinear(nn.Module):
-    """Wraps a linear layer and keeps its dtype: engines that train bfloat16 keep float32 copies of what they train.
+    """Wraps a linear layer and keeps its dtype: engines that train bfloat16 keep float32 copies of
+    what they train.
 
-    `name` is the layer's in the model: with `seed` and the period it decides A. All ranks make it together.
+    `name` is the layer's in the model: with `seed` and the period it decides A. All ranks make it
+    together.
     """
 
     def __init__(self, base_layer: Any, name: str, r: int, scale: float, seed: int) -> None:
@@ -38,19 +42,27 @@ class ReloraLinear(nn.Module):
         return self.base_layer(x) + self.scale * linear(linear(x, self.lora_A), self.lora_B)
 
     def drawn(self, period: int) -> Float[Tensor, "r d_in"]:
-        """A for a period, from U(-1 / sqrt(in), 1 / sqrt(in)): nothing but the seed, the period and the layer's name decide it."""
+        """A for a period, from U(-1 / sqrt(in), 1 / sqrt(in)): nothing but the seed, the period
+        and the layer's name decide it.
+        """
         d_in, _ = features(self.base_layer)
         digest = hashlib.sha256(f"{self.seed} {period} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return (2 * torch.rand(self.r, d_in, generator=generator) - 1) / d_in**0.5
 
-    def merged(self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> Float[Tensor, "d_out d_in"]:
+    def merged(
+        self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
+    ) -> Float[Tensor, "d_out d_in"]:
         """W + s B A in float32; every rank calls it where the weight lies in parts."""
         return torch.addmm(self.frozen().to(a.device), b.float(), a.float(), alpha=self.scale)
 
     def frozen(self) -> Float[Tensor, "d_out d_in"]:
         """W in float32; every rank calls it where the weight lies in parts."""
-        return self._as_out_in(whole(self.base_layer.weight)).float() if self.exact is None else self.exact
+        return (
+            self._as_out_in(whole(self.base_layer.weight)).float()
+            if self.exact is None
+            else self.exact
+        )
 
     def stored(self, merged: Float[Tensor, "d_out d_in"]) -> Tensor:
         """A weight as the layer stores it, rounded once."""

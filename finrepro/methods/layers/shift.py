@@ -1,11 +1,14 @@
-"""A constant added to each block of a linear layer's weight, kept beside the weight and multiplied by itself.
+"""A constant added to each block of a linear layer's weight, kept beside the weight and multiplied
+by itself.
 
-W + expand(T), where T (out, in / block) holds one number for every block of `block` neighbouring weights of a row. Since blocks lie along
-the input, (W + expand(T)) x = W x + T P x with P x the sums of x over its blocks: the layer below computes W x with its own kernels, and
-what is added costs 1 / block of its multiplications. P is the same for every row, so T P is a frozen LoRA of rank in / block.
+W + expand(T), where T (out, in / block) holds one number for every block of `block` neighbouring
+weights of a row. Since blocks lie along the input, (W + expand(T)) x = W x + T P x with P x the
+sums of x over its blocks: the layer below computes W x with its own kernels, and what is added
+costs 1 / block of its multiplications. P is the same for every row, so T P is a frozen LoRA of rank
+in / block.
 
-T is stored in 8 bits with a scale for every 256 of its entries (row by row), in buffers of the layer: never under `weight.*`, where
-bitsandbytes and Transformers refuse what they do not know.
+T is stored in 8 bits with a scale for every 256 of its entries (row by row), in buffers of the
+layer: never under `weight.*`, where bitsandbytes and Transformers refuse what they do not know.
 """
 
 import hashlib
@@ -18,11 +21,14 @@ from torch.nn.functional import linear
 
 GROUP = 256  # entries of T that share a scale
 SIDE_CAR = ("icq_tau_code", "icq_tau_scale")
-DIGEST = "icq_weight_sha256"  # written with the two, so that they are never read back beside another weight
+# written with the two, so that they are never read back beside another weight
+DIGEST = "icq_weight_sha256"
 
 
 def dequantized(
-    codes: UInt8[Tensor, "*shape"], scales: BFloat16[Tensor, " groups"], levels: Float[Tensor, "256"]
+    codes: UInt8[Tensor, "*shape"],
+    scales: BFloat16[Tensor, " groups"],
+    levels: Float[Tensor, "256"],
 ) -> Float[Tensor, "*shape"]:
     """What the codes stand for, in float32: a level times the scale of its group."""
     flat = levels[codes.flatten().int()]
@@ -30,7 +36,9 @@ def dequantized(
 
 
 class Shifted(nn.Module):
-    """Mixed into a linear layer with `in_features`, `weight` and `compute_dtype`, in front of its class."""
+    """Mixed into a linear layer with `in_features`, `weight` and `compute_dtype`, in front of
+    its class.
+    """
 
     in_features: int
     weight: nn.Parameter
@@ -45,7 +53,9 @@ class Shifted(nn.Module):
         scales: BFloat16[Tensor, " groups"],
         levels: Float[Tensor, "256"],
     ) -> None:
-        """Take the side-car. The levels are the library's: the same in every layer, and not saved."""
+        """Take the side-car. The levels are the library's: the same in every layer, and not
+        saved.
+        """
         self.register_buffer("icq_tau_code", codes)
         self.register_buffer("icq_tau_scale", scales)
         self.register_buffer("icq_levels", levels, persistent=False)
@@ -60,9 +70,13 @@ class Shifted(nn.Module):
         return super().forward(x) + linear(shift, self.tau().to(self.compute_dtype)).to(x.dtype)
 
     def as_frozen_lora(self) -> tuple[Float[Tensor, "blocks d_in"], Float[Tensor, "d_out blocks"]]:
-        """The factors (A, B) of a LoRA of scaling 1 that, beside the plain layer of the same `weight`, computes the same: P and T."""
+        """The factors (A, B) of a LoRA of scaling 1 that, beside the plain layer of the same
+        `weight`, computes the same: P and T.
+        """
         blocks = self.icq_tau_code.shape[1]
-        indicator = torch.eye(blocks, device=self.icq_levels.device).repeat_interleave(self.in_features // blocks, 1)
+        indicator = torch.eye(blocks, device=self.icq_levels.device).repeat_interleave(
+            self.in_features // blocks, 1
+        )
         return indicator, self.tau()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -79,15 +93,21 @@ class Shifted(nn.Module):
         destination[prefix + DIGEST] = digest(self.weight)
 
     def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
-        """Adds an error, and loads nothing, where the side-car is not whole or belongs to another weight; strict or not."""
+        """Adds an error, and loads nothing, where the side-car is not whole or belongs to
+        another weight; strict or not.
+        """
         unexpected, errors = others[-2:]
         given = [name for name in (*SIDE_CAR, DIGEST) if prefix + name in state]
         if given or prefix + "weight" in state:
             if len(given) < 3:
                 missing = next(name for name in (*SIDE_CAR, DIGEST) if name not in given)
-                errors.append(f"{prefix}{missing} is missing: without its shift the weight is another.")
+                errors.append(
+                    f"{prefix}{missing} is missing: without its shift the weight is another."
+                )
                 return
-            if not torch.equal(digest(state.get(prefix + "weight", self.weight)), state[prefix + DIGEST].cpu()):
+            if not torch.equal(
+                digest(state.get(prefix + "weight", self.weight)), state[prefix + DIGEST].cpu()
+            ):
                 errors.append(f"{prefix}{SIDE_CAR[0]} belongs to another weight than this one.")
                 return
         super()._load_from_state_dict(state, prefix, *others)

@@ -1,7 +1,9 @@
-"""What has become of a low-rank layer in training, from its factors alone: the spectrum of B A, and how evenly A and B share it.
+"""What has become of a low-rank layer in training, from its factors alone: the spectrum of B A, and
+how evenly A and B share it.
 
-With QR decompositions B = Q_B R_B and A^T = Q_A R_A, the singular values of B A are those of the small R_B R_A^T (r, r), since Q_B and Q_A
-have orthonormal columns: O(r^2 (out + in)), and B A is never formed.
+With QR decompositions B = Q_B R_B and A^T = Q_A R_A, the singular values of B A are those of the
+small R_B R_A^T (r, r), since Q_B and Q_A have orthonormal columns: O(r^2 (out + in)), and B A is
+never formed.
 """
 
 import math
@@ -16,9 +18,11 @@ from finrepro.methods.layers.low_rank import low_rank_layers
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one factor pair. A rank has collapsed where `effective_rank` is far below it; a direction is dead where `smallest` is nearly 0.
+    """Of one factor pair. A rank has collapsed where `effective_rank` is far below it; a direction
+    is dead where `smallest` is nearly 0.
 
-    `effective_rank` is exp of the entropy of the singular values' shares (Roy and Vetterli, 2007): r if all are equal, 1 if one is left.
+    `effective_rank` is exp of the entropy of the singular values' shares (Roy and Vetterli, 2007):
+    r if all are equal, 1 if one is left.
     """
 
     rank: int
@@ -29,13 +33,17 @@ class Spectrum:
 
 
 def singular_values(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> Float[Tensor, " r"]:
-    """The first r singular values of B A, descending, in float64; r is at most in and at most out."""
+    """The first r singular values of B A, descending, in float64; r is at most in and at most
+    out.
+    """
     inner = torch.linalg.qr(b.double(), mode="r").R @ torch.linalg.qr(a.double().T, mode="r").R.T
     return torch.linalg.svdvals(inner)
 
 
 def spectrum(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> Spectrum:
-    """Of factors in full precision. Where B A is zero, so is every figure but the balance, which is then not a number."""
+    """Of factors in full precision. Where B A is zero, so is every figure but the balance, which
+    is then not a number.
+    """
     values = singular_values(a, b)
     total, largest = float(values.sum()), float(values[0])
     shares = values[values > 0] / total if total else values[:0]
@@ -51,11 +59,15 @@ def spectrum(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> Spectru
 
 @torch.no_grad()
 def spectra(model: nn.Module) -> dict[str, Spectrum]:
-    """Name -> spectrum of every factor pair of a low-rank model. Raises `ValueError` where the factors are stored in codes."""
+    """Name -> spectrum of every factor pair of a low-rank model. Raises `ValueError` where the
+    factors are stored in codes.
+    """
     found = {}
     for name, layer in low_rank_layers(model).items():
         a, b = layer.a.weight, layer.b.weight
         if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
-            raise ValueError(f"the factors of {name} are quantized: a spectrum is of those that were trained")
+            raise ValueError(
+                f"the factors of {name} are quantized: a spectrum is of those that were trained"
+            )
         found[name] = spectrum(a, b)
     return found

@@ -1,7 +1,7 @@
 """A causal language model that sends only the supervised positions through its output head.
 
-With a vocabulary of 128,256 the head is the largest activation of fine-tuning: for a prompt of 60 tokens and an answer of two, 97 % of
-its rows would be computed only to be ignored.
+With a vocabulary of 128,256 the head is the largest activation of fine-tuning: for a prompt of 60
+tokens and an answer of two, 97 % of its rows would be computed only to be ignored.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,9 @@ ExtraLoss = Callable[[nn.Module], Float[Tensor, ""]]
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The transformer below the output head, and the head, also of a model that PEFT has wrapped."""
+    """The transformer below the output head, and the head, also of a model that PEFT has
+    wrapped.
+    """
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
@@ -31,7 +33,13 @@ def hidden_states(model: nn.Module, batch: Batch, **kwargs: Any) -> Float[Tensor
     lengths = batch.segment_lengths
     # A tensor: compiled code would take each tuple of numbers for another program.
     segments = {} if lengths is None else {"segment_lengths": torch.tensor(lengths)}
-    output = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **segments, **kwargs)
+    output = backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **segments,
+        **kwargs,
+    )
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -43,9 +51,11 @@ def log_likelihood(
 
 
 class SupervisedLM(nn.Module):
-    """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the batch's supervised tokens.
+    """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the
+    batch's supervised tokens.
 
-    With `extra` also what `extra_loss` says of the model: computed in here, where ZeRO-3 gathers the parameters that are read.
+    With `extra` also what `extra_loss` says of the model: computed in here, where ZeRO-3 gathers
+    the parameters that are read.
     """
 
     def __init__(self, model: nn.Module, extra_loss: ExtraLoss | None = None) -> None:
@@ -55,7 +65,9 @@ class SupervisedLM(nn.Module):
     def forward(
         self, batch: Batch, extra: bool = False
     ) -> Float[Tensor, ""] | tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Sum, not mean: the caller divides by the supervised tokens of the global batch, which may span many forwards."""
+        """Sum, not mean: the caller divides by the supervised tokens of the global batch, which
+        may span many forwards.
+        """
         loss = self._loss(batch)
         return (loss, self.extra_loss(self.model).float()) if extra and self.extra_loss else loss
 
@@ -68,7 +80,9 @@ class SupervisedLM(nn.Module):
 
 
 def objective(module: Any, batch: Batch, scale: float, extra: bool) -> tuple[Tensor, Tensor]:
-    """What to differentiate, and the scaled loss. Every rank adds the same extra loss, so that the average over the ranks holds it once."""
+    """What to differentiate, and the scaled loss. Every rank adds the same extra loss, so that
+    the average over the ranks holds it once.
+    """
     if not extra:
         loss = module(batch) * scale
         return loss, loss.detach()

@@ -1,7 +1,8 @@
-"""The arithmetic of AdaLoRA (Zhang et al., 2023, arXiv 2303.10512) on the factors P Lambda Q of its updates.
+"""The arithmetic of AdaLoRA (Zhang et al., 2023, arXiv 2303.10512) on the factors P Lambda Q of its
+updates.
 
-Triplet k of a layer is column k of P (out, r), Lambda's k-th entry and row k of Q (r, in). PEFT calls P lora_B, Lambda lora_E (r, 1) and
-Q lora_A.
+Triplet k of a layer is column k of P (out, r), Lambda's k-th entry and row k of Q (r, in). PEFT
+calls P lora_B, Lambda lora_E (r, 1) and Q lora_A.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,9 @@ from torch import Tensor
 
 
 def from_orthogonal(p: Float[Tensor, "out r"], q: Float[Tensor, "r in"]) -> Float[Tensor, ""]:
-    """||P^T P - I|| + ||Q Q^T - I||, Frobenius norms, not squared as in equation 4 (both codes leave out the square)."""
+    """||P^T P - I|| + ||Q Q^T - I||, Frobenius norms, not squared as in equation 4 (both codes
+    leave out the square).
+    """
     unit = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
     return torch.linalg.matrix_norm(p.T @ p - unit) + torch.linalg.matrix_norm(q @ q.T - unit)
 
@@ -23,9 +26,10 @@ def from_orthogonal(p: Float[Tensor, "out r"], q: Float[Tensor, "r in"]) -> Floa
 class Allocation:
     """What AdaLoRA remembers between steps.
 
-    `averages`: parameter name -> smoothed importance and its smoothed uncertainty (equations 9 and 10), of the parameter's shape, float32.
-    `kept`: layer -> which of its triplets the last allocation left. `measured` and `allocated` count steps: who forgets one of
-    the two calls of a step is told so at the next.
+    `averages`: parameter name -> smoothed importance and its smoothed uncertainty (equations 9 and
+    10), of the parameter's shape, float32. `kept`: layer -> which of its triplets the last
+    allocation left. `measured` and `allocated` count steps: who forgets one of the two calls of a
+    step is told so at the next.
     """
 
     averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -33,21 +37,29 @@ class Allocation:
     measured: int = 0
     allocated: int = 0
 
-    def measure(self, name: str, value: Tensor, gradient: Tensor, beta1: float, beta2: float) -> None:
+    def measure(
+        self, name: str, value: Tensor, gradient: Tensor, beta1: float, beta2: float
+    ) -> None:
         """I = |w grad| (equation 8), smoothed from zero by beta1; |I - average| by beta2."""
         now = (value * gradient).abs()
-        mean, uncertainty = self.averages.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
+        mean, uncertainty = self.averages.get(name) or (
+            torch.zeros_like(now),
+            torch.zeros_like(now),
+        )
         mean = beta1 * mean + (1 - beta1) * now
         self.averages[name] = mean, beta2 * uncertainty + (1 - beta2) * (now - mean).abs()
 
     def scores(self, layer: Mapping[str, str]) -> Float[Tensor, " r"]:
-        """Of each triplet of a layer, whose parameters' names are P, E and Q: s(lambda) + mean s(P's column) + mean s(Q's row), with s
-        the product of the two averages (equations 7 and 11)."""
+        """Of each triplet of a layer, whose parameters' names are P, E and Q: s(lambda) + mean
+        s(P's column) + mean s(Q's row), with s the product of the two averages (equations 7 and
+        11)."""
         s = {key: self.averages[name][0] * self.averages[name][1] for key, name in layer.items()}
         return s["E"].flatten() + s["P"].mean(0) + s["Q"].mean(1)
 
     def choose(self, layers: Mapping[str, Mapping[str, str]], budget: int) -> None:
-        """Keep the `budget` triplets of the highest scores, over all layers; of equal ones the earlier layer's, the earlier triplet."""
+        """Keep the `budget` triplets of the highest scores, over all layers; of equal ones the
+        earlier layer's, the earlier triplet.
+        """
         scores = {name: self.scores(layer).cpu() for name, layer in layers.items()}
         order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
         chosen = torch.zeros(len(order), dtype=torch.bool)
@@ -58,12 +70,18 @@ class Allocation:
     def state(self) -> dict[str, Any]:
         """As tensors, numbers, lists and dictionaries."""
         averages = {name: list(both) for name, both in self.averages.items()}
-        return {"averages": averages, "kept": self.kept, "measured": self.measured, "allocated": self.allocated}
+        return {
+            "averages": averages,
+            "kept": self.kept,
+            "measured": self.measured,
+            "allocated": self.allocated,
+        }
 
     def load(self, state: dict[str, Any], devices: Mapping[str, Any]) -> None:
         """Take up what `state` gave; `devices` says where each parameter lies."""
         self.averages = {
-            name: (mean.to(devices[name]), other.to(devices[name])) for name, (mean, other) in state["averages"].items()
+            name: (mean.to(devices[name]), other.to(devices[name]))
+            for name, (mean, other) in state["averages"].items()
         }
         self.kept = {name: kept.cpu() for name, kept in state["kept"].items()}
         self.measured, self.allocated = state["measured"], state["allocated"]

@@ -25,33 +25,52 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     import torch
 
     return torch.optim.AdamW(
-        decay_groups(named_parameters, config.weight_decay), lr=lr, betas=config.betas, eps=config.eps, foreach=True
+        decay_groups(named_parameters, config.weight_decay),
+        lr=lr,
+        betas=config.betas,
+        eps=config.eps,
+        foreach=True,
     )
 
 
 def decay_groups(
     named_parameters: list[tuple[str, Any]], weight_decay: float, spared: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Groups that weight decay reaches, matrices that are not `spared`, and does not; none is empty."""
-    decayed = {name for name, parameter in named_parameters if len(shape_of(parameter)) >= 2 and name not in spared}
+    """Groups that weight decay reaches, matrices that are not `spared`, and does not; none is
+    empty.
+    """
+    decayed = {
+        name
+        for name, parameter in named_parameters
+        if len(shape_of(parameter)) >= 2 and name not in spared
+    }
     groups = [
-        {"params": [p for name, p in named_parameters if name in decayed], "weight_decay": weight_decay},
+        {
+            "params": [p for name, p in named_parameters if name in decayed],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for name, p in named_parameters if name not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def shape_of(parameter: Any) -> Sequence[int]:
-    """The shape of the whole parameter: one that lies in parts (ZeRO-3) has lost its own by the time the optimizer is made."""
+    """The shape of the whole parameter: one that lies in parts (ZeRO-3) has lost its own by the
+    time the optimizer is made.
+    """
     shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def in_blocks(name: str) -> bool:
-    """Whether a parameter belongs to one of the model's numbered blocks; embeddings, the last norm and the output head do not."""
+    """Whether a parameter belongs to one of the model's numbered blocks; embeddings, the last
+    norm and the output head do not.
+    """
     return re.search(r"\.\d+\.", name) is not None
 
 
 def state_bytes(shapes: Mapping[str, Sequence[int]], config: Config) -> int:
-    """Bytes of the moments of parameters of these shapes: 8 an element. Closed form; a step count a parameter comes on top."""
+    """Bytes of the moments of parameters of these shapes: 8 an element. Closed form; a step
+    count a parameter comes on top.
+    """
     return 8 * sum(map(prod, shapes.values()))

@@ -1,9 +1,11 @@
-"""AdamW with its moments in 8 bits (Dettmers et al., 2022, arXiv 2110.02861), bitsandbytes' own, on CPUs and GPUs alike.
+"""AdamW with its moments in 8 bits (Dettmers et al., 2022, arXiv 2110.02861), bitsandbytes' own, on
+CPUs and GPUs alike.
 
-Each block of 256 numbers of a moment is divided by its largest magnitude and rounded to the nearest of 256 values (a dynamic tree, signed
-for the first moment, not for the second); a step decodes them, computes in float32 and rounds them again. 2 bytes and 8 / 256 a parameter
-in place of 8. As in the paper, what has fewer than 4,096 elements keeps float32, and with `embeddings_32bit` so do the embeddings and the
-output head, whose gradients are rare and large.
+Each block of 256 numbers of a moment is divided by its largest magnitude and rounded to the nearest
+of 256 values (a dynamic tree, signed for the first moment, not for the second); a step decodes
+them, computes in float32 and rounds them again. 2 bytes and 8 / 256 a parameter in place of 8. As
+in the paper, what has fewer than 4,096 elements keeps float32, and with `embeddings_32bit` so do
+the embeddings and the output head, whose gradients are rare and large.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,9 @@ def supports(spec: Any, config: Config) -> str | None:
     if spec.train.zero_stage:
         return f"adamw_8bit rounds each parameter's moments by themselves, and ZeRO-{spec.train.zero_stage} steps flat pieces"
     if getattr(spec.adapter.module("adapters"), "RESETS_MOMENTS", False):
-        return f"{spec.adapter.name} begins moments anew, and nobody here knows how to in adamw_8bit's"
+        return (
+            f"{spec.adapter.name} begins moments anew, and nobody here knows how to in adamw_8bit's"
+        )
     return None
 
 
@@ -41,9 +45,14 @@ def bits(name: str, size: int, config: Config) -> int:
 
 
 def state_bytes(shapes: Mapping[str, Sequence[int]], config: Config) -> int:
-    """Bytes of the moments and their scales, of parameters of these shapes; the two maps of 256 values, 2 KiB a device, come on top."""
+    """Bytes of the moments and their scales, of parameters of these shapes; the two maps of 256
+    values, 2 KiB a device, come on top.
+    """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    return sum(8 * n if bits(name, n, config) == 32 else 2 * n + 8 * -(-n // BLOCK) for name, n in sizes.items())
+    return sum(
+        8 * n if bits(name, n, config) == 32 else 2 * n + 8 * -(-n // BLOCK)
+        for name, n in sizes.items()
+    )
 
 
 def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) -> "Optimizer":
@@ -51,7 +60,9 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     from bitsandbytes.optim import AdamW8bit
 
     class ByGroup(AdamW8bit):  # type: ignore[misc]
-        """Takes the bits from the group; the library would keep them in a register of the process, by the parameter's place."""
+        """Takes the bits from the group; the library would keep them in a register of the
+        process, by the parameter's place.
+        """
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = super().get_config(gindex, pindex, group)
@@ -59,7 +70,14 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
 
     groups = []
     for each in (8, 32):
-        members = [(name, p) for name, p in named_parameters if bits(name, p.numel(), config) == each]
-        groups += [{**group, "optim_bits": each} for group in adamw.decay_groups(members, config.weight_decay)]
-    optimizer: Optimizer = ByGroup(groups, lr=lr, betas=config.betas, eps=config.eps, min_8bit_size=SMALLEST)
+        members = [
+            (name, p) for name, p in named_parameters if bits(name, p.numel(), config) == each
+        ]
+        groups += [
+            {**group, "optim_bits": each}
+            for group in adamw.decay_groups(members, config.weight_decay)
+        ]
+    optimizer: Optimizer = ByGroup(
+        groups, lr=lr, betas=config.betas, eps=config.eps, min_8bit_size=SMALLEST
+    )
     return optimizer

@@ -1,12 +1,14 @@
-"""AdamW with Frobenius decay (Khodak et al., 2021, arXiv 2105.01029) for the factors of low-rank layers.
+"""AdamW with Frobenius decay (Khodak et al., 2021, arXiv 2105.01029) for the factors of low-rank
+layers.
 
-A layer W = B A with A (r, in) and B (out, r) is decayed by the gradient of 0.5 ||B A||_F^2, and not of 0.5 (||A||^2 + ||B||^2), whose least
-value at a given B A is its nuclear norm, which makes the rank collapse:
+A layer W = B A with A (r, in) and B (out, r) is decayed by the gradient of 0.5 ||B A||_F^2, and not
+of 0.5 (||A||^2 + ||B||^2), whose least value at a given B A is its nuclear norm, which makes the
+rank collapse:
 
     A <- A - lr lambda (B^T B) A,    B <- B - lr lambda B (A A^T)    both of the old A and B
 
-Decoupled, as AdamW's own decay: the moments never see it. The authors have it in SGD's gradient; decoupling is an extension. A layer's
-factors are its parameters `a.weight` and `b.weight`.
+Decoupled, as AdamW's own decay: the moments never see it. The authors have it in SGD's gradient;
+decoupling is an extension. A layer's factors are its parameters `a.weight` and `b.weight`.
 """
 
 from collections.abc import Iterable
@@ -37,18 +39,26 @@ def supports(spec: Any, config: Config) -> str | None:
     trains_all = getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False)
     if spec.model.low_rank is not None and trains_all:
         return None
-    whose = f"{spec.model.name} has none" if spec.model.low_rank is None else f"{spec.adapter.name} trains none"
+    whose = (
+        f"{spec.model.name} has none"
+        if spec.model.low_rank is None
+        else f"{spec.adapter.name} trains none"
+    )
     return f"adamw_frobenius decays the factors of low-rank layers, and {whose}"
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of each layer's A and B, in the order in which they are given; a parameter without its partner is in none."""
+    """The names of each layer's A and B, in the order in which they are given; a parameter
+    without its partner is in none.
+    """
     known = dict.fromkeys(names)
     return [(a, b) for a in known if a.endswith(A) and (b := f"{a.removesuffix(A)}{B}") in known]
 
 
 def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) -> "Optimizer":
-    """The optimizer over (name, parameter) pairs, at learning rate `lr`; plain weight decay does not touch the factors."""
+    """The optimizer over (name, parameter) pairs, at learning rate `lr`; plain weight decay does
+    not touch the factors.
+    """
     import torch
 
     factors = {name for pair in pairs(name for name, _ in named_parameters) for name in pair}
@@ -57,7 +67,9 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
 
 
 def before_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
-    """Decay each pair at the learning rate of its factors. Every rank calls it, and reads both factors whole."""
+    """Decay each pair at the learning rate of its factors. Every rank calls it, and reads both
+    factors whole.
+    """
     for names in pairs(handle.named):
         a, b = (handle.named[name] for name in names)
         old_a, old_b = handle.value(a), handle.value(b)
@@ -67,5 +79,7 @@ def before_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
 
 
 def slopes(a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
-    """The gradients of 0.5 ||B A||_F^2: (B^T B) A (r, in) and B (A A^T) (out, r), in O(r^2 (in + out))."""
+    """The gradients of 0.5 ||B A||_F^2: (B^T B) A (r, in) and B (A A^T) (out, r), in O(r^2 (in +
+    out)).
+    """
     return (b.T @ b) @ a, b @ (a @ a.T)

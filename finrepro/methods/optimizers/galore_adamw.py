@@ -1,7 +1,9 @@
-"""GaLore (Zhao et al., 2024, arXiv 2403.03507) with AdamW: dense weights whose moments live in a subspace of the gradient.
+"""GaLore (Zhao et al., 2024, arXiv 2403.03507) with AdamW: dense weights whose moments live in a
+subspace of the gradient.
 
-The matrices of the blocks are stepped in it, embeddings, output head, norms and biases by plain AdamW. `finrepro.methods.layers.galore` has the
-equations. Written from the paper; the authors' package is not used: it knows no Conv1D.
+The matrices of the blocks are stepped in it, embeddings, output head, norms and biases by plain
+AdamW. `finrepro.methods.layers.galore` has the equations. Written from the paper; the authors'
+package is not used: it knows no Conv1D.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
 @settings
 class Config(adamw.Config):
-    """AdamW's, and the authors' names: `rank` is whole, or a share of each matrix' shorter side; the subspace is found anew every
-    `update_proj_gap` steps, at the first one too; `step_scale`, their `scale`, multiplies the step of a projected matrix."""
+    """AdamW's, and the authors' names: `rank` is whole, or a share of each matrix' shorter side;
+    the subspace is found anew every `update_proj_gap` steps, at the first one too; `step_scale`,
+    their `scale`, multiplies the step of a projected matrix."""
 
     rank: Positive | Share
     update_proj_gap: Positive
@@ -35,7 +38,9 @@ def supports(spec: Any, config: Config) -> str | None:
     if spec.model.low_rank is not None:
         return f"galore_adamw steps dense weights in a subspace, and those of {spec.model.name} are factors"
     if getattr(module, "RESETS_MOMENTS", False) or not getattr(module, "WHOLE_MODEL", False):
-        return f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
+        return (
+            f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
+        )
     for name, sides in block_sizes(spec.model).items():
         if config.rank > min(sides):
             return f"galore_adamw: rank {config.rank} is more than {spec.model.name} can have in {name}, {sides[0]} in and {sides[1]} out"
@@ -43,14 +48,18 @@ def supports(spec: Any, config: Config) -> str | None:
 
 
 def rank_of(name: str, shape: Sequence[int], config: Config) -> int:
-    """The dimensions of the subspace that a parameter steps in: those of the blocks' matrices, 0 for what is stepped whole."""
+    """The dimensions of the subspace that a parameter steps in: those of the blocks' matrices, 0
+    for what is stepped whole.
+    """
     if len(shape) != 2 or not adamw.in_blocks(name):
         return 0
     return config.rank if isinstance(config.rank, int) else max(1, round(config.rank * min(shape)))
 
 
 def state_bytes(shapes: Mapping[str, Sequence[int]], config: Config) -> int:
-    """Bytes of the moments, 2 r n numbers for a matrix (m, n) with m <= n, and of its projection, m r; else 8 a number."""
+    """Bytes of the moments, 2 r n numbers for a matrix (m, n) with m <= n, and of its
+    projection, m r; else 8 a number.
+    """
     total = 0
     for name, shape in shapes.items():
         r = rank_of(name, shape, config)
@@ -66,6 +75,8 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     groups = []
     for rank in sorted(set(ranks.values())):
         members = [(name, p) for name, p in named_parameters if ranks[name] == rank]
-        groups += [{**group, "rank": rank} for group in adamw.decay_groups(members, config.weight_decay)]
+        groups += [
+            {**group, "rank": rank} for group in adamw.decay_groups(members, config.weight_decay)
+        ]
     common = {"update_proj_gap": config.update_proj_gap, "step_scale": config.step_scale}
     return GaLoreAdamW(groups, {"lr": lr, "betas": config.betas, "eps": config.eps, **common})

@@ -1,9 +1,12 @@
-"""LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339) with bitsandbytes' operators: weights and activations in 8 bits.
+"""LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339) with bitsandbytes' operators: weights and
+activations in 8 bits.
 
-A row of the weight is divided by its largest magnitude and rounded to -127 ... 127, and so is each row of the input, at each call. Input
-columns with a magnitude from `threshold` on keep the model's dtype and meet de-quantised weights. The backward pass is that of a plain
-linear layer with the de-quantised weight. An outlier column is one with an outlier in any row of the call, so a row's rounding depends
-on the rows beside it: scores agree between layouts and numbers of ranks up to that rounding, not bit by bit.
+A row of the weight is divided by its largest magnitude and rounded to -127 ... 127, and so is each
+row of the input, at each call. Input columns with a magnitude from `threshold` on keep the model's
+dtype and meet de-quantised weights. The backward pass is that of a plain linear layer with the
+de-quantised weight. An outlier column is one with an outlier in any row of the call, so a row's
+rounding depends on the rows beside it: scores agree between layouts and numbers of ranks up to that
+rounding, not bit by bit.
 """
 
 from dataclasses import dataclass
@@ -17,19 +20,25 @@ from finrepro.settings import Choice, settings
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
-NOT_EXPORTED = {"merged": "int8 rounds the activations too, so that no dense model computes what was evaluated"}
+NOT_EXPORTED = {
+    "merged": "int8 rounds the activations too, so that no dense model computes what was evaluated"
+}
 
 
 @settings
 class Config:
-    """`threshold`: the magnitude from which on an activation is an outlier; 0 rounds every column."""
+    """`threshold`: the magnitude from which on an activation is an outlier; 0 rounds every
+    column.
+    """
 
     threshold: Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized weight: codes (out, in) in int8, the rows' largest magnitudes (out,) in float32, and the dtype it had."""
+    """A quantized weight: codes (out, in) in int8, the rows' largest magnitudes (out,) in
+    float32, and the dtype it had.
+    """
 
     codes: "Tensor"
     scales: "Tensor"
@@ -38,21 +47,33 @@ class Stored:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
-    """None, or that ZeRO-3 cannot divide such a weight, whose scales are no part of the parameter."""
-    return f"{quantizer.name} weights cannot be divided over devices (ZeRO-3)" if zero_stage == 3 else None
+    """None, or that ZeRO-3 cannot divide such a weight, whose scales are no part of the
+    parameter.
+    """
+    return (
+        f"{quantizer.name} weights cannot be divided over devices (ZeRO-3)"
+        if zero_stage == 3
+        else None
+    )
 
 
 def not_compiled(config: Config) -> str:
-    """That torch.compile would cut every layer into pieces at bitsandbytes' operators for outliers."""
+    """That torch.compile would cut every layer into pieces at bitsandbytes' operators for
+    outliers.
+    """
     return "int8 has operators whose results' sizes depend on the values, which torch.compile does not take"
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
-    """Quantize a weight of shape (out, in), on its device. bitsandbytes' operator takes float16, on a GPU nothing else."""
+    """Quantize a weight of shape (out, in), on its device. bitsandbytes' operator takes float16,
+    on a GPU nothing else.
+    """
     import torch
     from bitsandbytes import functional
 
-    codes, scales, _ = functional.int8_vectorwise_quant(weight.detach().to(torch.float16).contiguous())
+    codes, scales, _ = functional.int8_vectorwise_quant(
+        weight.detach().to(torch.float16).contiguous()
+    )
     return Stored(codes, scales, weight.dtype, config)
 
 
@@ -106,15 +127,19 @@ def note(device_type: str) -> str | None:
 
 
 def _dequantized(codes: "Tensor", scales: "Tensor", dtype: "dtype") -> "Tensor":
-    return codes.to(dtype).mul_(scales.mul(1 / 127).unsqueeze(1))  # the product in float32, rounded once
+    return codes.to(dtype).mul_(
+        scales.mul(1 / 127).unsqueeze(1)
+    )  # the product in float32, rounded once
 
 
 @cache
 def _layer_class() -> Any:
-    """bitsandbytes' layer, with one forward pass for every mode and device, and nothing of the weight but the parameter itself.
+    """bitsandbytes' layer, with one forward pass for every mode and device, and nothing of the
+    weight but the parameter itself.
 
-    bitsandbytes' own forward pass trains on a CPU with unrounded activations and evaluates with rounded ones, warns at each call, keeps the
-    input alive through activation checkpointing, and keeps a second reference to the codes that no move to another device follows.
+    bitsandbytes' own forward pass trains on a CPU with unrounded activations and evaluates with
+    rounded ones, warns at each call, keeps the input alive through activation checkpointing, and
+    keeps a second reference to the codes that no move to another device follows.
     """
     import bitsandbytes
     import torch
@@ -123,10 +148,14 @@ def _layer_class() -> Any:
     class Multiply(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: "Tensor", layer: Any) -> "Tensor":
-            ctx.layer = layer  # the frozen weight is looked up again in backward; nothing else is kept
+            ctx.layer = (
+                layer  # the frozen weight is looked up again in backward; nothing else is kept
+            )
             rows = x.reshape(-1, x.shape[-1])
             threshold, scales = layer.state.threshold, layer.weight.SCB
-            codes, magnitudes, outliers = functional.int8_vectorwise_quant(rows.to(torch.float16), threshold=threshold)
+            codes, magnitudes, outliers = functional.int8_vectorwise_quant(
+                rows.to(torch.float16), threshold=threshold
+            )
             weight, bias = layer.weight.data, layer.bias
             if threshold > 0:
                 y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
@@ -150,7 +179,9 @@ def _layer_class() -> Any:
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             scales = self.weight.SCB
             super()._apply(fn, recurse)
-            self.weight.SCB = scales.to(self.weight.device)  # with the codes, and never to another dtype
+            self.weight.SCB = scales.to(
+                self.weight.device
+            )  # with the codes, and never to another dtype
             return self
 
     return Int8Linear

@@ -1,15 +1,19 @@
-"""Information calibration quantization (ICQ) of IR-QLoRA (Qin et al., 2024, arXiv 2402.05445, section 3.2), stored by bitsandbytes.
+"""Information calibration quantization (ICQ) of IR-QLoRA (Qin et al., 2024, arXiv 2402.05445,
+section 3.2), stored by bitsandbytes.
 
-Each block w is moved by a number tau before it is rounded, W' = W - tau, and moved back after: w^ = C[q] absmax(w - tau) + tau, where tau
-maximises the entropy of the block's 16-valued codes, H = -sum_c p_c log2 p_c, among f absmax(w - median) + median for f in a small range.
+Each block w is moved by a number tau before it is rounded, W' = W - tau, and moved back after: w^ =
+C[q] absmax(w - tau) + tau, where tau maximises the entropy of the block's 16-valued codes, H =
+-sum_c p_c log2 p_c, among f absmax(w - median) + median for f in a small range.
 
-Ours differs from the official code in three things. The published search leaves 8 % of normal blocks with less entropy than without it:
-here tau = 0 is a candidate, and is taken where the rounded tau is no better (`fallback`). Codes are computed after tau has been rounded
-to 8 bits, not before, so that what is subtracted is what is added. Ties, which most blocks have, go to the smallest |tau| and then to the
-earlier candidate, which does not depend on the order of the grid (`tie_break: first` is the official order).
+Ours differs from the official code in three things. The published search leaves 8 % of normal
+blocks with less entropy than without it: here tau = 0 is a candidate, and is taken where the
+rounded tau is no better (`fallback`). Codes are computed after tau has been rounded to 8 bits, not
+before, so that what is subtracted is what is added. Ties, which most blocks have, go to the
+smallest |tau| and then to the earlier candidate, which does not depend on the order of the grid
+(`tie_break: first` is the official order).
 
-tau is stored as double quantization stores scales, but signed: 8-bit codes and a 16-bit scale for each 256 of them. With a block of B
-weights that is 8 / B + 16 / (256 B) bits a weight: 0.126 at 64.
+tau is stored as double quantization stores scales, but signed: 8-bit codes and a 16-bit scale for
+each 256 of them. With a block of B weights that is 8 / B + 16 / (256 B) bits a weight: 0.126 at 64.
 """
 
 import dataclasses
@@ -25,15 +29,22 @@ from finrepro.settings import Choice, Positive, PositiveFloat, settings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SIGMA = 0.5410872  # 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its last level is 1
+# 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its
+# last level is 1
+SIGMA = 0.5410872
 KEPT_APART = "the shifts of its blocks"  # what a method that reads a layer's weight would miss
-BESIDE = ("icq_tau_code", "icq_tau_scale", "icq_weight_sha256")  # a layer's tensors that only this package reads
+BESIDE = (
+    "icq_tau_code",
+    "icq_tau_scale",
+    "icq_weight_sha256",
+)  # a layer's tensors that only this package reads
 AT_ONCE = 2**20  # candidates that are looked at together: about 100 MB, however large the weight
 
 
 @settings
 class Config(bnb_4bit.Config):
-    """bitsandbytes' settings and the search's: 2 n + 1 factors f from -range_factor SIGMA to +range_factor SIGMA (the paper's lambda).
+    """bitsandbytes' settings and the search's: 2 n + 1 factors f from -range_factor SIGMA to
+    +range_factor SIGMA (the paper's lambda).
 
     With `objective: mse` tau is that of the least squared error: the control at the same storage.
     """
@@ -47,7 +58,9 @@ class Config(bnb_4bit.Config):
 
 @dataclass(frozen=True)
 class Stored:
-    """W' as bitsandbytes stores it, and tau: codes (out, in / block), a scale for each 256 of them, and the 256 levels."""
+    """W' as bitsandbytes stores it, and tau: codes (out, in / block), a scale for each 256 of
+    them, and the 256 levels.
+    """
 
     moved: bnb_4bit.Stored
     codes: "Tensor"
@@ -57,29 +70,38 @@ class Stored:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
-    """None, or that a block would reach over the end of a row, where its tau is no longer a number a row and a block of inputs."""
+    """None, or that a block would reach over the end of a row, where its tau is no longer a
+    number a row and a block of inputs.
+    """
     return bnb_4bit.misaligned(model, quantizer)
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
-    """Search tau and quantize a weight of shape (out, in), on its device. Raises `UsageError` unless blocks divide its rows."""
+    """Search tau and quantize a weight of shape (out, in), on its device. Raises `UsageError`
+    unless blocks divide its rows.
+    """
     import torch
 
     if weight.shape[1] % config.block_size:
-        raise UsageError(f"icq: blocks of {config.block_size} do not divide rows of {weight.shape[1]} weights.")
+        raise UsageError(
+            f"icq: blocks of {config.block_size} do not divide rows of {weight.shape[1]} weights."
+        )
     parts = weight.detach().reshape(-1, config.block_size).split(_blocks_at_once(config))
     return with_tau(weight, torch.cat([search(part.float(), config) for part in parts]), config)
 
 
 def with_tau(weight: "Tensor", tau: "Tensor", config: Config) -> Stored:
-    """Quantize a weight (out, in) with a tau for each block, row by row; with `fallback`, 0 is taken where the rounded tau is no better."""
+    """Quantize a weight (out, in) with a tau for each block, row by row; with `fallback`, 0 is
+    taken where the rounded tau is no better.
+    """
     import torch
     from bitsandbytes import functional
 
     from finrepro.methods.layers.shift import GROUP, dequantized
 
     codes, state = functional.quantize_blockwise(tau.contiguous(), blocksize=GROUP)
-    # 16 bits as in the paper; bfloat16 has float32's range, so that no weight's scale is too small or too large for it.
+    # 16 bits as in the paper; bfloat16 has float32's range, so that no weight's scale is too small
+    # or too large for it.
     scales, levels = state.absmax.bfloat16(), state.code
     zero = int((levels == 0).nonzero())
     codes[tau == 0] = zero  # where a whole group is zero, the library's code is another
@@ -90,7 +112,9 @@ def with_tau(weight: "Tensor", tau: "Tensor", config: Config) -> Stored:
 
     if config.fallback:
         pairs = zip(parts, rounded(), strict=True)
-        better = [_quality(part, each, config) > _quality(part, each * 0, config) for part, each in pairs]
+        better = [
+            _quality(part, each, config) > _quality(part, each * 0, config) for part, each in pairs
+        ]
         codes[~torch.cat(better)] = zero
     moved = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     targets = moved.view(-1, config.block_size).split(_blocks_at_once(config))
@@ -105,19 +129,25 @@ def decode(stored: Stored) -> "Tensor":
     from finrepro.methods.layers.shift import dequantized
 
     weight = bnb_4bit.decode(stored.moved)
-    tau = dequantized(stored.codes, stored.scales, stored.levels).repeat_interleave(stored.config.block_size, 1)
+    tau = dequantized(stored.codes, stored.scales, stored.levels).repeat_interleave(
+        stored.config.block_size, 1
+    )
     return (weight + tau).to(weight.dtype)
 
 
 def linear(stored: Stored, bias: "Tensor | None") -> "nn.Module":
-    """A frozen bitsandbytes layer around W' that adds tau's share; PEFT takes it for the linear layer that it is."""
+    """A frozen bitsandbytes layer around W' that adds tau's share; PEFT takes it for the linear
+    layer that it is.
+    """
     layer = bnb_4bit.linear(stored.moved, bias, _layer_class())
     layer.keep_shift(stored.codes, stored.scales, stored.levels)  # type: ignore[operator]
     return layer
 
 
 def weight(layer: Any) -> "Tensor":
-    """The weight (out, in) that a layer of `linear` stands for, shifts included, in the dtype it had."""
+    """The weight (out, in) that a layer of `linear` stands for, shifts included, in the dtype it
+    had.
+    """
     moved = bnb_4bit.weight(layer)
     tau = layer.tau()
     return (moved + tau.repeat_interleave(moved.shape[1] // tau.shape[1], 1)).to(moved.dtype)
@@ -132,9 +162,15 @@ def own_base(config: Config) -> str:
 
 
 def layer_bytes(config: Config, inputs: int, outputs: int, dtype_bits: int) -> int:
-    """`stored_bytes` of a linear layer's weight, from its size: bitsandbytes' and tau's, a byte a block and 2 for each 256."""
+    """`stored_bytes` of a linear layer's weight, from its size: bitsandbytes' and tau's, a byte
+    a block and 2 for each 256.
+    """
     blocks = inputs * outputs // config.block_size
-    return blocks + 2 * math.ceil(blocks / 256) + bnb_4bit.layer_bytes(config, inputs, outputs, dtype_bits)
+    return (
+        blocks
+        + 2 * math.ceil(blocks / 256)
+        + bnb_4bit.layer_bytes(config, inputs, outputs, dtype_bits)
+    )
 
 
 def stored_bytes(stored: Stored) -> int:
@@ -143,9 +179,11 @@ def stored_bytes(stored: Stored) -> int:
 
 
 def search(blocks: "Tensor", config: Config) -> "Tensor":
-    """The best tau of each block, (blocks,), not yet rounded, for blocks of shape (blocks, block size) in float32.
+    """The best tau of each block, (blocks,), not yet rounded, for blocks of shape (blocks, block
+    size) in float32.
 
-    The objective is that of the levels nearest to (w - tau) / absmax(w - tau), with absmax not rounded.
+    The objective is that of the levels nearest to (w - tau) / absmax(w - tau), with absmax not
+    rounded.
     """
     import torch
 
@@ -154,7 +192,9 @@ def search(blocks: "Tensor", config: Config) -> "Tensor":
     ordered = blocks.sort(1).values
     median = ordered[:, (blocks.shape[1] - 1) // 2, None]  # the lower of the two, as torch's
     ordered = ordered - median
-    steps = torch.tensor(factors, device=blocks.device) * _largest(ordered, torch.zeros_like(median))
+    steps = torch.tensor(factors, device=blocks.device) * _largest(
+        ordered, torch.zeros_like(median)
+    )
     tau = steps + median
     if config.fallback:
         steps, tau = torch.cat([-median, steps], 1), torch.cat([torch.zeros_like(median), tau], 1)
@@ -166,9 +206,11 @@ def search(blocks: "Tensor", config: Config) -> "Tensor":
 
 
 def _scores(ordered: "Tensor", steps: "Tensor", config: Config) -> "Tensor":
-    """How good each step is, (blocks, steps), up to a number a block. `ordered` are the blocks' weights in ascending order.
+    """How good each step is, (blocks, steps), up to a number a block. `ordered` are the blocks'
+    weights in ascending order.
 
-    Codes are not written out: how many weights of a sorted block lie below each of the 15 middles says how often each level occurs.
+    Codes are not written out: how many weights of a sorted block lie below each of the 15 middles
+    says how often each level occurs.
     """
     import torch
     from bitsandbytes import functional
@@ -176,17 +218,28 @@ def _scores(ordered: "Tensor", steps: "Tensor", config: Config) -> "Tensor":
 
     size, device = ordered.shape[1], ordered.device
     levels = functional.get_4bit_type(config.quant_type, device=device).sort().values
-    middles, scales, table = (levels[1:] + levels[:-1]) / 2, _largest(ordered, steps), _count_logs(size, device)
+    middles, scales, table = (
+        (levels[1:] + levels[:-1]) / 2,
+        _largest(ordered, steps),
+        _count_logs(size, device),
+    )
     below = torch.zeros(steps.shape, dtype=torch.int64, device=device)
     if config.objective == "entropy":
         total = torch.zeros_like(below)
     else:
         total = torch.zeros(steps.shape, dtype=torch.float64, device=device)
         # A matrix product, for torch's cumsum is not deterministic on CUDA.
-        sums = pad(ordered.double() @ torch.ones(size, size, dtype=torch.float64, device=device).triu(), (1, 0))
+        sums = pad(
+            ordered.double() @ torch.ones(size, size, dtype=torch.float64, device=device).triu(),
+            (1, 0),
+        )
         sum_below = sums[:, :1]
     for index, level in enumerate(levels):
-        bounds = scales * middles[index] + steps if index < len(middles) else torch.full_like(steps, math.inf)
+        bounds = (
+            scales * middles[index] + steps
+            if index < len(middles)
+            else torch.full_like(steps, math.inf)
+        )
         upto = torch.searchsorted(ordered, bounds)
         count = upto - below
         if config.objective == "entropy":
@@ -200,11 +253,15 @@ def _scores(ordered: "Tensor", steps: "Tensor", config: Config) -> "Tensor":
 
 
 def _quality(blocks: "Tensor", tau: "Tensor", config: Config) -> "Tensor":
-    """The objective of each block, (blocks,), larger is better, from the codes that bitsandbytes gives it."""
+    """The objective of each block, (blocks,), larger is better, from the codes that bitsandbytes
+    gives it.
+    """
     import torch
 
     moved = _moved(blocks, tau).float()
-    stored = bnb_4bit.encode(moved, dataclasses.replace(config, double_quant=False, quant_storage="uint8"))
+    stored = bnb_4bit.encode(
+        moved, dataclasses.replace(config, double_quant=False, quant_storage="uint8")
+    )
     if config.objective == "mse":
         return -(bnb_4bit.decode(stored) + tau[:, None] - blocks.float()).double().square().sum(1)
     codes = stored.codes.view(len(blocks), -1)
@@ -231,14 +288,17 @@ def _blocks_at_once(config: Config) -> int:
 
 @cache
 def _count_logs(size: int, device: Any) -> "Tensor":
-    """count log2(count) for 0 ... size, in units of 2^-32 and as whole numbers, so that equal entropies are equal in whatever order they
-    are summed. Logarithms are summed over prime factors: 2 * 3 log 3 + 3 * 2 log 2 is 6 log 6, and must be here."""
+    """count log2(count) for 0 ... size, in units of 2^-32 and as whole numbers, so that equal
+    entropies are equal in whatever order they are summed. Logarithms are summed over prime
+    factors: 2 * 3 log 3 + 3 * 2 log 2 is 6 log 6, and must be here."""
     import torch
 
     logs = [0, 0]
     for count in range(2, size + 1):
         prime = next(factor for factor in range(2, count + 1) if count % factor == 0)
-        logs.append(logs[prime] + logs[count // prime] if prime < count else round(2**32 * math.log2(prime)))
+        logs.append(
+            logs[prime] + logs[count // prime] if prime < count else round(2**32 * math.log2(prime))
+        )
     return torch.tensor([count * log for count, log in enumerate(logs)], device=device)
 
 

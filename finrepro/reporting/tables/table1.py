@@ -1,4 +1,6 @@
-"""Table 1: what the models' sizes say - where the parameters and the operations are, bytes, and the memory to train. A column a model."""
+"""Table 1: what the models' sizes say - where the parameters and the operations are, bytes, and
+the memory to train. A column a model.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +10,10 @@ from finrepro.reporting.table import Line, Table
 
 Account = dict[str, Any]  # finrepro.sizes.account: every number of one model
 GB, GFLOP = 1e9, 1e9
-H1, H2 = 0.80, 0.99  # FinGPT-HPC's abstract (arXiv 2402.13533): linear layers' share of the compute, and of the size
+H1, H2 = (
+    0.80,
+    0.99,
+)  # FinGPT-HPC's abstract (arXiv 2402.13533): linear layers' share of the compute, and of the size
 CLAIMED = "gpt2_1_5b"  # what second-hand notes give as the model of its 2.64x and 1.3x
 PARTS = {"linear": "linear layers", "attention": "attention", "head": "output head"}
 
@@ -33,7 +38,9 @@ def build(accounts: Sequence[Account], settings: Any) -> Table:
 
 
 def charts(accounts: Sequence[Account]) -> tuple[Chart, ...]:
-    """A chart a model: the shares of compute against the length of a sequence in training, with causal attention."""
+    """A chart a model: the shares of compute against the length of a sequence in training, with
+    causal attention.
+    """
     return tuple(
         Chart(
             each["model"],
@@ -47,13 +54,21 @@ def charts(accounts: Sequence[Account]) -> tuple[Chart, ...]:
     )
 
 
-def _points(shares: dict[int, dict[str, float]], part: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _points(
+    shares: dict[int, dict[str, float]], part: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(map(float, shares)), tuple(each[part] for each in shares.values())
 
 
-def _line(name: str, accounts: Sequence[Account], key: str, show: Callable[[Account], str], section: str) -> Line:
+def _line(
+    name: str, accounts: Sequence[Account], key: str, show: Callable[[Account], str], section: str
+) -> Line:
     """A quantity of every model; the evidence holds it unrounded."""
-    return Line((name, *map(show, accounts)), section, {key: {each["model"]: each[key] for each in accounts}})
+    return Line(
+        (name, *map(show, accounts)),
+        section,
+        {key: {each["model"]: each[key] for each in accounts}},
+    )
 
 
 def _percent(share: float) -> str:
@@ -61,9 +76,12 @@ def _percent(share: float) -> str:
 
 
 def _both(linear: float, with_head: float, claim: Callable[[float], bool] | None = None) -> str:
-    """A share, and in brackets the one with the head; or whether a claim holds for the one and for the other."""
+    """A share, and in brackets the one with the head; or whether a claim holds for the one and
+    for the other.
+    """
     first, second = (
-        _percent(each) if claim is None else "yes" if claim(each) else "no" for each in (linear, with_head)
+        _percent(each) if claim is None else "yes" if claim(each) else "no"
+        for each in (linear, with_head)
     )
     return f"{first} ({second})"
 
@@ -82,20 +100,40 @@ def _size(accounts: Sequence[Account]) -> list[Line]:
 
     return [
         add("Parameters", "parameters", lambda each: f"{each['parameters']:,}"),
-        add("In the blocks' linear layers", "linear_parameters", lambda each: f"{each['linear_parameters']:,}"),
+        add(
+            "In the blocks' linear layers",
+            "linear_parameters",
+            lambda each: f"{each['linear_parameters']:,}",
+        ),
         add("Linear share of size", "linear_share", lambda each: _percent(each["linear_share"])),
-        add("with the output head", "linear_share_with_head", lambda each: _percent(each["linear_share_with_head"])),
-        add("without head and embeddings", "linear_share_without_tables", lambda each: _percent(each["linear_share_without_tables"])),
-        add("H2: 99 % of the size", "linear_share", lambda each: _both(each["linear_share"], each["linear_share_with_head"], _large)),
-    ]  # fmt: skip
+        add(
+            "with the output head",
+            "linear_share_with_head",
+            lambda each: _percent(each["linear_share_with_head"]),
+        ),
+        add(
+            "without head and embeddings",
+            "linear_share_without_tables",
+            lambda each: _percent(each["linear_share_without_tables"]),
+        ),
+        add(
+            "H2: 99 % of the size",
+            "linear_share",
+            lambda each: _both(each["linear_share"], each["linear_share_with_head"], _large),
+        ),
+    ]
 
 
 def _bytes(accounts: Sequence[Account]) -> list[Line]:
     def shown(name: str, bits: int) -> Callable[[Account], str]:
-        return lambda each: f"{each['bytes'][name] / GB:.3g}; {each['nominal_bytes'][bits] / GB:.3g}"
+        return lambda each: (
+            f"{each['bytes'][name] / GB:.3g}; {each['nominal_bytes'][bits] / GB:.3g}"
+        )
 
     lines = [
-        _line(f"{bits} bit{what}, stored; nominal [GB]", accounts, "bytes", shown(name, bits), "bytes")
+        _line(
+            f"{bits} bit{what}, stored; nominal [GB]", accounts, "bytes", shown(name, bits), "bytes"
+        )
         for bits, name, what in ((16, "none", ""), (8, "int8", " (int8)"), (4, "nf4", " (nf4)"))
     ]
     kept = _line(
@@ -111,7 +149,9 @@ def _bytes(accounts: Sequence[Account]) -> list[Line]:
 def _compute(accounts: Sequence[Account], settings: Any) -> list[Line]:
     """Shares of the linear layers, in brackets with the output head counted among them."""
 
-    def shown(key: str, length: int, claim: Callable[[float], bool] | None = None) -> Callable[[Account], str]:
+    def shown(
+        key: str, length: int, claim: Callable[[float], bool] | None = None
+    ) -> Callable[[Account], str]:
         def show(each: Account) -> str:
             found = each[key].get(length)
             return _both(found["linear"], found["linear"] + found["head"], claim) if found else "-"
@@ -119,7 +159,9 @@ def _compute(accounts: Sequence[Account], settings: Any) -> list[Line]:
         return show
 
     lines = [
-        _line(f"Linear share, {what}, {length:,} tokens", accounts, key, shown(key, length), "compute")
+        _line(
+            f"Linear share, {what}, {length:,} tokens", accounts, key, shown(key, length), "compute"
+        )
         for what, key in (("training", "training_shares"), ("generating", "serving_shares"))
         for length in settings.lengths
     ]
@@ -153,26 +195,56 @@ def _operations(accounts: Sequence[Account], settings: Any) -> list[Line]:
 
     ratio = f"{settings.compression:g}"
     return [
-        *(_line(f"{name} [GFLOP a token]", accounts, "flops", cost(key), "operations") for key, name in names.items()),
-        _line(f"Pretraining, linear layers / {ratio} [GFLOP a token]", accounts, "low_rank", low_rank, "operations"),
-        _line(f"Most speed-up, linear layers / {ratio}", accounts, "low_rank", bound("linear"), "operations"),
-        _line(f"Most speed-up, model / {ratio}", accounts, "low_rank", bound("whole_model"), "operations"),
+        *(
+            _line(f"{name} [GFLOP a token]", accounts, "flops", cost(key), "operations")
+            for key, name in names.items()
+        ),
+        _line(
+            f"Pretraining, linear layers / {ratio} [GFLOP a token]",
+            accounts,
+            "low_rank",
+            low_rank,
+            "operations",
+        ),
+        _line(
+            f"Most speed-up, linear layers / {ratio}",
+            accounts,
+            "low_rank",
+            bound("linear"),
+            "operations",
+        ),
+        _line(
+            f"Most speed-up, model / {ratio}",
+            accounts,
+            "low_rank",
+            bound("whole_model"),
+            "operations",
+        ),
     ]
 
 
 def _memory(accounts: Sequence[Account], settings: Any) -> list[Line]:
-    names = {"full": "Full, AdamW", "lora": f"LoRA r {settings.rank}, 16 bit", "qlora": f"LoRA r {settings.rank}, nf4"}
+    names = {
+        "full": "Full, AdamW",
+        "lora": f"LoRA r {settings.rank}, 16 bit",
+        "qlora": f"LoRA r {settings.rank}, nf4",
+    }
 
     def shown(key: str) -> Callable[[Account], str]:
         return lambda each: (
             f"{each['memory'][key]['total'] / GB:,.{0 if each['memory'][key]['total'] > 100 * GB else 1}f}"
         )
 
-    return [_line(f"{name} [GB, estimated]", accounts, "memory", shown(key), "memory") for key, name in names.items()]
+    return [
+        _line(f"{name} [GB, estimated]", accounts, "memory", shown(key), "memory")
+        for key, name in names.items()
+    ]
 
 
 def _notes(accounts: Sequence[Account], settings: Any) -> tuple[str, ...]:
-    """How it is counted, then the published claims put to the test on the model they were made for."""
+    """How it is counted, then the published claims put to the test on the model they were made
+    for.
+    """
     tokens = f"{settings.tokens:,}"
     notes = [
         "Computed from the architecture alone; parameters, stored bytes and operations are exact. "
@@ -193,7 +265,11 @@ def _notes(accounts: Sequence[Account], settings: Any) -> tuple[str, ...]:
     published = next((each for each in accounts if each["model"] == CLAIMED), None)
     return (
         *notes,
-        *(_claims(published, settings.compression) if published and settings.compression == REPORTED else ()),
+        *(
+            _claims(published, settings.compression)
+            if published and settings.compression == REPORTED
+            else ()
+        ),
     )
 
 
@@ -202,7 +278,11 @@ REPORTED = 2.64  # FinGPT-HPC's abstract (arXiv 2402.13533)
 
 def _claims(each: Account, ratio: float) -> list[str]:
     """FinGPT-HPC's 2.64x, 0.59 GB and 1.3x, which its abstract gives together."""
-    whole, linear, share = each["low_rank"]["whole_model"], each["low_rank"]["linear"], each["linear_share"]
+    whole, linear, share = (
+        each["low_rank"]["whole_model"],
+        each["low_rank"]["linear"],
+        each["linear_share"],
+    )
     if not whole["rank"]:
         return []
     diluted, meant = (1 / (1 - part + part / ratio) for part in (share, H2))

@@ -1,4 +1,6 @@
-"""Table 2: pretraining - dense models, low-rank ones, and dense ones of the same size, compared at equal tokens, time and parameters."""
+"""Table 2: pretraining - dense models, low-rank ones, and dense ones of the same size, compared
+at equal tokens, time and parameters.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +16,27 @@ from finrepro.statistics.equivalence import Estimate, estimate
 
 LINE = ("model", "adapter", "optimizer")
 COLUMNS = (
-    "Model", "Method", "Parameters", "Fewer", "MB at 16 / 8 / 4 bit", "Speed-up, bound", "Tokens/s (ms a step)", "MFU", "Peak [GiB]",
-    "Loss (seeds)", "At equal time", "Bits a byte", "In int8 / nf4",
-)  # fmt: skip
+    "Model",
+    "Method",
+    "Parameters",
+    "Fewer",
+    "MB at 16 / 8 / 4 bit",
+    "Speed-up, bound",
+    "Tokens/s (ms a step)",
+    "MFU",
+    "Peak [GiB]",
+    "Loss (seeds)",
+    "At equal time",
+    "Bits a byte",
+    "In int8 / nf4",
+)
 KNOWN = 5  # columns that need no run
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """The table of the rows. Nothing published is set beside it: no perplexity of FinGPT-HPC could be read."""
+    """The table of the rows. Nothing published is set beside it: no perplexity of FinGPT-HPC
+    could be read.
+    """
     done = [row for row in rows if row["costs"]]
     lines = []
     for (reference,), family in grouped(
@@ -31,9 +46,13 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
         speeds = [row["costs"]["tokens_per_second"] for row in family if _is_reference(row)]
         for _, group in grouped(family, *LINE):
             lines.append(_line(group, reference, moment, mean(speeds) if speeds else None))
-    for (model, state, _), group in grouped([row for row in rows if not row["costs"]], "model", "state", "reason"):
+    for (model, state, _), group in grouped(
+        [row for row in rows if not row["costs"]], "model", "state", "reason"
+    ):
         lines += [_without(model, state, same) for _, same in grouped(group, *LINE)]
-    smoke = " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    smoke = (
+        " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    )
     return Table(
         name="table2",
         label=f"table2_{scale}",
@@ -45,38 +64,64 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
 
 
 def charts(rows: Sequence[Row]) -> tuple[Chart, ...]:
-    """The training loss by tokens and by time, a chart each a family, a line a configuration (its first seed)."""
+    """The training loss by tokens and by time, a chart each a family, a line a configuration
+    (its first seed).
+    """
     found = []
     for (reference,), family in grouped(
         [{**row, "reference": row["pretraining"]["reference"]} for row in rows], "reference"
     ):
-        drawn = [(group[0], _curve(group[0])) for _, group in grouped(family, *LINE) if group[0].get("curve")]
+        drawn = [
+            (group[0], _curve(group[0]))
+            for _, group in grouped(family, *LINE)
+            if group[0].get("curve")
+        ]
         for axis, name in (("tokens", "tokens"), ("seconds", "seconds of training")):
-            traces = tuple(Curve(_called(row), getattr(each, axis), each.losses) for row, each in drawn)
+            traces = tuple(
+                Curve(_called(row), getattr(each, axis), each.losses) for row, each in drawn
+            )
             if traces:
-                found.append(Chart(f"{reference} and what stands beside it", name, "training loss", traces))
+                found.append(
+                    Chart(f"{reference} and what stands beside it", name, "training loss", traces)
+                )
     return tuple(found)
 
 
 def equal_time(rows: Sequence[Row]) -> float | None:
     """The training time of the fastest configuration, at which every other's curve can be read."""
-    times = [mean(row["costs"]["train_seconds"] for row in group) for _, group in grouped(rows, *LINE)]
+    times = [
+        mean(row["costs"]["train_seconds"] for row in group) for _, group in grouped(rows, *LINE)
+    ]
     return min(times) if len(times) > 1 else None
 
 
 def loss(row: Row, suffix: str = "") -> tuple[float, float, float] | None:
-    """Nats a token on the scored text, with its interval over the text; `suffix` names the quantizer that the model was stored by."""
+    """Nats a token on the scored text, with its interval over the text; `suffix` names the
+    quantizer that the model was stored by.
+    """
     tasks = [task + suffix for task in row["tasks"]]
-    found = next((s for s in row["scores"] if s["metric"] == "perplexity" and s["task"] in tasks), None)
-    return (math.log(found["value"]), math.log(found["low"]), math.log(found["high"])) if found else None
+    found = next(
+        (s for s in row["scores"] if s["metric"] == "perplexity" and s["task"] in tasks), None
+    )
+    return (
+        (math.log(found["value"]), math.log(found["low"]), math.log(found["high"]))
+        if found
+        else None
+    )
 
 
-def _line(rows: Sequence[Row], reference: str, moment: float | None, dense_speed: float | None) -> Line:
+def _line(
+    rows: Sequence[Row], reference: str, moment: float | None, dense_speed: float | None
+) -> Line:
     """A configuration over its seeds."""
     facts = rows[0]["pretraining"]
     speed = mean(row["costs"]["tokens_per_second"] for row in rows)
     steps = [row["costs"]["step_seconds"] for row in rows if row["costs"].get("step_seconds")]
-    then = [value for row in rows if moment and (value := _curve(row).at(min(moment, _last(row)))) is not None]
+    then = [
+        value
+        for row in rows
+        if moment and (value := _curve(row).at(min(moment, _last(row)))) is not None
+    ]
     estimates = {suffix: _estimate(rows, suffix) for suffix in ("", ".int8", ".nf4")}
     bits = [
         s["value"]
@@ -100,19 +145,25 @@ def _line(rows: Sequence[Row], reference: str, moment: float | None, dense_speed
         f"{speed:,.0f} ({1000 * mean(steps):,.0f})" if steps else f"{speed:,.0f}",
         _mfu(rows, facts, speed),
         f"{max(row['costs']['peak_memory_bytes'] for row in rows) / 2**30:.2f}",
-        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}] ({len(rows)}){marks(rows)}" if plain else "-",
+        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}] ({len(rows)}){marks(rows)}"
+        if plain
+        else "-",
         f"{mean(then):.3f}" if then else "-",
         f"{mean(bits):.3f}" if bits else "-",
         " / ".join(stored),
     )
-    return Line(texts, reference, evidence(rows) | {"pretraining": facts, "equal_time_seconds": moment})
+    return Line(
+        texts, reference, evidence(rows) | {"pretraining": facts, "equal_time_seconds": moment}
+    )
 
 
 def _without(model: str, state: str, rows: Sequence[Row]) -> Line:
     """A configuration without a result: what arithmetic says of it, and its state."""
     rest = (f"- ({state})", *[""] * (len(COLUMNS) - KNOWN - 1))
     return Line(
-        (*_named(rows[0]), *rest), f"without result: {model}", evidence(rows) | {"pretraining": rows[0]["pretraining"]}
+        (*_named(rows[0]), *rest),
+        f"without result: {model}",
+        evidence(rows) | {"pretraining": rows[0]["pretraining"]},
     )
 
 
@@ -140,7 +191,9 @@ def _method(row: Row) -> str:
 def _is_reference(row: Row) -> bool:
     """The dense model itself, trained plainly."""
     return bool(
-        row["model"] == row["pretraining"]["reference"] and row["adapter"] == "full" and row["optimizer"] == "adamw"
+        row["model"] == row["pretraining"]["reference"]
+        and row["adapter"] == "full"
+        and row["optimizer"] == "adamw"
     )
 
 
@@ -159,7 +212,10 @@ def _mfu(rows: Sequence[Row], facts: dict[str, Any], speed: float) -> str:
     if not rates:
         return "-"
     peak = mean(rates) * rows[0]["devices"]
-    return " / ".join(f"{100 * speed * each / peak:.0f}" for each in facts["flops_per_token"].values()) + " %"
+    return (
+        " / ".join(f"{100 * speed * each / peak:.0f}" for each in facts["flops_per_token"].values())
+        + " %"
+    )
 
 
 def _curve(row: Row) -> LossCurve:
@@ -199,5 +255,7 @@ def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
     if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(done, *LINE)):
         notes.append("Loss (1): a single seed says nothing about the spread between runs.")
     if any(row["short"] for row in done):
-        notes.append("(short): trained for too few steps to show quality; the cell proves that its path works.")
+        notes.append(
+            "(short): trained for too few steps to show quality; the cell proves that its path works."
+        )
     return (*notes, *reasons(rows))

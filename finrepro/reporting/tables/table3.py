@@ -11,24 +11,36 @@ from finrepro.reporting.grouping import Row, evidence, grouped, marks, reasons
 from finrepro.reporting.table import Line, Table
 from finrepro.statistics.equivalence import Estimate, estimate
 
-# A family of tasks is known by its main metric, the first here that was scored; the others follow it in one column.
+# A family of tasks is known by its main metric, the first here that was scored; the others follow
+# it in one column.
 FAMILIES = {
     "accuracy": ("f1_weighted", "f1_macro", "mcc"),
     "f1_entity": ("precision_entity", "recall_entity", "unparsable_rate"),
 }
 TITLES = {
-    "task": "Task", "model": "Model", "quantizer": "Quantizer", "adapter": "Adapter", "trained_on": "Trained on",
-    "score": "Score [95 %]", "further": "Further", "over_constant": "Over constant", "published": "Published",
-    "verdict": "Verdict", "n": "n", "seeds": "Seeds",
-}  # fmt: skip
+    "task": "Task",
+    "model": "Model",
+    "quantizer": "Quantizer",
+    "adapter": "Adapter",
+    "trained_on": "Trained on",
+    "score": "Score [95 %]",
+    "further": "Further",
+    "over_constant": "Over constant",
+    "published": "Published",
+    "verdict": "Verdict",
+    "n": "n",
+    "seeds": "Seeds",
+}
 COLUMNS = tuple(TITLES)
 LINE = ("model", "quantizer", "adapter", "train_on", "batch", "devices")
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """One line a (task, cell), seeds averaged; the best constant answer heads each task. What has no result comes last, gathered.
+    """One line a (task, cell), seeds averaged; the best constant answer heads each task. What has
+    no result comes last, gathered.
 
-    `rows` are cells joined with their results. `published` values stand beside cells at paper scale only.
+    `rows` are cells joined with their results. `published` values stand beside cells at paper scale
+    only.
     """
     judged = [row for row in rows if row["tasks"]]  # a cell without tasks is there for its costs
     beside = Beside(published if scale == "paper" else ())
@@ -36,29 +48,46 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
     tasks = dict.fromkeys(task for row in judged for task in row["tasks"])
     for task in tasks:
         of_task = [
-            row for row in judged if task in row["tasks"] and row["state"] in ("done", "stale", "failed", "diverged")
+            row
+            for row in judged
+            if task in row["tasks"] and row["state"] in ("done", "stale", "failed", "diverged")
         ]
         head = _constant(task, of_task)
         lines += [head] if head else []
         for _, of_line in grouped(of_task, *LINE):
             lines.append(_line(task, of_line, _names(task, of_line[0], of_task), beside))
-    lines += _without_result([row for row in judged if row["state"] in ("skipped", "refused", "not run")])
-    empty = {"published": ("",), "verdict": ("",), "trained_on": ("", "-")}  # a column that says nothing is left out
+    lines += _without_result(
+        [row for row in judged if row["state"] in ("skipped", "refused", "not run")]
+    )
+    empty = {
+        "published": ("",),
+        "verdict": ("",),
+        "trained_on": ("", "-"),
+    }  # a column that says nothing is left out
     said = {column: {line.texts[i] for line in lines} for i, column in enumerate(COLUMNS)}
-    kept = [i for i, column in enumerate(COLUMNS) if column not in empty or said[column] - set(empty[column])]
-    smoke = " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    kept = [
+        i
+        for i, column in enumerate(COLUMNS)
+        if column not in empty or said[column] - set(empty[column])
+    ]
+    smoke = (
+        " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    )
     return Table(
         name="table3",
         label=f"table3_{scale}",
         caption="Financial tasks" + smoke,
         columns=tuple(TITLES[COLUMNS[i]] for i in kept),
-        lines=tuple(Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines),
+        lines=tuple(
+            Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines
+        ),
         notes=_notes(judged, beside),
     )
 
 
 def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
-    """The scored part of the table for finrepro.reporting.dots: a panel a task, a dot a configuration, coloured by adapter.
+    """The scored part of the table for finrepro.reporting.dots: a panel a task, a dot a
+    configuration, coloured by adapter.
 
     Short cells show that a path works, and are left to the table wherever others show a quality.
     """
@@ -75,11 +104,17 @@ def panels(rows: Sequence[Row]) -> tuple[Panel, ...]:
             constant = scores[0].get("constant")
             source = f", {names['trained_on']}" if len(names["trained_on"]) > 1 else ""
             name = f"{names['model']}, {names['quantizer']}, {names['adapter']}{source}"
-            dots.append(Dot(name, group[0]["adapter"], ours.value, ours.low, ours.high, group[0]["short"]))
+            dots.append(
+                Dot(name, group[0]["adapter"], ours.value, ours.low, ours.high, group[0]["short"])
+            )
         shown = [dot for dot in dots if not dot.weak] or dots
         if shown:
             told = "hollow: trained too briefly to show quality" if shown[0].weak else ""
-            told = f"short cells ({len(dots) - len(shown)}) are in the table" if len(shown) < len(dots) else told
+            told = (
+                f"short cells ({len(dots) - len(shown)}) are in the table"
+                if len(shown) < len(dots)
+                else told
+            )
             axis = f"{main.replace('_', ' ')} [95 %]; dashed: best constant answer{'; ' * bool(told)}{told}"
             found.append(Panel(task, axis, constant, tuple(shown)))
     return tuple(found)
@@ -91,14 +126,18 @@ def _texts(**by_column: str) -> tuple[str, ...]:
 
 
 def _score(row: Row, task: str, metric: str) -> dict[str, Any] | None:
-    """The row's score for a task and a metric, None without one. Random weights have no quality, whatever was computed."""
+    """The row's score for a task and a metric, None without one. Random weights have no quality,
+    whatever was computed.
+    """
     if row["weights"] == "random":
         return None
     return next((s for s in row["scores"] if s["metric"] == metric and s["task"] == task), None)
 
 
 def _metrics(rows: Sequence[Row], task: str) -> tuple[str, ...]:
-    """The task's metrics, the main one first: those of its family, or, for a family of its own, what was scored first."""
+    """The task's metrics, the main one first: those of its family, or, for a family of its own,
+    what was scored first.
+    """
     scored = dict.fromkeys(s["metric"] for row in rows for s in row["scores"] if s["task"] == task)
     for main, others in FAMILIES.items():
         if main in scored:
@@ -120,15 +159,22 @@ def _constant(task: str, rows: Sequence[Row]) -> Line | None:
     if main is None or main.get("constant") is None:
         return None
     further = _further([other["constant"] if other else None for other in others])
-    texts = _texts(task=task, model=f"always {main['constant_answer']}", score=f"{main['constant']:.3f}",
-                   further=further, n=str(main["n"]))  # fmt: skip
+    texts = _texts(
+        task=task,
+        model=f"always {main['constant_answer']}",
+        score=f"{main['constant']:.3f}",
+        further=further,
+        n=str(main["n"]),
+    )
     return Line(texts, section=task)
 
 
 def _names(task: str, row: Row, rows: Sequence[Row]) -> dict[str, str]:
     """What names the line; devices and batch only where they say something."""
     same = [r for r in rows if all(r[axis] == row[axis] for axis in LINE[:4])]
-    adapter = row["adapter"] + (f" (batch {row['batch']})" if len({r["batch"] for r in same}) > 1 else "")
+    adapter = row["adapter"] + (
+        f" (batch {row['batch']})" if len({r["batch"] for r in same}) > 1 else ""
+    )
     adapter += f" ({row['devices']} devices)" if row["devices"] > 1 else ""
     elsewhere = {"base": "-", "peft_folder": "elsewhere"}.get(row["adapter_kind"])
     trained_on = elsewhere or ("" if row["train_on"] == task else row["train_on"])
@@ -150,14 +196,18 @@ def _line(task: str, rows: Sequence[Row], names: dict[str, str], beside: Beside)
         finished = rows[0]["state"] in ("done", "stale")
         why = "random weights" if rows[0]["weights"] == "random" and finished else rows[0]["state"]
         return Line(_texts(**names, score=f"- ({why})", further=_costs(rows[0])), task, shown)
-    found = {metric: [s for row in scored if (s := _score(row, task, metric))] for metric in metrics}
+    found = {
+        metric: [s for row in scored if (s := _score(row, task, metric))] for metric in metrics
+    }
     ours = {metric: _estimate(scores) for metric, scores in found.items() if scores}
     main, n = ours[metrics[0]], found[metrics[0]][0]["n"]
     pairs = beside.find(scored[0], task, metrics, n)
     value, verdict = beside.texts(pairs, ours)
     gains = [s for s in found[metrics[0]] if s.get("gain") is not None]
     over = (
-        "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(mean(s[key] for s in gains) for key in ("gain", "gain_low", "gain_high")))
+        "{:+.3f} [{:+.3f}, {:+.3f}]".format(
+            *(mean(s[key] for s in gains) for key in ("gain", "gain_low", "gain_high"))
+        )
         if gains
         else ""
     )
@@ -188,11 +238,18 @@ def _estimate(scores: Sequence[dict[str, Any]]) -> Estimate:
 def _costs(row: Row) -> str:
     """What a cell without quality has measured all the same."""
     peak, speed = row["costs"].get("peak_memory_bytes"), row["costs"].get("tokens_per_second")
-    return ", ".join([*([f"{peak / 2**30:.2f} GiB"] if peak else []), *([f"{speed:,.0f} tokens/s"] if speed else [])])
+    return ", ".join(
+        [
+            *([f"{peak / 2**30:.2f} GiB"] if peak else []),
+            *([f"{speed:,.0f} tokens/s"] if speed else []),
+        ]
+    )
 
 
 def _without_result(rows: Sequence[Row]) -> list[Line]:
-    """A line a (model, state, reason): a machine without weights would otherwise fill pages with nothing."""
+    """A line a (model, state, reason): a machine without weights would otherwise fill pages with
+    nothing.
+    """
     lines = []
     for (model, state, _), group in grouped(rows, "model", "state", "reason"):
         tasks = dict.fromkeys(task for row in group for task in row["tasks"])
@@ -226,9 +283,13 @@ def _notes(rows: Sequence[Row], beside: Beside) -> tuple[str, ...]:
     if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(scored, *LINE)):
         notes.append("Seeds 1: a single seed says nothing about the spread between runs.")
     if any(row["short"] for row in rows):
-        notes.append("(short): trained for too few steps to show quality; the cell proves that its path works.")
+        notes.append(
+            "(short): trained for too few steps to show quality; the cell proves that its path works."
+        )
     if any(row["weights"] == "random" for row in rows):
-        notes.append("Random weights: memory and speed are measured truly; there is no quality to show.")
+        notes.append(
+            "Random weights: memory and speed are measured truly; there is no quality to show."
+        )
     if beside.notes:
         notes.append(
             "Verdict: EQUIVALENT - the whole interval lies within the margin around the published value; DIFFERS - outside as a whole; "

@@ -1,4 +1,6 @@
-"""Table 5: what fine-tuning costs - parameters, memory, bytes and speed, measured in the runs themselves."""
+"""Table 5: what fine-tuning costs - parameters, memory, bytes and speed, measured in the runs
+themselves.
+"""
 
 from collections.abc import Callable, Sequence
 from statistics import mean
@@ -21,14 +23,20 @@ MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
 NAMES = ("Model", "Quantizer", "Adapter", "Trained on", "Batch", "Devices")
 LINE = ("model", "quantizer", "adapter", "train_on", "batch", "devices")
 BESIDE = ("Published [GB]", "Comparable")
-PUBLISHED = ("peak_memory_gb", "trainable_params", "base_bytes")  # the first in the column, the others as evidence
+PUBLISHED = (
+    "peak_memory_gb",
+    "trainable_params",
+    "base_bytes",
+)  # the first in the column, the others as evidence
 
 
 def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """One line a configuration, seeds averaged; a run that two tables share counts once. What has no result comes last, gathered, at paper
-    scale after what its architecture alone says, a line a configuration.
+    """One line a configuration, seeds averaged; a run that two tables share counts once. What has
+    no result comes last, gathered, at paper scale after what its architecture alone says, a line a
+    configuration.
 
-    Published memory stands beside cells at paper scale only, and never gets a verdict: nothing is known about its spread.
+    Published memory stands beside cells at paper scale only, and never gets a verdict: nothing is
+    known about its spread.
     """
     rows = list({row["run_id"]: row for row in rows}.values())
     beside = Beside(published if scale == "paper" else ())
@@ -38,23 +46,36 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
         lines += [_line(model, group, beside) for _, group in grouped(of_model, *LINE)]
     without = [row for row in rows if not row["costs"]]
     known = [row for row in without if scale == "paper" and row.get("sizes")]
-    lines += [_computed(model, group) for (model, *_), group in grouped(known, "model", "quantizer", "adapter")]
+    lines += [
+        _computed(model, group)
+        for (model, *_), group in grouped(known, "model", "quantizer", "adapter")
+    ]
     for (model, state, _), group in grouped(without, "model", "state", "reason"):
         count = f"{len(group)} cells - {state}" if len(group) > 1 else f"- ({state})"
         names = (model, *(_some(group, axis) for axis in LINE[1:]))
-        lines.append(Line((*names, count, *[""] * (len(MEASURED) - 1), "", ""), "without result", evidence(group)))
+        lines.append(
+            Line(
+                (*names, count, *[""] * (len(MEASURED) - 1), "", ""),
+                "without result",
+                evidence(group),
+            )
+        )
     columns = (*NAMES, *MEASURED, *BESIDE)
     dropped = set() if beside.notes else set(BESIDE)
     if len({row["train_on"] for row in rows}) <= 1:
         dropped.add("Trained on")
     kept = [i for i, column in enumerate(columns) if column not in dropped]
-    smoke = " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    smoke = (
+        " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
+    )
     return Table(
         name="table5",
         label=f"table5_{scale}",
         caption="Cost of fine-tuning" + smoke,
         columns=tuple(columns[i] for i in kept),
-        lines=tuple(Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines),
+        lines=tuple(
+            Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines
+        ),
         notes=_notes(rows, beside),
     )
 
@@ -72,7 +93,11 @@ def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
     value, _ = beside.texts(pairs, {}) if peaks else ("", "")
     level = pairs[0][1].level if peaks else ""
     names = tuple(str(rows[0][axis]) for axis in LINE)
-    return Line((*names, *texts, value, level), model, evidence(rows) | (published_evidence(pairs) if pairs else {}))
+    return Line(
+        (*names, *texts, value, level),
+        model,
+        evidence(rows) | (published_evidence(pairs) if pairs else {}),
+    )
 
 
 def _computed(model: str, rows: Sequence[Row]) -> Line:

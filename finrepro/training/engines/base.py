@@ -22,14 +22,19 @@ class Engine(Protocol):
         """The optimizer's groups, whose `lr` the loop sets; each has its `lr_scale`."""
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks exchange gradients at the last one, where that of
-        the adapter's extra loss is added once, which is no part of what is returned."""
+        """Add the gradient of a micro-batch's loss times `scale`; the scaled loss. Ranks
+        exchange gradients at the last one, where that of the adapter's extra loss is added once,
+        which is no part of what is returned."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """A trained parameter's whole gradient, after the last `backward` and before `update`; all ranks call it."""
+        """A trained parameter's whole gradient, after the last `backward` and before `update`;
+        all ranks call it.
+        """
 
     def update(self) -> Tensor | float:
-        """Clip, take one optimizer step, forget the gradients; the gradient's norm before clipping."""
+        """Clip, take one optimizer step, forget the gradients; the gradient's norm before
+        clipping.
+        """
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write trained weights, optimizer and `state` to `folder/tag`; all ranks call it."""

@@ -18,10 +18,13 @@ from finrepro.training.engines.base import Named
 class PlainDDP:
     """torch's DistributedDataParallel; it does not import DeepSpeed.
 
-    Raises `UsageError` for bfloat16 weights that are trained: nobody here keeps the float32 copy that small updates need.
+    Raises `UsageError` for bfloat16 weights that are trained: nobody here keeps the float32 copy
+    that small updates need.
     """
 
-    def __init__(self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+    def __init__(
+        self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device
+    ) -> None:
         if any(parameter.dtype != torch.float32 for _, parameter in named):
             raise UsageError(
                 "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or engine 'deepspeed'."
@@ -50,7 +53,9 @@ class PlainDDP:
         return parameter.grad
 
     def update(self) -> Tensor | float:  # noqa: D102
-        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(
+            [parameter for _, parameter in self.named], self.max_grad_norm
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

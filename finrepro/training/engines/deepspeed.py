@@ -21,16 +21,21 @@ from finrepro.training.engines.base import Named
 class DeepSpeed:
     """DeepSpeed at the ZeRO stage of the settings."""
 
-    def __init__(self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device) -> None:
+    def __init__(
+        self, lm: SupervisedLM, named: Named, optimizer: Any, settings: Train, device: torch.device
+    ) -> None:
         bf16 = any(parameter.dtype == torch.bfloat16 for _, parameter in named)
-        # At stage 0 in float32 DeepSpeed clips and throws the norm away: we do it there, its optimizer wrappers elsewhere.
+        # At stage 0 in float32 DeepSpeed clips and throws the norm away: we do it there, its
+        # optimizer wrappers elsewhere.
         self.clips, self.extra = settings.zero_stage > 0 or bf16, lm.extra_loss is not None
         self.named, self.max_grad_norm, self.device = named, settings.max_grad_norm, device
         clipping = settings.max_grad_norm if self.clips else 0.0
         config = {"bf16": {"enabled": bf16}, "gradient_clipping": clipping}
         self.engine = _initialize(lm, optimizer, settings, device, config)
         self.stepped_by = self.engine.optimizer
-        if hasattr(self.stepped_by, "fp32_groups"):  # bfloat16 at stage 0 begins with a step of zero gradients
+        if hasattr(
+            self.stepped_by, "fp32_groups"
+        ):  # bfloat16 at stage 0 begins with a step of zero gradients
             optimizer.state.clear()
             self.stepped_by.refresh_fp32_params()
         keep_whole([parameter for _, parameter in named] if self.extra else [], lm)
@@ -55,17 +60,25 @@ class DeepSpeed:
         """Raises `CellFailed` when there is no norm."""
         norm = None
         if not self.clips:
-            norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(
+                [parameter for _, parameter in self.named], self.max_grad_norm
+            )
         self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         if norm is None:
-            raise CellFailed("DeepSpeed reports no gradient norm: a diverging run could not be told from a good one.")
+            raise CellFailed(
+                "DeepSpeed reports no gradient norm: a diverging run could not be told from a good one."
+            )
         return norm
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:  # noqa: D102
         self.engine.save_checkpoint(
-            str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+            str(folder),
+            tag=tag,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:  # noqa: D102
@@ -76,17 +89,22 @@ class DeepSpeed:
         self.engine.destroy()
 
 
-def _initialize(module: nn.Module, optimizer: Any, settings: Train, device: torch.device, more: dict[str, Any]) -> Any:
+def _initialize(
+    module: nn.Module, optimizer: Any, settings: Train, device: torch.device, more: dict[str, Any]
+) -> Any:
     """A DeepSpeed engine; without an optimizer one that only computes."""
     deepspeed = ranks.start_deepspeed(device)
     config = deepspeed_config(settings.zero_stage) | {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # boundaries are set by hand: steps differ in their number of micro-batches
+        # boundaries are set by hand: steps differ in their number of micro-batches
+        "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config | more, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config | more, dist_init_required=False
+    )
     gather_with_their_layer(module)
     return engine
 
@@ -98,19 +116,26 @@ def is_sharded(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def inference(model: nn.Module, settings: Train, device: torch.device) -> Iterator[None]:
-    """Inside, the model can be called whichever way its parameters lie; with ZeRO-3 on several ranks they lie in parts.
+    """Inside, the model can be called whichever way its parameters lie; with ZeRO-3 on several
+    ranks they lie in parts.
 
-    There every layer's parameters are gathered for its own computation and dropped after it, so that no rank ever holds the whole model,
-    and all ranks have to make the same calls.
+    There every layer's parameters are gathered for its own computation and dropped after it, so
+    that no rank ever holds the whole model, and all ranks have to make the same calls.
     """
     if not is_sharded(model) and not (settings.zero_stage == 3 and ranks.current().world_size > 1):
         yield
         return
-    zero = deepspeed_config(3)["zero_optimization"] | {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    zero = deepspeed_config(3)["zero_optimization"] | {
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     engine = _initialize(model, None, settings, device, {"zero_optimization": zero})
     backbone, _ = backbone_and_head(model)
-    # DeepSpeed counts passes through the whole model, and we call the backbone and the head by themselves.
-    started = backbone.register_forward_pre_hook(lambda *_: engine.optimizer.get_param_coordinator().reset_step())
+    # DeepSpeed counts passes through the whole model, and we call the backbone and the head by
+    # themselves.
+    started = backbone.register_forward_pre_hook(
+        lambda *_: engine.optimizer.get_param_coordinator().reset_step()
+    )
     try:
         yield
         engine.optimizer.partition_all_parameters()
@@ -120,7 +145,9 @@ def inference(model: nn.Module, settings: Train, device: torch.device) -> Iterat
 
 
 def make_whole(model: nn.Module) -> None:
-    """Gather every parameter on every rank, and leave a model that knows nothing of ZeRO's parts."""
+    """Gather every parameter on every rank, and leave a model that knows nothing of ZeRO's
+    parts.
+    """
     for parameter in is_sharded(model):
         parameter.data = _gathered(parameter, parameter.device)
         for name in [name for name in vars(parameter) if name.startswith("ds_")]:
@@ -128,7 +155,8 @@ def make_whole(model: nn.Module) -> None:
 
 
 def collect_trained(model: nn.Module) -> None:
-    """Gather the trained parameters in rank 0's host memory, one at a time, for it to export; all ranks call it.
+    """Gather the trained parameters in rank 0's host memory, one at a time, for it to export; all
+    ranks call it.
 
     Nothing to do where they do not lie in parts. The model cannot be computed with afterwards.
     """

@@ -1,6 +1,8 @@
-"""What the training loop drives: a model, its optimizer and its ranks, under DeepSpeed or under torch's plain DDP.
+"""What the training loop drives: a model, its optimizer and its ranks, under DeepSpeed or under
+torch's plain DDP.
 
-Both average gradients over the ranks, so the loop scales each rank's share of the loss to make the average the sum over the global batch.
+Both average gradients over the ranks, so the loop scales each rank's share of the loss to make the
+average the sum over the global batch.
 """
 
 from collections.abc import Callable
@@ -24,13 +26,19 @@ def start_engine(
     lr_scale: Callable[[str], float] = lambda _: 1.0,
     extra_loss: ExtraLoss | None = None,
 ) -> Engine:
-    """The model under the engine asked for, with the optimizer of the settings, in the cell's process group.
+    """The model under the engine asked for, with the optimizer of the settings, in the cell's
+    process group.
 
-    `lr_scale` is the factor to the learning rate of a parameter of this name; `extra_loss` is added to the objective once a step.
+    `lr_scale` is the factor to the learning rate of a parameter of this name; `extra_loss` is added
+    to the objective once a step.
     """
     ranks.start_process_group(device)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimizer = settings.optimizer.module("optimizers").build(named, settings.lr, settings.optimizer.config)
+    named = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
+    optimizer = settings.optimizer.module("optimizers").build(
+        named, settings.lr, settings.optimizer.config
+    )
     rates.split(optimizer, named, lr_scale)
     kind = PlainDDP if settings.engine == "ddp" else DeepSpeed
     return kind(SupervisedLM(model, extra_loss), named, optimizer, settings, device)

@@ -1,0 +1,61 @@
+"""Law: running text is its paragraphs, no heading among them, and nothing of it is lost."""
+
+import pytest
+
+from finrepro.catalogue import reader
+from finrepro.data.formats.paragraphs import Config, read
+from finrepro.errors import EnvironmentFault
+
+DATASET = reader.dataset("wikitext2")
+TEXT = """
+ = Nero =
+
+ A paragraph = with signs = inside .
+
+ = = Reign = =
+ Another one .
+ = = = 54 – 59 = = =
+
+ = Manila ( city ) =
+ The last .
+"""
+
+
+def config(articles: int | None = None, **files: int | None) -> Config:
+    given = {name: {"path": name, "sha256": None, "rows": rows} for name, rows in files.items()}
+    raw = reader.entry("datasets", "wikitext2", "dataset")
+    choice = reader.choose(
+        "datasets", "text", raw | {"files": given, "articles": {"test": articles}}, "text"
+    )
+    return choice.config
+
+
+def test_paragraphs_stand_in_order_with_their_article():
+    found = read({"test": TEXT.encode()}, "text", config(test=3))["test"]
+    assert [each.text for each in found] == [
+        "A paragraph = with signs = inside .",
+        "Another one .",
+        "The last .",
+    ]
+    assert [each.source for each in found] == ["Nero", "Nero", "Manila ( city )"]
+    assert [each.id for each in found] == [f"text/test/{row}" for row in range(3)]
+
+
+def test_only_the_first_articles_are_taken_where_it_is_said_how_many():
+    found = read({"test": TEXT.encode()}, "text", config(articles=1, test=3))["test"]
+    assert [each.source for each in found] == ["Nero", "Nero"]
+
+
+def test_a_file_without_its_headings_has_no_articles():
+    found = read({"train": TEXT.encode()}, "text", config(train=3))["train"]
+    assert [each.source for each in found] == [""] * 3
+
+
+def test_another_number_of_paragraphs_is_refused():
+    with pytest.raises(EnvironmentFault, match="3 rows, expected 4"):
+        read({"test": TEXT.encode()}, "text", config(test=4))
+
+
+def test_what_is_no_text_is_refused_in_one_line():
+    with pytest.raises(EnvironmentFault, match="no UTF-8 text"):
+        read({"test": b"abc\xff\xfe"}, "text", config(test=None))

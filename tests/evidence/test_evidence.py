@@ -1,0 +1,135 @@
+"""Evidence is not lost and not mistaken: finished results outlive what replaces them, and a
+changed base shows.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.resolve import Cell
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evidence import files, provenance, store
+from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.place import Place
+from finrepro.evidence.result import header, seal_unfinished
+from finrepro.planning import plan
+
+CELL = "gpt2_127m_mini-none-full-tfns-s0"
+
+
+def seal_done(
+    spec: RunSpec, place: Place, weights: bytes = b"w", source: str | None = None, **facts: Any
+) -> None:
+    """A finished run as the walk seals it, made by this source or another."""
+    result = header(spec, store.DONE, None, 0.0) | {"data": facts}
+    if source:
+        result["environment"] |= {"source_digest": source}
+    with place.store.new_run(spec.run_id) as folder:
+        (folder / "weights").mkdir()
+        (folder / "weights" / "model.safetensors").write_bytes(weights)
+        files.write_json(folder / "result.json", result)
+
+
+@pytest.fixture
+def cell() -> Cell:
+    (found,) = expand(Selection("3", only=CELL), "smoke")
+    return found
+
+
+def base_facts(place: Place, base: RunSpec, source: str) -> dict[str, Any]:
+    digests = {"source_digest": source, "lock_digest": provenance.lock_digest()}
+    return {"run_id": base.run_id, "weights": place.store.weights_digest(base.run_id), **digests}
+
+
+def test_a_stale_result_that_cannot_be_made_again_here_is_kept(place: Place) -> None:
+    """One edited line must not wipe a store of the paper's scale on the next laptop."""
+    (real,) = expand(Selection("3", only="gpt2_127m-nf4-lora_r8-tfns-s0"), "paper")
+    seal_done(real.spec, place, source="another")
+    (step,) = plan.plan([real], place, keep=False)
+    assert (step.action, step.state) == ("keep", store.STALE)
+    assert (
+        "cannot be made again" in step.reason
+        and "weights of openai-community/gpt2 not found" in step.reason
+    )
+
+
+def test_a_finished_result_outlives_the_failure_that_replaces_it(place: Place, cell: Cell) -> None:
+    seal_done(cell.spec, place, source="another")
+    seal_unfinished(cell.spec, place.store, store.FAILED, "it broke", 0.0)
+    assert place.store.state(cell.spec) == store.FAILED
+    (kept,) = (place.store.results / "superseded").iterdir()
+    assert (
+        json.loads((kept / "result.json").read_text())["status"] == store.DONE
+        and damaged_files(kept) == []
+    )
+    seal_done(cell.spec, place)
+    assert place.store.state(cell.spec) == store.DONE
+    assert len(list((place.store.results / "superseded").iterdir())) == 1, (
+        "a failure is no evidence to keep"
+    )
+
+
+def test_a_result_on_another_base_is_stale(place: Place, cell: Cell) -> None:
+    base = cell.base
+    assert base is not None
+    here = provenance.source_digest()
+    seal_done(base, place, weights=b"first")
+    seal_done(cell.spec, place, base=base_facts(place, base, here))
+    assert place.store.state(cell.spec) == store.DONE
+    seal_done(base, place, weights=b"first")
+    assert place.store.state(cell.spec) == store.DONE, "made again with the same bits"
+    seal_done(base, place, weights=b"second")
+    assert place.store.state(cell.spec) == store.STALE
+
+
+def test_a_result_on_a_kept_stale_base_is_stale_itself(place: Place, cell: Cell) -> None:
+    base = cell.base
+    assert base is not None
+    seal_done(base, place, source="another")
+    seal_done(cell.spec, place, base=base_facts(place, base, "another"))
+    assert place.store.state(cell.spec) == store.STALE
+
+
+def test_a_half_written_line_of_the_scorings_is_no_reason_to_fail(place: Place, cell: Cell) -> None:
+    place.store.log_scoring(cell.spec, "tfns")
+    path = place.store.results / "scorings.jsonl"
+    path.write_text(path.read_text() + '\n{"run_id": "0123')
+    place.store.log_scoring(cell.spec, "tfns")
+    other = dataclasses.replace(cell.spec, seed=9)
+    assert place.store.times_scored(cell.spec) == 2 and place.store.times_scored(other) == 0
+
+
+def test_the_zero_settings_belong_to_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = provenance.source_digest()
+    copy = tmp_path / "project"
+    (copy / "configs" / "deepspeed").mkdir(parents=True)
+    (copy / "finrepro").symlink_to(provenance.PROJECT / "finrepro")
+    monkeypatch.setattr(provenance, "PROJECT", copy)
+    provenance.source_digest.cache_clear()
+    assert provenance.source_digest() != before
+    monkeypatch.undo()
+    provenance.source_digest.cache_clear()
+    assert provenance.source_digest() == before
+
+
+def test_an_image_built_without_a_commit_says_that_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "REVISION").write_text("unknown\n")
+    monkeypatch.setattr(provenance, "PROJECT", tmp_path)
+    provenance.commit.cache_clear()
+    assert provenance.commit() == (None, None)
+    monkeypatch.undo()
+    provenance.commit.cache_clear()
+
+
+def test_more_devices_than_there_are_is_a_reason(place: Place) -> None:
+    (many,) = expand(Selection("3", only=CELL, world_size=4096), "smoke")
+    assert "needs 4096 devices" in str(plan.cannot_run(many.spec, place))

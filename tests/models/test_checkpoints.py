@@ -1,0 +1,381 @@
+"""Checkpoints on this machine and on the hub. The law: what is wrong with one is said in one
+line before anything is computed, naming the file and both values; a gated model says where
+access is granted; no message ever holds an access token."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finrepro import PROJECT
+from finrepro.catalogue import reader
+from finrepro.catalogue.spec import Model
+from finrepro.errors import EnvironmentFault
+from finrepro.evidence.manifest import file_digest
+from finrepro.models import checkpoints
+from finrepro.models import safetensors as shards
+
+REAL = tuple(name for name, entry in reader.catalogue("models").items() if entry.get("hub"))
+MODEL = reader.model("llama3_1_8b")
+CANARY = "hf_" + "CANARYcanary0123456789"
+
+
+def safetensors(path: Path, tensors: dict[str, int]) -> None:
+    """A file in the format, written by hand: names, and bytes each."""
+    header, end = {}, 0
+    for name, size in tensors.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def hub_configuration(model: Model = MODEL) -> dict[str, Any]:
+    """config.json as the hub's older files have it: the rotary settings in two keys."""
+    found = {"model_type": model.family, "attention_dropout": 0.1, **model.architecture}
+    rope = dict(found.pop("rope_parameters", None) or {})
+    if rope:
+        theta = rope.pop("rope_theta")
+        found |= {
+            "rope_theta": theta,
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        }
+    return found
+
+
+def tokenizer(tokens: int) -> dict[str, Any]:
+    return {
+        "model": {"vocab": {f"t{index}": index for index in range(tokens - 1)}},
+        "added_tokens": [{"id": tokens - 1}],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint in two shards that is in order, as far as can be seen without reading a
+    tensor.
+    """
+    found = tmp_path / "checkpoint"
+    found.mkdir()
+    (found / "config.json").write_text(json.dumps(hub_configuration()))
+    (found / "tokenizer.json").write_text(json.dumps(tokenizer(128256)))
+    safetensors(found / "model-1.safetensors", {"a": 8, "b": 5})
+    safetensors(found / "model-2.safetensors", {"c": 3})
+    index = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (found / shards.INDEX).write_text(json.dumps({"weight_map": index}))
+    return found
+
+
+def refused(folder: Path, *parts: str) -> None:
+    """`check` raises one line with the folder and all the parts."""
+    try:
+        checkpoints.check(MODEL, folder)
+    except EnvironmentFault as error:
+        assert error.exit_code == 3 and "\n" not in str(error) and str(folder) in str(error)
+        for part in parts:
+            assert part in str(error), error
+        return
+    raise AssertionError("nothing was said")
+
+
+def rewrite(name: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def only_pickles(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+def unlink(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, keep: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "another family": (
+        rewrite("config.json", model_type="qwen2"),
+        ("model_type is 'qwen2', llama3_1_8b has 'llama'",),
+    ),
+    "another size": (
+        rewrite("config.json", hidden_size=8192),
+        ("hidden_size is 8192, llama3_1_8b has 4096",),
+    ),
+    "Llama 3 in place of 3.1": (
+        rewrite("config.json", rope_scaling=None),
+        ("rope_parameters.", "None", "llama3_1_8b has"),
+    ),
+    "quantized already": (
+        rewrite("config.json", quantization_config={"bits": 4}),
+        ("is quantized already",),
+    ),
+    "no configuration": (unlink("config.json"), ("lacks config.json",)),
+    "corrupt configuration": (text("config.json", "{"), ("config.json: not readable JSON",)),
+    "configuration is a list": (
+        text("config.json", "[]"),
+        ("a JSON object is expected, not a list",),
+    ),
+    "corrupt index": (text(shards.INDEX, '{"weight_map"'), ("index.json: not readable JSON",)),
+    "empty index": (text(shards.INDEX, "{}"), ("'weight_map' must map",)),
+    "index leads elsewhere": (
+        rewrite(shards.INDEX, weight_map={"a": "../a"}),
+        ("which is no file of this folder",),
+    ),
+    "index is wrong": (
+        rewrite(shards.INDEX, weight_map={"c": "model-1.safetensors"}),
+        ("c is in model-1.safetensors, and it is not",),
+    ),
+    "shard absent": (
+        unlink("model-2.safetensors"),
+        ("1 of 2 shards are absent, the first is model-2.safetensors",),
+    ),
+    "shard truncated": (
+        cut("model-1.safetensors", -1),
+        ("model-1.safetensors", "its header says", "truncated"),
+    ),
+    "header truncated": (cut("model-1.safetensors", 30), ("model-1.safetensors: truncated",)),
+    "shard empty": (cut("model-1.safetensors", 0), ("0 bytes",)),
+    "shard is text": (
+        text("model-1.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        ("no safetensors file",),
+    ),
+    "pickles alone": (only_pickles, ("pytorch_model.bin", "never read", "safetensors version")),
+    "no tokenizer": (unlink("tokenizer.json"), ("lacks its tokenizer",)),
+    "corrupt tokenizer": (text("tokenizer.json", "{"), ("tokenizer.json: not readable JSON",)),
+    "another model's tokenizer": (
+        text("tokenizer.json", json.dumps(tokenizer(32000))),
+        ("32000 tokens", "another model's"),
+    ),
+    "no tokenizer's file": (
+        text("tokenizer.json", '{"model": {"vocab": 3}}'),
+        ("not a tokenizer's file",),
+    ),
+    "too many tokens": (
+        text("tokenizer.json", json.dumps(tokenizer(128257))),
+        ("128257 tokens", "128256 rows"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(fault: str, folder: Path) -> None:
+    change, parts = FAULTS[fault]
+    checkpoints.check(MODEL, folder)
+    change(folder)
+    refused(folder, *parts)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_entry_accepts_its_own_configuration_and_no_other_sizes(
+    name: str, folder: Path
+) -> None:
+    model = reader.model(name)
+    (folder / "tokenizer.json").write_text(
+        json.dumps(tokenizer(int(model.architecture["vocab_size"])))
+    )
+    (folder / "config.json").write_text(json.dumps(hub_configuration(model)))
+    checkpoints.check(model, folder)
+    for other in map(reader.model, REAL):
+        if other.architecture != model.architecture:
+            with pytest.raises(EnvironmentFault, match=f"is not {other.name}"):
+                checkpoints.check(other, folder)
+
+
+def test_vocabulary_files_of_a_gpt2_are_counted(folder: Path) -> None:
+    model = reader.model("gpt2_127m")
+    (folder / "config.json").write_text(json.dumps(hub_configuration(model)))
+    (folder / "tokenizer.json").unlink()
+    (folder / "merges.txt").write_text("")
+    for tokens, fits in ((50257, True), (50258, False)):
+        (folder / "vocab.json").write_text(
+            json.dumps({f"t{index}": index for index in range(tokens)})
+        )
+        if fits:
+            checkpoints.check(model, folder)
+        else:
+            with pytest.raises(
+                EnvironmentFault, match="50258 tokens, the embedding of gpt2_127m has 50257 rows"
+            ):
+                checkpoints.check(model, folder)
+
+
+def test_a_checkpoint_is_checked_without_torch(folder: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from finrepro import catalogue, weights
+weights.check(catalogue.model("llama3_1_8b"), Path({str(folder)!r}))
+assert not {{"torch", "transformers", "safetensors", "huggingface_hub"}} & set(sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_checkpoint_is_found_under_each_of_its_names_and_in_the_cache(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reader.model(name)
+    assert model.hub is not None
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    places = [model.name, model.hub.id, model.hub.id.rpartition("/")[2]]
+    cached = (
+        tmp_path
+        / "home"
+        / "hub"
+        / f"models--{model.hub.id.replace('/', '--')}"
+        / "snapshots"
+        / str(model.hub.revision)
+    )
+    for place in [
+        *(tmp_path / f"models{index}" / place for index, place in enumerate(places)),
+        cached,
+    ]:
+        place.parent.mkdir(parents=True)
+        models_dir = next(
+            (
+                parent
+                for parent in place.parents
+                if parent.name.startswith("models") and parent.parent == tmp_path
+            ),
+            None,
+        )
+        assert checkpoints.locate(model, models_dir) is None and checkpoints.missing_reason(
+            model, models_dir
+        )
+        place.symlink_to(folder, target_is_directory=True)
+        assert (
+            checkpoints.locate(model, models_dir) == place
+            and checkpoints.missing_reason(model, models_dir) is None
+        )
+        place.unlink()
+    assert all(checkpoints.locate(reader.model(other), folder.parent) is None for other in REAL)
+
+
+def test_why_weights_are_missing_says_what_to_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in str(
+        checkpoints.missing_reason(MODEL, None)
+    )
+    open_model = reader.model("gpt2_127m")
+    assert "HF_TOKEN" not in str(checkpoints.missing_reason(open_model, tmp_path))
+    folder.rename(tmp_path / MODEL.name)
+    only_pickles(tmp_path / MODEL.name)
+    assert "never read" in str(checkpoints.missing_reason(MODEL, tmp_path))
+    (tmp_path / MODEL.name / "config.json").unlink()
+    assert "lacks config.json" in str(checkpoints.missing_reason(MODEL, tmp_path))
+
+
+def test_digests_are_of_the_weight_files_and_computed_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def counted(path: Path) -> str:
+        calls.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(checkpoints, "file_digest", counted)
+    safetensors(folder / "another.safetensors", {"x": 1})
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    assert checkpoints.digests(folder) == {name: file_digest(folder / name) for name in names}
+    checkpoints.digests(folder)
+    assert len(calls) == 2
+    path = folder / names[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x01")
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert checkpoints.digests(folder)[names[1]] == file_digest(path) and len(calls) == 3
+
+
+class Refusal(Exception):
+    """What a transport might raise: the request, with its headers."""
+
+
+def attempt(monkeypatch: pytest.MonkeyPatch, error: Exception, model: Model = MODEL) -> str:
+    """What `fetch` says when the hub's client raises `error`."""
+    import huggingface_hub
+
+    def download(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(EnvironmentFault) as caught:
+        checkpoints.fetch(model)
+    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("token", [CANARY, "an-old-token-of-another-form"])
+@pytest.mark.parametrize("kept", ["environment", "file"])
+def test_no_message_holds_the_token(
+    token: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+    said = f"401 for request with header 'Authorization: Bearer {token}'"
+    if token != CANARY:  # a canary of the usual form is found by its form alone
+        assert token in attempt(monkeypatch, Refusal(said))
+    if kept == "environment":
+        monkeypatch.setenv("HF_TOKEN", token)
+    else:
+        (tmp_path / "token").write_text(token + "\n")
+    message = attempt(monkeypatch, Refusal(said))
+    assert token not in message and "401 for request" in message and "[token]" in message
+
+
+def test_a_gated_model_names_the_page_that_grants_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    response: Any = SimpleNamespace(
+        headers={}, request=None
+    )  # the transport's, of which the error takes no more
+    for error in (
+        GatedRepoError("Access to model is restricted", response=response),
+        OSError("no route"),
+    ):
+        message = attempt(monkeypatch, error)
+        assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in message and "HF_TOKEN" in message
+    assert "HF_TOKEN" not in attempt(monkeypatch, OSError("no route"), reader.model("gpt2_127m"))
+
+
+def test_another_commit_than_the_pinned_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "0" / "abc")
+    )
+    with pytest.raises(EnvironmentFault, match="the hub gave commit abc, pinned is"):
+        checkpoints.fetch(MODEL)
+    assert MODEL.hub is not None
+    pinned = dataclasses.replace(MODEL, hub=dataclasses.replace(MODEL.hub, revision="abc"))
+    assert checkpoints.fetch(pinned) == tmp_path / "0" / "abc"

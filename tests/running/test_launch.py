@@ -1,0 +1,100 @@
+"""Law: a cell runs as it was planned or says why not: on its devices, from its own base, with
+the reason of the rank that failed.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fixtures.model import process  # noqa: F401
+from fixtures.process import python
+
+from finrepro.campaigns.local import Worker
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.errors import UsageError
+from finrepro.evidence import store
+from finrepro.evidence.place import Place
+from finrepro.running.cell import check_launch, run_cell
+
+TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"
+FAILING = """
+import importlib.machinery, os
+
+found = importlib.machinery.PathFinder.find_spec.__func__
+
+def find_spec(finder, name, path=None, target=None):
+    return None if name.partition(".")[0] == "peft" and os.environ.get("RANK") == "1" else found(finder, name, path, target)
+
+importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
+"""
+
+
+def test_a_launch_with_another_number_of_ranks_is_refused():
+    (cell,) = expand(Selection("3", only=TWO_RANKS), "smoke")
+    with pytest.raises(
+        UsageError, match=r"runs on 2 device\(s\), and 1 process\(es\) were started"
+    ):
+        check_launch(cell.spec)
+    (alone,) = expand(Selection("3", only=TWO_RANKS, world_size=1), "smoke")
+    check_launch(alone.spec)
+
+
+def test_a_refused_cell_is_refused_however_it_is_started(tmp_path: Path):
+    label = "gpt2_127m_mini-nf4-full-tfns-s0"
+    place = ("--store", str(tmp_path))
+    answer = python(
+        "-m", "finrepro.running.cell", "--table", "3", "--scale", "smoke", "--cell", label, *place
+    )
+    assert answer.returncode == 2 and "cannot train weights stored as nf4" in answer.stderr
+    assert not list((tmp_path / "results" / "runs").iterdir())
+
+
+def test_a_cell_whose_base_cannot_be_used_is_skipped_with_the_reason(place: Place, process: None):  # noqa: F811
+    (cell,) = expand(Selection("3", only="gpt2_127m_mini-none-base-tfns-s0"), "smoke")
+    result = run_cell(cell.spec, place, lambda _: None, lambda: False)
+    assert result["status"] == store.SKIPPED and "the base of" in result["reason"]
+    assert place.store.state(cell.spec) == store.SKIPPED
+
+
+def test_an_interrupted_worker_takes_no_other_cell(place: Place, tmp_path: Path):
+    selection = Selection("3", quick=True)
+    worker = Worker(place, selection, "smoke", tmp_path / "log")
+    worker.interrupt()
+    spec = expand(selection, "smoke")[0].spec
+    assert worker.run(spec, lambda _: None)["event"] == "interrupted" and worker.process is None
+
+
+def test_what_a_living_process_is_writing_is_not_swept_away(place: Place):
+    runs = place.store.results / "runs"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (runs / f".abc.{other.pid}.partial").mkdir()
+        with place.store.lock():
+            assert [path.name for path in runs.iterdir()] == [f".abc.{other.pid}.partial"]
+        other.kill()
+    with place.store.lock():
+        assert not list(runs.iterdir())
+
+
+@pytest.mark.slow
+def test_the_rank_that_failed_gives_the_reason(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    options = (
+        "--scale",
+        "smoke",
+        "--weights",
+        "random",
+        "--only",
+        TWO_RANKS,
+        "--store",
+        str(tmp_path / "store"),
+    )
+    answer = python("-m", "invoke", "reproduce", "--table", "3", *options, PYTHONPATH=str(tmp_path))
+    assert answer.returncode == 4 and "Traceback" not in answer.stdout + answer.stderr, (
+        answer.stderr
+    )
+    assert "rank 1: ModuleNotFoundError: No module named 'peft'" in answer.stdout
+    assert (
+        TWO_RANKS in (tmp_path / "store/results/tables/smoke/table3-random_weights.md").read_text()
+    )
