@@ -17,8 +17,8 @@ import pytest
 import yaml
 from fixtures.process import forget, one_line, python
 
-from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
+from finrepro.catalogue.reader import reader
 from finrepro.catalogue.resolve import Cell, find
 from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
@@ -293,8 +293,8 @@ def test_weights_seed_and_devices_are_part_of_the_identity():
 
 
 SCRIPT = """
-from finrepro.cells import expand
-from finrepro.selection import Selection
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
 for scale in ("smoke", "paper"):
     for cell in expand(Selection("3"), scale):
         print(cell.label, cell.spec.run_id, cell.base.run_id if cell.base else None)

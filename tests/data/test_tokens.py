@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from fixtures.model import MINIATURES, in_processes, process, texts, tokenizer  # noqa: F401
 
-from finrepro.catalogue import reader
-from finrepro.data import files
+from finrepro.catalogue.reader import reader
+from finrepro.data.files import files
 from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
@@ -260,7 +260,7 @@ DIGESTS = """
 import sys, tempfile
 from pathlib import Path
 from fixtures.model import texts
-from finrepro.tokens import SPECIAL, tokenizer_digest, train_tokenizer
+from finrepro.data.tokens import SPECIAL; from finrepro.data.tokens import tokenizer_digest; from finrepro.data.tokens import train_tokenizer
 for family in SPECIAL:
     folder = Path(tempfile.mkdtemp())
     train_tokenizer(texts(), family, 512).save_pretrained(folder)

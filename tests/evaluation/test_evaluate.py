@@ -351,7 +351,6 @@ def test_a_text_that_is_too_long_for_the_model_is_scored_in_pieces_and_no_token_
 
 
 # --- answers that are generated
-# ---------------------------------------------------------------------------------------------------------
 
 NER = reader.task("fin_ner", "short")
 SENTENCES = [

@@ -175,7 +175,6 @@ def test_the_prompts_of_an_item_must_agree() -> None:
 
 
 # --- planted mutants
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def branches_see_each_other(layout: Sequence[Any], width: int, prefix: int) -> Tensor:
@@ -239,7 +238,6 @@ def test_a_mask_position_or_prefix_that_is_wrong_is_found(
 
 
 # --- what is shared
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", [0, SHORTEST_PREFIX - 1, SHORTEST_PREFIX, 20])

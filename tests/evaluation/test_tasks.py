@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fixtures.process import python
 
-from finrepro.catalogue import reader
+from finrepro.catalogue.reader import reader
 from finrepro.catalogue.spec import TaskSpec
-from finrepro.data import files
 from finrepro.data.examples import Example, Splits
+from finrepro.data.files import files
 from finrepro.errors import UsageError
 from finrepro.settings import choose
 
@@ -222,7 +222,7 @@ def test_a_gold_label_that_the_task_does_not_know_is_an_error_and_not_a_wrong_an
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from finrepro import catalogue, data
+from finrepro.catalogue import reader as catalogue; from finrepro.data import files as data
 folder = os.environ.get("DATA")
 raw, found, loaded = catalogue.catalogue("tasks"), {}, {}
 for name in (name for name in raw if "templates" in raw[name]):

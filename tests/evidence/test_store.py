@@ -122,7 +122,7 @@ def test_a_new_result_takes_the_place_of_the_old_one_whole(tmp_path: Path):
 HALF_WRITTEN = """
 import sys, time
 from pathlib import Path
-from finrepro.store import open_store
+from finrepro.evidence.store import open_store
 with open_store(Path(sys.argv[1])).new_run("f" * 12) as target:
     (target / "result.json").write_text("{")
     print("half", flush=True)
@@ -151,14 +151,14 @@ def test_a_writer_killed_in_the_middle_leaves_no_result_and_the_next_command_swe
 WRITER = """
 import sys
 from pathlib import Path
-from finrepro import store
+from finrepro.evidence import files, store
 place = store.open_store(Path(sys.argv[1]))
 print("ready", flush=True)
 for round in range(10**9):
     with place.new_run("f" * 12) as target:
         for name in "abcdef":
             (target / name).write_text(f"{round} " * 2000)
-        store.write_json(target / "result.json", {"round": round})
+        files.write_json(target / "result.json", {"round": round})
 """
 
 
@@ -341,7 +341,7 @@ REFUSED = """
 import os, sys
 from pathlib import Path
 from finrepro.errors import EnvironmentFault
-from finrepro.store import open_store
+from finrepro.evidence.store import open_store
 if os.getuid() == 0:
     os.setuid(65534)  # root may write everywhere
 try:
@@ -401,7 +401,7 @@ def test_a_disk_that_is_already_full_refuses_a_new_store_in_one_line(tiny_disk: 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from finrepro.store import open_store
+from finrepro.evidence.store import open_store
 with open_store(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(600)

@@ -35,8 +35,8 @@ from fixtures.model import (
 )
 from torch import Tensor, nn
 
-from finrepro.catalogue import reader
 from finrepro.catalogue.footprint import sizes
+from finrepro.catalogue.reader import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.methods.adapters import bottleneck, lora, relora
@@ -1008,10 +1008,10 @@ import json
 import sys
 from pathlib import Path
 from fixtures.model import MINIATURES, make, spec_of, stir
-from finrepro import runtime
+from finrepro.runtime import process as runtime
 runtime.quiet_environment()
 runtime.setup(0, 2)
-from finrepro.model import load
+from finrepro.models.build import load
 root = Path(sys.argv[1])
 for name in MINIATURES:
     base = root / f"base of {name}"

@@ -20,7 +20,7 @@ from fixtures.process import environment, python
 from jaxtyping import TypeCheckError
 
 from finrepro import PROJECT
-from finrepro.catalogue import resolve
+from finrepro.catalogue.reader import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
 from finrepro.settings import HOMES
@@ -218,7 +218,7 @@ def add(path: Path, entries: dict[str, Any]) -> None:
 
 
 ADAPTER = '''"""Only biases are trained (BitFit)."""
-from finrepro.schema import settings
+from finrepro.settings import settings
 @settings
 class Config:
     """No settings but one."""

@@ -81,7 +81,6 @@ def codes(stored: bnb_4bit.Stored) -> np.ndarray:
 
 
 # --- the settings
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_quantizer_has_an_entry_and_the_entries_are_what_their_names_say() -> None:
@@ -129,7 +128,6 @@ def test_the_compute_dtype_of_the_entry_is_the_models(dtype: str, name: str) -> 
 
 
 # --- the codes
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_nf4s_code_book_is_the_papers() -> None:
@@ -252,7 +250,6 @@ def test_the_same_weight_is_stored_in_the_same_bytes() -> None:
 
 
 # --- sizes and errors
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def bits_a_weight(module: Any, config: Any, dtype_bits: int = 32) -> float:
@@ -416,7 +413,6 @@ def test_nf4s_codes_carry_the_entropy_of_the_reference() -> None:
 
 
 # --- the layer
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def layer_multiplies_what_the_codes_stand_for(
@@ -483,7 +479,6 @@ def test_a_saved_layer_is_read_back_byte_by_byte(tmp_path: Path) -> None:
 
 
 # --- the model
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 ROUNDING = tuple(name for name in QUANTIZERS if name != "none")
@@ -617,7 +612,6 @@ def test_repacking_for_the_cpu_would_change_weights_and_numbers(name: str) -> No
 
 
 # --- eight bits
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 INT8 = bnb_int8.Config(threshold=6.0)

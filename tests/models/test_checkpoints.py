@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finrepro import PROJECT
-from finrepro.catalogue import reader
+from finrepro.catalogue.reader import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_checked_without_torch(folder: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from finrepro import catalogue, weights
+from finrepro.catalogue import reader as catalogue; from finrepro.models import checkpoints as weights
 weights.check(catalogue.model("llama3_1_8b"), Path({str(folder)!r}))
 assert not {{"torch", "transformers", "safetensors", "huggingface_hub"}} & set(sys.modules)
 """

@@ -208,7 +208,6 @@ def test_plain_ddp_needs_no_deepspeed(engine: str, tmp_path: Path) -> None:
 
 
 # --- the share-out itself, one rank at a time
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [False, True])

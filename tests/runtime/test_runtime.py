@@ -7,7 +7,7 @@ from finrepro import PROJECT
 
 PROGRAM = """
 import threading, atexit
-from finrepro import runtime
+from finrepro.runtime import process as runtime
 
 atexit.register(print, "taken apart")
 # the interpreter would wait for it for ever
@@ -28,7 +28,7 @@ def test_a_process_ends_with_its_code_and_all_that_it_said_whatever_thread_still
 
 
 def test_a_closed_output_does_not_keep_a_process_from_ending() -> None:
-    program = "import sys; from finrepro import runtime; print('lost'); sys.stdout.close(); runtime.end(3)"
+    program = "import sys; from finrepro.runtime import process as runtime; print('lost'); sys.stdout.close(); runtime.end(3)"
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, check=False, timeout=60
     )

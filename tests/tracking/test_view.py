@@ -665,7 +665,7 @@ def test_planted_files_of_another_backend_change_nothing(
 REBUILD = """
 import sys
 from pathlib import Path
-from finrepro import record, store
+from finrepro.tracking import view as record; from finrepro.evidence import store
 place = store.open_store(Path(sys.argv[1]))
 print(record.rebuild(place))
 view = record.View(place)

@@ -242,7 +242,6 @@ def test_batches_of_any_shape_are_few_codes(name: str, adapter: str, layout: str
 
 
 # --- the proof
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def something_else(factor: float) -> Any:
@@ -389,7 +388,6 @@ def test_the_result_has_the_proof(place: Place) -> None:
 
 
 # --- what cannot be compiled
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_compiled_is_refused_by_name() -> None:
@@ -429,7 +427,6 @@ def test_the_setting_is_part_of_a_runs_identity_only_where_it_is_on() -> None:
 
 
 # --- attention over segments as one operator
-# ---------------------------------------------------------------------------------------------
 
 
 def the_operator_is_attention(
@@ -471,7 +468,6 @@ def test_the_operator_keeps_torchs_rules() -> None:
 
 
 # --- ranks
-# -------------------------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys

@@ -241,7 +241,6 @@ def test_what_a_handle_refuses(tmp_path: Path) -> None:
 
 
 # --- bfloat16 weights, which the optimizer keeps in float32
-# ------------------------------------------------------------------------------
 
 
 def bf16_values(
@@ -308,7 +307,6 @@ def test_the_law_finds_a_weight_that_was_set_without_its_float32_copy(
 
 
 # --- two ranks
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

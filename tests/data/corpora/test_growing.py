@@ -23,11 +23,10 @@ from fixtures.process import environment, one_line
 from numpy.typing import NDArray
 
 from finrepro import PROJECT
-from finrepro.catalogue import reader as catalogue
-from finrepro.catalogue import resolve
+from finrepro.catalogue.reader import reader as catalogue
+from finrepro.catalogue.reader import resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, TrainSet
-from finrepro.data import packing
 from finrepro.data.arriving import growing
 from finrepro.data.arriving.arriving import ArrivingWindows
 from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
@@ -37,6 +36,7 @@ from finrepro.data.corpora.order import permute
 from finrepro.data.corpora.place import folder_of, keep_tokenizer, missing_reason
 from finrepro.data.corpora.stream import Corpus
 from finrepro.data.corpora.windows import Windows
+from finrepro.data.files import packing
 from finrepro.data.preparing import prepare, underway, writer
 from finrepro.data.preparing.entries import sources_of
 from finrepro.data.preparing.prepare import Options, Sources
@@ -51,7 +51,7 @@ from finrepro.planning import availability
 from finrepro.running import feeding
 from finrepro.running.cell import run_cell
 from finrepro.running.text import open_corpora, while_waiting
-from finrepro.runtime import ranks
+from finrepro.runtime.process import ranks
 from finrepro.settings import build, plain
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
@@ -64,11 +64,11 @@ TEXTS = [
 PREPARING = """
 import json, sys
 from pathlib import Path
-from finrepro.corpora import writer
-from finrepro.corpora.place import keep_tokenizer
-from finrepro.corpora.prepare import Options, Sources, prepare
-from finrepro.corpora.sources import Local
-from finrepro.corpora.tokenizing import Encoder
+from finrepro.data.preparing import writer
+from finrepro.data.corpora.place import keep_tokenizer
+from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
+from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.tokenizing import Encoder
 from finrepro.errors import FinreproError
 if __name__ == "__main__":
     encoder, tokenizer, lines, out, slow, workers = sys.argv[1:]
@@ -90,8 +90,8 @@ if __name__ == "__main__":
 READING = """
 import hashlib, sys
 from pathlib import Path
-from finrepro.corpora import growing
-from finrepro.corpora.arriving import ArrivingWindows
+from finrepro.data.arriving import growing
+from finrepro.data.arriving.arriving import ArrivingWindows
 stream = growing.open_arriving(Path(sys.argv[1])).stream()
 windows = ArrivingWindows(stream, 16, 20)
 seen = hashlib.sha256()
@@ -697,9 +697,9 @@ FEEDING = """
 import sys, time
 from pathlib import Path
 from test_growing import cell, feeder_pid
-from finrepro.corpora import feeding
-from finrepro.place import Place
-from finrepro.store import open_store
+from finrepro.running import feeding
+from finrepro.evidence.place import Place
+from finrepro.evidence.store import open_store
 folder = Path(sys.argv[1])
 with feeding.fed(cell(), Place(open_store(folder / "store"), folder)):
     print(feeder_pid(), flush=True)

@@ -237,10 +237,10 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from finrepro.corpora.prepare import Options, Sources, prepare
-from finrepro.corpora import writer
-from finrepro.corpora.sources import Local
-from finrepro.corpora.tokenizing import Encoder
+from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
+from finrepro.data.preparing import writer
+from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.tokenizing import Encoder
 from finrepro.errors import FinreproError
 if __name__ == "__main__":
     encoder, lines, out, slow, workers = sys.argv[1:]

@@ -35,12 +35,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from finrepro import PROJECT
-from finrepro.data import packing
 from finrepro.data.batches import Batch, end_to_end, side_by_side
 from finrepro.data.corpora import order
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.stream import open_corpus
 from finrepro.data.corpora.windows import Lengths, Window, Windows
+from finrepro.data.files import packing
 from finrepro.data.tokens import IGNORE, Encoded
 from finrepro.errors import UsageError
 from finrepro.methods.layers.supervised import SupervisedLM
@@ -319,8 +319,8 @@ def test_the_samples_are_the_same_for_one_two_four_and_eight_ranks(tmp_path: Pat
 
 PROGRAM = """
 import hashlib, pathlib, sys
-from finrepro.corpora.stream import open_corpus
-from finrepro.corpora.windows import Windows
+from finrepro.data.corpora.stream import open_corpus
+from finrepro.data.corpora.windows import Windows
 folder, log = map(pathlib.Path, sys.argv[1:])
 windows = Windows(open_corpus(folder).stream(), 16)
 for step in range(log.read_text().count("\\n") if log.exists() else 0, 40):

@@ -55,7 +55,6 @@ def trained(cell: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any
 
 
 # --- the schedule
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def closed_form(taken: int, first: int, last: int, start: int, end: int) -> int:
@@ -135,7 +134,6 @@ def test_settings_that_cannot_be_are_refused_when_they_are_read() -> None:
 
 
 # --- numbers
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def regulariser(weights: dict[str, torch.Tensor], weight: float) -> float:
@@ -349,7 +347,6 @@ def test_a_loop_that_forgets_one_of_the_two_calls_is_told_so(
 
 
 # --- resuming, engines, ranks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -429,7 +426,6 @@ def test_two_ranks_take_away_the_triplets_of_one_on_every_engine(tmp_path: Path)
 
 
 # --- what is exported
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def is_read_back(model: Any, cell: Any, folder: Path) -> None:

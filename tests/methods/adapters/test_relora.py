@@ -256,7 +256,6 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(
 
 
 # --- without an engine
-# -------------------------------------------------------------------------------------------------------------------
 
 
 class Bare:
@@ -414,7 +413,6 @@ def test_on_a_real_model_it_trains_as_many_parameters_as_counted() -> None:
 
 
 # --- two ranks
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -119,7 +119,6 @@ def logits(model: nn.Module) -> Tensor:
 
 
 # --- the factors of one matrix
-# ----------------------------------------------------------------------------------------------------------
 
 
 def by_definition(
@@ -185,7 +184,6 @@ def test_both_gauges_have_one_product_and_gradients_that_differ_by_roots_of_s() 
 
 
 # --- J
-# ----------------------------------------------------------------------------------------------------------------------------------
 
 DRAWS, COUNT, R = 5000, 20, 3
 # Of the sum of squares below, which has COUNT - 1 degrees of freedom: one uniform draw in 10,000
@@ -276,7 +274,6 @@ def test_layers_and_periods_have_directions_of_their_own(
 
 
 # --- a resample
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def a_resample_keeps_the_sum(model: nn.Module, spec: RunSpec) -> None:
@@ -444,7 +441,6 @@ def test_the_rank_of_what_is_learned_grows_with_the_periods(name: str) -> None:
 
 
 # --- precision
-# --------------------------------------------------------------------------------------------------------------------------
 
 PERIODS = 10
 
@@ -522,7 +518,6 @@ def test_a_base_in_bfloat16_begins_as_near_to_itself_as_rounding_puts_it(name: s
 
 
 # --- what a checkpoint keeps, and what is exported
-# --------------------------------------------------------------------------------------
 
 
 def is_taken_up(model: nn.Module, spec: RunSpec) -> None:
@@ -640,7 +635,6 @@ def test_all_periods_are_one_lora_on_the_original_base(
 
 
 # --- the layer, the settings, what is refused
-# -------------------------------------------------------------------------------------------
 
 
 def test_the_slopes_are_those_of_finite_differences() -> None:

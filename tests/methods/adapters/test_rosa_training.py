@@ -187,7 +187,6 @@ def test_the_law_finds_what_a_checkpoint_forgets(
 
 
 # --- two ranks
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

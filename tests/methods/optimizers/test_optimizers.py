@@ -51,7 +51,6 @@ EVERYWHERE = [
 ]
 
 # --- every optimizer on every engine
-# ------------------------------------------------------------------------------------------------------
 
 
 def begins_at_its_beginning(engine: Any, stage: int, dtype: str, folder: Path) -> None:
@@ -91,7 +90,6 @@ def test_an_engine_takes_no_step_before_the_first(
 
 
 # --- Frobenius decay
-# ---------------------------------------------------------------------------------------------------------------------
 
 FEWER = (("ddp", 0),)  # decay alone, below, is tried on another engine
 engines = pytest.mark.parametrize(
@@ -392,7 +390,6 @@ def test_bad_settings_are_a_line() -> None:
 
 
 # --- 8 bits
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def dynamic_map(signed: bool) -> np.ndarray:
@@ -588,7 +585,6 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(
 
 
 # --- two ranks
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

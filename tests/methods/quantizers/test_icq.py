@@ -52,7 +52,6 @@ def drawn(rows: int, columns: int, tails: str = "gaussian", seed: int = 0) -> Te
 
 
 # --- the equations, in NumPy, float64
-# ---------------------------------------------------------------------------------------------------
 
 
 def levels_of(quant_type: str) -> np.ndarray:
@@ -117,7 +116,6 @@ def codes_of(stored: bnb_4bit.Stored) -> np.ndarray:
 
 
 # --- the search
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def tau_is_the_references(blocks: Tensor, config: icq.Config, wanted: icq.Config) -> None:
@@ -218,7 +216,6 @@ def test_a_shifted_weight_has_a_shifted_tau_and_the_same_codes() -> None:
 
 
 # --- entropy and error, as published and as they are
-# ------------------------------------------------------------------------------------
 
 
 def code_entropies(weight: Tensor, config: icq.Config) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +303,6 @@ def test_the_squared_errors_tau_has_an_error_15_per_cent_below_nf4s_and_the_entr
 
 
 # --- blocks without spread, groups without end
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["entropy", "mse"])
@@ -367,7 +363,6 @@ def test_without_a_shift_the_bytes_and_the_numbers_are_nf4s(fallback: bool) -> N
 
 
 # --- the layer
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 def unpacked(stored: icq.Stored, bits: bnb_4bit.Stored) -> np.ndarray:
@@ -512,7 +507,6 @@ def test_no_cast_of_a_model_touches_what_tau_is_stored_in(monkeypatch: pytest.Mo
 
 
 # --- PEFT
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def plain_equals(model: Any, name: str, scale: float, folder: Path) -> None:
@@ -605,7 +599,6 @@ def test_merged_by_pefts_4_bit_layer_the_shift_is_kept() -> None:
 
 
 # --- settings and refusals
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_entries_are_what_their_names_say() -> None:
