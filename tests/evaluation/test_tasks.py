@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fixtures.process import python
 
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import TaskSpec
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import files
