@@ -93,7 +93,7 @@ def request(
 
 def _model(name: str) -> Model:
     known = [
-        each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
+        each for each, entry in reader.entries("models").items() if entry.get("scale") == "paper"
     ]
     if name not in known:
         raise unknown("model", name, known)
@@ -107,7 +107,7 @@ def _machine(
     products reach now.
     """
     if (gpu is None) == (not measure):
-        known = ", ".join(reader.catalogue("hardware"))
+        known = ", ".join(reader.entries("hardware"))
         raise UsageError(f"give --gpu, one of: {known}; or --measure, for the device at hand.")
     if gpu is None:
         rate = at_hand()

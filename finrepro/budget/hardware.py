@@ -4,7 +4,7 @@ with its source or absent. No torch.
 
 from functools import cache
 
-from finrepro.catalogue.reader import catalogue, entry
+from finrepro.catalogue.reader import entries, entry
 from finrepro.errors import UsageError
 from finrepro.settings import Positive, PositiveFloat, build, settings
 
@@ -60,5 +60,5 @@ def hardware(name: str) -> Hardware:
 
 def of_card(card: str) -> Hardware | None:
     """The entry of a card by what nvidia-smi calls it, None where there is none."""
-    entries = (hardware(name) for name in catalogue("hardware"))
+    entries = (hardware(name) for name in entries("hardware"))
     return next((each for each in entries if any(part in card for part in each.names)), None)

@@ -59,7 +59,7 @@ def list_plan(selection: Selection, place: Place, options: Options, launches: bo
     runs it. Nothing runs.
     """
     scale, why = choose_scale(selection, options.scale, place)
-    steps = planning.plan(expand(selection, scale), place, options.keep)
+    steps = planning.plan_steps(expand(selection, scale), place, options.keep)
     display = Display()
     display.say(f"Table {selection.table} at {scale} scale ({why}).")
     if launches:
@@ -80,7 +80,7 @@ def reproduce(selection: Selection, place: Place, options: Options) -> int:
     display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
     if all(cell.refusal for cell in cells):
         raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
-    steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
+    steps = planning.plan_steps(cells, place, options.keep, ask_hub=scale == "paper")
     planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
     # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would

@@ -15,7 +15,7 @@ from finrepro.reporting.files import write_table
 from finrepro.reporting.table import Table
 from finrepro.settings import kind_module
 from finrepro.sizes import flops
-from finrepro.sizes.account import Computed, account, shares
+from finrepro.sizes.account import Computed, model_account, shares
 
 SCALE = "paper"  # real models, whatever the machine
 STORED = ("none", "int8", "nf4")
@@ -87,4 +87,4 @@ def _account(name: str, settings: Computed) -> dict[str, Any]:
     steps = (round(64 * 2 ** (step / POINTS)) for step in range(100))
     lengths = [length for length in steps if length <= flops.positions(model)]
     curve = {length: shares(flops.forward(model, length, causal=True)) for length in lengths}
-    return account(model, settings, stored) | {"curve": curve}
+    return model_account(model, settings, stored) | {"curve": curve}

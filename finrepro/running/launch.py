@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue.resolve import find
+from finrepro.catalogue.resolve import spec_of_label
 from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection, parse_seeds
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.errors import CellFailed, UsageError
@@ -42,7 +42,7 @@ def resolve(message: Message) -> RunSpec:
     selection = Selection(
         **{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None}
     )
-    spec = find(selection, message["scale"], message["label"])
+    spec = spec_of_label(selection, message["scale"], message["label"])
     if message["run_id"] not in (None, spec.run_id):
         raise CellFailed(
             f"{message['label']}: the configuration changed while the campaign was running."

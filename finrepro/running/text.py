@@ -10,7 +10,7 @@ from finrepro.data.files import Dataset
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError, unavailable_if_faulty
 from finrepro.evidence.place import Place
-from finrepro.planning.availability import corpus_missing_reason, is_fed
+from finrepro.planning.availability import is_fed, missing_corpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ def open_corpora(
         if name := corpus_of(part.task):
             folder, rows = folder_of(name, place.data_dir), spec.model.architecture["vocab_size"]
             with unavailable_if_faulty():
-                reason = corpus_missing_reason(spec, part.task, place)
+                reason = missing_corpus(spec, part.task, place)
                 if folder is None or reason:
                     raise EnvironmentFault(str(reason))
                 if is_fed(spec, part.task):

@@ -185,7 +185,7 @@ def test_no_secret_stands_in_a_message(text: str, left: str, monkeypatch: pytest
     assert without_secrets(ValueError(text)) == left
 
 
-@pytest.mark.parametrize("name", reader.catalogue("datasets"))
+@pytest.mark.parametrize("name", reader.entries("datasets"))
 def test_every_file_has_an_address(name: str):
     config = reader.dataset(name).config
     for file in config.files.values():

@@ -34,7 +34,7 @@ from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.models.build import configuration
 
 MODELS = tuple(
-    name for name in reader.catalogue("models") if reader.model(name).low_rank is None
+    name for name in reader.entries("models") if reader.model(name).low_rank is None
 )  # test_low_rank.py has the others
 HEADS = ((4, 4), (4, 2), (8, 1))  # multi-head, grouped-query, one key-value head
 
