@@ -44,7 +44,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as the JSON of the store's files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
