@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fixtures.process import python
 
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import TaskSpec
+from finrepro.data import files
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import files
 from finrepro.errors import UsageError
 from finrepro.settings import choose
 

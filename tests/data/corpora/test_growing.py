@@ -23,10 +23,11 @@ from fixtures.process import environment, one_line
 from numpy.typing import NDArray
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import reader as catalogue
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import reader as catalogue
+from finrepro.catalogue import resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, TrainSet
+from finrepro.data import packing
 from finrepro.data.arriving import growing
 from finrepro.data.arriving.arriving import ArrivingWindows
 from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
@@ -36,7 +37,6 @@ from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.order import permute
 from finrepro.data.corpora.stream import Corpus
 from finrepro.data.corpora.windows import Windows
-from finrepro.data.files import packing
 from finrepro.data.preparing import prepare, underway, writer
 from finrepro.data.preparing.entries import sources_of
 from finrepro.data.preparing.prepare import Options, Sources
@@ -51,7 +51,7 @@ from finrepro.planning import availability
 from finrepro.running import feeding
 from finrepro.running.cell import run_cell
 from finrepro.running.text import open_corpora, while_waiting
-from finrepro.runtime.process import ranks
+from finrepro.runtime import ranks
 from finrepro.settings import build, plain
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
