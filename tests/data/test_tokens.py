@@ -73,7 +73,7 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     here = tuple(
         name
         for name in ("development", "test")
-        if files.missing_reason(spec.dataset, folder, (name,)) is None
+        if files.dataset_missing_reason(spec.dataset, folder, (name,)) is None
     )
     splits = files.load(spec.dataset, folder, here).splits
     examples = [
