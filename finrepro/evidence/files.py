@@ -103,8 +103,7 @@ def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = False
 
 def json_text(value: Any, indent: int = 2) -> str:
     """A value as the JSON of the store's files."""
-    return json.dumps(value, indent=indent, ensure_ascii=False) + "
-"
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
