@@ -60,5 +60,5 @@ def hardware(name: str) -> Hardware:
 
 def of_card(card: str) -> Hardware | None:
     """The entry of a card by what nvidia-smi calls it, None where there is none."""
-    entries = (hardware(name) for name in entries("hardware"))
-    return next((each for each in entries if any(part in card for part in each.names)), None)
+    gpus = (hardware(name) for name in entries("hardware"))
+    return next((gpu for gpu in gpus if any(part in card for part in gpu.names)), None)

@@ -4,9 +4,9 @@ store. Nothing is measured unasked.
 
 from dataclasses import asdict
 
-from finrepro.budget import budget
-from finrepro.budget.hardware import hardware
-from finrepro.budget.text import OURS, of_hours, of_tokens, sources
+from finrepro.budgeting import budget
+from finrepro.budgeting.hardware import hardware
+from finrepro.budgeting.text import OURS, of_hours, of_tokens, sources
 from finrepro.catalogue import reader
 from finrepro.catalogue.request import number, whole
 from finrepro.catalogue.spec import Model
