@@ -38,9 +38,7 @@ def test_every_dataset_says_what_it_is_and_how_it_is_had(name: str):
     if config.hub:
         assert config.hub.id in text and (config.hub.revision or "revision not pinned") in text
     assert (f"invoke data --fetch {name}" in text) == (not config.embedded)
-    users = [
-        task for task, values in reader.entries("tasks").items() if values["dataset"] == name
-    ]
+    users = [task for task, values in reader.entries("tasks").items() if values["dataset"] == name]
     assert users and f"tasks: {', '.join(users)}" in text
 
 
