@@ -11,10 +11,10 @@ from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
 from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
+from finrepro.kinds import computed_report_of
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import to_png, to_svg
 from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
-from finrepro.settings import kind_module
 from finrepro.sizes import flops
 from finrepro.sizes.account import Computed, account, shares
 
@@ -71,9 +71,9 @@ def write(name: str, place: Place) -> Table:
     """The table; its Markdown, LaTeX, JSON and figure go to the store."""
     file = reader.table(name)
     settings: Computed = file.computed  # type: ignore[assignment]
-    report = kind_module("report", file.report)
+    report = computed_report_of(file.report)
     accounts = [_account(each, settings) for each in settings.models]
-    made: Table = report.build(accounts, settings)
+    made = report.build(accounts, settings)
     files = {
         "md": to_markdown(made).encode(),
         "tex": to_latex(made).encode(),

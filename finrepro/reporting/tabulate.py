@@ -11,11 +11,11 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
+from finrepro.kinds import report_of
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import draw, to_png, to_svg
 from finrepro.reporting.rows import with_neighbours
 from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
-from finrepro.settings import kind_module
 
 
 def file_stem(selection: Selection) -> str:
@@ -36,7 +36,7 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
     """The table of the selected cells; the files, its figure among them, hold all of its cells,
     whichever --only selected.
     """
-    report = kind_module("report", table(selection.table).report)
+    report = report_of(table(selection.table).report)
     values = published() if scale == "paper" else ()
     everything = (
         cells
@@ -44,16 +44,16 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
         else expand(dataclasses.replace(selection, only=None), scale)
     )
     shown = with_neighbours(selection, scale, everything, place)
-    whole: Table = report.build(shown, scale, values)
+    whole = report.build(shown, scale, values)
     files = {
         "md": to_markdown(whole).encode(),
         "tex": to_latex(whole).encode(),
         "json": to_json(whole).encode(),
     }
-    if hasattr(report, "panels") and any(row["scores"] for row in shown):
-        picture = draw(report.panels(shown), whole.title)
+    if panels := report.panels(shown):
+        picture = draw(panels, whole.title)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    if hasattr(report, "charts") and (charts := report.charts(shown)):
+    if charts := report.charts(shown):
         picture = draw_charts(charts, whole.title, columns=2)
         files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
     folder = place.store.results / "tables" / scale
@@ -63,5 +63,4 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
             write_bytes(folder / f"{file_stem(selection)}.{suffix}", content)
     if everything is cells:
         return whole
-    asked_for: Table = report.build(with_neighbours(selection, scale, cells, place), scale, values)
-    return asked_for
+    return report.build(with_neighbours(selection, scale, cells, place), scale, values)

@@ -23,7 +23,7 @@ from finrepro import PROJECT
 from finrepro.catalogue.reader import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
-from finrepro.settings import HOMES
+from finrepro.kinds import HOMES
 
 SOURCES = sorted((PROJECT / "finrepro").rglob("*.py"))
 FILES = [*SOURCES, PROJECT / "tasks.py"]
