@@ -20,7 +20,7 @@ from fixtures.process import environment, python
 from jaxtyping import TypeCheckError
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
 from finrepro.kinds import HOMES
@@ -305,7 +305,7 @@ def test_a_new_table_is_a_report_and_its_file(copy: Path):
 def test_a_new_kind_is_discovered_in_every_package(copy: Path, package: str):
     (copy.joinpath(*HOMES[package].split(".")) / "brand_new.py").write_text('"""New."""\n')
     answer = python(
-        "-c", f"from finrepro.settings import kinds; print(*kinds('{package}'))", cwd=copy
+        "-c", f"from finrepro.kinds import kinds; print(*kinds('{package}'))", cwd=copy
     )
     assert "brand_new" in answer.stdout.split(), answer.stderr
 
