@@ -59,7 +59,9 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
     prepared = [first.prepared] if first else []
     adapted: Any = adapter_of(spec.adapter).apply(model, spec.seed, *prepared)
     if spec.train.activation_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     adapted.train()
     trainable = sum(
         size(parameter) for parameter in adapted.parameters() if parameter.requires_grad
