@@ -28,7 +28,8 @@ from finrepro.catalogue.spec import (
 )
 from finrepro.catalogue.table_file import Grid, TableFile
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, build, choose, kind_module, read_yaml
+from finrepro.kinds import choose, computed_report_of, report_of
+from finrepro.settings import Choice, build, read_yaml
 
 CONFIGS = PROJECT / "configs"
 
@@ -200,7 +201,8 @@ def table(name: str) -> TableFile:
         file = dataclasses.replace(
             file, smoke=_with_entries(file.smoke), paper=_with_entries(file.paper)
         )
-    kind_module("report", file.report, f"{where}.report")
+    report = report_of if file.computed is None else computed_report_of
+    report(file.report, f"{where}.report")
     if file.beside and file.beside not in tables():
         raise UsageError(f"{where}.beside: {unknown('table', file.beside, tables())}")
     return file

@@ -2,6 +2,7 @@
 
 from finrepro.catalogue.footprint import base_bytes
 from finrepro.catalogue.spec import RunSpec
+from finrepro.kinds import adapter_of
 from finrepro.sizes.shapes import depth
 
 
@@ -15,7 +16,7 @@ def needed_bytes(spec: RunSpec) -> int:
     """
     shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
     base = base_bytes(spec)
-    trained = spec.adapter.module("adapters").trainable_parameters(spec.model, spec.adapter.config)
+    trained = adapter_of(spec.adapter).trainable_parameters(spec.model)
     width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
     # Tensors of the hidden width that a block keeps for the backward pass.
     tensors_a_block = 1 if spec.train.activation_checkpointing else 16

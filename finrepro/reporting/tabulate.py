@@ -8,12 +8,12 @@ from finrepro.catalogue.resolve import Cell, foreign_adapter
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.place import Place
+from finrepro.kinds import report_of
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import draw
 from finrepro.reporting.files import write_table
 from finrepro.reporting.rows import with_neighbours
 from finrepro.reporting.table import Table
-from finrepro.settings import kind_module
 
 
 def file_stem(selection: Selection) -> str:
@@ -34,7 +34,7 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
     """The table of the selected cells. The files and the figure hold the cells that --only leaves
     out as well.
     """
-    report = kind_module("report", table(selection.table).report)
+    report = report_of(table(selection.table).report)
     values = published() if scale == "paper" else ()
     all_cells = (
         cells
@@ -42,16 +42,15 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
         else expand(dataclasses.replace(selection, only=None), scale)
     )
     rows = with_neighbours(selection, scale, all_cells, place)
-    full_table: Table = report.build(rows, scale, values)
+    full_table = report.build(rows, scale, values)
     figure = None
-    if hasattr(report, "panels") and any(row["scores"] for row in rows):
-        figure = draw(report.panels(rows), full_table.title)
-    if hasattr(report, "charts") and (charts := report.charts(rows)):
+    if panels := report.panels(rows):
+        figure = draw(panels, full_table.title)
+    if charts := report.charts(rows):
         figure = draw_charts(charts, full_table.title, columns=2)
     path = place.store.results / "tables" / scale / file_stem(selection)
     write_table(place.store.root, path, full_table, figure)
     if all_cells is cells:
         return full_table
     selected_rows = with_neighbours(selection, scale, cells, place)
-    selected_table: Table = report.build(selected_rows, scale, values)
-    return selected_table
+    return report.build(selected_rows, scale, values)
