@@ -26,7 +26,7 @@ from finrepro.evidence.result import seal_unfinished
 from finrepro.planning import machine
 from finrepro.planning import plan as planning
 from finrepro.reporting.tabulate import file_stem, tabulate
-from finrepro.running.worker import Event
+from finrepro.running.events import Event
 from finrepro.runtime.interrupts import held_back
 from finrepro.tracking.view import View, is_shown
 

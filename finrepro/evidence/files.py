@@ -25,7 +25,8 @@ def disk_errors(place: Path) -> Iterator[None]:
             ) from None
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise EnvironmentFault(
-                f"{place} is not writable ({os.strerror(number or 0)}); choose another with --store DIR."
+                f"{place} is not writable ({os.strerror(number or 0)}); choose another with "
+                "--store DIR."
             ) from None
         raise
 
