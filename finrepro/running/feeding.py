@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from finrepro import PROJECT
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora import place as corpora
+from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.prepare import default_workers
 from finrepro.errors import EnvironmentFault, Unavailable
@@ -94,7 +94,7 @@ class Feeder:
         tokenizer = tokenizer_for(self.spec, self.folder, self.place.models_dir)
         # None: another process was preparing it, and ended before it had written the tokenizer.
         if tokenizer is None:
-            raise Unavailable(str(corpora.missing_reason(self.name, self.place.data_dir)))
+            raise Unavailable(str(corpora.unprepared_reason(self.name, self.place.data_dir)))
         workers = max(1, default_workers() - self.spec.world_size)
         options: dict[str, object] = {
             "--tokenizer": tokenizer,

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from fixtures.process import forget, one_line, python
 
+from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.reader import reader
 from finrepro.catalogue.resolve import Cell, find
 from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train

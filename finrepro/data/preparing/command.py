@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.corpora.index import Index
-from finrepro.data.corpora.place import keep_tokenizer
 from finrepro.data.preparing.entries import HeldOut, named_or_path
 from finrepro.data.preparing.prepare import Options, Progress, Sources, default_workers, prepare
 from finrepro.data.preparing.tokenizing import load_encoder
@@ -69,7 +69,7 @@ def make(
             workers=_workers(workers, sources),
             on_error=on_error,
             progress=shown.progress,
-            keep=lambda: keep_tokenizer(tokenizer, out),
+            keep=lambda: copy_tokenizer(tokenizer, out),
         )
     finally:
         shown.close()

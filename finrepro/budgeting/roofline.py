@@ -8,7 +8,7 @@ nothing is reused from a cache between products. A rank below rate / bandwidth i
 
 from dataclasses import dataclass
 
-from finrepro.budget.hardware import Hardware
+from finrepro.budgeting.hardware import Hardware
 
 BYTES = 2  # bfloat16
 

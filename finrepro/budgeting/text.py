@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from finrepro.budget import budget, scaling
+from finrepro.budgeting import budget, scaling
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError

@@ -11,9 +11,9 @@ import pytest
 from fixtures.model import broken
 from fixtures.process import one_line
 
-from finrepro.budget import budget, scaling
-from finrepro.budget.command import budget_of, request
-from finrepro.budget.text import OURS
+from finrepro.budgeting import budget, scaling
+from finrepro.budgeting.command import budget_of, request
+from finrepro.budgeting.text import OURS
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError
@@ -244,10 +244,10 @@ def test_a_measured_rate_takes_the_place_of_a_peak_only_when_it_is_asked_for(
     def never() -> Rate:
         raise AssertionError("measured without being asked")
 
-    monkeypatch.setattr("finrepro.budget.command.at_hand", never)
+    monkeypatch.setattr("finrepro.budgeting.command.at_hand", never)
     said(place, capsys, gpu="h100", hours="1")
     monkeypatch.setattr(
-        "finrepro.budget.command.at_hand",
+        "finrepro.budgeting.command.at_hand",
         lambda: Rate(7e14, (4096, 4096, 4096), "Some card", "bfloat16"),
     )
     told, kept = said(place, capsys, measure=True, hours="1", mfu="0.5", price="2")
