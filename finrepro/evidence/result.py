@@ -8,6 +8,7 @@ from finrepro.evidence import files, provenance, schema
 from finrepro.evidence.schema_cell import Attention, Layout
 from finrepro.evidence.schema_spec import Spec
 from finrepro.evidence.store import Store
+from finrepro.kinds import quantizer_of
 
 
 def header(
@@ -22,8 +23,7 @@ def header(
     """What every result.json has, finished or not: `device` is the kind that it ran on, `layout`
     what finrepro.training.layout chose, `attention` which implementation computed.
     """
-    note = getattr(spec.quantizer.module("quantizers"), "note", None)
-    remark = note(device) if note and device else None
+    remark = quantizer_of(spec.quantizer).note(device) if device else None
     return {
         "format": schema.FORMAT,
         "run_id": spec.run_id,

@@ -15,6 +15,7 @@ from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
+from finrepro.kinds import task_of
 from finrepro.running.base import base_facts, open_base
 from finrepro.running.text import corpora_identity, open_corpora, windows_of
 
@@ -102,10 +103,8 @@ def training_examples(
         return windows_of(spec, datasets, tokenizer, corpora)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
-        task, config = part.task.task.module("tasks"), part.task.task.config
+        task = task_of(part.task.task)
         examples = datasets[part.task.dataset.name].splits["train"]
-        pairs = [
-            (task.prompt(example, config), task.target(example, config)) for example in examples
-        ]
+        pairs = [(task.prompt(example), task.target(example)) for example in examples]
         encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded

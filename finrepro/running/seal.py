@@ -17,6 +17,7 @@ from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.result import header
 from finrepro.evidence.schema_cell import Attention, Layout, Proof
 from finrepro.evidence.store import DONE, Store
+from finrepro.kinds import adapter_of
 from finrepro.methods.layers.isolated_attention import implementation
 from finrepro.models.build import Built
 from finrepro.running.events import Emit
@@ -81,7 +82,7 @@ def seal_finished(spec: RunSpec, store: Store, walked: Walked, emit: Emit) -> Ma
 def write_weights(spec: RunSpec, walked: Walked, folder: Path) -> None:
     """What was trained, and with a model that was trained from nothing its tokenizer."""
     folder.mkdir()
-    spec.adapter.module("adapters").export(walked.built.model, folder)
+    adapter_of(spec.adapter).export(walked.built.model, folder)
     if spec.weights == "scratch":
         walked.inputs.tokenizer.save_pretrained(folder)
 

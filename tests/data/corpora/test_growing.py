@@ -440,7 +440,7 @@ def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.Monkey
     """It ends the others when it ends; what it has begun is not seen by them before the folder
     is held.
     """
-    monkeypatch.setattr(growing.runtime, "ranks", lambda: ranks.Ranks(1, 2, 1))
+    monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(1, 2, 1))
     watch = growing.Watch(tmp_path)
     for _ in range(5):
         watch.pause("text")
