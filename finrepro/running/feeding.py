@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from finrepro import PROJECT
+from finrepro import PACKAGE
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.corpora import place as corpora
 from finrepro.data.preparing import underway
@@ -117,7 +117,7 @@ class Feeder:
                     self.name,
                     *map(str, options),
                 ],
-                cwd=PROJECT,
+                cwd=PACKAGE.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
