@@ -13,10 +13,10 @@ from finrepro.budgeting.text import OURS, of_hours, of_tokens, sources
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError, unknown
-from finrepro.evidence import files
+from finrepro.evidence.files import json_text
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
-from finrepro.reporting.dots import to_png, to_svg
+from finrepro.reporting.files import figure_files, write_files
 from finrepro.runtime.matmul import at_hand
 from finrepro.sizes import flops
 
@@ -45,18 +45,16 @@ def budget_of(place: Place, asked: budget.Request) -> BudgetAnswer:
     picture = draw_charts(
         [budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1
     )
-    with place.store.lock(), files.disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        values = budget.record(
-            asked.machine,
-            operations=computed,
-            sequence=asked.sequence,
-            unique=asked.unique,
-            **found,
-        )
-        files.write_json(folder / f"{stem}.json", values)
-        files.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
-        files.write_bytes(folder / f"{stem}.png", to_png(picture))
+    values = budget.record(
+        asked.machine,
+        operations=computed,
+        sequence=asked.sequence,
+        unique=asked.unique,
+        **found,
+    )
+    contents = {"json": json_text(values).encode(), **figure_files(picture)}
+    with place.store.lock():
+        write_files(place.store.root, folder / stem, contents)
     return BudgetAnswer((*lines, "", *asked.remarks, *sources(asked.unique)), values, folder / stem)
 
 

@@ -11,11 +11,10 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import UsageError
-from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
-from finrepro.reporting.dots import to_png, to_svg
-from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
+from finrepro.reporting.files import write_table
+from finrepro.reporting.table import Table
 from finrepro.settings import kind_module
 from finrepro.sizes import flops
 from finrepro.sizes.account import Computed, account, shares
@@ -71,18 +70,10 @@ def write(name: str, place: Place) -> Table:
     report = kind_module("report", file.report)
     accounts = [_account(each, settings) for each in settings.models]
     made: Table = report.build(accounts, settings)
-    files = {
-        "md": to_markdown(made).encode(),
-        "tex": to_latex(made).encode(),
-        "json": to_json(made).encode(),
-    }
-    picture = draw_charts(report.charts(accounts), made.title)
-    files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    folder = place.store.results / "tables" / SCALE
-    with place.store.lock(), disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, content in files.items():
-            write_bytes(folder / f"{file.report}.{suffix}", content)
+    figure = draw_charts(report.charts(accounts), made.title)
+    path = place.store.results / "tables" / SCALE / file.report
+    with place.store.lock():
+        write_table(place.store.root, path, made, figure)
     return made
 
 

@@ -3,7 +3,6 @@ made of them.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from finrepro.data import hub_client
 from finrepro.data.examples import Example, Splits, fingerprint, overlap
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Choice, Count, Share, settings
@@ -80,7 +80,7 @@ def fetched_path(dataset: Choice, role: str) -> Path:
     that is not known.
     """
     file = dataset.config.files[role]
-    return hub_cache() / (file.sha256 or f"unpinned-{dataset.name}") / Path(file.path).name
+    return fetched_folder() / (file.sha256 or f"unpinned-{dataset.name}") / Path(file.path).name
 
 
 def find(dataset: Choice, role: str, data_dir: Path | None) -> tuple[str, Path] | None:
@@ -106,7 +106,7 @@ def locate(
     return here if len(here) == len(found) else None
 
 
-def missing_reason(
+def dataset_missing_reason(
     dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None
 ) -> str | None:
     """Why the splits (None: all of them) cannot be read here, in one line that says what to do;
@@ -129,9 +129,9 @@ def missing_reason(
     )
 
 
-def hub_cache() -> Path:
+def fetched_folder() -> Path:
     """Folder of fetched files, beside the hub's own cache (`HF_HOME`)."""
-    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "finrepro"
+    return hub_client.home() / "finrepro"
 
 
 def digest_of(content: bytes, file: File, where: object) -> str:
@@ -165,7 +165,7 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
     """
     places = locate(dataset, data_dir, splits)
     if places is None:
-        raise EnvironmentFault(str(missing_reason(dataset, data_dir, splits)))
+        raise EnvironmentFault(str(dataset_missing_reason(dataset, data_dir, splits)))
     contents, digests = {}, {}
     for role, (_, path) in places.items():
         try:

@@ -9,12 +9,12 @@ from finrepro.catalogue.reader import published, table
 from finrepro.catalogue.resolve import Cell, foreign_adapter
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
-from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
-from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.dots import draw
+from finrepro.reporting.files import write_table
 from finrepro.reporting.rows import with_neighbours
-from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
+from finrepro.reporting.table import Table
 from finrepro.settings import kind_module
 
 
@@ -43,25 +43,17 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
         if selection.only is None
         else expand(dataclasses.replace(selection, only=None), scale)
     )
-    shown = with_neighbours(selection, scale, everything, place)
-    whole: Table = report.build(shown, scale, values)
-    files = {
-        "md": to_markdown(whole).encode(),
-        "tex": to_latex(whole).encode(),
-        "json": to_json(whole).encode(),
-    }
-    if hasattr(report, "panels") and any(row["scores"] for row in shown):
-        picture = draw(report.panels(shown), whole.title)
-        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    if hasattr(report, "charts") and (charts := report.charts(shown)):
-        picture = draw_charts(charts, whole.title, columns=2)
-        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    folder = place.store.results / "tables" / scale
-    with disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, content in files.items():
-            write_bytes(folder / f"{file_stem(selection)}.{suffix}", content)
+    rows = with_neighbours(selection, scale, everything, place)
+    whole_table: Table = report.build(rows, scale, values)
+    figure = None
+    if hasattr(report, "panels") and any(row["scores"] for row in rows):
+        figure = draw(report.panels(rows), whole_table.title)
+    if hasattr(report, "charts") and (charts := report.charts(rows)):
+        figure = draw_charts(charts, whole_table.title, columns=2)
+    path = place.store.results / "tables" / scale / file_stem(selection)
+    write_table(place.store.root, path, whole_table, figure)
     if everything is cells:
-        return whole
-    asked_for: Table = report.build(with_neighbours(selection, scale, cells, place), scale, values)
-    return asked_for
+        return whole_table
+    selected_rows = with_neighbours(selection, scale, cells, place)
+    selected_table: Table = report.build(selected_rows, scale, values)
+    return selected_table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Pretrain, RunSpec
 from finrepro.data import files
-from finrepro.data.corpora.place import TOKENIZER
+from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.errors import EnvironmentFault, unavailable_if_faulty
 from finrepro.evidence.place import Place
 from finrepro.models import checkpoints

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from finrepro import PACKAGE
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora import place as corpora
+from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.prepare import default_workers
 from finrepro.errors import EnvironmentFault, Unavailable
@@ -94,7 +94,7 @@ class Feeder:
         if (
             tokenizer is None
         ):  # somebody was preparing it, and has gone before the tokenizer lay beside the shards
-            raise Unavailable(str(corpora.missing_reason(self.name, self.place.data_dir)))
+            raise Unavailable(str(corpora.unprepared_reason(self.name, self.place.data_dir)))
         workers = max(1, default_workers() - self.spec.world_size)
         options = [
             "--tokenizer",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files
-from finrepro.data.corpora.place import corpus_of, is_running_text
+from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.evidence.place import Place
 from finrepro.running.text import windows_of

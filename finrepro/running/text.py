@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora.place import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
+from finrepro.data.corpora.folders import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError, unavailable_if_faulty

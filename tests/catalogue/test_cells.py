@@ -18,8 +18,8 @@ import yaml
 from fixtures.process import forget, one_line, python
 
 from finrepro.arguments import choice, seed_list
+from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.reader import reader
 from finrepro.catalogue.resolve import Cell, find
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train

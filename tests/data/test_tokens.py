@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from fixtures.model import MINIATURES, in_processes, process, texts, tokenizer  # noqa: F401
 
-from finrepro.catalogue.reader import reader
-from finrepro.data.files import files
+from finrepro.catalogue import reader
+from finrepro.data import files
 from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
@@ -73,7 +73,7 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     here = tuple(
         name
         for name in ("development", "test")
-        if files.missing_reason(spec.dataset, folder, (name,)) is None
+        if files.dataset_missing_reason(spec.dataset, folder, (name,)) is None
     )
     splits = files.load(spec.dataset, folder, here).splits
     examples = [

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fixtures.process import python
 
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import TaskSpec
+from finrepro.data import files
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import files
 from finrepro.errors import UsageError
 from finrepro.settings import choose
 
@@ -45,7 +45,9 @@ def splits(name: str, folder: Path | None) -> Splits:
     """Every split, or the test set alone where no file of the training split is to be had."""
     dataset = resolved(name).dataset
     return files.load(
-        dataset, folder, None if files.missing_reason(dataset, folder) is None else ("test",)
+        dataset,
+        folder,
+        None if files.dataset_missing_reason(dataset, folder) is None else ("test",),
     ).splits
 
 
@@ -228,7 +230,7 @@ raw, found, loaded = catalogue.catalogue("tasks"), {}, {}
 for name in (name for name in raw if "templates" in raw[name]):
     for number, template in enumerate(raw[name]["templates"]):
         spec = catalogue.task(name, template)
-        if data.missing_reason(spec.dataset, Path(folder) if folder else None, ("test",)):
+        if data.dataset_missing_reason(spec.dataset, Path(folder) if folder else None, ("test",)):
             continue
         task, config = spec.task.module("tasks"), spec.task.config
         if spec.dataset.name not in loaded:
@@ -332,4 +334,4 @@ def test_equal_texts_are_one_cluster(name: str):
 
 def test_the_embedded_tasks_need_no_folder():
     assert Path(files.EMBEDDED).is_dir()
-    assert files.missing_reason(resolved("tfns").dataset, None) is None
+    assert files.dataset_missing_reason(resolved("tfns").dataset, None) is None

@@ -35,8 +35,8 @@ from fixtures.model import (
 )
 from torch import Tensor, nn
 
+from finrepro.catalogue import reader
 from finrepro.catalogue.footprint import sizes
-from finrepro.catalogue.reader import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.methods.adapters import bottleneck, lora, relora
@@ -1040,18 +1040,21 @@ def no_file_names(root: Path, what: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("kinds", [("lora", "iec"), pytest.param((), marks=pytest.mark.slow)])
 def test_exported_files_are_the_same_in_every_process_and_name_no_place_on_the_machine(
-    tmp_path: Path,
+    tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     places = [tmp_path / "here", tmp_path / "elsewhere"]
     for place in places:
         place.mkdir()
-    # Every method beside a base that is not rounded, and beside one in 4 bits: beside another it
-    # writes by the same code.
+    # Every method (or those of `kinds`) beside a base that is not rounded, and beside one in 4 bits:
+    # beside another it writes by the same code.
     pairs = [
         pair
         for kind, pair in FIRST.items()
-        if claims_of(pair[0]).trains and kind[1] in ("none", "bnb_4bit")
+        if claims_of(pair[0]).trains
+        and kind[1] in ("none", "bnb_4bit")
+        and kind[0] in (kinds or kind)
     ]
     in_processes(EXPORT, [(str(place), json.dumps(pairs)) for place in places], ["0", "31337"])
     weights = [place / "weights" for place in places]

@@ -15,37 +15,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 PROSE = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("findings/*.md")])
 # Words that name nothing: a binding is called by what it is.
 ALL_PURPOSE = frozenset(
-    [
-        "asked",
-        "chosen",
-        "done",
-        "each",
-        "every",
-        "found",
-        "given",
-        "held",
-        "here",
-        "kept",
-        "known",
-        "left",
-        "made",
-        "mine",
-        "named",
-        "needed",
-        "other",
-        "others",
-        "right",
-        "said",
-        "seen",
-        "shown",
-        "taken",
-        "theirs",
-        "told",
-        "wanted",
-        "what",
-        "whole",
-        "wrong",
-    ]
+    re.findall(
+        r"\w+",
+        "asked chosen done each every found given held here kept known left made mine named needed "
+        "other others right said seen shown taken theirs told wanted what whole wrong",
+    )
 )
 
 

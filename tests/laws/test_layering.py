@@ -20,7 +20,7 @@ from fixtures.process import environment, python
 from jaxtyping import TypeCheckError
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
 from finrepro.settings import HOMES

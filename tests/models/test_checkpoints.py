@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest

@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from finrepro.data.corpora.place import keep_tokenizer
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.preparing import command, underway
 from finrepro.data.preparing.entries import named_or_path
 from finrepro.data.preparing.prepare import Options, prepare
@@ -42,7 +42,7 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
         options,
         workers=workers,
         progress=display.progress,
-        keep=lambda: keep_tokenizer(tokenizer, out),
+        keep=lambda: copy_tokenizer(tokenizer, out),
     )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.arguments import count, fraction
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.corpora.index import Index
-from finrepro.data.corpora.place import keep_tokenizer
 from finrepro.data.preparing.entries import HeldOut, named_or_path
 from finrepro.data.preparing.prepare import Options, Progress, Sources, default_workers, prepare
 from finrepro.data.preparing.tokenizing import load_encoder
@@ -101,7 +101,7 @@ def prepare_corpus(
             workers=worker_count(workers, sources),
             on_error=on_error,
             progress=display.progress,
-            keep=lambda: keep_tokenizer(tokenizer, out),
+            keep=lambda: copy_tokenizer(tokenizer, out),
         )
     finally:
         display.close()

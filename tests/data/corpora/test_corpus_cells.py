@@ -12,7 +12,7 @@ import pytest
 from finrepro.catalogue import cells, reader, resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora.place import folder_of, missing_reason
+from finrepro.data.corpora.folders import folder_of, unprepared_reason
 from finrepro.data.corpora.windows import Windows
 from finrepro.data.preparing import command, entries
 from finrepro.data.tokens import train_tokenizer
@@ -101,11 +101,11 @@ def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(t
     place = Place(open_store(tmp_path), tmp_path, None)
     reason = availability.data_of(cell(), place)
     assert str(reason).startswith(
-        f"{missing_reason(NAME, tmp_path)}, or put the tokenizer of"
+        f"{unprepared_reason(NAME, tmp_path)}, or put the tokenizer of"
     ) and "invoke data --prepare openwebtext" in str(reason)
     with pytest.raises(Unavailable, match="is not prepared"):
         base.open_base(cell(), place)
-    assert "--data-dir" in str(missing_reason(NAME, None))
+    assert "--data-dir" in str(unprepared_reason(NAME, None))
 
 
 def test_a_corpus_of_more_tokens_than_the_model_has_rows_is_refused(prepared: Path, tmp_path: Path):

@@ -23,20 +23,20 @@ from fixtures.process import environment, one_line
 from numpy.typing import NDArray
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import reader as catalogue
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import reader as catalogue
+from finrepro.catalogue import resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, TrainSet
+from finrepro.data import packing
 from finrepro.data.arriving import growing
 from finrepro.data.arriving.arriving import ArrivingWindows
 from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
-from finrepro.data.corpora.index import Begun, read_index
+from finrepro.data.corpora.folders import copy_tokenizer, folder_of, unprepared_reason
+from finrepro.data.corpora.index import Begun, read_index, write_record
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.order import permute
-from finrepro.data.corpora.place import folder_of, keep_tokenizer, missing_reason
 from finrepro.data.corpora.stream import Corpus
 from finrepro.data.corpora.windows import Windows
-from finrepro.data.files import packing
 from finrepro.data.preparing import prepare, underway, writer
 from finrepro.data.preparing.entries import sources_of
 from finrepro.data.preparing.prepare import Options, Sources
@@ -51,7 +51,7 @@ from finrepro.planning import availability
 from finrepro.running import feeding
 from finrepro.running.cell import run_cell
 from finrepro.running.text import open_corpora, while_waiting
-from finrepro.runtime.process import ranks
+from finrepro.runtime import ranks
 from finrepro.settings import build, plain
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
@@ -65,7 +65,7 @@ PREPARING = """
 import json, sys
 from pathlib import Path
 from finrepro.data.preparing import writer
-from finrepro.data.corpora.place import keep_tokenizer
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
 from finrepro.data.preparing.sources import Local
 from finrepro.data.preparing.tokenizing import Encoder
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     writer.SplitWriter._close_shard = slowly
     try:
         prepare(Sources([Local(lines, "lines")]), Encoder(**json.loads(encoder)), out, Options(validation=0.1, shard_tokens=900),
-                workers=int(workers), keep=lambda: keep_tokenizer(tokenizer, out))
+                workers=int(workers), keep=lambda: copy_tokenizer(tokenizer, out))
     except FinreproError as error:
         sys.exit(error.exit_code)
 """
@@ -134,7 +134,7 @@ def finished(
 def prepared(lines: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
     sources = Sources([Local(lines, "lines")])
     prepare.prepare(
-        sources, encoder, folder, OPTIONS, keep=lambda: keep_tokenizer(tokenizer, folder)
+        sources, encoder, folder, OPTIONS, keep=lambda: copy_tokenizer(tokenizer, folder)
     )
 
 
@@ -595,8 +595,8 @@ def begun_with(tokenizer: Path, data_dir: Path, shard_tokens: int) -> Path:
         source=sources_of("wikitext2", None).description,
         options=plain(options),
     )
-    writer.write_durably(folder / writer.PREPARING / underway.BEGUN, plain(note))
-    keep_tokenizer(tokenizer, folder)
+    write_record(folder / writer.PREPARING / underway.BEGUN, plain(note))
+    copy_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -604,7 +604,7 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
-    reason = missing_reason("wikitext2", tmp_path)
+    reason = unprepared_reason("wikitext2", tmp_path)
     said = str(availability.data_of(spec, place))
     assert said.startswith(str(reason)) and said.endswith(
         "under --models-dir: the cell then prepares it itself"
@@ -614,7 +614,7 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
         availability.data_of(spec, dataclasses.replace(place, data_dir=None))
     )
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
-    keep_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
+    copy_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
     assert availability.data_of(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
     assert availability.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
@@ -628,7 +628,7 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
         open_corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 
 
-def keep_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
+def copy_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
     (folder / "models").mkdir()
     (folder / "models" / model).symlink_to(tokenizer)
 

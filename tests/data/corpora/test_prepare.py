@@ -229,7 +229,7 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
 
     def forgets_the_cut_document(self: writer.SplitWriter, *arguments: object) -> None:
         plain(self, *arguments)  # type: ignore[arg-type]
-        self.known += 1
+        self.documents_on_disk += 1
 
     monkeypatch.setattr(writer.SplitWriter, "__init__", forgets_the_cut_document)
     broken(resumes_to_the_same_bytes, lines, encoder, tmp_path / "out2", wanted)
@@ -361,9 +361,7 @@ def test_a_folder_is_gone_on_with_only_for_the_same_corpus(
         "is not empty",
         lambda: prepare.prepare(sources_of(lines), encoder, tmp_path / "full", OPTIONS),
     )
-    refused(
-        "cannot be written", lambda: prepare.prepare(sources_of(lines), encoder, lines, OPTIONS)
-    )
+    refused("is not writable", lambda: prepare.prepare(sources_of(lines), encoder, lines, OPTIONS))
     assert images(out) == before
 
 
