@@ -64,8 +64,7 @@ def reproduce(
     fails, or cannot run here, is a state and no error. Ctrl-C keeps what is finished, and the same
     call goes on.
     """
-    from finrepro.campaigns import campaign, computed
-    from finrepro.campaigns.preview import CampaignOptions
+    from finrepro.campaigns.preview import CampaignOptions, is_computed
 
     options = CampaignOptions(_scale(scale), count("jobs", jobs), keep, quiet)
     selection = select(
@@ -78,10 +77,15 @@ def reproduce(
         devices=devices,
         adapter=None if adapter is None else str(_folder(adapter)),
     )
-    made_of_sizes = computed.is_computed(selection.table)
+    of_sizes = is_computed(selection.table)  # before anything is opened: the table may be unknown
     place = _place(store, data_dir, models_dir)
-    run = computed.reproduce if made_of_sizes else campaign.reproduce
-    return run(selection, place, options)
+    if of_sizes:
+        from finrepro.campaigns import computed
+
+        return computed.reproduce(selection, place, options)
+    from finrepro.campaigns import campaign
+
+    return campaign.reproduce(selection, place, options)
 
 
 def plan(
@@ -104,8 +108,7 @@ def plan(
     """What `reproduce` would do with the same arguments: `.steps` in their order, with the
     estimated bytes and the command of each in `.show(launches=True)`. Nothing runs.
     """
-    from finrepro.campaigns import computed
-    from finrepro.campaigns.preview import CampaignOptions, preview
+    from finrepro.campaigns.preview import CampaignOptions, is_computed, plan_campaign
 
     options = CampaignOptions(_scale(scale), count("jobs", jobs), keep)
     selection = select(
@@ -118,9 +121,13 @@ def plan(
         devices=devices,
         adapter=None if adapter is None else str(_folder(adapter)),
     )
-    made_of_sizes = computed.is_computed(selection.table)
+    of_sizes = is_computed(selection.table)
     place = _place(store, data_dir, models_dir)
-    return (computed.preview if made_of_sizes else preview)(selection, place, options)
+    if of_sizes:
+        from finrepro.campaigns import computed
+
+        return computed.plan_table(selection, place, options)
+    return plan_campaign(selection, place, options)
 
 
 def cells(
@@ -176,7 +183,7 @@ def load(
     """The model of a finished run, frozen, and its tokenizer. Threads and seeds of this process
     become the run's.
     """
-    from finrepro.exporting.load import load as load_run
+    from finrepro.exporting.load import load_run
 
     return load_run(run, _place(store, data_dir, models_dir))
 
@@ -226,9 +233,9 @@ def budget(
 
 def record(rebuild: bool = False, *, store: Folder | None = None) -> "StoreCheck":
     """Check every result against its manifest; with `rebuild`, make MLflow's view again."""
-    from finrepro.tracking import check
+    from finrepro.tracking.check import check_store
 
-    return check.check(_place(store).store, rebuild)
+    return check_store(_place(store).store, rebuild)
 
 
 def datasets(data_dir: Folder | None = None) -> list[str]:

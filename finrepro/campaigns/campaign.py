@@ -14,7 +14,7 @@ from finrepro.campaigns.display import Display
 from finrepro.campaigns.local import Worker
 from finrepro.campaigns.log import CampaignLog
 from finrepro.campaigns.outcome import Reproduced
-from finrepro.campaigns.preview import CampaignOptions, CampaignPlan, preview
+from finrepro.campaigns.preview import CampaignOptions, CampaignPlan, plan_campaign
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence import store
@@ -34,7 +34,7 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
     stopped; what is finished by then is kept.
     """
     display = Display(options.quiet)
-    plan = preview(selection, place, options, ask_hub=True)
+    plan = plan_campaign(selection, place, options, ask_hub=True)
     display.say(plan.title)
     if all(cell.refusal for cell in plan.cells):
         raise UsageError(f"{plan.cells[0].label}: {plan.cells[0].refusal}.")

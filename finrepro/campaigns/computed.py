@@ -24,11 +24,6 @@ STORED = ("none", "int8", "nf4")
 POINTS = 2  # of the figure's curves, a doubling of the length
 
 
-def is_computed(name: str) -> bool:
-    """Whether a table is one of these. Raises `UsageError` for an unknown one."""
-    return reader.table(name).computed is not None
-
-
 def check(selection: Selection, options: CampaignOptions) -> None:
     """Raise `UsageError` for an option that needs cells."""
     number = selection.table.removeprefix("table")
@@ -50,7 +45,7 @@ def check(selection: Selection, options: CampaignOptions) -> None:
         )
 
 
-def preview(selection: Selection, place: Place, options: CampaignOptions) -> CampaignPlan:
+def plan_table(selection: Selection, place: Place, options: CampaignOptions) -> CampaignPlan:
     """A plan without cells. Raises `UsageError` as `check`."""
     check(selection, options)
     return CampaignPlan(selection, SCALE, "computed from the models' sizes", place, 1, (), ())
@@ -68,19 +63,19 @@ def write(name: str, place: Place) -> Table:
     file = reader.table(name)
     settings: Computed = file.computed  # type: ignore[assignment]
     report = kind_module("report", file.report)
-    accounts = [_account(each, settings) for each in settings.models]
-    made: Table = report.build(accounts, settings)
-    figure = draw_charts(report.charts(accounts), made.title)
+    accounts = [account_of(name, settings) for name in settings.models]
+    table: Table = report.build(accounts, settings)
+    figure = draw_charts(report.charts(accounts), table.title)
     path = place.store.results / "tables" / SCALE / file.report
     with place.store.lock():
-        write_table(place.store.root, path, made, figure)
-    return made
+        write_table(place.store.root, path, table, figure)
+    return table
 
 
-def _account(name: str, settings: Computed) -> dict[str, Any]:
+def account_of(name: str, settings: Computed) -> dict[str, Any]:
     """A model's account, with the points of its curve."""
     model = reader.model(name)
-    stored = {each: reader.quantizer(each, model.dtype) for each in STORED}
+    stored = {form: reader.quantizer(form, model.dtype) for form in STORED}
     steps = (round(64 * 2 ** (step / POINTS)) for step in range(100))
     lengths = [length for length in steps if length <= flops.positions(model)]
     curve = {length: shares(flops.forward(model, length, causal=True)) for length in lengths}

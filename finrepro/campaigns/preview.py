@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from finrepro.campaigns.display import Display, list_cells, list_launches, program
+from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
@@ -61,6 +62,13 @@ class CampaignPlan:
         display.plan(self.steps, self.place, self.jobs)
 
 
+def is_computed(name: str) -> bool:
+    """Whether a table is computed from sizes, and has no cells. Raises `UsageError` for an unknown
+    one.
+    """
+    return reader.table(name).computed is not None
+
+
 def choose_scale(selection: Selection, requested: str, place: Place) -> tuple[Scale, str]:
     """The scale, and why."""
     if requested == "auto":
@@ -75,7 +83,7 @@ def choose_scale(selection: Selection, requested: str, place: Place) -> tuple[Sc
     return ("paper" if requested == "paper" else "smoke"), "asked for"
 
 
-def preview(
+def plan_campaign(
     selection: Selection, place: Place, options: CampaignOptions, ask_hub: bool = False
 ) -> CampaignPlan:
     """The plan of a campaign; nothing runs, nothing is printed. With `ask_hub`, weights of real

@@ -62,9 +62,9 @@ def run_benchmarks(only: str, folder: Path | None) -> int:
         raise EnvironmentFault(
             f"{target} cannot be made ({error.strerror}); choose another with --store."
         ) from None
-    chosen = [files[only]] if only else list(files.values())
+    programs = [files[only]] if only else list(files.values())
     codes = [
-        subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in chosen
+        subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in programs
     ]
     return 4 if any(codes) else 0
 

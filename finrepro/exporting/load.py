@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def load(run_id: str, place: Place) -> tuple[Any, "PreTrainedTokenizerFast"]:
+def load_run(run_id: str, place: Place) -> tuple[Any, "PreTrainedTokenizerFast"]:
     """A run's model, frozen and ready to be asked, on the GPU where there is one; and its
     tokenizer.
 

@@ -28,7 +28,7 @@ class StoreCheck:
             print(f"{self.projected} cells in {self.database}")
 
 
-def check(store: Store, rebuild: bool = False) -> StoreCheck:
+def check_store(store: Store, rebuild: bool = False) -> StoreCheck:
     """Read every file of every result; with `rebuild`, make MLflow's view again from them."""
     folders = sorted(
         path for path in (store.results / "runs").iterdir() if not path.name.startswith(".")

@@ -22,7 +22,7 @@ from finrepro.sizes import flops, memory
 from finrepro.sizes.shapes import block_sizes, depth
 
 SETTINGS: Any = reader.table("1").computed
-ACCOUNTS = [computed._account(name, SETTINGS) for name in SETTINGS.models]
+ACCOUNTS = [computed.account_of(name, SETTINGS) for name in SETTINGS.models]
 TABLE = table1.build(ACCOUNTS, SETTINGS)
 
 
@@ -239,7 +239,7 @@ def test_it_has_no_cells_and_says_so(place: Place, capsys: pytest.CaptureFixture
         assert "table 1 is computed from the models' sizes: it has no cells" in one_line(
             raised.value
         )
-    computed.preview(Selection("table1"), place, campaign.CampaignOptions()).show()
+    computed.plan_table(Selection("table1"), place, campaign.CampaignOptions()).show()
     assert capsys.readouterr().out.startswith(
         "Table 1 is computed from the models' sizes: no cell runs."
     )
