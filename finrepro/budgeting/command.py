@@ -2,13 +2,15 @@
 store. Nothing is measured unasked.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from finrepro.arguments import count, positive
 from finrepro.budgeting import budget
 from finrepro.budgeting.hardware import hardware
 from finrepro.budgeting.text import OURS, of_hours, of_tokens, sources
 from finrepro.catalogue import reader
-from finrepro.catalogue.request import number, whole
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError, unknown
 from finrepro.evidence.files import json_text
@@ -19,8 +21,23 @@ from finrepro.runtime.matmul import at_hand
 from finrepro.sizes import flops
 
 
-def budget_of(place: Place, asked: budget.Request) -> int:
-    """Answer a request and keep the answer; the exit code."""
+@dataclass(frozen=True)
+class BudgetAnswer:
+    """An answer: `lines` for a reader, `values` with every number and source. `path`, with .json,
+    .svg and .png added, is where it is kept.
+    """
+
+    lines: tuple[str, ...]
+    values: dict[str, Any]
+    path: Path
+
+    def show(self) -> None:
+        """Print the lines, and where the answer is kept."""
+        print("\n".join([*self.lines, f"Kept: {self.path} (json, svg, png)."]))
+
+
+def budget_of(place: Place, asked: budget.Request) -> BudgetAnswer:
+    """Answer a request, and keep the answer in the store."""
     lines, found = of_hours(asked) if asked.hours is not None else of_tokens(asked)
     folder, stem = place.store.results / "budget", _stem(asked)
     computed = found.pop("computed")
@@ -38,30 +55,19 @@ def budget_of(place: Place, asked: budget.Request) -> int:
     contents = {"json": json_text(values).encode(), **figure_files(picture)}
     with place.store.lock():
         write_files(place.store.root, folder / stem, contents)
-    print(
-        "\n".join(
-            [
-                *lines,
-                "",
-                *asked.remarks,
-                *sources(asked.unique),
-                f"Kept: {folder / stem} (json, svg, png).",
-            ]
-        )
-    )
-    return 0
+    return BudgetAnswer((*lines, "", *asked.remarks, *sources(asked.unique)), values, folder / stem)
 
 
 def request(
     gpu: str | None = None,
-    gpus: str = "1",
-    hours: str | None = None,
-    mfu: str = "0.4",
+    gpus: str | int = 1,
+    hours: str | float | None = None,
+    mfu: str | float = 0.4,
     model: str | None = None,
-    tokens: str | None = None,
-    unique_tokens: str | None = None,
-    sequence: str = "1024",
-    price: str | None = None,
+    tokens: str | float | None = None,
+    unique_tokens: str | float | None = None,
+    sequence: str | int = 1024,
+    price: str | float | None = None,
     measure: bool = False,
 ) -> budget.Request:
     """The checked options."""
@@ -72,20 +78,20 @@ def request(
     if tokens is not None and model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
     chosen = _model(model) if model is not None else None
-    length = whole("sequence", sequence)
+    length = count("sequence", sequence)
     if chosen and length > flops.positions(chosen):
         raise UsageError(
             f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions."
         )
-    machine, remarks = _machine(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
+    machine, remarks = _machine(gpu, count("gpus", gpus), positive("mfu", mfu, 1.0), measure)
     if price is not None:
-        machine = budget.Machine(**asdict(machine) | {"price": number("price", price)})
+        machine = budget.Machine(**asdict(machine) | {"price": positive("price", price)})
     return budget.Request(
         machine=machine,
-        hours=None if hours is None else number("hours", hours, 1e7),
+        hours=None if hours is None else positive("hours", hours, 1e7),
         model=chosen,
-        tokens=None if tokens is None else number("tokens", tokens, 1e18),
-        unique=None if unique_tokens is None else number("unique-tokens", unique_tokens, 1e18),
+        tokens=None if tokens is None else positive("tokens", tokens, 1e18),
+        unique=None if unique_tokens is None else positive("unique-tokens", unique_tokens, 1e18),
         sequence=length,
         remarks=remarks,
     )

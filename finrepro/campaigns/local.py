@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from finrepro import PROJECT
+from finrepro import PACKAGE
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.evidence import provenance
@@ -52,7 +52,7 @@ class Worker:
             with self.log.open("a") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "finrepro.running.worker"],
-                    cwd=PROJECT,
+                    cwd=PACKAGE.parent,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -100,7 +100,7 @@ class Worker:
                     "--source",
                     provenance.source_digest(),
                 ],
-                cwd=PROJECT,
+                cwd=PACKAGE.parent,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from finrepro import PROJECT
+from finrepro import PACKAGE, PROJECT
 from finrepro.evidence.schema import Environment, Hardware
 
 PACKAGES = [
@@ -55,10 +55,9 @@ COMPUTES = (
 @cache
 def source_digest() -> str:
     """sha256 over the package's source files that can change a result, names and contents."""
-    root = PROJECT / "finrepro"
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
         if name.startswith(COMPUTES):
             digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for path in sorted(

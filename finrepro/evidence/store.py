@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import PROJECT
+from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import provenance, schema
@@ -63,8 +63,10 @@ class Store:
         packages, or the base is another by now.
         """
         result = self.result(spec.run_id)
-        if result is None:
-            return MISSING
+        return MISSING if result is None else self.state_of(result)
+
+    def state_of(self, result: dict[str, Any]) -> str:
+        """`state` of a result that is here."""
         if result["status"] != DONE:
             return str(result["status"])
         here = (provenance.source_digest(), provenance.lock_digest())
@@ -208,8 +210,10 @@ def _sync(path: Path) -> None:
 
 
 def default_root() -> Path:
-    """`FINREPRO_STORE`, or the project's root."""
-    return Path(os.environ.get("FINREPRO_STORE") or PROJECT)
+    """`FINREPRO_STORE`; else the root of the checkout, or for an installed package the current
+    folder.
+    """
+    return Path(os.environ.get("FINREPRO_STORE") or (Path.cwd() if INSTALLED else PROJECT))
 
 
 def open_store(root: Path | None) -> Store:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from finrepro import PROJECT
+from finrepro import PACKAGE
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
@@ -109,7 +109,7 @@ class Feeder:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "finrepro.data.arriving.feeder", self.name, *arguments],
-                cwd=PROJECT,
+                cwd=PACKAGE.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

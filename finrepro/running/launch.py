@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finrepro.arguments import seed_list
 from finrepro.catalogue.resolve import find
-from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection, parse_seeds
+from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence import provenance, store
@@ -112,7 +113,7 @@ def parse(arguments: list[str] | None) -> tuple[Message, Place]:
         options.quick,
         options.full,
         None,
-        parse_seeds(options.seeds),
+        None if options.seeds is None else seed_list(options.seeds),
         options.weights,
         options.devices,
         options.adapter,

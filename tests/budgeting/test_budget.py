@@ -186,7 +186,7 @@ def said(
     place: Place, capsys: pytest.CaptureFixture[str], **options: Any
 ) -> tuple[str, dict[str, Any]]:
     """What is printed, and the JSON that is kept."""
-    assert budget_of(place, request(**options)) == 0
+    budget_of(place, request(**options)).show()
     folder = place.store.results / "budget"
     printed = capsys.readouterr().out
     (path,) = [path for path in folder.glob("*.json") if str(path.with_suffix("")) in printed]
