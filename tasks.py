@@ -285,10 +285,12 @@ def budget(
     """From GPUs and hours to a model and its tokens by scaling laws; or from a model and tokens
     to hours, price and memory.
     """
-    from finrepro.budget.command import budget_of, request
+    from finrepro.budget.command import budget_of, checked_request
 
-    asked = request(gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure)
-    return budget_of(_place(store, None, None), asked)
+    request = checked_request(
+        gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure
+    )
+    return budget_of(_place(store, None, None), request)
 
 
 @command(

@@ -2,11 +2,10 @@
 store. Nothing is measured unasked.
 """
 
-from dataclasses import asdict
+from dataclasses import replace
 
-from finrepro.budget import budget
-from finrepro.budget.hardware import hardware
-from finrepro.budget.text import OURS, of_hours, of_tokens, sources
+from finrepro.budget import estimates, hardware
+from finrepro.budget.text import of_hours, of_tokens, sources
 from finrepro.catalogue import reader
 from finrepro.catalogue.request import number, whole
 from finrepro.catalogue.spec import Model
@@ -19,42 +18,31 @@ from finrepro.runtime.matmul import at_hand
 from finrepro.sizes import flops
 
 
-def budget_of(place: Place, asked: budget.Request) -> int:
-    """Answer a request and keep the answer; the exit code."""
-    lines, found = of_hours(asked) if asked.hours is not None else of_tokens(asked)
-    folder, stem = place.store.results / "budget", _stem(asked)
-    computed = found.pop("computed")
-    models = tuple(map(reader.model, OURS))
-    picture = draw_charts(
-        [budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1
-    )
+def budget_of(place: Place, request: estimates.BudgetRequest) -> int:
+    """Answer a request, print the answer and keep it; the exit code."""
+    lines, answer = of_hours(request) if request.hours is not None else of_tokens(request)
+    folder, stem = place.store.results / "budget", _stem(request)
+    compute = answer.pop("computed")
+    chart = estimates.chart(compute, estimates.catalogue_models(), request.unique)
+    figure = draw_charts([chart], lines[0].partition(";")[0], 1)
     with place.store.lock(), files.disk_errors(place.store.root):
         folder.mkdir(parents=True, exist_ok=True)
-        values = budget.record(
-            asked.machine,
-            operations=computed,
-            sequence=asked.sequence,
-            unique=asked.unique,
-            **found,
+        values = estimates.record(
+            request.cluster,
+            operations=compute,
+            sequence=request.sequence,
+            unique=request.unique,
+            **answer,
         )
         files.write_json(folder / f"{stem}.json", values)
-        files.write_bytes(folder / f"{stem}.svg", to_svg(picture).encode())
-        files.write_bytes(folder / f"{stem}.png", to_png(picture))
-    print(
-        "\n".join(
-            [
-                *lines,
-                "",
-                *asked.remarks,
-                *sources(asked.unique),
-                f"Kept: {folder / stem} (json, svg, png).",
-            ]
-        )
-    )
+        files.write_bytes(folder / f"{stem}.svg", to_svg(figure).encode())
+        files.write_bytes(folder / f"{stem}.png", to_png(figure))
+    notes = [*request.remarks, *sources(request.unique)]
+    print("\n".join([*lines, "", *notes, f"Kept: {folder / stem} (json, svg, png)."]))
     return 0
 
 
-def request(
+def checked_request(
     gpu: str | None = None,
     gpus: str = "1",
     hours: str | None = None,
@@ -65,27 +53,27 @@ def request(
     sequence: str = "1024",
     price: str | None = None,
     measure: bool = False,
-) -> budget.Request:
-    """The checked options."""
+) -> estimates.BudgetRequest:
+    """The options as checked values. Raises `UsageError` for the first that is wrong."""
     if (hours is None) == (tokens is None):
         raise UsageError(
             "give --hours, or --model and --tokens: the one is worked out from the other."
         )
     if tokens is not None and model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
-    chosen = _model(model) if model is not None else None
+    entry = _paper_model(model) if model is not None else None
     length = whole("sequence", sequence)
-    if chosen and length > flops.positions(chosen):
+    if entry and length > flops.positions(entry):
         raise UsageError(
-            f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions."
+            f"--sequence {length}: {entry.name} has {flops.positions(entry)} positions."
         )
-    machine, remarks = _machine(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
+    cluster, remarks = _cluster(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
     if price is not None:
-        machine = budget.Machine(**asdict(machine) | {"price": number("price", price)})
-    return budget.Request(
-        machine=machine,
+        cluster = replace(cluster, price=number("price", price))
+    return estimates.BudgetRequest(
+        cluster=cluster,
         hours=None if hours is None else number("hours", hours, 1e7),
-        model=chosen,
+        model=entry,
         tokens=None if tokens is None else number("tokens", tokens, 1e18),
         unique=None if unique_tokens is None else number("unique-tokens", unique_tokens, 1e18),
         sequence=length,
@@ -93,51 +81,54 @@ def request(
     )
 
 
-def _model(name: str) -> Model:
-    known = [
-        each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
+def _paper_model(name: str) -> Model:
+    allowed = [
+        key for key, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
     ]
-    if name not in known:
-        raise unknown("model", name, known)
+    if name not in allowed:
+        raise unknown("model", name, allowed)
     return reader.model(name)
 
 
-def _machine(
+def _cluster(
     gpu: str | None, devices: int, mfu: float, measure: bool
-) -> tuple[budget.Machine, tuple[str, ...]]:
-    """The GPU of the catalogue, or with `measure` the device at hand at the rate that its matrix
-    products reach now.
+) -> tuple[estimates.Cluster, tuple[str, ...]]:
+    """GPUs of the catalogue, or with `measure` the device at hand at the rate that its matrix
+    products reach now; with remarks for the reader.
     """
     if (gpu is None) == (not measure):
-        known = ", ".join(reader.catalogue("hardware"))
-        raise UsageError(f"give --gpu, one of: {known}; or --measure, for the device at hand.")
+        allowed = ", ".join(reader.catalogue("hardware"))
+        raise UsageError(f"give --gpu, one of: {allowed}; or --measure, for the device at hand.")
     if gpu is None:
         rate = at_hand()
-        shape = "x".join(map(str, rate.shape))
-        told = f"Measured here: {rate.flops / 1e12:.3g} TFLOP/s at {shape} in {rate.dtype}; MFU is a share of it."
-        return budget.Machine(rate.device, devices, rate.flops, mfu, None, None), (told,)
-    found = hardware(gpu)
-    peak, most = found.known("peak_bf16"), found.matmul_bf16
-    remarks = [f"Price: {found.sources['price']}."] if found.price else []
-    if most and mfu > most / peak:
-        remarks.append(
-            f"MFU {mfu:g} is out of reach: single matrix products were measured at {most / peak:.2f} of this GPU's peak."
+        remark = (
+            f"Measured here: {rate.flops / 1e12:.3g} TFLOP/s at {'x'.join(map(str, rate.shape))} "
+            f"in {rate.dtype}; MFU is a share of it."
         )
-    room = None if found.memory_bytes is None else float(found.memory_bytes)
-    return budget.Machine(found.title, devices, peak, mfu, found.price, room), tuple(remarks)
+        return estimates.Cluster(rate.device, devices, rate.flops, mfu, None, None), (remark,)
+    card = hardware.gpu(gpu)
+    peak, measured = card.require("peak_bf16"), card.matmul_bf16
+    remarks = [f"Price: {card.sources['price']}."] if card.price else []
+    if measured and mfu > measured / peak:
+        remarks.append(
+            f"MFU {mfu:g} is out of reach: single matrix products were measured at "
+            f"{measured / peak:.2f} of this GPU's peak."
+        )
+    capacity = None if card.memory_bytes is None else float(card.memory_bytes)
+    cluster = estimates.Cluster(card.title, devices, peak, mfu, card.price, capacity)
+    return cluster, tuple(remarks)
 
 
-def _stem(asked: budget.Request) -> str:
-    """A file's name from what was asked."""
+def _stem(request: estimates.BudgetRequest) -> str:
+    """The name of an answer's files, made from the request: the same request, the same files."""
+    cluster = request.cluster
     parts = [
-        "".join(c if c.isalnum() else "_" for c in asked.machine.name.lower()).strip("_"),
-        f"x{asked.machine.devices}",
+        "".join(c if c.isalnum() else "_" for c in cluster.name.lower()).strip("_"),
+        f"x{cluster.devices}",
+        f"mfu{cluster.mfu:g}",
+        f"{request.hours:g}h" if request.hours is not None else f"{request.tokens:g}_tokens",
     ]
-    parts += [
-        f"mfu{asked.machine.mfu:g}",
-        f"{asked.hours:g}h" if asked.hours is not None else f"{asked.tokens:g}_tokens",
-    ]
-    parts += [asked.model.name] if asked.model else []
-    parts += [f"unique{asked.unique:g}"] if asked.unique else []
-    parts += [f"usd{asked.machine.price:g}"] if asked.machine.price else []
-    return "-".join([*parts, f"t{asked.sequence}"])
+    parts += [request.model.name] if request.model else []
+    parts += [f"unique{request.unique:g}"] if request.unique else []
+    parts += [f"usd{cluster.price:g}"] if cluster.price else []
+    return "-".join([*parts, f"t{request.sequence}"])
