@@ -212,7 +212,8 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     results/.
     """
     from finrepro.evidence.manifest import damaged_files
-    from finrepro.tracking import view as recording
+    from finrepro.tracking.index import database
+    from finrepro.tracking.view import rebuild as rebuild_view
 
     place = _place(store, None, None)
     folders = sorted(
@@ -224,7 +225,7 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     print(f"{len(folders)} results, {len(damaged)} damaged")
     if rebuild:
         with place.store.lock():
-            print(f"{recording.rebuild(place.store)} cells in {recording.database(place.store)}")
+            print(f"{rebuild_view(place.store)} cells in {database(place.store)}")
     return 4 if damaged else 0
 
 

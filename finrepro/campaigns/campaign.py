@@ -28,7 +28,8 @@ from finrepro.planning import plan as planning
 from finrepro.reporting.tabulate import file_stem, tabulate
 from finrepro.running.worker import Event
 from finrepro.runtime.interrupts import held_back
-from finrepro.tracking.view import View, is_shown
+from finrepro.tracking.index import is_shown
+from finrepro.tracking.view import MlflowView
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ class _Campaign:
         self._save()
         if self.view is None:
             with held_back():  # half a database is none
-                self.view = View(self.place.store)
+                self.view = MlflowView(self.place.store)
                 self.parent = self.view.campaign(self.record)
         self.view.cell(step.spec.run_id, self.record, self.parent)
 
