@@ -24,7 +24,6 @@ from finrepro.planning import machine
 from finrepro.planning import plan as planning
 from finrepro.reporting.tabulate import tabulate
 from finrepro.running.events import Event
-from finrepro.running.worker import Event
 
 
 def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> Reproduced:
