@@ -57,8 +57,8 @@ class Recorded:
         return adapter_of(self.spec.adapter).WHOLE_MODEL
 
 
-def find(place: Store, run_id: str, wanted: str) -> Recorded:
-    """The run of that id, to be exported in the format `wanted`.
+def find(place: Store, run_id: str, wanted: str | None) -> Recorded:
+    """The run of that id, to be exported in the format `wanted`, or with None to be loaded.
 
     Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not
     go into the format; `EnvironmentFault` when its weights are missing or its settings are another
@@ -83,11 +83,11 @@ def find(place: Store, run_id: str, wanted: str) -> Recorded:
         raise UsageError(
             f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."
         )
-    if reason := refusal(result["spec"], wanted):
+    if wanted and (reason := refusal(result["spec"], wanted)):
         raise UsageError(
             f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}."
         )
-    if wanted != "base" and not any((folder / "weights").glob("*.safetensors")):
+    if wanted not in (None, "base") and not any((folder / "weights").glob("*.safetensors")):
         raise EnvironmentFault(
             f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}."
         )

@@ -22,6 +22,7 @@ from fixtures.planted import plant
 from fixtures.process import environment, forget, one_line
 from safetensors.torch import load_file, save_file
 
+import finrepro
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
@@ -828,3 +829,29 @@ def test_what_a_low_rank_run_cannot_be_exported_as_is_said(
     with pytest.raises(UsageError, match=says) as refused:
         export(low_rank[1][run], wanted, tmp_path / "out", low_rank[0])
     one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantizer"),
+    [("lora_r4", "nf4"), ("full", "none"), ("houlsby_m64", "none"), ("base", "nf4")],
+)
+def test_a_run_is_loaded_as_it_was_scored(adapter: str, quantizer: str, begun: Place):
+    run_id = on_base(begun, GPT2, adapter, quantizer)
+    prompts, expected = run_logits(begun, run_id, "base")
+    model, reader_of_text = finrepro.load(run_id, store=begun.store.root)
+    equal(rebuild.logits(model, prompts), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert rebuild.encoded_prompts(reader_of_text) == prompts
+
+
+def test_what_cannot_be_loaded_is_one_line(copied: tuple[Place, str]):
+    place, run_id = copied
+    with pytest.raises(UsageError, match="unknown run 'nothing'"):
+        finrepro.load("nothing", store=place.store.root)
+    (place.store.run_folder(run_id) / "weights" / "adapter_model.safetensors").unlink()
+    from finrepro.evidence.manifest import write_manifest
+
+    write_manifest(place.store.run_folder(run_id))
+    with pytest.raises(EnvironmentFault) as fault:
+        finrepro.load(run_id, store=place.store.root)
+    assert "has no weights" in one_line(fault.value)

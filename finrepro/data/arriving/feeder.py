@@ -34,14 +34,14 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
     )
     if sources.size is not None and sources.size < command.LITTLE:
         workers = 1
-    shown = command.Shown(sources.size)
+    display = command.ProgressDisplay(sources.size)
     prepare(
         sources,
         load_encoder(tokenizer),
         out,
         options,
         workers=workers,
-        progress=shown.progress,
+        progress=display.progress,
         keep=lambda: copy_tokenizer(tokenizer, out),
     )
 
