@@ -53,6 +53,7 @@ class Configured(Protocol):
     config: Any
 
 
+@runtime_checkable
 class Prepare(Protocol):
     """A layer's weight (out, in), float32 -> the weight to quantize instead, and named tensors.
     `quantized`: a weight -> what it stands for once stored.
@@ -63,12 +64,14 @@ class Prepare(Protocol):
     ) -> "tuple[Tensor, dict[str, Tensor]]": ...
 
 
+@runtime_checkable
 class ExtraLoss(Protocol):
     """A scalar that is added to the objective once a step, and to no loss that is recorded."""
 
     def __call__(self, model: "nn.Module") -> "Tensor": ...
 
 
+@runtime_checkable
 class ReadExport(Protocol):
     """The base with the export in `folder` on it."""
 
