@@ -48,7 +48,7 @@ def training_examples(
 ) -> "Sequence[Sample]":
     """Every training example, encoded, a part after the other; a repeated part stands there as
     often. Of running text, its windows, from what `corpora` has opened."""
-    from finrepro.data.tokens import encode
+    from finrepro.data.encoded import encode_once
 
     if any(is_running_text(part.task) for part in spec.train_on.parts):
         return windows_of(spec, datasets, tokenizer, opened)
@@ -59,7 +59,7 @@ def training_examples(
         pairs = [
             (task.prompt(example, config), task.target(example, config)) for example in examples
         ]
-        encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
+        encoded += encode_once(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
 
 
