@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import kind_module
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -239,7 +240,7 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
         spec = reader.task(name, template)
         if files.dataset_missing_reason(spec.dataset, data_dir, ("train",)):
             continue
-        module, config = spec.task.module("tasks"), spec.task.config
+        module, config = kind_module("tasks", spec.task.kind), spec.task.config
         train = files.load(spec.dataset, data_dir, ("train", "development")).splits["train"]
         pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
         lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]

@@ -10,10 +10,10 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError
 from finrepro.evidence.place import Place
+from finrepro.kinds import computed_report_of
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.files import write_table
 from finrepro.reporting.table import Table
-from finrepro.settings import kind_module
 from finrepro.sizes import flops
 from finrepro.sizes.account import Computed, account, shares
 
@@ -70,9 +70,9 @@ def write(name: str, place: Place) -> Table:
     """The table; its Markdown, LaTeX, JSON and figure go to the store."""
     file = reader.table(name)
     settings: Computed = file.computed  # type: ignore[assignment]
-    report = kind_module("report", file.report)
+    report = computed_report_of(file.report)
     accounts = [_account(each, settings) for each in settings.models]
-    made: Table = report.build(accounts, settings)
+    made = report.build(accounts, settings)
     figure = draw_charts(report.charts(accounts), made.title)
     path = place.store.results / "tables" / SCALE / file.report
     with place.store.lock():

@@ -1,7 +1,9 @@
 """From a point of a grid to the resolved spec of its cell."""
 
+import dataclasses
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,8 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale, Weights
 from finrepro.catalogue.table_file import Grid, Group
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, choose, kind_module
+from finrepro.kinds import adapter_of, choose, kind_module
+from finrepro.settings import Choice
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Cell:
     def label(self) -> str:
         """The spec's label."""
         return self.spec.label
+
+
+EVERY = Group(cells=("*",))  # of a selection that leaves nothing out
 
 
 @cache
@@ -64,8 +70,27 @@ def group_of(grid: Grid, selection: Selection, label: str) -> Group | None:
         else grid.default
     )
     if not groups:
-        return Group(cells=("*",))
+        return EVERY
     return next((group for group in groups if matches(group.cells, label)), None)
+
+
+def resolve_cells(grid: Grid, selection: Selection, points: Iterable[Point]) -> list[Cell]:
+    """As `resolve_cell`, in the order of the points. Those that differ in their seeds alone share
+    everything else, which is resolved and checked once.
+    """
+    resolved: dict[tuple[object, ...], Cell] = {}
+    cells = []
+    for point in points:
+        group = group_of(grid, selection, point.label)
+        alike = (*point.names.values(), point.batch, id(group))
+        cell = resolved.get(alike)
+        if cell is None:
+            cell = resolved[alike] = resolve_cell(grid, selection, point)
+        elif cell.label != point.label:
+            spec = dataclasses.replace(cell.spec, label=point.label, seed=point.seed)
+            cell = Cell(spec, cell.refusal, cell.base)
+        cells.append(cell)
+    return cells
 
 
 def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
@@ -73,7 +98,6 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     names = point.names
     base_model = model(names["model"])
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
-    module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
     if grid.scratch and (selection.adapter or selection.weights != "pretrained"):
         flag = "--adapter" if selection.adapter else "--weights"
@@ -86,7 +110,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     if "optimizer" in names:
         train |= {"optimizer": names["optimizer"]}
     group = group_of(grid, selection, point.label)
-    if not module.trainable_parameters(base_model, chosen.config):
+    if not adapter_of(chosen).trainable_parameters(base_model):
         train |= {"max_steps": 0, "warmup_steps": 0}
     elif group is not None:
         train |= group.train
@@ -156,9 +180,7 @@ def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]
     """
     train, devices = dict(grid.train), 1
     for override in grid.overrides:
-        if all(
-            fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()
-        ):
+        if all(matches((pattern,), names[axis]) for axis, pattern in override.where.items()):
             train |= override.train
             devices = override.devices or devices
     return train, devices

@@ -15,6 +15,7 @@ import numpy as np
 from finrepro.data import hub_client
 from finrepro.data.examples import Example, Splits, fingerprint, overlap
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import format_of
 from finrepro.settings import Choice, Count, Share, settings
 
 EMBEDDED = Path(str(package_files("finrepro.data"))) / "embedded"
@@ -70,9 +71,9 @@ def roles(dataset: Choice, splits: Sequence[str] | None = None) -> tuple[str, ..
     config = dataset.config
     if splits is None:
         return tuple(config.files)
-    module = dataset.module("datasets")
+    needed = format_of(dataset).needed
     named = ["train" if split == "development" else split for split in splits]
-    return tuple(dict.fromkeys(role for split in named for role in module.needed(split, config)))
+    return tuple(dict.fromkeys(role for split in named for role in needed(split)))
 
 
 def fetched_path(dataset: Choice, role: str) -> Path:
@@ -174,7 +175,7 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
             raise EnvironmentFault(f"{path}: {error.strerror}.") from None
         digests[role] = digest_of(contents[role], dataset.config.files[role], path)
     made = cut_development(
-        dataset.module("datasets").read(contents, dataset.name, dataset.config),
+        format_of(dataset).read(contents, dataset.name),
         dataset.config.development,
     )
     made = {name: rows for name, rows in made.items() if splits is None or name in splits}

@@ -37,8 +37,10 @@ PACKAGES = [
 # result stale.
 COMPUTES = (
     "catalogue/spec.py",
+    "contracts.py",
     "data/",
     "evaluation/",
+    "kinds.py",
     "methods/",
     "models/",
     "running/",

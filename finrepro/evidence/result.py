@@ -6,6 +6,7 @@ from typing import Any
 from finrepro.catalogue.spec import RunSpec
 from finrepro.evidence import files, provenance, store
 from finrepro.evidence.store import Store
+from finrepro.kinds import quantizer_of
 
 
 def header(
@@ -19,8 +20,7 @@ def header(
     """What every result.json has, finished or not: `device` is the kind that it ran on, `layout`
     what finrepro.training.layout settled.
     """
-    note = getattr(spec.quantizer.module("quantizers"), "note", None)
-    said = note(device) if note and device else None
+    said = quantizer_of(spec.quantizer).note(device) if device else None
     attention = _attention(spec, device, layout) if device else None
     return {
         "format": store.FORMAT,

@@ -10,12 +10,12 @@ from finrepro.catalogue.resolve import Cell, foreign_adapter
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.place import Place
+from finrepro.kinds import report_of
 from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.dots import draw
 from finrepro.reporting.files import write_table
 from finrepro.reporting.rows import with_neighbours
 from finrepro.reporting.table import Table
-from finrepro.settings import kind_module
 
 
 def file_stem(selection: Selection) -> str:
@@ -36,7 +36,7 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
     """The table of the selected cells; the files, its figure among them, hold all of its cells,
     whichever --only selected.
     """
-    report = kind_module("report", table(selection.table).report)
+    report = report_of(table(selection.table).report)
     values = published() if scale == "paper" else ()
     everything = (
         cells
@@ -44,16 +44,15 @@ def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place
         else expand(dataclasses.replace(selection, only=None), scale)
     )
     rows = with_neighbours(selection, scale, everything, place)
-    whole_table: Table = report.build(rows, scale, values)
+    whole_table = report.build(rows, scale, values)
     figure = None
-    if hasattr(report, "panels") and any(row["scores"] for row in rows):
-        figure = draw(report.panels(rows), whole_table.title)
-    if hasattr(report, "charts") and (charts := report.charts(rows)):
+    if panels := report.panels(rows):
+        figure = draw(panels, whole_table.title)
+    if charts := report.charts(rows):
         figure = draw_charts(charts, whole_table.title, columns=2)
     path = place.store.results / "tables" / scale / file_stem(selection)
     write_table(place.store.root, path, whole_table, figure)
     if everything is cells:
         return whole_table
     selected_rows = with_neighbours(selection, scale, cells, place)
-    selected_table: Table = report.build(selected_rows, scale, values)
-    return selected_table
+    return report.build(selected_rows, scale, values)

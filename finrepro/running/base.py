@@ -10,6 +10,7 @@ from finrepro.data import files
 from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.errors import EnvironmentFault, unavailable_if_faulty
 from finrepro.evidence.place import Place
+from finrepro.kinds import task_of
 from finrepro.models import checkpoints
 from finrepro.running.text import open_corpora
 
@@ -86,9 +87,8 @@ def _trained_tokenizer(
     from finrepro.data.tokens import train_tokenizer
 
     source = reader.task(text)
-    task, config = source.task.module("tasks"), source.task.config
+    task = task_of(source.task)
     texts = [
-        task.target(example, config)
-        for example in files.load(source.dataset, data_dir).splits["train"]
+        task.target(example) for example in files.load(source.dataset, data_dir).splits["train"]
     ]
     return train_tokenizer(texts, family, size)

@@ -27,6 +27,7 @@ from finrepro.evidence import provenance, store
 from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
+from finrepro.kinds import adapter_of
 from finrepro.running import base, feeding, inputs
 from finrepro.running.launch import parse, resolve
 from finrepro.running.seal import measured_rate, median_step
@@ -165,7 +166,7 @@ def walk(
         return {"status": store.DONE, "reason": None}
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
-        spec.adapter.module("adapters").export(built.model, target / "weights")
+        adapter_of(spec.adapter).export(built.model, target / "weights")
         if spec.weights == "scratch":
             tokenizer.save_pretrained(target / "weights")
         peaks = phases.costs()  # what is stored again and scored below is no part of the run

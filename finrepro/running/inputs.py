@@ -10,6 +10,7 @@ from finrepro.data import files
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.evidence.place import Place
+from finrepro.kinds import task_of
 from finrepro.running.text import windows_of
 
 if TYPE_CHECKING:
@@ -54,11 +55,9 @@ def training_examples(
         return windows_of(spec, datasets, tokenizer, opened)
     encoded: list[Encoded] = []
     for part in spec.train_on.parts if spec.train.max_steps else ():
-        task, config = part.task.task.module("tasks"), part.task.task.config
+        task = task_of(part.task.task)
         examples = datasets[part.task.dataset.name].splits["train"]
-        pairs = [
-            (task.prompt(example, config), task.target(example, config)) for example in examples
-        ]
+        pairs = [(task.prompt(example), task.target(example)) for example in examples]
         encoded += encode_once(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded
 

@@ -10,6 +10,7 @@ from finrepro.data.files import Dataset
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError, unavailable_if_faulty
 from finrepro.evidence.place import Place
+from finrepro.kinds import task_of
 from finrepro.planning.availability import corpus_missing_reason, is_fed
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def windows_of(
 
     made: dict[str, Windows] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
-        task, config = part.task.task.module("tasks"), part.task.task.config
+        task = task_of(part.task.task)
         if not is_running_text(part.task):
             raise UsageError(
                 f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none."
@@ -140,7 +141,7 @@ def windows_of(
         examples = datasets[part.task.dataset.name].splits["train"]
         texts = encode(
             tokenizer,
-            [("", task.target(example, config)) for example in examples],
+            [("", task.target(example)) for example in examples],
             sys.maxsize,
             end=False,
         )

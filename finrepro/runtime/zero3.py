@@ -49,7 +49,7 @@ def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
     call it, with the same value.
 
     Of a trained one an engine may keep a copy of its own, from which it is overwritten:
-    `finrepro.training.handle` sets both.
+    `finrepro.training.engine_view` sets both.
     """
     import torch
 

@@ -1,5 +1,6 @@
 """Sizes of a catalogue entry's linear layers, from its architecture alone."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from finrepro.sizes import low_rank
@@ -43,11 +44,23 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
     them.
     """
     dense = dense_sizes(model)
-    return (
-        dense
-        if model.low_rank is None
-        else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+    if model.low_rank is None:
+        return dense
+    return dict(
+        _factor_sizes(model.low_rank, tuple(dense.items()), depth(model), other_parameters(model))
     )
+
+
+@cache
+def _factor_sizes(
+    chosen: low_rank.LowRank,
+    dense: tuple[tuple[str, tuple[int, int]], ...],
+    blocks: int,
+    others: int,
+) -> dict[str, tuple[int, int]]:
+    """Solved once a model: thousands of cells of a table ask for the same few."""
+    sizes = dict(dense)
+    return low_rank.factor_sizes(chosen, sizes, low_rank.solve(chosen, sizes, blocks, others))
 
 
 def rank(model: Any) -> int:

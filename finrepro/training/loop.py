@@ -12,6 +12,7 @@ from torch import nn
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import Batch, Sample
 from finrepro.errors import Diverged, Interrupted
+from finrepro.kinds import adapter_of
 from finrepro.runtime import ranks
 from finrepro.training import compilation, rates
 from finrepro.training.checkpoint import Control, Trained, resume, save_checkpoint
@@ -42,8 +43,8 @@ def train(
         return Trained()
     lengths = getattr(data, "lengths", None) or [len(example.ids) for example in data]
     hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
-    engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
-    rate_factor = rates.factor_of(spec.adapter, settings.max_steps)
+    adapter = adapter_of(spec.adapter)
+    engine = start_engine(model, settings, device, adapter.lr_scale, adapter.extra_loss)
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)
     hooks.start(engine)
@@ -62,7 +63,7 @@ def train(
             control.checkpoint_seconds,
         )
         for step, rows in steps_from(first, lengths, settings, spec.seed, order):
-            rate = learning_rate(step, settings) * rate_factor(step)
+            rate = learning_rate(step, settings) * adapter.lr_factor(step, settings.max_steps)
             rates.set_rate(engine.param_groups, rate)
             supervised = sum(data[row].num_supervised for row in rows)
             control.phases.begin("backward")

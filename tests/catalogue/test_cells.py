@@ -23,7 +23,7 @@ from finrepro.catalogue.resolve import Cell, find
 from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
 from finrepro.errors import UsageError
-from finrepro.settings import kind_module, kinds
+from finrepro.kinds import kind_module, kinds
 
 SMOKE = [
     "gpt2_127m_mini-none-base-tfns-s0",

@@ -21,6 +21,7 @@ from finrepro.data import files as data
 from finrepro.data.examples import Example, fingerprint, normalized, overlap
 from finrepro.data.preparing import entries
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import format_of
 from finrepro.settings import Choice
 
 DATASETS = tuple(reader.catalogue("datasets"))
@@ -52,7 +53,7 @@ def undivided(dataset: Choice, folder: Path | None) -> dict[str, tuple[Example, 
     found = data.locate(dataset, folder, to_be_had(dataset, folder))
     assert found is not None
     contents = {role: path.read_bytes() for role, (_, path) in found.items()}
-    return dataset.module("datasets").read(contents, dataset.name, dataset.config)
+    return format_of(dataset).read(contents, dataset.name)
 
 
 def test_tfns_has_the_counts_that_its_publisher_states():

@@ -16,6 +16,7 @@ from finrepro.data import files
 from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
+from finrepro.kinds import kind_module
 from finrepro.models.build import load_tokenizer
 from finrepro.running.base import open_base
 
@@ -69,7 +70,7 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     awkward texts.
     """
     spec = reader.task(name, template)
-    module, config = spec.task.module("tasks"), spec.task.config
+    module, config = kind_module("tasks", spec.task.kind), spec.task.config
     here = tuple(
         name
         for name in ("development", "test")

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from fixtures.model import MINIATURES, broken, make, process, spec_of, stir, tokenizer  # noqa: F401
+from fixtures.planted import plant
 from fixtures.process import environment, forget, one_line
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +39,7 @@ from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
 from finrepro.exporting.layout import Layout, layout
 from finrepro.exporting.recorded import Damaged, find
+from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora
 from finrepro.models import checkpoints
 from finrepro.models.build import load, load_tokenizer
@@ -82,7 +84,7 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
     model = stir(make(spec, folder).model)
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
-        spec.adapter.module("adapters").export(model, target / "weights")
+        adapter_of(spec.adapter).export(model, target / "weights")
         if spec.weights == "scratch":
             tokenizer(spec.model.family).save_pretrained(target / "weights")
         base: dict[str, Any] = {"files": checkpoints.digests(checkpoint) if checkpoint else {}}
@@ -666,7 +668,7 @@ def test_a_base_that_a_method_changes_goes_along(
     assert "base" not in unchanged, (
         "without them it is not: the planted mutant of the comparison below"
     )
-    monkeypatch.setattr(lora, "own_base", lambda *_: "its codes are others", raising=False)
+    plant(monkeypatch, lora, own_base=lambda quantizer: "its codes are others")
     out = export(run_id, "peft", place.store.root / "with", place)
     safe(out)
     assert {"base", "adapter"} <= {path.name for path in out.iterdir()}

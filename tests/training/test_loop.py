@@ -28,6 +28,7 @@ from finrepro.errors import CellFailed, Diverged, Interrupted, UsageError
 from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
+from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.running.launch import command
@@ -109,9 +110,7 @@ def plain_loop(
     lm = SupervisedLM(model)
     settings = spec.train
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = settings.optimizer.module("optimizers").build(
-        named, settings.lr, settings.optimizer.config
-    )
+    optimizer = optimizer_of(settings.optimizer).build(named, settings.lr)
     losses = []
     for step, rows in steps_from(0, [len(e.ids) for e in data], settings, spec.seed):
         for group in optimizer.param_groups:
