@@ -16,12 +16,8 @@ from finrepro.data.tokens import cut, encode
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.log_likelihood import choice_log_likelihoods, text_log_likelihoods
 from finrepro.evaluation.share_out import Progress
-<<<<<<< HEAD
-from finrepro.statistics.bootstrap import Interval, intervals, paired_differences
-=======
 from finrepro.kinds import task_of
-from finrepro.statistics.bootstrap import intervals, paired_differences
->>>>>>> main
+from finrepro.statistics.bootstrap import Interval, intervals, paired_differences
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,15 +182,11 @@ def score_rows(
                 constants,
                 key=lambda reply: sign * float(family.score(constants[reply].sum(0))[metric]),
             )
-<<<<<<< HEAD
             if best not in gains:
-                gains[best] = paired_differences(tally, constants[best], clusters, score, **options)
+                gains[best] = paired_differences(
+                    tally, constants[best], clusters, family.score, **options
+                )
             gain = gains[best][metric]
-=======
-            gain = paired_differences(tally, constants[best], clusters, family.score, **options)[
-                metric
-            ]
->>>>>>> main
             entry |= {
                 "constant": float(family.score(constants[best].sum(0))[metric]),
                 "constant_answer": best,
