@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 Score = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -46,7 +46,7 @@ def resampled_sums(
 
 
 @lru_cache(maxsize=4)
-def _weights(count: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples clusters"]:
+def _weights(count: int, resamples: int, seed: int) -> Integer[np.ndarray, "resamples clusters"]:
     """How often each resample draws each cluster. Drawn once a process for test sets of one size,
     and kept in the smallest type that holds it: 2 MB for a thousand resamples of TFNS."""
     generator = np.random.default_rng(seed)
