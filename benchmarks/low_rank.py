@@ -24,11 +24,11 @@ from _measure import interleaved, ratios, write  # noqa: E402
 from torch import nn  # noqa: E402
 
 from finrepro.budgeting import roofline as roof  # noqa: E402
-from finrepro.budgeting.hardware import hardware  # noqa: E402
+from finrepro.budgeting.hardware import gpu as catalogue_gpu  # noqa: E402
 from finrepro.methods.layers.linear import linear_layers  # noqa: E402
 from finrepro.methods.layers.low_rank import like  # noqa: E402
 
-GPUS = {name: hardware(name) for name in ("h100", "h200")}
+GPUS = {name: catalogue_gpu(name) for name in ("h100", "h200")}
 WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
 BATCH, SEQ, REPEATS, THREADS = 4, 256, 4, 1
 TOKENS = 8192  # of the roofline: a micro-batch of eight sequences of 1,024

@@ -225,9 +225,11 @@ def budget(
     `gpu` is of configs/hardware.yaml, or with `measure` the device at hand; `mfu` the share of its
     peak that training reaches; `price` in USD an hour and GPU; `sequence` in tokens.
     """
-    from finrepro.budgeting.command import budget_of, request
+    from finrepro.budgeting.command import budget_of, checked_request
 
-    checked = request(gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure)
+    checked = checked_request(
+        gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure
+    )
     return budget_of(_place(store), checked)
 
 

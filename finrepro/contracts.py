@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finrepro.catalogue.spec import Model, RunSpec, Train
     from finrepro.data.examples import Example, Splits
     from finrepro.methods.optimizer_view import OptimizerView
+    from finrepro.reporting.cell_result import CellResult
     from finrepro.reporting.curves import Chart
     from finrepro.reporting.dots import Panel
     from finrepro.reporting.table import Table
@@ -280,15 +281,15 @@ class Report(Protocol):
 
     @abstractmethod
     def build(
-        self, rows: Sequence[dict[str, Any]], scale: str, published: "Sequence[Published]"
+        self, rows: "Sequence[CellResult]", scale: str, published: "Sequence[Published]"
     ) -> "Table":
         """The table."""
 
-    def panels(self, rows: Sequence[dict[str, Any]]) -> "tuple[Panel, ...]":
+    def panels(self, rows: "Sequence[CellResult]") -> "tuple[Panel, ...]":
         """Its figure of dots with intervals; empty where it has none."""
         return ()
 
-    def charts(self, rows: Sequence[dict[str, Any]]) -> "tuple[Chart, ...]":
+    def charts(self, rows: "Sequence[CellResult]") -> "tuple[Chart, ...]":
         """Its figure of curves; empty where it has none."""
         return ()
 

@@ -2,14 +2,13 @@
 store. Nothing is measured unasked.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finrepro.arguments import count, positive
-from finrepro.budgeting import budget
-from finrepro.budgeting.hardware import hardware
-from finrepro.budgeting.text import OURS, of_hours, of_tokens, sources
+from finrepro.budgeting import estimates, hardware
+from finrepro.budgeting.text import of_hours, of_tokens, sources
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError, unknown
@@ -36,29 +35,29 @@ class BudgetAnswer:
         print("\n".join([*self.lines, f"Kept: {self.path} (json, svg, png)."]))
 
 
-def budget_of(place: Place, asked: budget.Request) -> BudgetAnswer:
+def budget_of(place: Place, request: estimates.BudgetRequest) -> BudgetAnswer:
     """Answer a request, and keep the answer in the store."""
-    lines, found = of_hours(asked) if asked.hours is not None else of_tokens(asked)
-    folder, stem = place.store.results / "budget", _stem(asked)
-    computed = found.pop("computed")
-    models = tuple(map(reader.model, OURS))
-    picture = draw_charts(
-        [budget.chart(computed, models, asked.unique)], lines[0].partition(";")[0], 1
-    )
-    values = budget.record(
-        asked.machine,
+    lines, answer = of_hours(request) if request.hours is not None else of_tokens(request)
+    folder, stem = place.store.results / "budget", _stem(request)
+    computed = answer.pop("computed")
+    chart = estimates.chart(computed, estimates.catalogue_models(), request.unique)
+    picture = draw_charts([chart], lines[0].partition(";")[0], 1)
+    values = estimates.record(
+        request.cluster,
         operations=computed,
-        sequence=asked.sequence,
-        unique=asked.unique,
-        **found,
+        sequence=request.sequence,
+        unique=request.unique,
+        **answer,
     )
     contents = {"json": json_text(values).encode(), **figure_files(picture)}
     with place.store.lock():
         write_files(place.store.root, folder / stem, contents)
-    return BudgetAnswer((*lines, "", *asked.remarks, *sources(asked.unique)), values, folder / stem)
+    return BudgetAnswer(
+        (*lines, "", *request.remarks, *sources(request.unique)), values, folder / stem
+    )
 
 
-def request(
+def checked_request(
     gpu: str | None = None,
     gpus: str | int = 1,
     hours: str | float | None = None,
@@ -69,27 +68,27 @@ def request(
     sequence: str | int = 1024,
     price: str | float | None = None,
     measure: bool = False,
-) -> budget.Request:
-    """The checked options."""
+) -> estimates.BudgetRequest:
+    """The options as checked values. Raises `UsageError` for the first that is wrong."""
     if (hours is None) == (tokens is None):
         raise UsageError(
             "give --hours, or --model and --tokens: the one is worked out from the other."
         )
     if tokens is not None and model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
-    chosen = _model(model) if model is not None else None
+    entry = _paper_model(model) if model is not None else None
     length = count("sequence", sequence)
-    if chosen and length > flops.positions(chosen):
+    if entry and length > flops.positions(entry):
         raise UsageError(
-            f"--sequence {length}: {chosen.name} has {flops.positions(chosen)} positions."
+            f"--sequence {length}: {entry.name} has {flops.positions(entry)} positions."
         )
-    machine, remarks = _machine(gpu, count("gpus", gpus), positive("mfu", mfu, 1.0), measure)
+    cluster, remarks = _cluster(gpu, count("gpus", gpus), positive("mfu", mfu, 1.0), measure)
     if price is not None:
-        machine = budget.Machine(**asdict(machine) | {"price": positive("price", price)})
-    return budget.Request(
-        machine=machine,
+        cluster = replace(cluster, price=positive("price", price))
+    return estimates.BudgetRequest(
+        cluster=cluster,
         hours=None if hours is None else positive("hours", hours, 1e7),
-        model=chosen,
+        model=entry,
         tokens=None if tokens is None else positive("tokens", tokens, 1e18),
         unique=None if unique_tokens is None else positive("unique-tokens", unique_tokens, 1e18),
         sequence=length,
@@ -97,51 +96,54 @@ def request(
     )
 
 
-def _model(name: str) -> Model:
-    known = [
-        each for each, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
+def _paper_model(name: str) -> Model:
+    allowed = [
+        key for key, entry in reader.entries("models").items() if entry.get("scale") == "paper"
     ]
-    if name not in known:
-        raise unknown("model", name, known)
+    if name not in allowed:
+        raise unknown("model", name, allowed)
     return reader.model(name)
 
 
-def _machine(
+def _cluster(
     gpu: str | None, devices: int, mfu: float, measure: bool
-) -> tuple[budget.Machine, tuple[str, ...]]:
-    """The GPU of the catalogue, or with `measure` the device at hand at the rate that its matrix
-    products reach now.
+) -> tuple[estimates.Cluster, tuple[str, ...]]:
+    """GPUs of the catalogue, or with `measure` the device at hand at the rate that its matrix
+    products reach now; with remarks for the reader.
     """
     if (gpu is None) == (not measure):
-        known = ", ".join(reader.catalogue("hardware"))
-        raise UsageError(f"give --gpu, one of: {known}; or --measure, for the device at hand.")
+        allowed = ", ".join(reader.entries("hardware"))
+        raise UsageError(f"give --gpu, one of: {allowed}; or --measure, for the device at hand.")
     if gpu is None:
         rate = at_hand()
-        shape = "x".join(map(str, rate.shape))
-        told = f"Measured here: {rate.flops / 1e12:.3g} TFLOP/s at {shape} in {rate.dtype}; MFU is a share of it."
-        return budget.Machine(rate.device, devices, rate.flops, mfu, None, None), (told,)
-    found = hardware(gpu)
-    peak, most = found.known("peak_bf16"), found.matmul_bf16
-    remarks = [f"Price: {found.sources['price']}."] if found.price else []
-    if most and mfu > most / peak:
-        remarks.append(
-            f"MFU {mfu:g} is out of reach: single matrix products were measured at {most / peak:.2f} of this GPU's peak."
+        remark = (
+            f"Measured here: {rate.flops / 1e12:.3g} TFLOP/s at {'x'.join(map(str, rate.shape))} "
+            f"in {rate.dtype}; MFU is a share of it."
         )
-    room = None if found.memory_bytes is None else float(found.memory_bytes)
-    return budget.Machine(found.title, devices, peak, mfu, found.price, room), tuple(remarks)
+        return estimates.Cluster(rate.device, devices, rate.flops, mfu, None, None), (remark,)
+    card = hardware.gpu(gpu)
+    peak, measured = card.require("peak_bf16"), card.matmul_bf16
+    remarks = [f"Price: {card.sources['price']}."] if card.price else []
+    if measured and mfu > measured / peak:
+        remarks.append(
+            f"MFU {mfu:g} is out of reach: single matrix products were measured at "
+            f"{measured / peak:.2f} of this GPU's peak."
+        )
+    capacity = None if card.memory_bytes is None else float(card.memory_bytes)
+    cluster = estimates.Cluster(card.title, devices, peak, mfu, card.price, capacity)
+    return cluster, tuple(remarks)
 
 
-def _stem(asked: budget.Request) -> str:
-    """A file's name from what was asked."""
+def _stem(request: estimates.BudgetRequest) -> str:
+    """The name of an answer's files, made from the request: the same request, the same files."""
+    cluster = request.cluster
     parts = [
-        "".join(c if c.isalnum() else "_" for c in asked.machine.name.lower()).strip("_"),
-        f"x{asked.machine.devices}",
+        "".join(c if c.isalnum() else "_" for c in cluster.name.lower()).strip("_"),
+        f"x{cluster.devices}",
+        f"mfu{cluster.mfu:g}",
+        f"{request.hours:g}h" if request.hours is not None else f"{request.tokens:g}_tokens",
     ]
-    parts += [
-        f"mfu{asked.machine.mfu:g}",
-        f"{asked.hours:g}h" if asked.hours is not None else f"{asked.tokens:g}_tokens",
-    ]
-    parts += [asked.model.name] if asked.model else []
-    parts += [f"unique{asked.unique:g}"] if asked.unique else []
-    parts += [f"usd{asked.machine.price:g}"] if asked.machine.price else []
-    return "-".join([*parts, f"t{asked.sequence}"])
+    parts += [request.model.name] if request.model else []
+    parts += [f"unique{request.unique:g}"] if request.unique else []
+    parts += [f"usd{cluster.price:g}"] if cluster.price else []
+    return "-".join([*parts, f"t{request.sequence}"])

@@ -8,7 +8,7 @@ nothing is reused from a cache between products. A rank below rate / bandwidth i
 
 from dataclasses import dataclass
 
-from finrepro.budgeting.hardware import Hardware
+from finrepro.budgeting.hardware import Gpu
 
 BYTES = 2  # bfloat16
 
@@ -24,41 +24,43 @@ class Ceiling:
     fused: float
 
 
-def seconds(hardware: Hardware, rows: int, inner: int, columns: int) -> float:
+def seconds(gpu: Gpu, rows: int, inner: int, columns: int) -> float:
     """The least time of a (rows, inner) by (inner, columns) product: computing, or reading both
     and writing the result.
     """
-    moved = BYTES * (rows * inner + inner * columns + rows * columns)
-    return max(2 * rows * inner * columns / hardware.rate, moved / hardware.known("bandwidth"))
+    traffic = BYTES * (rows * inner + inner * columns + rows * columns)
+    return max(2 * rows * inner * columns / gpu.rate, traffic / gpu.require("bandwidth"))
 
 
 def factored_seconds(
-    hardware: Hardware, inputs: int, outputs: int, rank: int, tokens: int, fused: bool = False
+    gpu: Gpu, inputs: int, outputs: int, rank: int, tokens: int, fused: bool = False
 ) -> float:
     """The least time of the two factors, one product after the other; `fused`: what stands
     between them stays on the chip.
     """
     if not fused:
-        return seconds(hardware, tokens, inputs, rank) + seconds(hardware, tokens, rank, outputs)
-    moved = BYTES * (tokens * (inputs + outputs) + rank * (inputs + outputs))
+        return seconds(gpu, tokens, inputs, rank) + seconds(gpu, tokens, rank, outputs)
+    traffic = BYTES * (tokens * (inputs + outputs) + rank * (inputs + outputs))
     return max(
-        2 * tokens * rank * (inputs + outputs) / hardware.rate, moved / hardware.known("bandwidth")
+        2 * tokens * rank * (inputs + outputs) / gpu.rate, traffic / gpu.require("bandwidth")
     )
 
 
-def low_rank(hardware: Hardware, inputs: int, outputs: int, rank: int, tokens: int) -> Ceiling:
+def low_rank(gpu: Gpu, inputs: int, outputs: int, rank: int, tokens: int) -> Ceiling:
     """The ceiling for W (outputs, inputs) replaced by two factors of `rank`, on `tokens` at
     once.
     """
-    dense = seconds(hardware, tokens, inputs, outputs)
-    two, one = (
-        factored_seconds(hardware, inputs, outputs, rank, tokens, fused) for fused in (False, True)
+    dense = seconds(gpu, tokens, inputs, outputs)
+    two_products, fused = (
+        factored_seconds(gpu, inputs, outputs, rank, tokens, fuse) for fuse in (False, True)
     )
-    return Ceiling(inputs * outputs / (rank * (inputs + outputs)), dense / two, dense / one)
+    return Ceiling(
+        inputs * outputs / (rank * (inputs + outputs)), dense / two_products, dense / fused
+    )
 
 
-def ridge(hardware: Hardware) -> float:
+def ridge(gpu: Gpu) -> float:
     """Operations a byte above which the GPU computes longer than it moves: about the smallest
     rank that is not bound by memory.
     """
-    return hardware.rate / hardware.known("bandwidth")
+    return gpu.rate / gpu.require("bandwidth")

@@ -1,8 +1,8 @@
-"""Scaling laws: the loss of N parameters after D tokens, what is best for a number of operations,
-and what repeated tokens are worth.
+"""Scaling laws: the loss of N parameters after D tokens, the optimum for a number of FLOPs, and
+what repeated tokens are worth. No torch.
 
-L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, arXiv 2203.15556, section 3.3), C = 6
-N D. No torch.
+L(N, D) = E + A / N^alpha + B / D^beta with C = 6 N D (Hoffmann et al., 2022, arXiv 2203.15556,
+section 3.3).
 """
 
 import math
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from finrepro.catalogue.reader import catalogue, entry
+from finrepro.catalogue.reader import entries, entry
 from finrepro.settings import PositiveFloat, build, settings
 
 Read = Literal["paper", "code", "second-hand"]
-SMALLEST, LARGEST = 1e5, 1e14  # parameters among which an optimum is looked for
+SMALLEST, LARGEST, GRID = 1e5, 1e14, 400  # parameters among which an optimum is looked for; steps
 
 
 @settings
@@ -40,8 +40,8 @@ class Law:
 
 @settings
 class Repetition:
-    """How fast repeated tokens and excess parameters lose their worth: after about so many
-    repetitions they are worth nothing more.
+    """R*, how fast repeated tokens and excess parameters lose their worth: after about so many
+    repetitions another one is worth nothing.
     """
 
     tokens: PositiveFloat
@@ -51,8 +51,8 @@ class Repetition:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A model of `parameters` trained on `tokens`, and the loss to expect (nats a token)."""
+class Optimum:
+    """The size and tokens of the least loss, and that loss (nats a token)."""
 
     parameters: float
     tokens: float
@@ -61,14 +61,14 @@ class Point:
 
 @cache
 def law(name: str) -> Law:
-    """A law of configs/scaling.yaml."""
+    """A law of configs/scaling.yaml. Raises `UsageError` for an unknown one."""
     return build(Law, {"name": name, **entry("scaling", name, "scaling law")}, f"scaling.{name}")
 
 
 @cache
 def laws() -> tuple[Law, ...]:
     """Every law, in the file's order."""
-    return tuple(law(name) for name in catalogue("scaling") if name != "repetition")
+    return tuple(law(name) for name in entries("scaling") if name != "repetition")
 
 
 @cache
@@ -77,61 +77,62 @@ def repetition() -> Repetition:
     return build(Repetition, entry("scaling", "repetition", "setting"), "scaling.repetition")
 
 
-def effective(first: float, total: float, worth: float) -> float:
-    """What `total` are worth of which `first` are different: U + U R* (1 - exp(-R / R*)), R =
-    total / U - 1 (arXiv 2305.16264, eq. 5).
+def effective(unique: float, total: float, decay: float) -> float:
+    """What `total` tokens (or parameters) are worth of which `unique` are different: U + U R* (1 -
+    exp(-R / R*)), R = total / U - 1, R* = `decay` (arXiv 2305.16264, eq. 5).
     """
-    unique = min(first, total)
-    return unique + unique * worth * (1 - math.exp(-(total / unique - 1) / worth))
+    unique = min(unique, total)
+    return unique + unique * decay * (1 - math.exp(-(total / unique - 1) / decay))
 
 
-def loss(fit: Law, parameters: float, tokens: float, unique: float | None = None) -> float:
-    """The loss to expect. Tokens beyond `unique` ones are repetitions, and excess parameters
-    count less too (arXiv 2305.16264, eq. 6).
+def loss(law: Law, parameters: float, tokens: float, unique: float | None = None) -> float:
+    """The loss to expect, in nats a token. Tokens beyond `unique` ones are repetitions, and excess
+    parameters count less too (arXiv 2305.16264, eq. 6).
     """
     if unique is not None:
-        worth, different = repetition(), min(unique, tokens)
-        needed = different_parameters(fit, different)
-        parameters = effective(needed, parameters, worth.parameters)
-        tokens = effective(different, tokens, worth.tokens)
-    return float(fit.E + fit.A / parameters**fit.alpha + fit.B / tokens**fit.beta)
+        decay, different = repetition(), min(unique, tokens)
+        parameters = effective(different_parameters(law, different), parameters, decay.parameters)
+        tokens = effective(different, tokens, decay.tokens)
+    return float(law.E + law.A / parameters**law.alpha + law.B / tokens**law.beta)
 
 
-def different_parameters(fit: Law, tokens: float) -> float:
+def different_parameters(law: Law, tokens: float) -> float:
     """The size for which `tokens` are the optimum: U_N = (U_D G)^(beta / alpha) G (arXiv
     2305.16264, appendix A).
     """
-    return float((tokens * fit.balance) ** (fit.beta / fit.alpha) * fit.balance)
+    return float((tokens * law.balance) ** (law.beta / law.alpha) * law.balance)
 
 
-def optimum(fit: Law, operations: float, unique: float | None = None) -> Point:
-    """The size and tokens of the least loss at `operations` = 6 N D: in closed form, or found
-    along that line where tokens repeat.
+def optimum(law: Law, compute: float, unique: float | None = None) -> Optimum:
+    """The size and tokens of the least loss at `compute` = 6 N D FLOPs: in closed form, or found
+    along that line where tokens beyond `unique` ones are repeated.
     """
-    line = operations / 6
+    product = compute / 6
     if unique is None:
-        parameters = fit.balance * line ** (fit.beta / (fit.alpha + fit.beta))
+        parameters = law.balance * product ** (law.beta / (law.alpha + law.beta))
     else:
-        parameters = math.exp(
-            _least(lambda log: loss(fit, math.exp(log), line / math.exp(log), unique))
-        )
-    return Point(parameters, line / parameters, loss(fit, parameters, line / parameters, unique))
+        parameters = _least(lambda size: loss(law, size, product / size, unique))
+    return Optimum(
+        parameters, product / parameters, loss(law, parameters, product / parameters, unique)
+    )
 
 
 def _least(height: Callable[[float], float]) -> float:
-    """Where a function of log N is least: the best of a grid, then golden sections around it."""
-    low, high, steps = math.log(SMALLEST), math.log(LARGEST), 400
-    grid = [low + (high - low) * step / steps for step in range(steps + 1)]
-    best = min(grid, key=height)
-    low, high, golden = (
-        best - (high - low) / steps,
-        best + (high - low) / steps,
-        (math.sqrt(5) - 1) / 2,
+    """The size at which `height` is least: the best of a grid in log N, since repetition bends the
+    curve more than once, then Brent's method between its neighbours.
+
+    Where so much is repeated that more of it changes no digit of the loss, any size of that
+    plateau may be returned.
+    """
+    from scipy.optimize import minimize_scalar  # a second of imports that closed forms do without
+
+    low, high = math.log(SMALLEST), math.log(LARGEST)
+    width = (high - low) / GRID
+    best = min((low + width * step for step in range(GRID + 1)), key=lambda x: height(math.exp(x)))
+    minimum = minimize_scalar(
+        lambda x: height(math.exp(x)),
+        bounds=(best - width, best + width),
+        method="bounded",
+        options={"xatol": 1e-9},
     )
-    while high - low > 1e-9:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if height(left) < height(right):
-            high = right
-        else:
-            low = left
-    return (low + high) / 2
+    return math.exp(minimum.x)

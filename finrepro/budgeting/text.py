@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from finrepro.budgeting import budget, scaling
-from finrepro.catalogue import reader
+from finrepro.budgeting import estimates, scaling
+from finrepro.budgeting.estimates import BudgetRequest, Cluster, LawOptimum, TrainingEstimate
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError
 from finrepro.sizes import flops
 
-OURS = ("gpt2_127m", "gpt2_1_5b", "llama2_7b", "llama2_13b", "llama3_1_8b", "llama3_1_70b")
 FITS = {
     "whole": "it fits one device",
     "parts": "it fits in parts (ZeRO-3), not whole",
@@ -21,146 +20,150 @@ FITS = {
 }
 
 
-def of_hours(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
-    """What so many hours buy: the best size and tokens by each law, and the tokens of each of
-    our models, or of the one that is named.
+def of_hours(request: BudgetRequest) -> tuple[list[str], dict[str, Any]]:
+    """What hours buy: the best size and tokens by each law, and the tokens of each of our models,
+    or of the one that is named. The lines, and their numbers with the FLOPs as `computed`.
     """
-    machine, hours = asked.machine, asked.hours or 0.0
-    computed = budget.operations(machine, hours)
+    cluster, hours = request.cluster, request.hours or 0.0
+    compute = estimates.operations(cluster, hours)
+    catalogue = estimates.catalogue_models()
+    laws = estimates.optima(compute, catalogue, request.unique)
+    trained = [
+        _trained_for(request, model, hours)
+        for model in ((request.model,) if request.model else catalogue)
+    ]
     lines = [
-        _head(machine, f"for {hours:g} h", computed, machine.cost(hours), hours),
+        _head(cluster, f"for {hours:g} h", compute, cluster.cost(hours), hours),
         "",
         "Best size and tokens (C = 6 N D):",
-    ]
-    everything = tuple(map(reader.model, OURS))
-    laws = budget.best(computed, everything, asked.unique)
-    rows = [
-        (
-            _title(each.law),
-            _short(each.point.parameters),
-            _short(each.point.tokens),
-            f"{each.point.tokens / each.point.parameters:.3g}",
-            _epochs(each.epochs),
-            f"{each.point.loss:.3f}",
-            each.nearest,
-        )
-        for each in laws
-    ]
-    lines += _columns(
-        ("law", "parameters", "tokens", "tokens a parameter", "epochs", "loss", "nearest of ours"),
-        rows,
-    )
-    models = (asked.model,) if asked.model else everything
-    plans = []
-    for each in models:
-        length = min(asked.sequence, flops.positions(each))
-        plans.append(
-            budget.plan(
-                machine, each, budget.affordable(machine, each, hours, length), length, asked.unique
-            )
-        )
-    lines += [
+        *_optima(laws),
         "",
-        f"Trained for these {hours:g} h (6 N + 12 L H Q T, sequences of {asked.sequence:,}, or what the model has positions for):",
-        *_plans(plans),
+        f"Trained for these {hours:g} h (6 N + 12 L H Q T, sequences of {request.sequence:,}, or "
+        "what the model has positions for):",
+        *_trainings(trained),
     ]
-    found: dict[str, Any] = {
-        "best": [asdict(each) for each in laws],
-        "plans": [asdict(each) for each in plans],
+    numbers: dict[str, Any] = {
+        "best": [asdict(optimum) for optimum in laws],
+        "plans": [asdict(estimate) for estimate in trained],
     }
-    if asked.model:
-        told, found["memory"] = _room(asked, asked.model)
-        lines += ["", told]
-    return lines, found | {"computed": computed}
+    if request.model:
+        sentence, numbers["memory"] = _memory(request, request.model)
+        lines += ["", sentence]
+    return lines, numbers | {"computed": compute}
 
 
-def of_tokens(asked: budget.Request) -> tuple[list[str], dict[str, Any]]:
-    """What a model and its tokens take: hours, price, memory."""
-    machine, model, tokens = asked.machine, asked.model, asked.tokens or 0.0
+def _trained_for(request: BudgetRequest, model: Model, hours: float) -> TrainingEstimate:
+    """A model trained for `hours`, on the tokens that they pay for."""
+    length = min(request.sequence, flops.positions(model))
+    tokens = estimates.affordable(request.cluster, model, hours, length)
+    return estimates.training_estimate(request.cluster, model, tokens, length, request.unique)
+
+
+def of_tokens(request: BudgetRequest) -> tuple[list[str], dict[str, Any]]:
+    """What a model and its tokens take: hours, price and memory; as `of_hours`."""
+    cluster, model, tokens = request.cluster, request.model, request.tokens or 0.0
     if model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
-    made = budget.plan(machine, model, tokens, asked.sequence, asked.unique)
-    computed = budget.operations(machine, made.hours)
-    told, room = _room(asked, model)
+    estimate = estimates.training_estimate(cluster, model, tokens, request.sequence, request.unique)
+    compute = estimates.operations(cluster, estimate.hours)
+    sentence, memory = _memory(request, model)
+    subject = f"{model.name} on {_short(tokens)} tokens"
     lines = [
-        _head(
-            machine, f"{model.name} on {_short(tokens)} tokens", computed, made.price, made.hours
-        ),
+        _head(cluster, subject, compute, estimate.price, estimate.hours),
         "",
-        *_plans([made]),
+        *_trainings([estimate]),
         "",
-        told,
+        sentence,
     ]
-    return lines, {"computed": computed, "plans": [asdict(made)], "memory": room}
+    return lines, {"computed": compute, "plans": [asdict(estimate)], "memory": memory}
 
 
-def _room(asked: budget.Request, model: Model) -> tuple[str, dict[str, Any]]:
-    """The line about memory, and its numbers."""
-    room = budget.needed(asked.machine, model, asked.sequence)
-    whole, parts = (f"{room[key] / 1e9:,.1f} GB" for key in ("whole_bytes", "parts_bytes"))
-    told = f"Memory to train every weight, one sequence of {asked.sequence:,} at a time (estimated): {whole} whole"
-    told += (
-        f", {parts} a device in {asked.machine.devices} parts (ZeRO-3)"
-        if asked.machine.devices > 1
-        else ""
+def _memory(request: BudgetRequest, model: Model) -> tuple[str, dict[str, Any]]:
+    """The sentence about memory, and its numbers."""
+    memory, devices = (
+        estimates.training_memory(request.cluster, model, request.sequence),
+        request.cluster.devices,
     )
-    return f"{told}; {FITS[room['fits']]}.", room
+    replicated, sharded = (f"{memory[key] / 1e9:,.1f} GB" for key in ("whole_bytes", "parts_bytes"))
+    parts = f", {sharded} a device in {devices} parts (ZeRO-3)" if devices > 1 else ""
+    return (
+        f"Memory to train every weight, one sequence of {request.sequence:,} at a time "
+        f"(estimated): {replicated} whole{parts}; {FITS[memory['fits']]}."
+    ), memory
 
 
-def _head(
-    machine: budget.Machine, what: str, computed: float, price: float | None, hours: float
-) -> str:
+def _head(cluster: Cluster, subject: str, compute: float, price: float | None, hours: float) -> str:
     cost = (
-        f"about {price:,.0f} USD at {machine.price:.2f} an hour"
+        f"about {price:,.0f} USD at {cluster.price:.2f} an hour"
         if price is not None
         else "price not known (--price USD)"
     )
     return (
-        f"{machine.devices} x {machine.name} {what}: {computed:.3g} operations in {hours:,.4g} h at MFU {machine.mfu:g} "
-        f"of {machine.peak / 1e12:.3g} TFLOP/s; {machine.devices * hours:,.4g} device hours, {cost}."
+        f"{cluster.devices} x {cluster.name} {subject}: {compute:.3g} operations in "
+        f"{hours:,.4g} h at MFU {cluster.mfu:g} of {cluster.peak / 1e12:.3g} TFLOP/s; "
+        f"{cluster.devices * hours:,.4g} device hours, {cost}."
     )
 
 
-def _plans(plans: list[budget.Plan]) -> list[str]:
-    """A line a model; a column of loss a law."""
+def _optima(laws: Sequence[LawOptimum]) -> list[str]:
+    """A line a law."""
+    head = ("law", "parameters", "tokens", "tokens a parameter", "epochs", "loss")
     rows = [
         (
-            each.model,
-            _short(float(each.parameters)),
-            _short(each.tokens),
-            f"{each.tokens / each.parameters:.3g}",
-            _epochs(each.epochs),
-            f"{each.hours:,.4g}",
-            "-" if each.price is None else f"{each.price:,.0f}",
-            *(f"{loss:.3f}" for loss in each.losses.values()),
+            _title(optimum.law),
+            _short(optimum.point.parameters),
+            _short(optimum.point.tokens),
+            f"{optimum.point.tokens / optimum.point.parameters:.3g}",
+            _epochs(optimum.epochs),
+            f"{optimum.point.loss:.3f}",
+            optimum.nearest,
         )
-        for each in plans
+        for optimum in laws
     ]
+    return _columns((*head, "nearest of ours"), rows)
+
+
+def _trainings(trained: Sequence[TrainingEstimate]) -> list[str]:
+    """A line a model; a column of loss a law."""
     head = ("model", "parameters", "tokens", "tokens a parameter", "epochs", "hours", "USD")
-    return _columns((*head, *(f"loss, {_title(name)}" for name in plans[0].losses)), rows)
+    rows = [
+        (
+            estimate.model,
+            _short(float(estimate.parameters)),
+            _short(estimate.tokens),
+            f"{estimate.tokens / estimate.parameters:.3g}",
+            _epochs(estimate.epochs),
+            f"{estimate.hours:,.4g}",
+            "-" if estimate.price is None else f"{estimate.price:,.0f}",
+            *(f"{loss:.3f}" for loss in estimate.losses.values()),
+        )
+        for estimate in trained
+    ]
+    return _columns((*head, *(f"loss, {_title(name)}" for name in trained[0].losses)), rows)
 
 
 def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    return [
-        "  "
-        + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
+    """Lines of cells padded to their column's width, indented by two blanks."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
 
 
 def _title(name: str) -> str:
-    fit = scaling.law(name)
-    return fit.title.split(" ")[0] + ("*" if fit.read == "second-hand" else "")
+    law = scaling.law(name)
+    return law.title.split(" ")[0] + ("*" if law.read == "second-hand" else "")
 
 
 def sources(unique: float | None) -> list[str]:
-    """What the numbers rest on."""
-    worth = scaling.repetition()
-    repeated = f"Repeated tokens: {worth.source}; with the other two laws an approximation (read: {worth.read})."
+    """What the numbers rest on; with `unique` also the law of repeated tokens."""
+    repetition = scaling.repetition()
+    repeated = (
+        f"Repeated tokens: {repetition.source}; with the other two laws an approximation "
+        f"(read: {repetition.read})."
+    )
     return [
-        "Losses are of each law's own corpus and tokenizer: compare them down a column, not across. Hoffmann's models have 70 M to 16 G "
-        "parameters and saw 5 to 500 G tokens: elsewhere all is extrapolated.",
+        "Losses are of each law's own corpus and tokenizer: compare them down a column, not "
+        "across. Hoffmann's models have 70 M to 16 G parameters and saw 5 to 500 G tokens: "
+        "elsewhere all is extrapolated.",
         *(f"{_title(law.name)}: {law.source} (read: {law.read})." for law in scaling.laws()),
         *([repeated] if unique else []),
     ]
@@ -171,7 +174,7 @@ def _epochs(epochs: float | None) -> str:
 
 
 def _short(value: float) -> str:
-    """A large number as people say it."""
+    """A large number as people say it: 33.6 G."""
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
         if value >= unit:
             return f"{value / unit:.3g}{name}"

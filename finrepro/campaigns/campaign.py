@@ -23,7 +23,7 @@ from finrepro.evidence.result import seal_unfinished
 from finrepro.planning import machine
 from finrepro.planning import plan as planning
 from finrepro.reporting.tabulate import tabulate
-from finrepro.running.worker import Event
+from finrepro.running.events import Event
 
 
 def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> Reproduced:

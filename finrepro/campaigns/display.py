@@ -20,8 +20,8 @@ from finrepro.evidence.store import default_root
 from finrepro.planning import memory_model, time
 from finrepro.planning import plan as planning
 from finrepro.reporting.table import Table, to_rich
+from finrepro.running.events import Event
 from finrepro.running.launch import command
-from finrepro.running.worker import Event
 
 STYLES = {
     "done": "green",

@@ -17,8 +17,8 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
+from finrepro.running.events import Event
 from finrepro.running.launch import command, request
-from finrepro.running.worker import Event
 from finrepro.runtime import process as runtime
 
 FIRST_FAILURE = re.compile(

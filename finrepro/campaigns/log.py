@@ -10,7 +10,8 @@ from finrepro.evidence import files, provenance, store
 from finrepro.planning.plan import Step
 from finrepro.reporting.tabulate import file_stem
 from finrepro.runtime.interrupts import held_back
-from finrepro.tracking.view import View, is_shown
+from finrepro.tracking.index import is_shown
+from finrepro.tracking.view import MlflowView
 
 
 def command_line(selection: Selection, options: CampaignOptions) -> str:
@@ -52,7 +53,7 @@ class CampaignLog:
 
     def __init__(self, plan: CampaignPlan, options: CampaignOptions) -> None:
         self.place = plan.place
-        self.view: View | None = None
+        self.view: MlflowView | None = None
         self.parent = ""
         started = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started))
@@ -101,7 +102,7 @@ class CampaignLog:
         self.save()
         if self.view is None:
             with held_back():  # half a database is none
-                self.view = View(self.place.store)
+                self.view = MlflowView(self.place.store)
                 self.parent = self.view.campaign(self.record)
         self.view.cell(step.spec.run_id, self.record, self.parent)
 

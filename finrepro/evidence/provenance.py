@@ -10,9 +10,9 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from finrepro import PACKAGE, PROJECT
+from finrepro.evidence.schema import Environment, Hardware
 
 PACKAGES = [
     "accelerate",
@@ -110,11 +110,11 @@ def _package_version(name: str) -> str | None:
         return None
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """Processor, cores, memory and GPUs of this machine."""
     import psutil
 
-    found: dict[str, Any] = {
+    facts: Hardware = {
         "processor": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
@@ -125,8 +125,8 @@ def hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            found["gpus"].append({"name": card.name, "memory_bytes": card.total_memory})
-    return found
+            facts["gpus"].append({"name": card.name, "memory_bytes": card.total_memory})
+    return facts
 
 
 def _cpu_name() -> str:
@@ -139,8 +139,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, Any]:
-    """Everything of this file, as recorded under `environment` in result.json."""
+def environment() -> Environment:
+    """`environment` of result.json: everything of this file."""
     name, dirty = commit()
     return {
         "git_commit": name,

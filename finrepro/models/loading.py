@@ -7,8 +7,6 @@ handed to `finish` (at ZeRO-3 it keeps this rank's share). At any time one part 
 precision, beside what is already stored.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +20,7 @@ from finrepro.kinds import quantizer_of
 from finrepro.methods.layers import isolated_attention
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import safetensors
+from finrepro.runtime import memory
 from finrepro.settings import Choice
 
 # Tensors of old checkpoints that are no weights: GPT-2's causal mask, Llama's rotary frequencies,
@@ -122,20 +121,12 @@ def stream(
             del weight
             assert quantizer is not None
             total += quantize_layer(model, name, quantizer)
-            give_back()
+            memory.release_freed()
         del new
         if finish is not None and any(True for _ in part.parameters()):
             finish(part)
-            give_back()
+            memory.release_freed()
     return total
-
-
-def give_back() -> None:
-    """Return freed memory to the system now: glibc keeps what lies between the stored codes,
-    which over a model adds up to all of it.
-    """
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantize_layer(model: Any, name: str, quantizer: Choice) -> int:

@@ -11,25 +11,28 @@ if TYPE_CHECKING:
 def targeted(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
     """Those of named layers whose last name is among `targets`; all of them for `all-linear`."""
     return {
-        name: each
-        for name, each in layers.items()
+        name: layer
+        for name, layer in layers.items()
         if targets == "all-linear" or name.rpartition(".")[2] in targets
     }
 
 
 def absent(layers: dict[str, Any], targets: str | tuple[str, ...]) -> str | None:
-    """Which of `targets` no layer bears, in one line with the names that there are; None if each
-    is somewhere.
+    """Which of `targets` are the name of no layer, in one line with the names that there are; None
+    if each is a layer's.
     """
-    known = sorted({name.rpartition(".")[2] for name in layers})
-    missing = sorted(set(() if targets == "all-linear" else targets) - set(known))
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    missing = sorted(set(() if targets == "all-linear" else targets) - set(names))
     if targets and not missing:
         return None
-    return f"no linear layer of the model is named {', '.join(missing) or 'anything'}; there are {', '.join(known)}"
+    return (
+        f"no linear layer of the model is named {', '.join(missing) or 'anything'}; "
+        f"there are {', '.join(names)}"
+    )
 
 
 def targeted_or_fail(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
-    """As `targeted`. Raises `ValueError` as `absent` says."""
+    """As `targeted`. Raises `ValueError` with the line of `absent`."""
     if reason := absent(layers, targets):
         raise ValueError(reason)
     return targeted(layers, targets)
@@ -39,8 +42,7 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
     """Name within a block -> (in, out) of its linear layers, from a catalogue entry; every block is
     alike.
 
-    Those of a low-rank model are its factors: a quantizer stores them, and an adapter stands beside
-    them.
+    Those of a low-rank model are its factors: what a quantizer stores and an adapter is added to.
     """
     dense = dense_sizes(model)
     return (
@@ -48,6 +50,11 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
         if model.low_rank is None
         else low_rank.factor_sizes(model.low_rank, dense, rank(model))
     )
+
+
+def linear_parameters(model: Any) -> int:
+    """Weights of the linear layers in all blocks: what a quantizer stores in fewer bits."""
+    return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
 
 
 def rank(model: Any) -> int:

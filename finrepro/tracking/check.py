@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.store import Store
-from finrepro.tracking import view
+from finrepro.tracking import index, view
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ def check_store(store: Store, rebuild: bool = False) -> StoreCheck:
         with store.lock():
             projected = view.rebuild(store)
     damaged = {run_id: names for run_id, names in faults.items() if names}
-    return StoreCheck(len(folders), damaged, view.database(store), projected)
+    return StoreCheck(len(folders), damaged, index.database(store), projected)

@@ -11,26 +11,25 @@ import pytest
 from fixtures.model import broken
 from fixtures.process import one_line
 
-from finrepro.budgeting import budget, scaling
-from finrepro.budgeting.command import budget_of, request
-from finrepro.budgeting.text import OURS
+from finrepro.budgeting import estimates, scaling
+from finrepro.budgeting.command import budget_of, checked_request
 from finrepro.catalogue import reader
-from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError
 from finrepro.evidence.place import Place
 from finrepro.runtime.matmul import Rate
 from finrepro.sizes import flops
 
 LAWS = scaling.laws()
+MODELS = tuple(model.name for model in estimates.catalogue_models())
 OPERATIONS = (1e19, 2.73e20, 5.76e23)
 
 
-def machine(gpu: str = "h100", devices: str = "1", mfu: str = "0.4") -> budget.Machine:
-    return request(gpu=gpu, gpus=devices, mfu=mfu, hours="1").machine
+def cluster(gpu: str = "h100", devices: str = "1", mfu: str = "0.4") -> estimates.Cluster:
+    return checked_request(gpu=gpu, gpus=devices, mfu=mfu, hours="1").cluster
 
 
 def is_optimal(
-    law: scaling.Law, point: scaling.Point, operations: float, unique: float | None = None
+    law: scaling.Law, point: scaling.Optimum, operations: float, unique: float | None = None
 ) -> None:
     """On the line C = 6 N D no neighbour is better, and where nothing repeats both terms pull
     alike.
@@ -53,10 +52,13 @@ def is_optimal(
 def test_the_optimum_is_one(law: scaling.Law, operations: float):
     point = scaling.optimum(law, operations)
     is_optimal(law, point, operations)
-    wrong = point.parameters * 1.2
-    tokens = operations / 6 / wrong
+    size = point.parameters * 1.2
+    tokens = operations / 6 / size
     broken(
-        is_optimal, law, scaling.Point(wrong, tokens, scaling.loss(law, wrong, tokens)), operations
+        is_optimal,
+        law,
+        scaling.Optimum(size, tokens, scaling.loss(law, size, tokens)),
+        operations,
     )
     for share in (3.0, 1 / 5, 1 / 40):  # more than enough tokens, and far too few
         is_optimal(
@@ -69,10 +71,10 @@ def test_the_optimum_is_one(law: scaling.Law, operations: float):
 
 def test_with_enough_different_tokens_the_searched_optimum_is_the_closed_form():
     for law in LAWS:
-        closed, found = (scaling.optimum(law, 1e21, unique) for unique in (None, 1e30))
-        assert found.parameters == pytest.approx(
+        closed, searched = (scaling.optimum(law, 1e21, unique) for unique in (None, 1e30))
+        assert searched.parameters == pytest.approx(
             closed.parameters, rel=1e-3
-        ) and found.loss == pytest.approx(closed.loss)
+        ) and searched.loss == pytest.approx(closed.loss)
 
 
 def test_the_optima_are_those_that_the_papers_tell():
@@ -134,81 +136,90 @@ RUNS = [
 def test_the_hours_are_those_of_known_runs(
     gpu: str, devices: str, mfu: str, name: str, tokens: float, hours: float
 ):
-    made = budget.plan(machine(gpu, devices, mfu), reader.model(name), tokens, 1024, None)
-    assert made.hours == pytest.approx(hours, rel=0.02)
+    estimate = estimates.training_estimate(
+        cluster(gpu, devices, mfu), reader.model(name), tokens, 1024, None
+    )
+    assert estimate.hours == pytest.approx(hours, rel=0.02)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", MODELS)
 def test_tokens_for_hours_and_hours_for_tokens_are_each_others_inverse(name: str):
-    model, here = reader.model(name), machine("h200", "8")
-    tokens = budget.affordable(here, model, 24.0, 1024)
-    made = budget.plan(here, model, tokens, 1024, 1e9)
-    assert made.hours == pytest.approx(24.0) and made.epochs == pytest.approx(tokens / 1e9)
-    assert made.price == pytest.approx(24 * 8 * 3.5) and here.cost(2.0) == 56.0
+    model, h200s = reader.model(name), cluster("h200", "8")
+    tokens = estimates.affordable(h200s, model, 24.0, 1024)
+    estimate = estimates.training_estimate(h200s, model, tokens, 1024, 1e9)
+    assert estimate.hours == pytest.approx(24.0) and estimate.epochs == pytest.approx(tokens / 1e9)
+    assert estimate.price == pytest.approx(24 * 8 * 3.5) and h200s.cost(2.0) == 56.0
     used = tokens * flops.model_flops(model, 1024, "palm")
     assert (
         used
-        == pytest.approx(budget.operations(here, 24.0))
+        == pytest.approx(estimates.operations(h200s, 24.0))
         == pytest.approx(8 * 24 * 3600 * 0.4 * 989e12)
     )
 
 
 def test_memory_is_the_state_of_every_parameter_and_shrinks_in_parts():
     model = reader.model("llama2_7b")
-    one, eight = (budget.needed(machine("h100", devices), model, 1024) for devices in ("1", "8"))
+    one, eight = (
+        estimates.training_memory(cluster("h100", devices), model, 1024) for devices in ("1", "8")
+    )
     assert one["whole_bytes"] == eight["whole_bytes"] > 16 * model.parameters
     assert (
         one["parts_bytes"] == one["whole_bytes"] and eight["parts_bytes"] < one["whole_bytes"] / 7
     )
     assert (one["fits"], eight["fits"]) == ("no", "parts")
-    assert budget.needed(machine(), reader.model("gpt2_127m"), 1024)["fits"] == "whole"
-    unknown = dataclasses.replace(machine(), memory_bytes=None)
-    assert budget.needed(unknown, model, 1024)["fits"] is None
+    assert estimates.training_memory(cluster(), reader.model("gpt2_127m"), 1024)["fits"] == "whole"
+    unknown = dataclasses.replace(cluster(), memory_bytes=None)
+    assert estimates.training_memory(unknown, model, 1024)["fits"] is None
 
 
 def test_the_nearest_model_is_the_one_whose_size_is_the_fewest_times_away():
-    models: tuple[Model, ...] = tuple(map(reader.model, OURS))
-    assert {each.nearest for each in budget.best(2.73e20, models, None)} == {"gpt2_1_5b"}
-    assert {each.nearest for each in budget.best(5e18, models, None)} == {"gpt2_127m"}
+    models = estimates.catalogue_models()
+    for compute, name in ((2.73e20, "gpt2_1_5b"), (5e18, "gpt2_127m")):
+        optima = estimates.optima(compute, models, None)
+        assert {optimum.nearest for optimum in optima} == {name}
 
 
 @pytest.mark.parametrize("name", ["hoffmann", "besiroglu", "muennighoff", "repetition"])
 def test_every_constant_says_where_it_was_read(name: str):
-    found = scaling.repetition() if name == "repetition" else scaling.law(name)
-    assert "arXiv" in found.source and found.read in ("paper", "code", "second-hand")
-    entry = reader.catalogue("scaling")[name]
+    constants = scaling.repetition() if name == "repetition" else scaling.law(name)
+    assert "arXiv" in constants.source and constants.read in ("paper", "code", "second-hand")
+    entry = reader.entries("scaling")[name]
     missing = {key: value for key, value in entry.items() if key != "read"}
     with pytest.raises(UsageError):
-        scaling.build(type(found), {"name": name, **missing}, "scaling")
+        scaling.build(type(constants), {"name": name, **missing}, "scaling")
 
 
-def said(
+def answer(
     place: Place, capsys: pytest.CaptureFixture[str], **options: Any
 ) -> tuple[str, dict[str, Any]]:
     """What is printed, and the JSON that is kept."""
-    budget_of(place, request(**options)).show()
+    budget_of(place, checked_request(**options)).show()
     folder = place.store.results / "budget"
     printed = capsys.readouterr().out
     (path,) = [path for path in folder.glob("*.json") if str(path.with_suffix("")) in printed]
-    assert {each.suffix for each in folder.glob(f"{path.stem}.*")} == {".json", ".svg", ".png"}
+    assert {file.suffix for file in folder.glob(f"{path.stem}.*")} == {".json", ".svg", ".png"}
     return printed, json.loads(path.read_text())
 
 
 def test_hours_are_answered_with_every_law_and_every_model(
     place: Place, capsys: pytest.CaptureFixture[str]
 ):
-    told, kept = said(place, capsys, gpu="h200", gpus="8", hours="24")
+    printed, values = answer(place, capsys, gpu="h200", gpus="8", hours="24")
     assert (
-        told.startswith("8 x NVIDIA H200 SXM 141 GB for 24 h: 2.73e+20 operations")
-        and "672 USD" in told
+        printed.startswith("8 x NVIDIA H200 SXM 141 GB for 24 h: 2.73e+20 operations")
+        and "672 USD" in printed
     )
-    assert all(f"\n  {name} " in told for name in OURS)
-    assert "Besiroglu*" in told and "(read: second-hand)" in told and "Hoffmann " in told
-    assert [each["law"] for each in kept["best"]] == [law.name for law in LAWS]
-    assert [each["model"] for each in kept["plans"]] == list(OURS)
-    assert {each["read"] for each in kept["sources"].values()} == {"paper", "code", "second-hand"}
+    assert all(f"\n  {name} " in printed for name in MODELS)
+    assert "Besiroglu*" in printed and "(read: second-hand)" in printed and "Hoffmann " in printed
+    assert [optimum["law"] for optimum in values["best"]] == [law.name for law in LAWS]
+    assert [estimate["model"] for estimate in values["plans"]] == list(MODELS)
+    assert {source["read"] for source in values["sources"].values()} == {
+        "paper",
+        "code",
+        "second-hand",
+    }
     first = {path.name: path.read_bytes() for path in (place.store.results / "budget").iterdir()}
-    said(place, capsys, gpu="h200", gpus="8", hours="24")
+    answer(place, capsys, gpu="h200", gpus="8", hours="24")
     assert {
         path.name: path.read_bytes() for path in (place.store.results / "budget").iterdir()
     } == first
@@ -217,7 +228,7 @@ def test_hours_are_answered_with_every_law_and_every_model(
 def test_a_model_and_tokens_are_answered_with_hours_price_and_memory(
     place: Place, capsys: pytest.CaptureFixture[str]
 ):
-    asked = {
+    options = {
         "gpu": "h100",
         "gpus": "8",
         "mfu": "0.487",
@@ -225,17 +236,17 @@ def test_a_model_and_tokens_are_answered_with_hours_price_and_memory(
         "tokens": "33.6e9",
         "unique_tokens": "9e9",
     }
-    told, kept = said(place, capsys, **asked)
+    printed, values = answer(place, capsys, **options)
     assert (
-        "24.89 h" in told
-        and "597 USD" in told
-        and "25.6 GB whole" in told
-        and "it fits one device" in told
+        "24.89 h" in printed
+        and "597 USD" in printed
+        and "25.6 GB whole" in printed
+        and "it fits one device" in printed
     )
-    assert "Repeated tokens: arXiv 2305.16264" in told and kept["plans"][0][
+    assert "Repeated tokens: arXiv 2305.16264" in printed and values["plans"][0][
         "epochs"
     ] == pytest.approx(33.6 / 9)
-    assert kept["memory"]["fits"] == "whole"
+    assert values["memory"]["fits"] == "whole"
 
 
 def test_a_measured_rate_takes_the_place_of_a_peak_only_when_it_is_asked_for(
@@ -245,20 +256,21 @@ def test_a_measured_rate_takes_the_place_of_a_peak_only_when_it_is_asked_for(
         raise AssertionError("measured without being asked")
 
     monkeypatch.setattr("finrepro.budgeting.command.at_hand", never)
-    said(place, capsys, gpu="h100", hours="1")
+    answer(place, capsys, gpu="h100", hours="1")
     monkeypatch.setattr(
         "finrepro.budgeting.command.at_hand",
         lambda: Rate(7e14, (4096, 4096, 4096), "Some card", "bfloat16"),
     )
-    told, kept = said(place, capsys, measure=True, hours="1", mfu="0.5", price="2")
-    assert "1 x Some card for 1 h: 1.26e+18 operations" in told and "2 USD at 2.00" in told
-    assert "Measured here: 700 TFLOP/s at 4096x4096x4096 in bfloat16" in told
-    assert kept["machine"]["peak"] == 7e14
+    printed, values = answer(place, capsys, measure=True, hours="1", mfu="0.5", price="2")
+    assert "1 x Some card for 1 h: 1.26e+18 operations" in printed and "2 USD at 2.00" in printed
+    assert "Measured here: 700 TFLOP/s at 4096x4096x4096 in bfloat16" in printed
+    assert values["machine"]["peak"] == 7e14
 
 
 def test_an_mfu_that_no_matrix_product_reaches_is_called_so():
     remarks = {
-        mfu: " ".join(request(gpu="h100", hours="1", mfu=mfu).remarks) for mfu in ("0.8", "0.81")
+        mfu: " ".join(checked_request(gpu="h100", hours="1", mfu=mfu).remarks)
+        for mfu in ("0.8", "0.81")
     }
     assert (
         "out of reach" not in remarks["0.8"]
@@ -314,5 +326,5 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wrong_request_is_one_line(case: str):
     options, expected = WRONG[case]
     with pytest.raises(UsageError) as raised:
-        request(**options)
+        checked_request(**options)
     assert expected in one_line(raised.value)

@@ -34,9 +34,10 @@ from finrepro.models.build import build
 from finrepro.running.launch import command
 from finrepro.runtime import process
 from finrepro.runtime import ranks as ranks_runtime
-from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.checkpoint import Control
 from finrepro.training.engines.deepspeed import is_sharded
 from finrepro.training.loop import train
+from finrepro.training.progress import Trained
 from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import steps_from
 

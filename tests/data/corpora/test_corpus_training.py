@@ -25,8 +25,9 @@ from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.runtime import process
-from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.checkpoint import Control
 from finrepro.training.loop import train
+from finrepro.training.progress import Trained
 from finrepro.training.schedule import learning_rate
 
 CPU = torch.device("cpu")

@@ -440,7 +440,7 @@ def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.Monkey
     """It ends the others when it ends; what it has begun is not seen by them before the folder
     is held.
     """
-    monkeypatch.setattr(growing.runtime, "ranks", lambda: ranks.Ranks(1, 2, 1))
+    monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(1, 2, 1))
     watch = growing.Watch(tmp_path)
     for _ in range(5):
         watch.pause("text")
@@ -536,7 +536,7 @@ def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Pat
 def cell(**changes: Any) -> RunSpec:
     """A miniature that is trained on WikiText-2 as it arrives."""
     label = "gpt2_1_5b_deep_mini-none-full-wikitext2_text-adamw-s0"
-    found = resolve.find(Selection(table="2"), "smoke", label)
+    found = resolve.spec_of_label(Selection(table="2"), "smoke", label)
     part = found.train_on.parts[0]
     config = dataclasses.replace(
         part.task.task.config, **{"corpus": "wikitext2", "order": "arriving", "block": 32} | changes
@@ -605,25 +605,27 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
 ) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
     reason = unprepared_reason("wikitext2", tmp_path)
-    said = str(availability.data_of(spec, place))
+    said = str(availability.missing_data(spec, place))
     assert said.startswith(str(reason)) and said.endswith(
         "under --models-dir: the cell then prepares it itself"
     )
     assert "invoke data --prepare wikitext2" in said
     assert "--data-dir" in str(
-        availability.data_of(spec, dataclasses.replace(place, data_dir=None))
+        availability.missing_data(spec, dataclasses.replace(place, data_dir=None))
     )
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
     copy_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
-    assert availability.data_of(real, place) is None, "of the model that it is compared with"
+    assert availability.missing_data(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
-    assert availability.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
+    assert (
+        availability.missing_data(dataclasses.replace(shuffled, model=real.model), place) == reason
+    )
     twice = dataclasses.replace(real, train_on=TrainSet(name="two", parts=real.train_on.parts * 2))
-    assert availability.data_of(twice, place) == reason, (
+    assert availability.missing_data(twice, place) == reason, (
         "corpora that are mixed have to be finished"
     )
     begun_with(tokenizer, tmp_path, 900)
-    assert availability.data_of(spec, place) is None, "its own tokenizer lies there"
+    assert availability.missing_data(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
         open_corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 
@@ -639,9 +641,9 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
 ) -> None:
     place = Place(open_store(tmp_path / "store"), tmp_path)
     folder = begun_with(tokenizer, tmp_path, 900)
-    with feeding.fed(cell(), place) as tend:
+    with feeding.preparing_corpus(cell(), place) as keep_alive:
         for _ in range(600):
-            assert tend()
+            assert keep_alive()
             if underway.held(folder):
                 break
             time.sleep(0.05)
@@ -650,38 +652,38 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
         with pytest.raises(
             EnvironmentFault, match=r"its process ended with SIGKILL .* run the same command again"
         ) as caught:
-            while tend():
+            while keep_alive():
                 time.sleep(0.02)
         one_line(caught.value)
     first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
-    assert first.tend()
+    assert first.keep_alive()
     while not underway.held(folder):
-        assert first.tend()
+        assert first.keep_alive()
         time.sleep(0.02)
-    assert not second.tend() and second.process is None, "somebody is at work already"
+    assert not second.keep_alive() and second.process is None, "somebody is at work already"
     child = feeder_pid()
     first.end()
     assert not Path(f"/proc/{child}").exists() and not underway.held(folder)
-    assert second.tend() and second.process is not None, (
+    assert second.keep_alive() and second.process is not None, (
         "a cell that goes on takes over from one that has ended"
     )
     second.end()
     first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
-    assert first.tend() and second.tend() and second.process is not None, (
+    assert first.keep_alive() and second.keep_alive() and second.process is not None, (
         "both begin at once: one is there first"
     )
     loser, winner = (first, second) if second_is_there(first, second) else (second, first)
     winner.end()
-    assert loser.tend() and loser.process is not None and loser.process.poll() is None, (
+    assert loser.keep_alive() and loser.process is not None and loser.process.poll() is None, (
         "the other one takes over"
     )
     loser.end()
     (folder / writer.PREPARING / underway.BEGUN).write_text("{")
     with (
-        feeding.fed(cell(), place) as tend,
+        feeding.preparing_corpus(cell(), place) as keep_alive,
         pytest.raises(EnvironmentFault, match="is damaged: delete"),
     ):
-        while tend():
+        while keep_alive():
             time.sleep(0.02)
 
 
@@ -701,7 +703,7 @@ from finrepro.running import feeding
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
 folder = Path(sys.argv[1])
-with feeding.fed(cell(), Place(open_store(folder / "store"), folder)):
+with feeding.preparing_corpus(cell(), Place(open_store(folder / "store"), folder)):
     print(feeder_pid(), flush=True)
     time.sleep(100)
 """
@@ -774,8 +776,8 @@ def test_a_cell_is_trained_on_a_corpus_that_it_prepares_meanwhile(tmp_path: Path
         place = Place(open_store(tmp_path / f"{name}_store"), tmp_path / name)
         events: list[dict[str, Any]] = []
         if name == "whole":
-            with feeding.fed(spec, place) as tend:
-                while tend():
+            with feeding.preparing_corpus(spec, place) as keep_alive:
+                while keep_alive():
                     time.sleep(0.05)
             assert underway.is_finished(folder)
         if name == "cut":
