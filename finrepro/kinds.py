@@ -92,7 +92,7 @@ def kinds(package: str) -> tuple[str, ...]:
 
 
 def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
-    """The module that implements `kind`. Raises `UsageError` naming the known kinds."""
+    """The module that implements `kind`. Raises `UsageError` naming the allowed kinds."""
     if kind not in kinds(package):
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
@@ -171,16 +171,16 @@ class Member:
 @cache
 def members(contract: type[Any]) -> dict[str, Member]:
     """The names of a contract, those that it inherits among them."""
-    found = {}
+    by_name = {}
     for name, annotation in get_type_hints(contract).items():
-        function = next((part for part in get_args(annotation) if _is_callable_type(part)), None)
+        function = next((kind for kind in get_args(annotation) if _is_callable_type(kind)), None)
         required = not hasattr(contract, name)
-        found[name] = _member(function.__call__, required) if function else Member(required, None)
+        by_name[name] = _member(function.__call__, required) if function else Member(required, None)
     for parent in contract.__mro__:
         for name, value in vars(parent).items():
-            if not name.startswith("_") and inspect.isfunction(value) and name not in found:
-                found[name] = _member(value, name in contract.__abstractmethods__)
-    return {name: found[name] for name in found if name != BOUND}
+            if not name.startswith("_") and inspect.isfunction(value) and name not in by_name:
+                by_name[name] = _member(value, name in contract.__abstractmethods__)
+    return {name: by_name[name] for name in by_name if name != BOUND}
 
 
 def _is_callable_type(annotation: Any) -> bool:
@@ -212,14 +212,16 @@ def _complaint(module: ModuleType, demanded: dict[str, Member]) -> str | None:
         value = present.get(name)
         if inspect.isroutine(value) and member.parameters is not None:
             parameters = _parameters(value, member.parameters)
-            if not member.accepts(tuple(part for part in parameters if part != BOUND)):
+            if not member.accepts(
+                tuple(parameter for parameter in parameters if parameter != BOUND)
+            ):
                 return (
                     f"'{name}({', '.join(parameters)})' has to be '{_written(name, member)}', with "
                     f"'{BOUND}' anywhere among them or not at all"
                 )
         elif value is not None and (member.parameters is None) == inspect.isroutine(value):
-            what = "constant" if member.parameters is None else "function"
-            return f"'{name}' has to be a {what}"
+            expected = "constant" if member.parameters is None else "function"
+            return f"'{name}' has to be a {expected}"
     return None
 
 

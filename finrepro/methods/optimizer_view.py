@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class OptimizerView(Protocol):
-    """The training of one model. Values and gradients are whole (gathered where they are sharded),
+    """The training of one model. Values and gradients are full tensors (gathered where sharded),
     float32, of the parameter's shape, and copies: nothing changes but by `set`, `set_frozen`,
     `change_state` and `reset_state`. All ranks make the same calls, in the same order.
     """
 
     model: "nn.Module"
-    named: "dict[str, nn.Parameter]"  # the trained parameters, by their names in `model`
+    trained: "dict[str, nn.Parameter]"  # the trained parameters, by their names in `model`
 
     def gradient(self, parameter: "nn.Parameter") -> "Tensor":
         """The gradient of the whole global batch, not clipped yet; zero where there is none.

@@ -44,11 +44,11 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's
-    base is in parts.
+    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA
+    cannot read the base's weights.
 
-    LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not
-    the whole of it, or ZeRO-3 has taken it away by then, it is refused.
+    LoRA only calls the base layer. DoRA reads its weight, also a quantized one, so it is refused
+    where a quantizer stores a part of the weight elsewhere, and where ZeRO-3 has sharded it.
     """
     if config.use_dora and (apart := quantizer_of(quantizer).KEPT_APART):
         return f"DoRA reads the base's weights, from which {quantizer.name} keeps {apart} apart"
@@ -58,7 +58,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 
 def not_compiled(config: Config) -> str | None:
-    """None, or that PEFT's DoRA asks in its forward pass of which class a weight is."""
+    """None, or that PEFT's DoRA inspects the class of its weights in the forward pass."""
     return (
         "PEFT's DoRA inspects its weights as Python objects, which torch.compile does not take"
         if config.use_dora
@@ -203,9 +203,9 @@ def export_factors(
     from safetensors.torch import save_file
 
     tensors = {
-        f"{PREFIX}{name}.lora_{key}.weight": each.detach().cpu().contiguous()
+        f"{PREFIX}{name}.lora_{key}.weight": factor.detach().cpu().contiguous()
         for name, pair in factors.items()
-        for key, each in zip("AB", pair, strict=True)
+        for key, factor in zip("AB", pair, strict=True)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     common: dict[str, Any] = {

@@ -74,8 +74,8 @@ def from_folder(path: Path) -> dict[str, Any]:
 
 
 def _check_weights(path: Path) -> None:
-    """Raises `EnvironmentFault` unless the folder's safetensors are there, whole, and hold
-    numbers.
+    """Raises `EnvironmentFault` unless the folder has a safetensors file that is complete and
+    without empty tensors.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -172,16 +172,16 @@ def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
     import peft
     from safetensors import safe_open
 
-    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    parameters = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(path / WEIGHTS, framework="numpy") as file:
-        given = set(file.keys())
-    for what, names in (
-        ("lacks", wanted - given),
-        ("holds, without a place for it,", given - wanted),
+        tensors = set(file.keys())
+    for fault, names in (
+        ("lacks", parameters - tensors),
+        ("holds, without a place for it,", tensors - parameters),
     ):
         if names:
             raise EnvironmentFault(
-                f"{path / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more."
+                f"{path / WEIGHTS}: {fault} {min(names)} and {len(names) - 1} more."
             )
 
 

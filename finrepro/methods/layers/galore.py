@@ -21,7 +21,7 @@ def projection(gradient: Float[Tensor, "m n"], r: int) -> Float[Tensor, "side r"
     """The first `r` singular vectors of the shorter side: left where m <= n, else right.
     Orthonormal columns, also for a zero gradient.
     """
-    if not gradient.isfinite().all():  # the run is over, and says so: an SVD would fail before
+    if not gradient.isfinite().all():  # the loop stops the run; an SVD would raise first
         return torch.eye(min(gradient.shape), r, dtype=gradient.dtype, device=gradient.device)
     u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
     vectors = u[:, :r] if on_the_left(gradient) else vh[:r].T
@@ -86,8 +86,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def _shared(basis: Tensor) -> Tensor:
-    """The first rank's, where there are several: an SVD need not come out alike on two machines,
-    and their weights have to.
+    """The first rank's, where there are several: their weights have to agree, and an SVD may differ
+    between two machines.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(basis, src=0)

@@ -81,9 +81,9 @@ class Shifted(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """To another device with the weight, but never to another dtype."""
-        kept = {name: self._buffers[name] for name in ("icq_tau_scale", "icq_levels")}
+        buffers = {name: self._buffers[name] for name in ("icq_tau_scale", "icq_levels")}
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
+        for name, buffer in buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(self.icq_tau_code.device)
         return self
@@ -92,15 +92,15 @@ class Shifted(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + DIGEST] = digest(self.weight)
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
-        """Adds an error, and loads nothing, where the side-car is not whole or belongs to
+    def _load_from_state_dict(self, state: Any, prefix: str, *arguments: Any) -> None:
+        """Adds an error, and loads nothing, where the side-car is incomplete or belongs to
         another weight; strict or not.
         """
-        unexpected, errors = others[-2:]
-        given = [name for name in (*SIDE_CAR, DIGEST) if prefix + name in state]
-        if given or prefix + "weight" in state:
-            if len(given) < 3:
-                missing = next(name for name in (*SIDE_CAR, DIGEST) if name not in given)
+        unexpected, errors = arguments[-2:]
+        present = [name for name in (*SIDE_CAR, DIGEST) if prefix + name in state]
+        if present or prefix + "weight" in state:
+            if len(present) < 3:
+                missing = next(name for name in (*SIDE_CAR, DIGEST) if name not in present)
                 errors.append(
                     f"{prefix}{missing} is missing: without its shift the weight is another."
                 )
@@ -110,7 +110,7 @@ class Shifted(nn.Module):
             ):
                 errors.append(f"{prefix}{SIDE_CAR[0]} belongs to another weight than this one.")
                 return
-        super()._load_from_state_dict(state, prefix, *others)
+        super()._load_from_state_dict(state, prefix, *arguments)
         unexpected[:] = [name for name in unexpected if name != prefix + DIGEST]
 
 
