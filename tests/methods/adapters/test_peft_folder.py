@@ -24,7 +24,7 @@ from fixtures.model import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finrepro.campaigns.campaign import choose_scale
+from finrepro.campaigns.preview import choose_scale
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
