@@ -5,7 +5,7 @@ combined named with its reason.
 import difflib
 
 from finrepro.catalogue.grid import checked_grid, grid_points
-from finrepro.catalogue.resolve import Cell, group_of, matches, resolve_cell
+from finrepro.catalogue.resolve import Cell, group_of, matches, resolve_cells
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import UsageError
@@ -22,7 +22,7 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
     selected = [point for point in matching if group_of(grid, selection, point.label) is not None]
     if not selected:
         raise _no_match(selection, [point.label for point in points])
-    cells = [resolve_cell(grid, selection, point) for point in selected]
+    cells = resolve_cells(grid, selection, selected)
     runnable = [cell for cell in cells if not cell.refusal]
     # An adapter from elsewhere stands on its own base alone: other models' cells are not listed.
     return runnable if selection.adapter and runnable else cells

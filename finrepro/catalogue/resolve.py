@@ -1,7 +1,9 @@
 """From a point of a grid to the resolved spec of its cell."""
 
+import dataclasses
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,6 +46,9 @@ class Cell:
         return self.spec.label
 
 
+EVERY = Group(cells=("*",))  # of a selection that leaves nothing out
+
+
 @cache
 def _pattern(globs: tuple[str, ...]) -> re.Pattern[str]:
     """One expression for several patterns: a table has thousands of labels."""
@@ -65,8 +70,27 @@ def group_of(grid: Grid, selection: Selection, label: str) -> Group | None:
         else grid.default
     )
     if not groups:
-        return Group(cells=("*",))
+        return EVERY
     return next((group for group in groups if matches(group.cells, label)), None)
+
+
+def resolve_cells(grid: Grid, selection: Selection, points: Iterable[GridPoint]) -> list[Cell]:
+    """As `resolve_cell`, in the order of the points. Those that differ in their seeds alone share
+    everything else, which is resolved and checked once.
+    """
+    resolved: dict[tuple[object, ...], Cell] = {}
+    cells = []
+    for point in points:
+        group = group_of(grid, selection, point.label)
+        alike = (*point.names.values(), point.batch, id(group))
+        cell = resolved.get(alike)
+        if cell is None:
+            cell = resolved[alike] = resolve_cell(grid, selection, point)
+        elif cell.label != point.label:
+            spec = dataclasses.replace(cell.spec, label=point.label, seed=point.seed)
+            cell = Cell(spec, cell.refusal, cell.base)
+        cells.append(cell)
+    return cells
 
 
 def resolve_cell(grid: Grid, selection: Selection, point: GridPoint) -> Cell:
@@ -155,9 +179,7 @@ def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]
     """
     train, devices = dict(grid.train), 1
     for override in grid.overrides:
-        if all(
-            fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()
-        ):
+        if all(matches((pattern,), names[axis]) for axis, pattern in override.where.items()):
             train |= override.train
             devices = override.devices or devices
     return train, devices

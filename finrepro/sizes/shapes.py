@@ -1,5 +1,6 @@
 """Sizes of a catalogue entry's linear layers, from its architecture alone."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from finrepro.sizes import low_rank
@@ -45,16 +46,28 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
     Those of a low-rank model are its factors: what a quantizer stores and an adapter is added to.
     """
     dense = dense_sizes(model)
-    return (
-        dense
-        if model.low_rank is None
-        else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+    if model.low_rank is None:
+        return dense
+    return dict(
+        _factor_sizes(model.low_rank, tuple(dense.items()), depth(model), other_parameters(model))
     )
 
 
 def linear_parameters(model: Any) -> int:
     """Weights of the linear layers in all blocks: what a quantizer stores in fewer bits."""
     return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
+
+
+@cache
+def _factor_sizes(
+    entry: low_rank.LowRank,
+    dense: tuple[tuple[str, tuple[int, int]], ...],
+    blocks: int,
+    rest: int,
+) -> dict[str, tuple[int, int]]:
+    """Solved once a model: thousands of cells of a table ask for the same few."""
+    sizes = dict(dense)
+    return low_rank.factor_sizes(entry, sizes, low_rank.solve(entry, sizes, blocks, rest))
 
 
 def rank(model: Any) -> int:

@@ -225,6 +225,7 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from finrepro.catalogue import reader as catalogue; from finrepro.data import files as data
+from finrepro.kinds import kind_module
 folder = os.environ.get("DATA")
 raw, found, loaded = catalogue.entries("tasks"), {}, {}
 for name in (name for name in raw if "templates" in raw[name]):
