@@ -22,7 +22,7 @@ from finrepro.catalogue.spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """The folders within an export; `.` is the export itself, None that there is no such thing
     in it.
     """
@@ -39,22 +39,26 @@ class Layout:
         return self.base is None
 
 
-def layout(spec: RunSpec, wanted: str) -> Layout:
-    """The folders of a run's export in the format `wanted`."""
-    if wanted == "merged":
-        return Layout(wanted, base=".")
-    shifted = hasattr(spec.quantizer.module("quantizers"), "BESIDE")
+def layout_of(spec: RunSpec, export_format: str) -> ExportLayout:
+    """The folders of a run's export in the format `export_format`."""
+    if export_format == "merged":
+        return ExportLayout(export_format, base=".")
+    has_shift = hasattr(spec.quantizer.module("quantizers"), "BESIDE")
     why = own_base(spec)
-    if wanted == "base":
+    if export_format == "base":
         return (
-            Layout(wanted, base="base", shift="shift", why_own=why)
-            if shifted
-            else Layout(wanted, base=".")
+            ExportLayout(export_format, base="base", shift="shift", why_own=why)
+            if has_shift
+            else ExportLayout(export_format, base=".")
         )
     if why is None:
-        return Layout(wanted, adapter=".")
-    return Layout(
-        wanted, adapter="adapter", base="base", shift="shift" if shifted else None, why_own=why
+        return ExportLayout(export_format, adapter=".")
+    return ExportLayout(
+        export_format,
+        adapter="adapter",
+        base="base",
+        shift="shift" if has_shift else None,
+        why_own=why,
     )
 
 
@@ -64,8 +68,8 @@ def own_base(spec: RunSpec) -> str | None:
     """
     if reason := changed_base(spec):
         return reason
-    by_quantizer = getattr(spec.quantizer.module("quantizers"), "own_base", None)
-    if by_quantizer and (reason := by_quantizer(spec.quantizer.config)):
+    quantizer_reason = getattr(spec.quantizer.module("quantizers"), "own_base", None)
+    if quantizer_reason and (reason := quantizer_reason(spec.quantizer.config)):
         return str(reason)
     if spec.weights == "random":
         return f"its weights are random, drawn from seed {spec.seed}"
@@ -78,13 +82,13 @@ def own_base(spec: RunSpec) -> str | None:
 
 def changed_base(spec: RunSpec) -> str | None:
     """Why the adapter's method left another base than the quantizer made; None if it did not."""
-    by_adapter = getattr(spec.adapter.module("adapters"), "own_base", None)
-    return by_adapter(spec.quantizer, spec.adapter.config) if by_adapter else None
+    adapter_reason = getattr(spec.adapter.module("adapters"), "own_base", None)
+    return adapter_reason(spec.quantizer, spec.adapter.config) if adapter_reason else None
 
 
 def loading_settings(spec: RunSpec) -> dict[str, Any]:
     """Arguments of Transformers' BitsAndBytesConfig for the run's base, dtypes by name; empty
     for a base that is not quantized.
     """
-    named = getattr(spec.quantizer.module("quantizers"), "loading", None)
-    return dict(named(spec.quantizer.config)) if named else {}
+    loading = getattr(spec.quantizer.module("quantizers"), "loading", None)
+    return dict(loading(spec.quantizer.config)) if loading else {}
