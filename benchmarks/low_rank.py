@@ -7,7 +7,7 @@ the bound stands for: the layers alone show what the factors do. 416 stands besi
 the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one
 thread, whose processor time is counted: the one clock that does not count a machine's other work. A
 CPU computes slowly next to its memory and cannot show where a GPU's memory becomes the limit, so
-the roofline ceiling of two GPUs stands beside each rank (finrepro/budget/roofline.py), and whether
+the roofline ceiling of two GPUs stands beside each rank (finrepro/budgeting/roofline.py), and whether
 they follow.
 """
 
@@ -23,8 +23,8 @@ import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from torch import nn  # noqa: E402
 
-from finrepro.budget import roofline as roof  # noqa: E402
-from finrepro.budget.hardware import gpu as catalogue_gpu  # noqa: E402
+from finrepro.budgeting import roofline as roof  # noqa: E402
+from finrepro.budgeting.hardware import gpu as catalogue_gpu  # noqa: E402
 from finrepro.methods.layers.linear import linear_layers  # noqa: E402
 from finrepro.methods.layers.low_rank import like  # noqa: E402
 

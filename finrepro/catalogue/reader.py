@@ -28,7 +28,8 @@ from finrepro.catalogue.spec import (
 )
 from finrepro.catalogue.table_file import Grid, TableFile
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, build, choose, kind_module, read_yaml
+from finrepro.kinds import choose, computed_report_of, report_of
+from finrepro.settings import Choice, build, read_yaml
 
 CONFIGS = PROJECT / "configs"
 
@@ -197,7 +198,8 @@ def table(name: str) -> TableFile:
         found = dataclasses.replace(
             found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper)
         )
-    kind_module("report", found.report, f"tables.{full_name}.report")
+    report = report_of if found.computed is None else computed_report_of
+    report(found.report, f"tables.{full_name}.report")
     if found.beside and found.beside not in tables():
         raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
     return found

@@ -24,7 +24,8 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale, Weights
 from finrepro.catalogue.table_file import Grid, Group
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, choose, kind_module
+from finrepro.kinds import adapter_of, choose, kind_module
+from finrepro.settings import Choice
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,6 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     names = point.names
     base_model = model(names["model"])
     chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
-    module = chosen.module("adapters")
     trained_on, scored = train_set(names["train_on"], grid.template)
     if grid.scratch and (selection.adapter or selection.weights != "pretrained"):
         flag = "--adapter" if selection.adapter else "--weights"
@@ -86,7 +86,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     if "optimizer" in names:
         train |= {"optimizer": names["optimizer"]}
     group = group_of(grid, selection, point.label)
-    if not module.trainable_parameters(base_model, chosen.config):
+    if not adapter_of(chosen).trainable_parameters(base_model):
         train |= {"max_steps": 0, "warmup_steps": 0}
     elif group is not None:
         train |= group.train

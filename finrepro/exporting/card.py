@@ -10,6 +10,7 @@ from finrepro.exporting.layout import ExportLayout, loading_settings, own_base
 from finrepro.exporting.metadata import data_names, dataset_entry, front_matter
 from finrepro.exporting.recorded import RecordedRun
 from finrepro.exporting.verify import TOLERANCE, Difference
+from finrepro.kinds import quantizer_of
 from finrepro.settings import plain
 
 # On which precision the numbers hold: they were measured on the base as it was quantized.
@@ -182,9 +183,7 @@ def _loading_notes(
 
 def _scores(recorded: RecordedRun, planned: ExportLayout) -> str:
     spec, scores = recorded.spec, recorded.result["scores"]
-    dequantized = (
-        ", dequantized first" if hasattr(spec.quantizer.module("quantizers"), "weight") else ""
-    )
+    dequantized = ", dequantized first" if quantizer_of(spec.quantizer).weight else ""
     trained = (
         "The whole model was evaluated as trained"
         if recorded.is_whole_model

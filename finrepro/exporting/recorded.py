@@ -15,7 +15,8 @@ from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.store import DONE, Store
-from finrepro.settings import build, choose, kind_module, plain, without
+from finrepro.kinds import adapter_of, choose, implementation
+from finrepro.settings import build, plain, without
 from finrepro.sizes.low_rank import not_exported
 
 FORMATS = ("peft", "merged", "base")
@@ -52,11 +53,11 @@ class RecordedRun:
     @property
     def is_whole_model(self) -> bool:
         """Whether the weights are a model and not an adapter."""
-        return bool(getattr(self.spec.adapter.module("adapters"), "WHOLE_MODEL", False))
+        return adapter_of(self.spec.adapter).WHOLE_MODEL
 
 
-def find_run(store: Store, run_id: str, export_format: str) -> RecordedRun:
-    """The run of that id, to be exported in the format `export_format`.
+def find_run(store: Store, run_id: str, export_format: str | None) -> RecordedRun:
+    """The run of that id, to be exported in the format `export_format`, or with None to be loaded.
 
     Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not
     go into the format; `EnvironmentFault` when its weights are missing or its settings are another
@@ -82,11 +83,11 @@ def find_run(store: Store, run_id: str, export_format: str) -> RecordedRun:
         raise UsageError(
             f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."
         )
-    if reason := refusal(result["spec"], export_format):
+    if export_format and (reason := refusal(result["spec"], export_format)):
         raise UsageError(
             f"run {run_id} ({result['label']}) cannot be exported as {export_format}: {reason}."
         )
-    if export_format != "base" and not any((folder / "weights").glob("*.safetensors")):
+    if export_format not in (None, "base") and not any((folder / "weights").glob("*.safetensors")):
         raise EnvironmentFault(
             f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}."
         )
@@ -103,13 +104,13 @@ def refusal(spec: dict[str, Any], export_format: str) -> str | None:
     """Why a run's model, adapter or quantizer does not go into a format, with the formats that
     are possible; None if it does.
     """
-    modules = [
-        kind_module("adapters", spec["adapter"]["kind"]),
-        kind_module("quantizers", spec["quantizer"]["kind"]),
+    methods = [
+        implementation("adapters", spec["adapter"]["kind"]),
+        implementation("quantizers", spec["quantizer"]["kind"]),
     ]
     refused = not_exported(spec["quantizer"]["kind"]) if spec["model"].get("low_rank") else {}
-    for module in modules:
-        refused = getattr(module, "NOT_EXPORTED", {}) | refused
+    for method in methods:
+        refused = method.NOT_EXPORTED | refused
     if export_format not in refused:
         return None
     possible = [name for name in FORMATS if name not in refused]

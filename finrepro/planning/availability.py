@@ -9,7 +9,7 @@ from pathlib import Path
 from finrepro.catalogue import reader, resolve
 from finrepro.catalogue.spec import Model, RunSpec, TaskSpec
 from finrepro.data import files
-from finrepro.data.corpora import place as corpora
+from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
@@ -65,12 +65,14 @@ def data_of(spec: RunSpec, place: Place) -> str | None:
             reason = (
                 corpus_missing_reason(spec, part.task, place)
                 if corpora.corpus_of(part.task)
-                else files.missing_reason(part.task.dataset, place.data_dir, ("train",))
+                else files.dataset_missing_reason(part.task.dataset, place.data_dir, ("train",))
             )
             if reason:
                 return reason
     for each in spec.tasks:
-        reason = files.missing_reason(each.dataset, place.data_dir, (spec.evaluation.split,))
+        reason = files.dataset_missing_reason(
+            each.dataset, place.data_dir, (spec.evaluation.split,)
+        )
         if reason:
             return reason
     return None
@@ -82,7 +84,7 @@ def corpora_of(spec: RunSpec, place: Place) -> str | None:
         corpora.corpus_of(part.task)
         for part in (spec.train_on.parts if spec.train.max_steps else ())
     ]
-    reasons = (corpora.missing_reason(name, place.data_dir) for name in named if name)
+    reasons = (corpora.unprepared_reason(name, place.data_dir) for name in named if name)
     return next((reason for reason in reasons if reason), None)
 
 
@@ -94,7 +96,7 @@ def corpus_missing_reason(spec: RunSpec, task: TaskSpec, place: Place) -> str | 
     prepared or can be by the cell itself.
     """
     name = corpora.corpus_of(task)
-    reason = corpora.missing_reason(name, place.data_dir) if name else None
+    reason = corpora.unprepared_reason(name, place.data_dir) if name else None
     folder = corpora.folder_of(name, place.data_dir) if name else None
     if reason is None or folder is None or not is_fed(spec, task):
         return reason

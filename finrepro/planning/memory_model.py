@@ -2,6 +2,7 @@
 
 from finrepro.catalogue.footprint import base_bytes
 from finrepro.catalogue.spec import RunSpec
+from finrepro.kinds import adapter_of
 from finrepro.sizes.shapes import depth
 
 
@@ -14,7 +15,7 @@ def needed_bytes(spec: RunSpec) -> int:
     """
     shape, dtype_bits = spec.model.architecture, 16 if spec.model.dtype == "bfloat16" else 32
     base = base_bytes(spec)
-    trained = spec.adapter.module("adapters").trainable_parameters(spec.model, spec.adapter.config)
+    trained = adapter_of(spec.adapter).trainable_parameters(spec.model)
     width = shape["n_embd" if spec.model.family == "gpt2" else "hidden_size"]
     kept = 1 if spec.train.activation_checkpointing else 16
     tokens = spec.train.max_tokens if spec.train.max_steps else spec.evaluation.max_tokens

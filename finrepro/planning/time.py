@@ -4,7 +4,7 @@ import os
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files as data
-from finrepro.data.corpora import place as corpora
+from finrepro.data.corpora import folders as corpora
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.planning.machine import machine

@@ -1,8 +1,9 @@
 """A table as data, and the one place where it becomes text: terminal, Markdown, LaTeX and JSON."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from finrepro.evidence.files import json_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -51,7 +52,7 @@ class Table:
 
 def to_json(table: Table) -> str:
     """Everything, run ids and unrounded values included."""
-    return json.dumps(asdict(table), indent=2, ensure_ascii=False) + "\n"
+    return json_text(asdict(table))
 
 
 def to_markdown(table: Table) -> str:

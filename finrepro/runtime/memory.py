@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Memory of this process: its peak, and what its allocator returns to the system."""
 
 import contextlib
 import ctypes
@@ -11,37 +11,40 @@ if TYPE_CHECKING:
 
 
 def reset_peak_memory(device: "torch.device") -> None:
-    """Forget the peak that `peak_memory_bytes` gives, so that a cell's is its own in a process that
-    runs many.
-
-    What earlier cells have freed is given back first: glibc would keep it, and a cell's peak would
-    depend on those before it.
+    """Begin the count of `peak_memory_bytes` anew, so that in a process that runs many cells the
+    peak of one does not depend on those before it: what they have freed is released first.
     """
     gc.collect()
     if device.type != "cuda":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        release_freed()
     forget_peak_memory(device)
 
 
+def release_freed() -> None:
+    """Return freed memory to the system now. glibc keeps what lies between blocks in use, such as
+    the quantized weights of a model that is loaded layer by layer: all of the model in the end.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def forget_peak_memory(device: "torch.device") -> None:
-    """Let `peak_memory_bytes` begin again at what is held now; microseconds, so that it can be
-    done within a step.
+    """Begin the count of `peak_memory_bytes` anew at what is in use now; takes microseconds, so
+    that a training step may call it.
     """
     if device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(
-        OSError
-    ):  # not permitted here: the peak is then the process's, larger, never smaller
+    # Where it is not permitted, the peak is that of the whole process: larger, never smaller.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """Largest memory since the last reset: allocated on the GPU, or the process's resident size
-    on a CPU.
+    """Bytes of the largest memory since the last reset: allocated on the GPU, or on a CPU the
+    resident size of the process.
     """
     if device.type == "cuda":
         import torch

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, PositiveFloat, settings
 from finrepro.sizes import flops, memory
 from finrepro.sizes.shapes import block_sizes, depth
@@ -110,11 +111,7 @@ def _low_rank(
     rest = model.parameters - linear
     packed = {
         name: 2 * rest
-        + depth(model)
-        * sum(
-            choice.module("quantizers").layer_bytes(choice.config, i, o, 16)
-            for i, o in sizes.values()
-        )
+        + depth(model) * sum(quantizer_of(choice).layer_bytes(i, o, 16) for i, o in sizes.values())
         for name, choice in stored.items()
     }
     dense = flops.forward(model, settings.tokens).total

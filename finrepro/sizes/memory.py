@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice
 from finrepro.sizes.flops import width
 from finrepro.sizes.shapes import block_sizes, counted, depth
@@ -37,14 +38,10 @@ def stored_bytes(model: Any, quantizer: Choice) -> int:
 
     Embeddings, norms and the output head keep the model's dtype.
     """
-    bits, stored = (
-        16 if model.dtype == "bfloat16" else 32,
-        quantizer.module("quantizers").layer_bytes,
-    )
+    bits = 16 if model.dtype == "bfloat16" else 32
+    layer_bytes = quantizer_of(quantizer).layer_bytes
     sizes = block_sizes(model).values()
-    blocks = depth(model) * sum(
-        stored(quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes
-    )
+    blocks = depth(model) * sum(layer_bytes(inputs, outputs, bits) for inputs, outputs in sizes)
     linear = depth(model) * sum(inputs * outputs for inputs, outputs in sizes)
     return int(blocks + (model.parameters - linear) * bits // 8)
 

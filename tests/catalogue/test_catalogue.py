@@ -14,7 +14,8 @@ from finrepro.catalogue.footprint import block_linear_parameters
 from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.spec import Hub, Model
 from finrepro.errors import UsageError
-from finrepro.settings import kind_module, kinds, plain
+from finrepro.kinds import kind_module, kinds
+from finrepro.settings import plain
 
 ENTRIES = {
     name: tuple(reader.catalogue(name))
@@ -145,7 +146,7 @@ def test_every_task_resolves_with_each_of_its_templates(name: str):
     for template in reader.catalogue("tasks")[name].get("templates", {"": ""}):
         resolved = reader.task(name, template)
         assert resolved.dataset.name in DATASETS
-        assert resolved.task.module("tasks") is kind_module("tasks", resolved.task.kind)
+        assert kind_module("tasks", resolved.task.kind) is kind_module("tasks", resolved.task.kind)
         if template:
             assert list(resolved.task.config.templates) == [template], (
                 "other wordings would enter the hash"
@@ -197,7 +198,7 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
 
     (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
     assert (
-        cell.spec.adapter.module("adapters").trainable_parameters(
+        kind_module("adapters", cell.spec.adapter.kind).trainable_parameters(
             cell.spec.model, cell.spec.adapter.config
         )
         == 20_971_520

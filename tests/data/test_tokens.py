@@ -16,6 +16,7 @@ from finrepro.data import files
 from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
+from finrepro.kinds import kind_module
 from finrepro.models.build import load_tokenizer
 from finrepro.running.base import open_base
 
@@ -69,11 +70,11 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     awkward texts.
     """
     spec = reader.task(name, template)
-    module, config = spec.task.module("tasks"), spec.task.config
+    module, config = kind_module("tasks", spec.task.kind), spec.task.config
     here = tuple(
         name
         for name in ("development", "test")
-        if files.missing_reason(spec.dataset, folder, (name,)) is None
+        if files.dataset_missing_reason(spec.dataset, folder, (name,)) is None
     )
     splits = files.load(spec.dataset, folder, here).splits
     examples = [

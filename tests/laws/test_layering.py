@@ -23,7 +23,7 @@ from finrepro import PROJECT
 from finrepro.catalogue import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
-from finrepro.settings import HOMES
+from finrepro.kinds import HOMES
 
 SOURCES = sorted((PROJECT / "finrepro").rglob("*.py"))
 FILES = [*SOURCES, PROJECT / "tasks.py"]
@@ -304,9 +304,7 @@ def test_a_new_table_is_a_report_and_its_file(copy: Path):
 )
 def test_a_new_kind_is_discovered_in_every_package(copy: Path, package: str):
     (copy.joinpath(*HOMES[package].split(".")) / "brand_new.py").write_text('"""New."""\n')
-    answer = python(
-        "-c", f"from finrepro.settings import kinds; print(*kinds('{package}'))", cwd=copy
-    )
+    answer = python("-c", f"from finrepro.kinds import kinds; print(*kinds('{package}'))", cwd=copy)
     assert "brand_new" in answer.stdout.split(), answer.stderr
 
 

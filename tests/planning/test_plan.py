@@ -108,7 +108,7 @@ def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
     (here / "Sentences_50Agree.txt").write_text("found without being opened")
     found = dataclasses.replace(place, data_dir=tmp_path / "data")
     assert {step.action for step in plan.plan(cells, found, False)} == {"run"}
-    assert files.missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
+    assert files.dataset_missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from finrepro import PROJECT
 
 PROGRAM = """
 import threading, atexit
-from finrepro.runtime import process as runtime
+from finrepro.runtime import process, ranks
 
 atexit.register(print, "taken apart")
 # the interpreter would wait for it for ever
 threading.Thread(target=threading.Event().wait).start()
 print("unflushed", end="")
-runtime.leave_process_group()
-runtime.end({code})
+ranks.leave_process_group()
+process.end({code})
 """
 
 
@@ -28,7 +28,10 @@ def test_a_process_ends_with_its_code_and_all_that_it_said_whatever_thread_still
 
 
 def test_a_closed_output_does_not_keep_a_process_from_ending() -> None:
-    program = "import sys; from finrepro.runtime import process as runtime; print('lost'); sys.stdout.close(); runtime.end(3)"
+    program = (
+        "import sys; from finrepro.runtime import process; print('lost'); sys.stdout.close(); "
+        "process.end(3)"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, check=False, timeout=60
     )

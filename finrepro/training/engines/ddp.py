@@ -27,7 +27,8 @@ class PlainDDP:
     ) -> None:
         if any(parameter.dtype != torch.float32 for _, parameter in named):
             raise UsageError(
-                "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or engine 'deepspeed'."
+                "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or "
+                "engine 'deepspeed'."
             )
         self.named, self.optimizer, self.device = named, optimizer, device
         self.stepped_by = optimizer

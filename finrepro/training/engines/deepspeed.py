@@ -68,7 +68,8 @@ class DeepSpeed:
             norm = self.engine.get_global_grad_norm()
         if norm is None:
             raise CellFailed(
-                "DeepSpeed reports no gradient norm: a diverging run could not be told from a good one."
+                "DeepSpeed reports no gradient norm: a diverging run could not be told from a good "
+                "one."
             )
         return norm
 

@@ -31,10 +31,11 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
+from finrepro.kinds import adapter_of, choose
 from finrepro.methods.adapters import peft_folder
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import load
-from finrepro.settings import Choice, choose
+from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
 IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
@@ -55,7 +56,7 @@ def exported(name: str, quantizer: str, folder: Path) -> tuple[Path, nn.Module]:
     spec = spec_of(name, "lora_r4", quantizer)
     model = stir(make(spec).model)
     folder.mkdir()
-    spec.adapter.module("adapters").export(model, folder)
+    adapter_of(spec.adapter).export(model, folder)
     return folder, model
 
 

@@ -33,6 +33,7 @@ from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.kinds import adapter_of, kind_module
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.low_rank import (
     LowRankLinear,
@@ -230,7 +231,7 @@ def test_one_seed_is_one_model() -> None:
 
 def saved(model: nn.Module, folder: Path) -> Path:
     """The checkpoint that a run of the whole model leaves."""
-    reader.adapter("full").module("adapters").export(model, folder)
+    adapter_of(reader.adapter("full")).export(model, folder)
     return folder
 
 
@@ -631,7 +632,9 @@ def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter:
         pytest.skip(str(refusal(spec)))
     built = make(spec)
     assert built.trainable_parameters == footprint.sizes(spec)["trainable_params"]
-    if adapter == "base" or getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False):
+    if adapter == "base" or getattr(
+        kind_module("adapters", spec.adapter.kind), "WHOLE_MODEL", False
+    ):
         return
     built.model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()
     learn = {

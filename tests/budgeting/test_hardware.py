@@ -10,8 +10,8 @@ import torch
 from fixtures.model import broken
 from fixtures.process import one_line
 
-from finrepro.budget import roofline
-from finrepro.budget.hardware import NUMBERS, Gpu, gpu
+from finrepro.budgeting import roofline
+from finrepro.budgeting.hardware import NUMBERS, Gpu, gpu
 from finrepro.catalogue.reader import catalogue
 from finrepro.errors import UsageError
 from finrepro.runtime import matmul

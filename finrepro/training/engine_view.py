@@ -4,7 +4,7 @@ parameter's moments anew.
 An optimizer steps float32 numbers that need not be the model's own: DeepSpeed steps flat copies, of
 which each rank holds a share (ZeRO, Rajbhandari et al., 2020, arXiv 1910.02054), and writes the
 model's weights from them after each step, so that a weight edited in place is back at the next one.
-A `Share` says where this rank's part of a parameter lies, whichever way it is kept.
+A `Shard` says where this rank's part of a parameter lies, whichever way it is kept.
 
 DeepSpeed's own setters (`deepspeed.utils.safe_set_full_*`) are not used: they leave the model's
 weight as it was until the next step, cannot set a parameter whose size the number of ranks does not
@@ -33,7 +33,7 @@ MOMENTS = (
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Elements `first` to `first + count` of a flattened parameter are elements `offset` to
     `offset + count` of `owner`, float32 numbers that the optimizer steps on this rank. `unit`
     names those numbers on every rank: the parameters of a unit have one step count."""
@@ -53,7 +53,7 @@ class Share:
         return whole.reshape(-1).narrow(0, self.first, self.count)
 
 
-class Handle:
+class EngineView:
     """The training of one model, as the hooks of its adapter and of its optimizer see it. All ranks
     make the same calls, in the same order.
 
@@ -186,7 +186,7 @@ class Handle:
             self._optimizer, "fp32_partitioned_groups_flat"
         )
 
-    def _gathered(self, share: Share, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+    def _gathered(self, share: Shard, parameter: nn.Parameter, flat: Tensor) -> Tensor:
         """The whole of what lies in `flat`, shaped as the share's owner, for a parameter."""
         whole = torch.zeros(_shape(parameter), dtype=torch.float32, device=flat.device)
         share.cut(whole).copy_(share.of(flat))
@@ -206,7 +206,7 @@ class Handle:
                 )
         return found
 
-    def _share(self, parameter: Any) -> Share:
+    def _share(self, parameter: Any) -> Shard:
         """Where this rank's part of a trained parameter lies; a share of nothing where it has
         none.
         """
@@ -217,22 +217,22 @@ class Handle:
             unit, offset, padded = kept.grad_position[kept.get_param_id(parameter)]
             first = min(padded * dist.get_rank(), parameter.ds_numel)
             count = min(padded, parameter.ds_numel - first)
-            return Share(unit, kept.fp32_partitioned_groups_flat[unit], offset, first, count)
+            return Shard(unit, kept.fp32_partitioned_groups_flat[unit], offset, first, count)
         if hasattr(kept, "bit16_groups"):  # stages 1 and 2
             unit = _group_of(parameter, kept.bit16_groups)
             owner, there = kept.single_partition_of_fp32_groups[unit], parameter._hp_mapping
             if there is None:
-                return Share(unit, owner, 0, 0, 0)
+                return Shard(unit, owner, 0, 0, 0)
             inside = there.hp_fragment_address
-            return Share(unit, owner, inside.start, there.lp_fragment_address.start, inside.numel)
+            return Shard(unit, owner, inside.start, there.lp_fragment_address.start, inside.numel)
         if hasattr(kept, "fp32_groups"):  # bfloat16 weights at stage 0: a float32 copy of each
             unit = _group_of(parameter, kept.fp16_groups)
             copy = kept.fp32_groups[unit][_place(parameter, kept.fp16_groups[unit])]
-            return Share(unit, copy, 0, 0, parameter.numel())
+            return Shard(unit, copy, 0, 0, parameter.numel())
         unit = _group_of(parameter, [group["params"] for group in kept.param_groups])
-        return Share(unit, parameter, 0, 0, parameter.numel())
+        return Shard(unit, parameter, 0, 0, parameter.numel())
 
-    def _expect_whole_groups(self, shares: dict[int, Share]) -> None:
+    def _expect_whole_groups(self, shares: dict[int, Shard]) -> None:
         units = {share.unit for share in shares.values()}
         for name, parameter in self.named.items():
             if id(parameter) not in shares and self._share(parameter).unit in units:

@@ -26,6 +26,7 @@ def run_tests(slow: bool, only: str) -> int:
         "--no-loadscope-reorder",
     ]
     selected = ["-m", marks, *(["-k", only] if only else workers)]
+    _needs_checkout("tests")
     return subprocess.call([sys.executable, "-m", "pytest", *selected], cwd=PROJECT)
 
 
@@ -34,6 +35,7 @@ def run_checks() -> int:
     installed.
     """
     folder = Path(sys.executable).parent
+    _needs_checkout("pyproject.toml")
     absent = [tool for tool, *_ in CHECKS if not (folder / tool).is_file()]
     if absent:
         raise EnvironmentFault(
@@ -49,6 +51,7 @@ def run_benchmarks(only: str, folder: Path | None) -> int:
     """Every benchmark, or one, with its JSON in `folder`. Raises `UsageError` for a name that is
     none of them.
     """
+    _needs_checkout("benchmarks")
     files = {path.stem: path for path in sorted((PROJECT / "benchmarks").glob("[a-z]*.py"))}
     if only and only not in files:
         raise unknown("benchmark", only, files)
@@ -59,8 +62,16 @@ def run_benchmarks(only: str, folder: Path | None) -> int:
         raise EnvironmentFault(
             f"{target} cannot be made ({error.strerror}); choose another with --store."
         ) from None
-    chosen = [files[only]] if only else list(files.values())
+    programs = [files[only]] if only else list(files.values())
     codes = [
-        subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in chosen
+        subprocess.call([sys.executable, str(path), str(target)], cwd=PROJECT) for path in programs
     ]
     return 4 if any(codes) else 0
+
+
+def _needs_checkout(name: str) -> None:
+    """Raise `EnvironmentFault` where the package is installed, or in an image, without `name`."""
+    if not (PROJECT / name).exists():
+        raise EnvironmentFault(
+            f"{name} is not here: run this command in a clone of the repository."
+        )

@@ -2,14 +2,14 @@
 and memory. No torch.
 
 FLOPs = GPUs x seconds x peak x MFU, with MFU in PaLM's convention
-(finrepro.sizes.flops.model_flops); the laws are in finrepro.budget.scaling.
+(finrepro.sizes.flops.model_flops); the laws are in finrepro.budgeting.scaling.
 """
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finrepro.budget import scaling
+from finrepro.budgeting import scaling
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.reporting.curves import Chart, Curve

@@ -8,7 +8,7 @@ nothing is reused from a cache between products. A rank below rate / bandwidth i
 
 from dataclasses import dataclass
 
-from finrepro.budget.hardware import Gpu
+from finrepro.budgeting.hardware import Gpu
 
 BYTES = 2  # bfloat16
 

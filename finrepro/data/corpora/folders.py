@@ -9,6 +9,7 @@ from pathlib import Path
 from finrepro.catalogue.spec import TaskSpec
 from finrepro.data.corpora.index import INDEX
 from finrepro.data.tokens import tokenizer_digest
+from finrepro.evidence.files import new_folder
 
 TOKENIZER = "tokenizer"
 FILES = (
@@ -51,7 +52,7 @@ def folder_of(name: str, data_dir: Path | None) -> Path | None:
     return data_dir / "corpora" / name if data_dir is not None else None
 
 
-def missing_reason(name: str, data_dir: Path | None) -> str | None:
+def unprepared_reason(name: str, data_dir: Path | None) -> str | None:
     """Why the corpus cannot be trained on here, in one line that says what to do; None if it
     can.
     """
@@ -65,26 +66,21 @@ def missing_reason(name: str, data_dir: Path | None) -> str | None:
     )
 
 
-def keep_tokenizer(given: Path, folder: Path) -> None:
-    """Copy the tokenizer's files beside the shards, whole or not at all: what was trained on them
-    needs it. One that is there stays.
+def copy_tokenizer(source: Path, corpus: Path) -> None:
+    """Copy the tokenizer's files beside a corpus' shards, all or none: a model trained on the shards
+    needs the tokenizer that made them. The same one is not copied again.
 
-    GPT-2's release is two files that no library recognizes by themselves; it gets a note of what
-    they are.
+    GPT-2's release is two files that no library recognizes by themselves; it gets a
+    `tokenizer_config.json`.
     """
-    partial, goal = folder / f".{TOKENIZER}.partial", folder / TOKENIZER
-    # Those who follow the shards may be reading the one that is there.
-    if goal.is_dir() and tokenizer_digest(goal) == tokenizer_digest(given):
+    target = corpus / TOKENIZER
+    # Readers of the shards may be reading the copy that is there.
+    if target.is_dir() and tokenizer_digest(target) == tokenizer_digest(source):
         return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name in FILES:
-        if (given / name).is_file():
-            shutil.copyfile(given / name, partial / name)
-    if (
-        not (partial / "tokenizer.json").is_file()
-        and not (partial / "tokenizer_config.json").is_file()
-    ):
-        (partial / "tokenizer_config.json").write_text(json.dumps(GPT2), encoding="utf-8")
-    shutil.rmtree(goal, ignore_errors=True)
-    partial.replace(goal)
+    with new_folder(target) as folder:
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        recognized = ("tokenizer.json", "tokenizer_config.json")
+        if not any((folder / name).is_file() for name in recognized):
+            (folder / "tokenizer_config.json").write_text(json.dumps(GPT2), encoding="utf-8")

@@ -2,56 +2,71 @@
 store. Nothing is measured unasked.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from finrepro.budget import estimates, hardware
-from finrepro.budget.text import of_hours, of_tokens, sources
+from finrepro.arguments import count, positive
+from finrepro.budgeting import estimates, hardware
+from finrepro.budgeting.text import of_hours, of_tokens, sources
 from finrepro.catalogue import reader
-from finrepro.catalogue.request import number, whole
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError, unknown
-from finrepro.evidence import files
+from finrepro.evidence.files import json_text
 from finrepro.evidence.place import Place
 from finrepro.reporting.curves import draw_charts
-from finrepro.reporting.dots import to_png, to_svg
+from finrepro.reporting.files import figure_files, write_files
 from finrepro.runtime.matmul import at_hand
 from finrepro.sizes import flops
 
 
-def budget_of(place: Place, request: estimates.BudgetRequest) -> int:
-    """Answer a request, print the answer and keep it; the exit code."""
+@dataclass(frozen=True)
+class BudgetAnswer:
+    """An answer: `lines` for a reader, `values` with every number and source. `path`, with .json,
+    .svg and .png added, is where it is kept.
+    """
+
+    lines: tuple[str, ...]
+    values: dict[str, Any]
+    path: Path
+
+    def show(self) -> None:
+        """Print the lines, and where the answer is kept."""
+        print("\n".join([*self.lines, f"Kept: {self.path} (json, svg, png)."]))
+
+
+def budget_of(place: Place, request: estimates.BudgetRequest) -> BudgetAnswer:
+    """Answer a request, and keep the answer in the store."""
     lines, answer = of_hours(request) if request.hours is not None else of_tokens(request)
     folder, stem = place.store.results / "budget", _stem(request)
-    compute = answer.pop("computed")
-    chart = estimates.chart(compute, estimates.catalogue_models(), request.unique)
-    figure = draw_charts([chart], lines[0].partition(";")[0], 1)
-    with place.store.lock(), files.disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        values = estimates.record(
-            request.cluster,
-            operations=compute,
-            sequence=request.sequence,
-            unique=request.unique,
-            **answer,
-        )
-        files.write_json(folder / f"{stem}.json", values)
-        files.write_bytes(folder / f"{stem}.svg", to_svg(figure).encode())
-        files.write_bytes(folder / f"{stem}.png", to_png(figure))
-    notes = [*request.remarks, *sources(request.unique)]
-    print("\n".join([*lines, "", *notes, f"Kept: {folder / stem} (json, svg, png)."]))
-    return 0
+    computed = answer.pop("computed")
+    chart = estimates.chart(computed, estimates.catalogue_models(), request.unique)
+    picture = draw_charts([chart], lines[0].partition(";")[0], 1)
+    values = estimates.record(
+        request.cluster,
+        operations=computed,
+        sequence=request.sequence,
+        unique=request.unique,
+        **answer,
+    )
+    contents = {"json": json_text(values).encode(), **figure_files(picture)}
+    with place.store.lock():
+        write_files(place.store.root, folder / stem, contents)
+    return BudgetAnswer(
+        (*lines, "", *request.remarks, *sources(request.unique)), values, folder / stem
+    )
 
 
 def checked_request(
     gpu: str | None = None,
-    gpus: str = "1",
-    hours: str | None = None,
-    mfu: str = "0.4",
+    gpus: str | int = 1,
+    hours: str | float | None = None,
+    mfu: str | float = 0.4,
     model: str | None = None,
-    tokens: str | None = None,
-    unique_tokens: str | None = None,
-    sequence: str = "1024",
-    price: str | None = None,
+    tokens: str | float | None = None,
+    unique_tokens: str | float | None = None,
+    sequence: str | int = 1024,
+    price: str | float | None = None,
     measure: bool = False,
 ) -> estimates.BudgetRequest:
     """The options as checked values. Raises `UsageError` for the first that is wrong."""
@@ -62,20 +77,20 @@ def checked_request(
     if tokens is not None and model is None:
         raise UsageError("--tokens needs --model: the model that is trained on them.")
     entry = _paper_model(model) if model is not None else None
-    length = whole("sequence", sequence)
+    length = count("sequence", sequence)
     if entry and length > flops.positions(entry):
         raise UsageError(
             f"--sequence {length}: {entry.name} has {flops.positions(entry)} positions."
         )
-    cluster, remarks = _cluster(gpu, whole("gpus", gpus), number("mfu", mfu, 1.0), measure)
+    cluster, remarks = _cluster(gpu, count("gpus", gpus), positive("mfu", mfu, 1.0), measure)
     if price is not None:
-        cluster = replace(cluster, price=number("price", price))
+        cluster = replace(cluster, price=positive("price", price))
     return estimates.BudgetRequest(
         cluster=cluster,
-        hours=None if hours is None else number("hours", hours, 1e7),
+        hours=None if hours is None else positive("hours", hours, 1e7),
         model=entry,
-        tokens=None if tokens is None else number("tokens", tokens, 1e18),
-        unique=None if unique_tokens is None else number("unique-tokens", unique_tokens, 1e18),
+        tokens=None if tokens is None else positive("tokens", tokens, 1e18),
+        unique=None if unique_tokens is None else positive("unique-tokens", unique_tokens, 1e18),
         sequence=length,
         remarks=remarks,
     )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from finrepro.budget import estimates, scaling
-from finrepro.budget.estimates import BudgetRequest, Cluster, LawOptimum, TrainingEstimate
+from finrepro.budgeting import estimates, scaling
+from finrepro.budgeting.estimates import BudgetRequest, Cluster, LawOptimum, TrainingEstimate
 from finrepro.catalogue.spec import Model
 from finrepro.errors import UsageError
 from finrepro.sizes import flops
