@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence.place import Place
 from finrepro.exporting.recorded import find_run
+from finrepro.kinds import adapter_of
 from finrepro.runtime import process
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def load_run(run_id: str, place: Place) -> tuple[Any, "PreTrainedTokenizerFast"]
     recorded = find_run(place.store, run_id, None)
     spec = recorded.spec
     has_weights = any(recorded.weights.glob("*.safetensors"))
-    if spec.train.max_steps and not has_weights:
+    if adapter_of(spec.adapter).trainable_parameters(spec.model) and not has_weights:
         raise EnvironmentFault(f"run {run_id} ({spec.label}) has no weights in {recorded.weights}.")
     process.quiet_environment()
     device = process.setup(spec.seed, spec.threads)
