@@ -235,7 +235,7 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
     """
     tokenizer.model_max_length = 10**9
     found: dict[str, Any] = {}
-    for name, entry in reader.catalogue("tasks").items():
+    for name, entry in reader.entries("tasks").items():
         template = next(iter(entry.get("templates") or {}), "")
         spec = reader.task(name, template)
         if files.dataset_missing_reason(spec.dataset, data_dir, ("train",)):

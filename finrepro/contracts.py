@@ -3,12 +3,12 @@
 A kind is one module, whose file name is the `kind` of catalogue entries. It has no base class and
 is registered nowhere: it defines functions and constants of the names below, and its settings as a
 class `Config`. An abstract method, or a name without a value, is required; all else has the default
-that stands here. A function takes the parameters of its contract, in their order, and `config` at
-any place among them where it needs its settings. `finrepro.kinds` finds the modules, holds each to
+that stands here. A function takes its contract's parameters in their order, and where it needs its
+settings `config` anywhere among them. `finrepro.kinds` finds the modules, holds each to
 its contract and binds it to settings: `adapter_of(spec.adapter).apply(model, spec.seed)`.
 
 `Model` is an entry of models.yaml, `nn.Module` a model of torch. What lists, plans or tabulates
-imports no torch: modules import it inside of the functions that compute.
+imports no torch: modules import it inside of functions that compute.
 """
 
 from abc import abstractmethod
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from finrepro.catalogue.spec import Model, RunSpec, Train
     from finrepro.data.examples import Example, Splits
     from finrepro.methods.optimizer_view import OptimizerView
+    from finrepro.reporting.cell_result import CellResult
     from finrepro.reporting.curves import Chart
     from finrepro.reporting.dots import Panel
     from finrepro.reporting.table import Table
 
 
+@runtime_checkable
 class StepHooks(Protocol):
-    """A method's part in the steps of training, counted from 0. An optimizer's hooks are called
-    next to its update: `before_step` after the adapter's, `after_step` before it.
+    """A method's part in the steps, counted from 0. An optimizer's hooks are next to its update:
+    `before_step` after the adapter's, `after_step` before it.
     """
 
     def before_step(self, view: "OptimizerView", step: int, max_steps: int) -> None:
@@ -46,6 +48,7 @@ class StepHooks(Protocol):
         return
 
 
+@runtime_checkable
 class Configured(Protocol):
     """A kind with settings: `config` is what it is bound to, an instance of its `Config`."""
 
@@ -53,6 +56,7 @@ class Configured(Protocol):
     config: Any
 
 
+@runtime_checkable
 class Prepare(Protocol):
     """A layer's weight (out, in), float32 -> the weight to quantize instead, and named tensors.
     `quantized`: a weight -> what it stands for once stored.
@@ -63,12 +67,14 @@ class Prepare(Protocol):
     ) -> "tuple[Tensor, dict[str, Tensor]]": ...
 
 
+@runtime_checkable
 class ExtraLoss(Protocol):
     """A scalar that is added to the objective once a step, and to no loss that is recorded."""
 
     def __call__(self, model: "nn.Module") -> "Tensor": ...
 
 
+@runtime_checkable
 class ReadExport(Protocol):
     """The base with the export in `folder` on it."""
 
@@ -126,7 +132,7 @@ class Adapter(Configured, StepHooks, Protocol):
 
     def state(self, model: "nn.Module") -> Any:
         """What resuming needs beside trained parameters and optimizer, the same on every rank:
-        tensors, numbers, strings, lists and dictionaries of them.
+        tensors, numbers, strings, lists and dicts of them.
         """
         return None
 
@@ -143,12 +149,14 @@ class Adapter(Configured, StepHooks, Protocol):
         return weights
 
 
+@runtime_checkable
 class Linear(Protocol):
     """A frozen layer around a stored weight, with the bias (out,) of the layer it replaces."""
 
     def __call__(self, stored: Any, bias: "Tensor | None") -> "nn.Module": ...
 
 
+@runtime_checkable
 class WeightOf(Protocol):
     """The weight (out, in) that a layer of `linear` stands for, in the dtype that it had."""
 
@@ -176,14 +184,14 @@ class Quantizer(Configured, Protocol):
 
     @abstractmethod
     def stored_bytes(self, stored: Any) -> int:
-        """Bytes of a stored form, scales included."""
+        """Bytes of a stored form with its scales."""
 
     @abstractmethod
     def layer_bytes(self, inputs: int, outputs: int, dtype_bits: int) -> int:
         """The same, from the sizes alone; `dtype_bits` are those of the model's dtype."""
 
     def supports(self, model: "Model", quantizer: Choice, zero_stage: int) -> str | None:
-        """Why it cannot store this model at this ZeRO stage; None if it can."""
+        """Why it cannot store a model at a ZeRO stage; None if it can."""
         return None
 
     def not_compiled(self) -> str | None:
@@ -271,7 +279,7 @@ class TaskFamily(Configured, Protocol):
 
     @abstractmethod
     def score(self, sums: "np.ndarray") -> "dict[str, np.ndarray]":
-        """Metric -> values (...), from summed tallies (..., cells)."""
+        """Metric -> values (...), from summed tallies."""
 
 
 @runtime_checkable
@@ -280,15 +288,15 @@ class Report(Protocol):
 
     @abstractmethod
     def build(
-        self, rows: Sequence[dict[str, Any]], scale: str, published: "Sequence[Published]"
+        self, rows: "Sequence[CellResult]", scale: str, published: "Sequence[Published]"
     ) -> "Table":
         """The table."""
 
-    def panels(self, rows: Sequence[dict[str, Any]]) -> "tuple[Panel, ...]":
+    def panels(self, rows: "Sequence[CellResult]") -> "tuple[Panel, ...]":
         """Its figure of dots with intervals; empty where it has none."""
         return ()
 
-    def charts(self, rows: Sequence[dict[str, Any]]) -> "tuple[Chart, ...]":
+    def charts(self, rows: "Sequence[CellResult]") -> "tuple[Chart, ...]":
         """Its figure of curves; empty where it has none."""
         return ()
 

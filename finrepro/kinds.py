@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
     if kind not in kinds(package):
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
-    return importlib.import_module(f"{HOMES[package]}.{kind}")
+    name = f"{HOMES[package]}.{kind}"
+    return sys.modules.get(name) or importlib.import_module(name)  # asked for ten times a cell
 
 
 def implementation(package: str, kind: str, where: str = "", contract: str = "") -> type[Any]:

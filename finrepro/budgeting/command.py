@@ -98,7 +98,7 @@ def checked_request(
 
 def _paper_model(name: str) -> Model:
     allowed = [
-        key for key, entry in reader.catalogue("models").items() if entry.get("scale") == "paper"
+        key for key, entry in reader.entries("models").items() if entry.get("scale") == "paper"
     ]
     if name not in allowed:
         raise unknown("model", name, allowed)
@@ -112,7 +112,7 @@ def _cluster(
     products reach now; with remarks for the reader.
     """
     if (gpu is None) == (not measure):
-        allowed = ", ".join(reader.catalogue("hardware"))
+        allowed = ", ".join(reader.entries("hardware"))
         raise UsageError(f"give --gpu, one of: {allowed}; or --measure, for the device at hand.")
     if gpu is None:
         rate = at_hand()

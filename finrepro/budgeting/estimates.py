@@ -91,7 +91,7 @@ def catalogue_models() -> tuple[Model, ...]:
     """
     names = (
         name
-        for name, entry in reader.catalogue("models").items()
+        for name, entry in reader.entries("models").items()
         if entry.get("scale") == "paper" and entry.get("variant") == "base" and entry.get("hub")
     )
     return tuple(map(reader.model, names))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from finrepro.catalogue.reader import catalogue, entry
+from finrepro.catalogue.reader import entries, entry
 from finrepro.settings import PositiveFloat, build, settings
 
 Read = Literal["paper", "code", "second-hand"]
@@ -68,7 +68,7 @@ def law(name: str) -> Law:
 @cache
 def laws() -> tuple[Law, ...]:
     """Every law, in the file's order."""
-    return tuple(law(name) for name in catalogue("scaling") if name != "repetition")
+    return tuple(law(name) for name in entries("scaling") if name != "repetition")
 
 
 @cache

@@ -17,7 +17,7 @@ from finrepro.reporting.curves import draw_charts
 from finrepro.reporting.files import write_table
 from finrepro.reporting.table import Table
 from finrepro.sizes import flops
-from finrepro.sizes.account import Computed, account, shares
+from finrepro.sizes.account import Computed, model_account, shares
 
 SCALE: Scale = "paper"  # real models, whatever the machine
 STORED = ("none", "int8", "nf4")
@@ -79,4 +79,4 @@ def account_of(name: str, settings: Computed) -> dict[str, Any]:
     steps = (round(64 * 2 ** (step / POINTS)) for step in range(100))
     lengths = [length for length in steps if length <= flops.positions(model)]
     curve = {length: shares(flops.forward(model, length, causal=True)) for length in lengths}
-    return account(model, settings, stored) | {"curve": curve}
+    return model_account(model, settings, stored) | {"curve": curve}

@@ -91,5 +91,5 @@ def plan_campaign(
     """
     scale, why = choose_scale(selection, options.scale, place)
     cells = tuple(expand(selection, scale))
-    steps = planning.plan(list(cells), place, options.keep, ask_hub and scale == "paper")
+    steps = planning.plan_steps(list(cells), place, options.keep, ask_hub and scale == "paper")
     return CampaignPlan(selection, scale, why, place, options.jobs, cells, tuple(steps))

@@ -1,14 +1,8 @@
 """What of a cell's costs follows from its architecture alone, without a run."""
 
-from finrepro.catalogue.spec import Model, RunSpec
+from finrepro.catalogue.spec import RunSpec
 from finrepro.kinds import adapter_of
 from finrepro.sizes import memory
-from finrepro.sizes.shapes import block_sizes, depth
-
-
-def block_linear_parameters(model: Model) -> int:
-    """Weights of the linear layers in the blocks: what a quantizer stores in fewer bits."""
-    return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
 
 
 def base_bytes(spec: RunSpec) -> int:

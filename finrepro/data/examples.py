@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from finrepro.settings import settings
 
@@ -28,6 +29,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """sha256 over the examples in their order, with ids, texts, labels and sources: the identity of
     the data that a run read.
     """
+    return _fingerprint(tuple(examples))
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(examples: tuple[Example, ...]) -> str:
+    """Computed once a process for equal examples: a table's cells share their data sets."""
     digest = hashlib.sha256()
     for example in examples:
         fields = [
@@ -54,6 +61,12 @@ def overlap(splits: Splits) -> dict[str, int]:
 
     They are reported beside the scores and never removed: a published split is scored as published.
     """
+    return dict(_overlap(tuple(splits.items())))
+
+
+@lru_cache(maxsize=8)
+def _overlap(named: tuple[tuple[str, tuple[Example, ...]], ...]) -> dict[str, int]:
+    splits = dict(named)
     report = {}
     for name, examples in splits.items():
         counts = Counter(example.text for example in examples)

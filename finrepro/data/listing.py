@@ -19,7 +19,7 @@ def datasets(data_dir: Path | None) -> list[str]:
     is.
     """
     lines: list[str] = []
-    for name in reader.catalogue("datasets"):
+    for name in reader.entries("datasets"):
         lines += [*_description(reader.dataset(name), data_dir), ""]
     return lines[:-1]
 
@@ -28,7 +28,7 @@ def _description(dataset: Choice, data_dir: Path | None) -> list[str]:
     config = dataset.config
     tasks = [
         name
-        for name, task in reader.catalogue("tasks").items()
+        for name, task in reader.entries("tasks").items()
         if task.get("dataset") == dataset.name
     ]
     lines = textwrap.wrap(

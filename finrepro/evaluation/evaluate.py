@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finrepro.catalogue.spec import Evaluation, TaskSpec
+from finrepro.data.encoded import encode_once
 from finrepro.data.examples import Example
 from finrepro.data.tokens import cut, encode
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.log_likelihood import choice_log_likelihoods, text_log_likelihoods
 from finrepro.evaluation.share_out import Progress
 from finrepro.kinds import task_of
-from finrepro.statistics.bootstrap import intervals, paired_differences
+from finrepro.statistics.bootstrap import Interval, intervals, paired_differences
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,7 +100,7 @@ def answer(
         for prompt, choices in zip(prompts, options, strict=True)
         for choice in choices
     ]
-    encoded = iter(encode(tokenizer, pairs, max_seq_len, end=False))
+    encoded = iter(encode_once(tokenizer, pairs, max_seq_len, end=False))
     items = [[next(encoded) for _ in choices] for choices in options]
     answered = choice_log_likelihoods(model, items, settings.max_tokens, progress)
     rows = []
@@ -130,7 +131,7 @@ def _generated(
     assert new_tokens is not None
     pairs = [(family.prompt(example), "") for example in examples]
     room = max_seq_len - min(new_tokens, max_seq_len // 2)
-    prompts = [each.ids for each in encode(tokenizer, pairs, room, end=False)]
+    prompts = [each.ids for each in encode_once(tokenizer, pairs, room, end=False)]
     limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
     answers = generate(
         model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress
@@ -162,6 +163,7 @@ def score_rows(
         constants[reply] = family.tally(
             [{**row, "prediction": p} for row, p in zip(rows, said, strict=True)]
         )
+    gains: dict[str, dict[str, Interval]] = {}  # over each constant answer that is some best one
     scores = []
     for metric, interval in intervals(tally, clusters, family.score, **options).items():
         entry: dict[str, Any] = {
@@ -180,9 +182,11 @@ def score_rows(
                 constants,
                 key=lambda reply: sign * float(family.score(constants[reply].sum(0))[metric]),
             )
-            gain = paired_differences(tally, constants[best], clusters, family.score, **options)[
-                metric
-            ]
+            if best not in gains:
+                gains[best] = paired_differences(
+                    tally, constants[best], clusters, family.score, **options
+                )
+            gain = gains[best][metric]
             entry |= {
                 "constant": float(family.score(constants[best].sum(0))[metric]),
                 "constant_answer": best,

@@ -1,6 +1,4 @@
-"""A table from the store: cells joined with their results, given to the report, and written as
-Markdown, LaTeX and JSON.
-"""
+"""A table from the store: cells joined with their results, reported, and written to files."""
 
 import dataclasses
 
@@ -19,8 +17,8 @@ from finrepro.reporting.table import Table
 
 
 def file_stem(selection: Selection) -> str:
-    """Name of the table's files: a selection with other cells than the table's own has files of
-    its own.
+    """The name of the table's files. A selection of other cells than the table's default ones has
+    files of its own.
     """
     parts = [table(selection.table).report]
     parts += [name for name in ("quick", "full") if getattr(selection, name)]
@@ -33,26 +31,26 @@ def file_stem(selection: Selection) -> str:
 
 
 def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
-    """The table of the selected cells; the files, its figure among them, hold all of its cells,
-    whichever --only selected.
+    """The table of the selected cells. The files and the figure hold the cells that --only leaves
+    out as well.
     """
     report = report_of(table(selection.table).report)
     values = published() if scale == "paper" else ()
-    everything = (
+    all_cells = (
         cells
         if selection.only is None
         else expand(dataclasses.replace(selection, only=None), scale)
     )
-    rows = with_neighbours(selection, scale, everything, place)
-    whole_table = report.build(rows, scale, values)
+    rows = with_neighbours(selection, scale, all_cells, place)
+    full_table = report.build(rows, scale, values)
     figure = None
     if panels := report.panels(rows):
-        figure = draw(panels, whole_table.title)
+        figure = draw(panels, full_table.title)
     if charts := report.charts(rows):
-        figure = draw_charts(charts, whole_table.title, columns=2)
+        figure = draw_charts(charts, full_table.title, columns=2)
     path = place.store.results / "tables" / scale / file_stem(selection)
-    write_table(place.store.root, path, whole_table, figure)
-    if everything is cells:
-        return whole_table
+    write_table(place.store.root, path, full_table, figure)
+    if all_cells is cells:
+        return full_table
     selected_rows = with_neighbours(selection, scale, cells, place)
     return report.build(selected_rows, scale, values)

@@ -14,7 +14,7 @@ from finrepro.data.preparing import underway
 from finrepro.data.preparing.prepare import default_workers
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.evidence.place import Place
-from finrepro.planning.availability import corpus_missing_reason, is_fed, tokenizer_for
+from finrepro.planning.availability import is_fed, missing_corpus, tokenizer_for
 from finrepro.runtime import ranks
 
 END_SECONDS = 20
@@ -36,7 +36,7 @@ def preparing_corpus(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]
         )
         if corpora.corpus_of(part.task)
         and is_fed(spec, part.task)
-        and corpus_missing_reason(spec, part.task, place) is None
+        and missing_corpus(spec, part.task, place) is None
     ]
     try:
         for feeder in feeders:

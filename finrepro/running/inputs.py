@@ -97,7 +97,7 @@ def training_examples(
 ) -> "Sequence[Sample]":
     """Every training example, encoded, a part after the other; a repeated part stands there as
     often. Of running text, the windows of `corpora`, which `open_corpora` has opened."""
-    from finrepro.data.tokens import encode
+    from finrepro.data.encoded import encode_once
 
     if any(is_running_text(part.task) for part in spec.train_on.parts):
         return windows_of(spec, datasets, tokenizer, corpora)
@@ -106,5 +106,5 @@ def training_examples(
         task = task_of(part.task.task)
         examples = datasets[part.task.dataset.name].splits["train"]
         pairs = [(task.prompt(example), task.target(example)) for example in examples]
-        encoded += encode(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
+        encoded += encode_once(tokenizer, pairs, spec.train.max_seq_len, end=True) * part.repeat
     return encoded

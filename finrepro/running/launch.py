@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.arguments import seed_list
-from finrepro.catalogue.resolve import find
+from finrepro.catalogue.resolve import spec_of_label
 from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.errors import CellFailed, UsageError
@@ -43,7 +43,7 @@ def resolve(message: Message) -> RunSpec:
     selection = Selection(
         **{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None}
     )
-    spec = find(selection, message["scale"], message["label"])
+    spec = spec_of_label(selection, message["scale"], message["label"])
     if message["run_id"] not in (None, spec.run_id):
         raise CellFailed(
             f"{message['label']}: the configuration changed while the campaign was running."

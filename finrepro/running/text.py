@@ -11,7 +11,7 @@ from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, Interrupted, UsageError, unavailable_if_faulty
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
-from finrepro.planning.availability import corpus_missing_reason, is_fed
+from finrepro.planning.availability import is_fed, missing_corpus
 from finrepro.running.events import Emit, emit_phase
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def open_corpora(
         if name := corpus_of(part.task):
             folder, rows = folder_of(name, place.data_dir), spec.model.architecture["vocab_size"]
             with unavailable_if_faulty():
-                reason = corpus_missing_reason(spec, part.task, place)
+                reason = missing_corpus(spec, part.task, place)
                 if folder is None or reason:
                     raise EnvironmentFault(str(reason))
                 if is_fed(spec, part.task):

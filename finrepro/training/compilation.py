@@ -191,8 +191,8 @@ def _checked(comparison: dict[str, Any], dtype: str) -> list[dict[str, Any]]:
             if not off <= allowed:  # also a difference that is no number
                 raise CellFailed(
                     f"rank {rank}: compiled code computes something else: {quantity} off by "
-                    f"{off:.2g} of its length, {allowed:g} allowed (loss {result['loss']:.8g} eager, "
-                    f"{result['compiled_loss']:.8g} compiled; gradient norm "
+                    f"{off:.2g} of its length, {allowed:g} allowed (loss {result['loss']:.8g} "
+                    f"eager, {result['compiled_loss']:.8g} compiled; gradient norm "
                     f"{result['gradient_norm']:.8g} and {result['compiled_gradient_norm']:.8g})."
                 )
     return ranks

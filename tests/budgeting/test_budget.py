@@ -183,7 +183,7 @@ def test_the_nearest_model_is_the_one_whose_size_is_the_fewest_times_away():
 def test_every_constant_says_where_it_was_read(name: str):
     constants = scaling.repetition() if name == "repetition" else scaling.law(name)
     assert "arXiv" in constants.source and constants.read in ("paper", "code", "second-hand")
-    entry = reader.catalogue("scaling")[name]
+    entry = reader.entries("scaling")[name]
     missing = {key: value for key, value in entry.items() if key != "read"}
     with pytest.raises(UsageError):
         scaling.build(type(constants), {"name": name, **missing}, "scaling")

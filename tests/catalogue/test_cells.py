@@ -20,7 +20,7 @@ from fixtures.process import forget, one_line, python
 from finrepro.arguments import choice, seed_list
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.resolve import Cell, find
+from finrepro.catalogue.resolve import Cell, spec_of_label
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
 from finrepro.errors import UsageError
@@ -353,7 +353,7 @@ def identities(patterns: tuple[str, ...] = ALL, more: bool = True) -> dict[str, 
                 found[name + cell.label] = cell.spec.run_id
                 if cell.base is not None:
                     found[cell.base.label] = cell.base.run_id
-    for name in reader.catalogue("models"):
+    for name in reader.entries("models"):
         if isinstance(reader.model(name).pretrain, Pretrain):
             found[f"base {name}"] = reader.pretraining(reader.model(name)).run_id
     return found
@@ -654,11 +654,11 @@ def test_a_pattern_near_a_label_names_it():
 
 def test_a_cell_and_its_base_are_found_by_label():
     cell = expand(Selection("3"), "smoke")[0]
-    assert find(Selection("3"), "smoke", cell.label) == cell.spec
+    assert spec_of_label(Selection("3"), "smoke", cell.label) == cell.spec
     assert cell.base is not None
-    assert find(Selection("3"), "smoke", cell.base.label) == cell.base
+    assert spec_of_label(Selection("3"), "smoke", cell.base.label) == cell.base
     with pytest.raises(UsageError, match="unknown cell"):
-        find(Selection("3"), "smoke", "nothing")
+        spec_of_label(Selection("3"), "smoke", "nothing")
 
 
 @pytest.mark.parametrize(

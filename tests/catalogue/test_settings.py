@@ -206,7 +206,7 @@ def use_everything(store: Path) -> None:
     cells.
     """
     for name, resolve in RESOLVE.items():
-        for key in reader.catalogue(name):
+        for key in reader.entries(name):
             resolve(key)
     for scale in ("smoke", "paper"):
         for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True), Selection("5")):

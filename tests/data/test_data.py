@@ -24,10 +24,10 @@ from finrepro.errors import EnvironmentFault
 from finrepro.kinds import format_of
 from finrepro.settings import Choice
 
-DATASETS = tuple(reader.catalogue("datasets"))
+DATASETS = tuple(reader.entries("datasets"))
 TFNS = reader.dataset("tfns")
 FPB = reader.dataset("fpb")
-CORPORA = [entry for entry in map(entries.corpus_entry, reader.catalogue("corpora")) if entry.files]
+CORPORA = [entry for entry in map(entries.corpus_entry, reader.entries("corpora")) if entry.files]
 WITH_FILES = [*(reader.dataset(name).config for name in DATASETS), *CORPORA]
 
 

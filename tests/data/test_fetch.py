@@ -283,7 +283,7 @@ def test_no_secret_stands_in_a_message(
     assert reason_of(ValueError(text)) == expected
 
 
-@pytest.mark.parametrize("name", reader.catalogue("datasets"))
+@pytest.mark.parametrize("name", reader.entries("datasets"))
 def test_every_file_has_an_address(name: str):
     config = reader.dataset(name).config
     for file in config.files.values():

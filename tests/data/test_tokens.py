@@ -23,7 +23,7 @@ from finrepro.running.base import open_base
 FAMILIES = tuple(SPECIAL)
 ASKED = tuple(
     (name, template)
-    for name, entry in reader.catalogue("tasks").items()
+    for name, entry in reader.entries("tasks").items()
     for template in (entry.get("templates") or ("",))
 )
 AWKWARD = (

@@ -233,7 +233,7 @@ def test_the_constant_answers_are_those_of_the_corpus():
     assert found["f1_entity"] == pytest.approx(0.761, abs=5e-4)
 
 
-@pytest.mark.parametrize("template", reader.catalogue("tasks")["fin_ner"]["templates"])
+@pytest.mark.parametrize("template", reader.entries("tasks")["fin_ner"]["templates"])
 def test_a_repeated_prompt_finds_nothing(template: str):
     config = reader.task("fin_ner", template).task.config
     examples = SPLITS["test"]

@@ -20,7 +20,7 @@ from finrepro.data.examples import Example, Splits
 from finrepro.errors import UsageError
 from finrepro.kinds import choose, kind_module
 
-RAW = reader.catalogue("tasks")
+RAW = reader.entries("tasks")
 CLASSIFICATION = tuple(name for name in RAW if RAW[name]["kind"] == "classification")
 PROMPTS = [(name, template) for name in CLASSIFICATION for template in RAW[name]["templates"]]
 # Constant-answer baselines of the published test sets, counted from the files: accuracy, weighted
@@ -225,8 +225,9 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from finrepro.catalogue import reader as catalogue; from finrepro.data import files as data
+from finrepro.kinds import kind_module
 folder = os.environ.get("DATA")
-raw, found, loaded = catalogue.catalogue("tasks"), {}, {}
+raw, found, loaded = catalogue.entries("tasks"), {}, {}
 for name in (name for name in raw if "templates" in raw[name]):
     for number, template in enumerate(raw[name]["templates"]):
         spec = catalogue.task(name, template)

@@ -72,7 +72,7 @@ def test_its_cells_are_found_and_stale(older: Place, cell: Cell) -> None:
 
 def test_a_table_that_keeps_it_shows_its_scores(older: Place, cell: Cell) -> None:
     before = content(older)
-    (step,) = [step for step in plan.plan([cell], older, keep=True) if step.spec == cell.spec]
+    (step,) = [step for step in plan.plan_steps([cell], older, keep=True) if step.spec == cell.spec]
     assert (step.action, step.state) == ("keep", store.STALE)
     table = tabulate(SELECTION, "smoke", [cell], older)
     value = (older.store.result(DONE) or {})["scores"][0]["value"]

@@ -1007,6 +1007,7 @@ import json
 import sys
 from pathlib import Path
 from fixtures.model import MINIATURES, make, spec_of, stir
+from finrepro.kinds import adapter_of
 from finrepro.runtime import process as runtime
 runtime.quiet_environment()
 runtime.setup(0, 2)

@@ -30,7 +30,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from finrepro.catalogue import reader
-from finrepro.catalogue.footprint import base_bytes, block_linear_parameters
+from finrepro.catalogue.footprint import base_bytes
 from finrepro.errors import UsageError
 from finrepro.evaluation.log_likelihood import text_log_likelihoods
 from finrepro.kinds import kind_module, kinds
@@ -38,7 +38,7 @@ from finrepro.methods.layers.linear import linear_layers
 from finrepro.methods.quantizers import bnb_4bit, bnb_int8
 from finrepro.models.build import load, quantize
 from finrepro.settings import Choice, build
-from finrepro.sizes.shapes import block_sizes, depth
+from finrepro.sizes.shapes import block_sizes, depth, linear_parameters
 
 # The sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
 NF4 = (
@@ -365,9 +365,9 @@ def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
     sizes = STORAGE[name] | {"fp4": STORAGE[name]["nf4"]}
     for quantizer, expected in sizes.items():
         storage_is_the_tables(name, quantizer, expected)
-    single = sizes["nf4"] + SINGLE * block_linear_parameters(reader.model(name)) / 1e9
+    single = sizes["nf4"] + SINGLE * linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "nf4_single", single)
-    with_tau = sizes["nf4"] + 0.126 / 8 * block_linear_parameters(reader.model(name)) / 1e9
+    with_tau = sizes["nf4"] + 0.126 / 8 * linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "icq", with_tau)
     broken(storage_is_the_tables, name, "int8", sizes["none"])
 

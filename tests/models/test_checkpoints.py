@@ -23,7 +23,7 @@ from finrepro.evidence.manifest import file_digest
 from finrepro.models import checkpoints
 from finrepro.models import safetensors as shards
 
-REAL = tuple(name for name, entry in reader.catalogue("models").items() if entry.get("hub"))
+REAL = tuple(name for name, entry in reader.entries("models").items() if entry.get("hub"))
 MODEL = reader.model("llama3_1_8b")
 CANARY = "hf_" + "CANARYcanary0123456789"
 

@@ -40,6 +40,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(
         write_bytes(target, content)
 
     monkeypatch.setattr(files, "write_bytes", full)
-    with pytest.raises(EnvironmentFault, match=f"no space left on the disk of {tmp_path};"):
+    with pytest.raises(EnvironmentFault, match=f"no space left for {tmp_path} "):
         files.write_table(tmp_path, path, Table("table9", "l", "Another", ("A",), ()))
     assert path.with_name("table9.tex").read_bytes() == old

@@ -153,7 +153,7 @@ def test_the_published_compression_is_put_to_the_test():
         and "2.60x" in notes
     )
     assert "allow 2.30x" in notes and "56.6 % of the first" in notes
-    without = [each for each in ACCOUNTS if each["model"] != table1.CLAIMED]
+    without = [each for each in ACCOUNTS if each["model"] != "gpt2_1_5b"]
     assert "0.59 GB" not in "\n".join(table1.build(without, SETTINGS).notes)
 
 
@@ -198,7 +198,7 @@ def test_the_figure_has_a_chart_a_model_and_its_curves_fill_the_whole():
     charts = table1.charts(ACCOUNTS)
     assert [chart.title for chart in charts] == list(REAL)
     for chart in charts:
-        assert [curve.name for curve in chart.curves] == list(table1.PARTS.values())
+        assert [curve.name for curve in chart.curves] == list(table1.TERMS.values())
         assert all(
             sum(parts) == pytest.approx(1)
             for parts in zip(*(curve.y for curve in chart.curves), strict=True)

@@ -36,3 +36,36 @@ def test_a_closed_output_does_not_keep_a_process_from_ending() -> None:
         [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, check=False, timeout=60
     )
     assert ended.returncode == 3 and not ended.stderr
+
+
+TOUCHES_MEMORY = """
+import resource, sys
+from finrepro.runtime import memory
+if sys.argv[1] == "reused":
+    memory.reuse_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        for size in (16 << 20, 8 << 20):
+            block = bytes(size)
+            block = bytearray(block)
+            del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def page_faults(how: str) -> int:
+    ended = subprocess.run(
+        [sys.executable, "-c", TOUCHES_MEMORY, how],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(ended.stdout)
+
+
+def test_memory_that_was_freed_is_used_again_without_a_page_fault() -> None:
+    assert page_faults("reused") < page_faults("as glibc does") / 10

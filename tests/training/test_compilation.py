@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.json_schema import result_faults
 from fixtures.model import (
     CPU,
     MINIATURES,
@@ -381,6 +382,7 @@ def test_the_result_has_the_proof(place: Place) -> None:
     few = dataclasses.replace(cell.train, compile=True, max_steps=2, warmup_steps=1)
     of = dataclasses.replace(cell, train=few)
     result = run.run_cell(of, place, lambda _: None, lambda: False)
+    assert result_faults(result) == []
     assert result["status"] == "done", result["reason"]
     written = place.store.result(of.run_id)
     assert written is not None and written["spec"]["train"]["compile"] is True

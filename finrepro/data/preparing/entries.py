@@ -124,18 +124,18 @@ def named_or_path(
 
     Raises `UsageError` for a name that is neither.
     """
-    if corpus in reader.catalogue("corpora"):
+    if corpus in reader.entries("corpora"):
         return sources_of(corpus, data_dir), corpus_entry(corpus).held_out
     path = Path(corpus).expanduser()
     if not path.exists():
-        raise unknown("corpus (or file, or folder)", corpus, reader.catalogue("corpora"))
+        raise unknown("corpus (or file, or folder)", corpus, reader.entries("corpora"))
     return Sources([LocalFiles(path.absolute(), **file_options)]), None
 
 
 def listed() -> list[str]:
     """A line for each corpus, for the list of data."""
     lines = []
-    for name in reader.catalogue("corpora"):
+    for name in reader.entries("corpora"):
         corpus = corpus_entry(name)
         origin = (
             "embedded" if corpus.embedded else "from the hub" if corpus.hub else "under --data-dir"

@@ -73,7 +73,7 @@ def copied(prepared: Path, tmp_path: Path) -> Path:
 
 
 def cell() -> RunSpec:
-    spec_of_cell = resolve.find(
+    spec_of_cell = resolve.spec_of_label(
         Selection(table="2", full=True), "paper", f"gpt2_127m-none-full-{NAME}-adamw-s0"
     )
     return dataclasses.replace(
@@ -101,7 +101,7 @@ def test_the_scored_dataset_is_read_and_its_training_split_is_not(prepared: Path
 
 def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(tmp_path: Path):
     place = Place(open_store(tmp_path), tmp_path, None)
-    reason = availability.data_of(cell(), place)
+    reason = availability.missing_data(cell(), place)
     assert str(reason).startswith(
         f"{unprepared_reason(NAME, tmp_path)}, or put the tokenizer of"
     ) and "invoke data --prepare openwebtext" in str(reason)

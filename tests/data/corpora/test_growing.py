@@ -542,7 +542,7 @@ def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Pat
 def cell(**changes: Any) -> RunSpec:
     """A miniature that is trained on WikiText-2 as it arrives."""
     label = "gpt2_1_5b_deep_mini-none-full-wikitext2_text-adamw-s0"
-    spec_of_cell = resolve.find(Selection(table="2"), "smoke", label)
+    spec_of_cell = resolve.spec_of_label(Selection(table="2"), "smoke", label)
     part = spec_of_cell.train_on.parts[0]
     config = dataclasses.replace(
         part.task.task.config, **{"corpus": "wikitext2", "order": "arriving", "block": 32} | changes
@@ -616,25 +616,27 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
 ) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
     reason = unprepared_reason("wikitext2", tmp_path)
-    message = str(availability.data_of(spec, place))
+    message = str(availability.missing_data(spec, place))
     assert message.startswith(str(reason)) and message.endswith(
         "under --models-dir: the cell then prepares it itself"
     )
     assert "invoke data --prepare wikitext2" in message
     assert "--data-dir" in str(
-        availability.data_of(spec, dataclasses.replace(place, data_dir=None))
+        availability.missing_data(spec, dataclasses.replace(place, data_dir=None))
     )
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
     copy_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
-    assert availability.data_of(real, place) is None, "of the model that it is compared with"
+    assert availability.missing_data(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
-    assert availability.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
+    assert (
+        availability.missing_data(dataclasses.replace(shuffled, model=real.model), place) == reason
+    )
     twice = dataclasses.replace(real, train_on=TrainSet(name="two", parts=real.train_on.parts * 2))
-    assert availability.data_of(twice, place) == reason, (
+    assert availability.missing_data(twice, place) == reason, (
         "corpora that are mixed have to be finished"
     )
     begun_with(tokenizer, tmp_path, 900)
-    assert availability.data_of(spec, place) is None, "its own tokenizer lies there"
+    assert availability.missing_data(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
         open_corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 

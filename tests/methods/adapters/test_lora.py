@@ -369,7 +369,7 @@ def test_named_targets_alone_are_counted() -> None:
     )
 
 
-@pytest.mark.parametrize("name", list(reader.catalogue("models")))
+@pytest.mark.parametrize("name", list(reader.entries("models")))
 def test_the_sizes_of_the_layers_are_those_of_the_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 

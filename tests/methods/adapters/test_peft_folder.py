@@ -319,4 +319,4 @@ def test_the_cells_of_an_adapter_are_those_of_its_base_and_the_scale_is_where_th
 
 def catalogue_name(base: str) -> str:
     """The catalogue's name of a base."""
-    return base if base in reader.catalogue("models") else "llama3_1_8b"
+    return base if base in reader.entries("models") else "llama3_1_8b"

@@ -270,7 +270,7 @@ def test_a_rank_that_does_not_fit_is_refused_and_no_quantizer_is(stage: int) -> 
     assert reason is not None and reason.startswith(
         "rank 1025 is more than llama3_1_8b can have in self_attn.k_proj"
     )
-    for quantizer in reader.catalogue("quantizers"):
+    for quantizer in reader.entries("quantizers"):
         if stage < 3 or quantizer != "int8":  # which ZeRO-3 cannot divide, whatever the adapter
             assert refusal(spec_of(model, "pissa_r8", quantizer, zero_stage=stage)) is None
 

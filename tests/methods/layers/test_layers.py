@@ -35,7 +35,7 @@ from finrepro.models.build import configuration
 from finrepro.running.seal import attention_used
 
 MODELS = tuple(
-    name for name in reader.catalogue("models") if reader.model(name).low_rank is None
+    name for name in reader.entries("models") if reader.model(name).low_rank is None
 )  # test_low_rank.py has the others
 HEADS = ((4, 4), (4, 2), (8, 1))  # multi-head, grouped-query, one key-value head
 

@@ -50,7 +50,7 @@ from finrepro.sizes.low_rank import LowRank, break_even, factor_sizes, solve
 from finrepro.sizes.shapes import block_sizes, dense_sizes, depth, other_parameters, rank
 
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"
-LOW_RANK = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
+LOW_RANK = tuple(name for name in reader.entries("models") if reader.model(name).low_rank)
 IDS = list(range(30, 60))
 
 
@@ -542,7 +542,7 @@ PLAIN = {
 def test_settings_that_cannot_be_are_one_line(
     changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = reader.catalogue("models")
+    entries = reader.entries("models")
     entry = {**entries["gpt2_127m_lr_r256"], "low_rank": {**PLAIN, **changes}}
     monkeypatch.setitem(entries, "x", entry)
     with pytest.raises(UsageError, match=says) as refused:
