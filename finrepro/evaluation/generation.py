@@ -39,7 +39,7 @@ def generate(
     together = in_step(model)
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
 
-    def compute(rows: packing.Rows) -> list[Tokens]:
+    def compute(rows: packing.ExampleIndices) -> list[Tokens]:
         return _continue(
             model,
             [prompts[row] for row in rows],

@@ -32,7 +32,7 @@ def text_log_likelihoods(
     _, head = backbone_and_head(model)
     lengths = [len(text.ids) for text in texts]
 
-    def compute(rows: packing.Rows) -> list[float]:
+    def compute(rows: packing.ExampleIndices) -> list[float]:
         batch = side_by_side([texts[row] for row in rows]).to(device)
         each = log_likelihood(head, hidden_states(model, batch)[batch.positions], batch.targets)
         parts = each.double().cpu().split([texts[row].num_supervised for row in rows])
@@ -65,7 +65,7 @@ def choice_log_likelihoods(
         for rest, choices in zip(rests, answers, strict=True)
     ]
 
-    def compute(rows: packing.Rows) -> list[list[float]]:
+    def compute(rows: packing.ExampleIndices) -> list[list[float]]:
         layout = [_branches(rests[row], answers[row], len(prefix)) for row in rows]
         return _one_pass(backbone, head, layout, len(prefix), cache, device)
 

@@ -26,8 +26,8 @@ def in_step(model: nn.Module) -> bool:
 
 
 def share_out(
-    batches: Sequence[packing.Rows],
-    compute: Callable[[packing.Rows], Sequence[Result]],
+    batches: Sequence[packing.ExampleIndices],
+    compute: Callable[[packing.ExampleIndices], Sequence[Result]],
     *,
     together: bool,
     progress: Progress | None = None,
