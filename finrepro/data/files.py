@@ -89,9 +89,9 @@ def roles(dataset: Choice, splits: Sequence[str] | None = None) -> tuple[str, ..
     config = dataset.config
     if splits is None:
         return tuple(config.files)
-    needed = format_of(dataset).needed
+    needed_files = format_of(dataset).needed
     read = ["train" if split == "development" else split for split in splits]
-    return tuple(dict.fromkeys(role for split in read for role in needed(split)))
+    return tuple(dict.fromkeys(role for split in read for role in needed_files(split)))
 
 
 def fetched_path(dataset: Choice, role: str) -> Path:
