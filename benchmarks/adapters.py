@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import adapter_of, kind_module
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -39,7 +40,6 @@ from finrepro.evidence.place import Place  # noqa: E402
 from finrepro.evidence.store import open_store  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
 from finrepro.running.base import embedded_tokenizer  # noqa: E402
-from finrepro.training import rates  # noqa: E402
 from finrepro.training.engines.base import Engine  # noqa: E402
 from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.hooks import Hooks  # noqa: E402
@@ -65,7 +65,7 @@ def specs(quantizer: str) -> dict[str, RunSpec]:
 def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
     """Enough of the real training set for a timing."""
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
-    module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
+    module, config = kind_module("tasks", spec.tasks[0].task.kind), spec.tasks[0].task.config
     train = files.load(spec.tasks[0].dataset, None).splits["train"][: BATCH * STEPS]
     pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
     return encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
@@ -121,7 +121,7 @@ class Training:
             spec.train, engine="ddp"
         )  # the one that leaves the optimizer's state where it can be counted
         self.hooks = Hooks(spec.adapter, settings.optimizer, built.model, settings.max_steps)
-        scale = rates.scale_of(spec.adapter)
+        scale = adapter_of(spec.adapter).lr_scale
         self.engine: Engine = start_engine(
             built.model, settings, self.device, scale, self.hooks.extra_loss
         )

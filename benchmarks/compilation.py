@@ -75,7 +75,7 @@ def model_of(family: str) -> Model:
 
 def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
     """Table 3's smoke cell with this model, in this layout."""
-    cell = resolve.find(
+    cell = resolve.spec_of_label(
         Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0"
     )
     engine: Any = "deepspeed" if adapter == "full" and CUDA else "ddp"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import kind_module
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -30,13 +31,13 @@ from _text import bare, paragraphs  # noqa: E402
 from finrepro.catalogue import reader  # noqa: E402
 from finrepro.data import files, packing  # noqa: E402
 from finrepro.data.batches import end_to_end  # noqa: E402
-from finrepro.data.corpora.index import FORMAT, INDEX, Index, dtype_for  # noqa: E402
+from finrepro.data.corpora.index import FORMAT, INDEX, Index, dtype_for, write_record  # noqa: E402
 from finrepro.data.corpora.stream import open_corpus  # noqa: E402
 from finrepro.data.corpora.windows import Windows  # noqa: E402
 from finrepro.data.preparing import tokenizing  # noqa: E402
 from finrepro.data.preparing.entries import sources_of  # noqa: E402
 from finrepro.data.preparing.prepare import Options, Sources, prepare  # noqa: E402
-from finrepro.data.preparing.writer import PREPARING, SplitWriter, write_durably  # noqa: E402
+from finrepro.data.preparing.writer import PREPARING, SplitWriter  # noqa: E402
 from finrepro.data.tokens import encode, train_tokenizer  # noqa: E402
 from finrepro.settings import plain  # noqa: E402
 
@@ -111,7 +112,7 @@ def random_corpus(folder: Path, tokens: int) -> Path:
         options={},
         counts={},
     )
-    write_durably(folder / INDEX, plain(index))
+    write_record(folder / INDEX, plain(index))
     return folder
 
 
@@ -234,12 +235,12 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
     """
     tokenizer.model_max_length = 10**9
     found: dict[str, Any] = {}
-    for name, entry in reader.catalogue("tasks").items():
+    for name, entry in reader.entries("tasks").items():
         template = next(iter(entry.get("templates") or {}), "")
         spec = reader.task(name, template)
-        if files.missing_reason(spec.dataset, data_dir, ("train",)):
+        if files.dataset_missing_reason(spec.dataset, data_dir, ("train",)):
             continue
-        module, config = spec.task.module("tasks"), spec.task.config
+        module, config = kind_module("tasks", spec.task.kind), spec.task.config
         train = files.load(spec.dataset, data_dir, ("train", "development")).splits["train"]
         pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
         lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import kind_module
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -71,7 +72,7 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     built = build(spec, None, device)
     (task,) = spec.tasks
-    module, config = task.task.module("tasks"), task.task.config
+    module, config = kind_module("tasks", task.task.kind), task.task.config
     splits = files.load(task.dataset, None).splits
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in splits["train"]]
     if trained_on == "text":

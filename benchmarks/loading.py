@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import kind_module
 from finrepro.runtime import memory, process
 
 process.quiet_environment()
@@ -89,7 +90,7 @@ def child(way: str, folder: Path) -> None:
     """Load once and print what it took."""
     process.setup(0, 2)
     quantizer = reader.quantizer("nf4", "bfloat16")
-    quantizer.module("quantizers").encode(
+    kind_module("quantizers", quantizer.kind).encode(
         torch.zeros(64, 64), quantizer.config
     )  # its library is loaded before the count begins
     configuration()

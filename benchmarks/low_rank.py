@@ -7,7 +7,7 @@ the bound stands for: the layers alone show what the factors do. 416 stands besi
 the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one
 thread, whose processor time is counted: the one clock that does not count a machine's other work. A
 CPU computes slowly next to its memory and cannot show where a GPU's memory becomes the limit, so
-the roofline ceiling of two GPUs stands beside each rank (finrepro/budget/roofline.py), and whether
+the roofline ceiling of two GPUs stands beside each rank (finrepro/budgeting/roofline.py), and whether
 they follow.
 """
 
@@ -23,12 +23,12 @@ import torch  # noqa: E402
 from _measure import interleaved, ratios, write  # noqa: E402
 from torch import nn  # noqa: E402
 
-from finrepro.budget import roofline as roof  # noqa: E402
-from finrepro.budget.hardware import hardware  # noqa: E402
+from finrepro.budgeting import roofline as roof  # noqa: E402
+from finrepro.budgeting.hardware import gpu as catalogue_gpu  # noqa: E402
 from finrepro.methods.layers.linear import linear_layers  # noqa: E402
 from finrepro.methods.layers.low_rank import like  # noqa: E402
 
-GPUS = {name: hardware(name) for name in ("h100", "h200")}
+GPUS = {name: catalogue_gpu(name) for name in ("h100", "h200")}
 WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
 BATCH, SEQ, REPEATS, THREADS = 4, 256, 4, 1
 TOKENS = 8192  # of the roofline: a micro-batch of eight sequences of 1,024

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finrepro import PROJECT
+from finrepro.kinds import kind_module
 from finrepro.runtime import memory, process
 
 process.quiet_environment()
@@ -53,7 +54,7 @@ def entropies(packed: torch.Tensor) -> np.ndarray:
 def measured(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
     """Measure -> a value a block."""
     choice = reader.quantizer(name, "float32")
-    module = choice.module("quantizers")
+    module = kind_module("quantizers", choice.kind)
     stored = module.encode(weight, choice.config)
     error = (module.decode(stored) - weight).double().square().view(-1, BLOCK).mean(
         1
@@ -69,7 +70,7 @@ def peak_mib(name: str, weight: torch.Tensor) -> int:
     choice = reader.quantizer(name, "float32")
     memory.reset_peak_memory(torch.device("cpu"))
     before = memory.peak_memory_bytes(torch.device("cpu"))
-    choice.module("quantizers").encode(weight, choice.config)
+    kind_module("quantizers", choice.kind).encode(weight, choice.config)
     return round((memory.peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
 
 
@@ -99,7 +100,9 @@ def main() -> None:
     weight, runs = weights("normal"), {}
     for name in QUANTIZERS:
         choice = reader.quantizer(name, "float32")
-        runs[name] = lambda choice=choice: choice.module("quantizers").encode(weight, choice.config)
+        runs[name] = lambda choice=choice: kind_module("quantizers", choice.kind).encode(
+            weight, choice.config
+        )
     times = interleaved(runs, REPEATS)
     summary: dict[str, Any] = {
         "seconds_per_million_weights": {

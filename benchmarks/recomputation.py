@@ -75,7 +75,7 @@ def model_of(low_rank: bool, blocks: int = BLOCKS, width: int = WIDTH) -> Model:
 
 def spec_of(model: Model, recomputed: bool) -> RunSpec:
     """Table 2's smoke cell with this model."""
-    cell = resolve.find(
+    cell = resolve.spec_of_label(
         Selection(table="2", full=True),
         "smoke",
         "gpt2_1_5b_deep_mini_lr-none-full-wikitext2_text-adamw-s0",

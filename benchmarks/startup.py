@@ -1,10 +1,18 @@
 """How long a user waits before anything happens: `invoke --list` and `invoke cells`, against an
 interpreter that does nothing.
+
+    python benchmarks/startup.py [FOLDER] [BASELINE]
+
+With BASELINE, another checkout of the project, its commands run in the same rounds.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from _measure import interleaved, write
 
@@ -13,22 +21,25 @@ from finrepro import PROJECT
 REPEATS = 9
 
 
+def run(command: list[str], checkout: Path) -> None:
+    """A whole process, in the checkout."""
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
+
+
 def main() -> None:
     """Whole processes, in turn."""
+    checkouts = {"": PROJECT}
+    if len(sys.argv) > 2:
+        checkouts["baseline_"] = Path(sys.argv[2]).resolve()
     with tempfile.TemporaryDirectory() as store:
-        commands = {
-            "python": [sys.executable, "-c", "pass"],
-            "invoke_list": [sys.executable, "-m", "invoke", "--list"],
-            "invoke_cells": [sys.executable, "-m", "invoke", "cells", "--store", store],
+        runs: dict[str, Callable[[], object]] = {
+            "python": partial(run, [sys.executable, "-c", "pass"], PROJECT)
         }
-        runs = {
-            name: (
-                lambda command=command: subprocess.run(
-                    command, cwd=PROJECT, check=True, capture_output=True
-                )
-            )
-            for name, command in commands.items()
-        }
+        for prefix, checkout in checkouts.items():
+            for name, command in (("list", ["--list"]), ("cells", ["cells", "--store", store])):
+                arguments = [sys.executable, "-m", "invoke", *command]
+                runs[f"{prefix}invoke_{name}"] = partial(run, arguments, checkout)
         seconds = interleaved(runs, REPEATS)
     summary = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
     write(

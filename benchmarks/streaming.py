@@ -35,12 +35,12 @@ from finrepro import PROJECT  # noqa: E402
 from finrepro.data.arriving.arriving import ArrivingWindows  # noqa: E402
 from finrepro.data.arriving.growing import open_arriving  # noqa: E402
 from finrepro.data.batches import end_to_end  # noqa: E402
-from finrepro.data.corpora.index import FORMAT, Begun  # noqa: E402
+from finrepro.data.corpora.index import FORMAT, Begun, write_record  # noqa: E402
 from finrepro.data.preparing import underway  # noqa: E402
 from finrepro.data.preparing.prepare import Options, Sources  # noqa: E402
 from finrepro.data.preparing.sources import Local  # noqa: E402
 from finrepro.data.preparing.tokenizing import load_encoder  # noqa: E402
-from finrepro.data.preparing.writer import PREPARING, write_durably  # noqa: E402
+from finrepro.data.preparing.writer import PREPARING  # noqa: E402
 from finrepro.data.tokens import train_tokenizer  # noqa: E402
 from finrepro.settings import plain  # noqa: E402
 
@@ -91,7 +91,7 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
         source=sources.description,
         options=plain(Options(validation=0.0, shard_tokens=SHARD)),
     )
-    write_durably(folder / PREPARING / underway.BEGUN, plain(note))
+    write_record(folder / PREPARING / underway.BEGUN, plain(note))
     command = [
         sys.executable,
         "-m",

@@ -4,6 +4,11 @@ command again.
 `reproduce --table 3` and `reproduce --table 3 --quick`, each into an empty store and once more;
 whole processes, with their children. Pinned to two processors where the system allows it, so that
 figures of larger machines compare.
+
+    python benchmarks/table3.py [FOLDER] [BASELINE]
+
+With BASELINE, another checkout of the project whose packages are the same, the whole table is run
+there as well, right before, and every run of one id is compared: its scores and predictions.
 """
 
 import json
@@ -24,15 +29,23 @@ from finrepro import PROJECT
 COMMANDS = {"whole": (), "quick": ("--quick",)}
 
 
-def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def reproduce(store: str, *options: str) -> list[str]:
+    """The command line of a table at smoke scale."""
+    table = ["reproduce", "--table", "3", "--scale", "smoke", "--store", store]
+    return [sys.executable, "-m", "invoke", *table, *options]
+
+
+def watched(
+    command: list[str], environment: dict[str, str], checkout: Path = PROJECT
+) -> dict[str, Any]:
     """Run a command; wall seconds, and the largest resident memory of its processes together,
     sampled ten times a second.
     """
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
-        cwd=PROJECT,
-        env=environment,
+        cwd=checkout,
+        env=environment | {"PYTHONPATH": str(checkout)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,6 +73,32 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     return {"seconds": seconds, "peak_memory_bytes": peak[0], "exit_code": process.returncode}
 
 
+def differing_runs(first: Path, second: Path) -> dict[str, list[str]]:
+    """Labels of the runs of both stores that are `equal` in scores and predictions, or `other`,
+    and those that only one store has.
+    """
+    labels: dict[str, list[str]] = {"equal": [], "other": [], "in one store": []}
+    folders = [
+        {path.parent.name: path.parent for path in store.glob("results/runs/*/result.json")}
+        for store in (first, second)
+    ]
+    for run_id in sorted(folders[0].keys() | folders[1].keys()):
+        pair = [folder[run_id] for folder in folders if run_id in folder]
+        results = [json.loads((path / "result.json").read_text("utf-8")) for path in pair]
+        predictions = [
+            (path / "predictions.jsonl").read_bytes()
+            for path in pair
+            if (path / "predictions.jsonl").is_file()
+        ]
+        kind = "other"
+        if len(pair) == 1:
+            kind = "in one store"
+        elif results[0]["scores"] == results[1]["scores"] and len(set(predictions)) <= 1:
+            kind = "equal"
+        labels[kind].append(results[0]["label"])
+    return labels
+
+
 def scores(store: Path) -> dict[str, dict[str, float]]:
     """Label -> accuracy and the lower bound of its gain over the constant answer, of what was
     trained long enough to show quality.
@@ -84,27 +123,28 @@ def main() -> None:
         for key, value in os.environ.items()
         if key not in ("FINREPRO_DATA_DIR", "FINREPRO_STORE")
     }
-    results = {}
+    results: dict[str, Any] = {}
+    baseline = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
     for name, options in COMMANDS.items():
-        with tempfile.TemporaryDirectory() as store:
-            base = [
-                sys.executable,
-                "-m",
-                "invoke",
-                "reproduce",
-                "--table",
-                "3",
-                "--scale",
-                "smoke",
-                "--store",
-                store,
-            ]
-            cold = watched([*base, *options], environment)
-            warm = watched([*base, *options], environment)
+        with tempfile.TemporaryDirectory() as store, tempfile.TemporaryDirectory() as other:
+            compared: dict[str, Any] = {}
+            if baseline and name == "whole":
+                compared["baseline"] = watched(reproduce(other, *options), environment, baseline)
+            cold = watched(reproduce(store, *options), environment)
+            warm = watched(reproduce(store, *options), environment)
             quality = scores(Path(store))
+            if compared:
+                compared["runs"] = differing_runs(Path(other), Path(store))
+                compared["of_baseline"] = cold["seconds"] / compared["baseline"]["seconds"]
             if name == "whole":
                 table = (Path(store) / "results/tables/smoke/table3.md").read_text(encoding="utf-8")
-        results[name] = {"cold": cold, "again": warm, "quality": quality, "processors": len(usable)}
+        results[name] = {
+            "cold": cold,
+            "again": warm,
+            "quality": quality,
+            "processors": len(usable),
+            **compared,
+        }
     summary = {
         name: {
             "cold_seconds": round(result["cold"]["seconds"], 1),
@@ -114,6 +154,12 @@ def main() -> None:
         }
         for name, result in results.items()
     }
+    if baseline:
+        whole = results["whole"]
+        summary["whole"] |= {
+            "of_baseline": round(whole["of_baseline"], 3),
+            "runs": {kind: len(labels) for kind, labels in whole["runs"].items()},
+        }
     cold, quick = results["whole"]["cold"], results["quick"]["cold"]
     tfns = {
         label: score for label, score in results["whole"]["quality"].items() if "-tfns-" in label

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finrepro.kinds import kind_module
 from finrepro.runtime import process
 
 process.quiet_environment()
@@ -67,7 +68,7 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
     spec = expand(Selection("3", only=CELL.format(task), weights="random"), "smoke")[0].spec
     device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
-    module, config = spec.tasks[0].task.module("tasks"), spec.tasks[0].task.config
+    module, config = kind_module("tasks", spec.tasks[0].task.kind), spec.tasks[0].task.config
     train = files.load(spec.tasks[0].dataset, data_dir).splits["train"]
     pairs = [(module.prompt(e, config), module.target(e, config)) for e in train]
     encoded = encode(tokenizer, pairs, MAX_SEQ_LEN, end=True)

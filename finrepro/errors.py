@@ -12,20 +12,20 @@ class FinreproError(Exception):
 
 
 class UsageError(FinreproError):
-    """The request or a configuration file is wrong."""
+    """The command line or a configuration file is wrong."""
 
     exit_code = 2
 
 
 class EnvironmentFault(FinreproError):
-    """The request is right, but this machine, store or data folder cannot serve it."""
+    """The command is right, but this machine, store or data folder cannot run it."""
 
     exit_code = 3
 
 
 class Unavailable(EnvironmentFault):
-    """What one cell starts from, a checkpoint or an adapter, is not here or not what it should
-    be: that cell is skipped, others run.
+    """A cell's checkpoint or adapter is missing or not the one it should be: that cell is skipped,
+    others run.
     """
 
 
@@ -35,12 +35,12 @@ class CellFailed(FinreproError):
     exit_code = 4
 
 
-def unknown(what: str, name: str, allowed: Iterable[str]) -> UsageError:
-    """A `UsageError` that names the wrong value, the nearest match and everything allowed."""
-    known = sorted(allowed)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
+    """A `UsageError` that names the unknown value, the nearest match and everything allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return UsageError(f"unknown {what} '{name}'.{hint} Allowed: {', '.join(known)}.")
+    return UsageError(f"unknown {kind} '{name}'.{hint} Allowed: {', '.join(names)}.")
 
 
 class Diverged(CellFailed):
@@ -48,13 +48,15 @@ class Diverged(CellFailed):
 
 
 class Interrupted(Exception):
-    """Asked to stop; after a step with a checkpoint, while text is waited for without."""
+    """A signal asked the run to stop: after a step, with a checkpoint, or while it waited for text,
+    without one.
+    """
 
 
 @contextmanager
 def unavailable_if_faulty() -> Iterator[None]:
-    """A fault of the checkpoint or the adapter is the cell's own: the campaign goes on without
-    it.
+    """Turn a fault of a checkpoint or an adapter into `Unavailable`, so that the campaign goes on
+    with the other cells.
     """
     try:
         yield

@@ -6,12 +6,9 @@ where a number is wanted.
 """
 
 import dataclasses
-import importlib
 import json
-import pkgutil
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -115,32 +112,6 @@ def _validator(cls: type) -> Any:
     return pydantic.TypeAdapter(cls)
 
 
-# Where the modules of each kind live; the file name is the `kind`.
-HOMES = {
-    "adapters": "finrepro.methods.adapters",
-    "quantizers": "finrepro.methods.quantizers",
-    "optimizers": "finrepro.methods.optimizers",
-    "datasets": "finrepro.data.formats",
-    "tasks": "finrepro.evaluation.tasks",
-    "report": "finrepro.reporting.tables",
-}
-
-
-@cache
-def kinds(package: str) -> tuple[str, ...]:
-    """Names of the modules in the home of `package`: the values that `kind` may take there."""
-    parent = importlib.import_module(HOMES[package])
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(parent.__path__)))
-
-
-def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
-    """The module that implements `kind`. Raises `UsageError` naming the known kinds."""
-    if kind not in kinds(package):
-        prefix = f"{where}: " if where else ""
-        raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
-    return importlib.import_module(f"{HOMES[package]}.{kind}")
-
-
 @settings
 class Choice:
     """A resolved catalogue entry: which file implements it, under which name it is listed, and
@@ -150,23 +121,6 @@ class Choice:
     name: str
     kind: str
     config: Any
-
-    def module(self, package: str) -> ModuleType:
-        """The implementing module, e.g. `choice.module("adapters")`."""
-        return kind_module(package, self.kind)
-
-
-def choose(package: str, name: str, entry: Any, where: str) -> Choice:
-    """Resolve one catalogue entry: check its kind, reject unknown settings, build the typed
-    `Config`.
-    """
-    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise UsageError(f"{where}: needs 'kind', one of {', '.join(kinds(package))}.")
-    module = kind_module(package, entry["kind"], where)
-    config = build(
-        module.Config, {key: value for key, value in entry.items() if key != "kind"}, where
-    )
-    return Choice(name=name, kind=entry["kind"], config=config)
 
 
 def plain(value: Any) -> Any:

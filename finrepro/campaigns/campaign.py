@@ -2,100 +2,74 @@
 table.
 """
 
-import dataclasses
 import queue
-import shlex
 import signal
-import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
-from finrepro.campaigns.display import Display, list_cells, list_launches
+from finrepro.campaigns.display import Display
 from finrepro.campaigns.local import Worker
-from finrepro.catalogue.cells import expand
-from finrepro.catalogue.resolve import Cell
+from finrepro.campaigns.log import CampaignLog
+from finrepro.campaigns.outcome import Reproduced
+from finrepro.campaigns.preview import CampaignOptions, CampaignPlan, plan_campaign
 from finrepro.catalogue.selection import Selection
-from finrepro.catalogue.spec import Scale
-from finrepro.errors import CellFailed, EnvironmentFault, UsageError
-from finrepro.evidence import files, provenance, store
+from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
 from finrepro.planning import machine
 from finrepro.planning import plan as planning
-from finrepro.reporting.tabulate import file_stem, tabulate
-from finrepro.running.worker import Event
-from finrepro.runtime.interrupts import held_back
-from finrepro.tracking.view import View, is_shown
+from finrepro.reporting.tabulate import tabulate
+from finrepro.running.events import Event
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a campaign is run; what it consists of is the `Selection`."""
+def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> Reproduced:
+    """Run a table's missing cells, record each, and write the table.
 
-    scale: str = "auto"
-    jobs: int = 1
-    keep: bool = False
-
-
-def choose_scale(selection: Selection, wanted: str, place: Place) -> tuple[Scale, str]:
-    """The scale, and why."""
-    if wanted == "auto":
-        whole = dataclasses.replace(selection, quick=False, full=False, only=None)
-        scales: tuple[Scale, ...] = ("smoke", "paper") if selection.adapter else ()
-        fitting = [
-            scale for scale in scales if any(not cell.refusal for cell in expand(whole, scale))
-        ]
-        if len(fitting) == 1:
-            return fitting[0], "the base of the adapter is there"
-        return planning.auto_scale(lambda: expand(whole, "paper"), place)
-    return ("paper" if wanted == "paper" else "smoke"), "asked for"
-
-
-def list_plan(selection: Selection, place: Place, options: Options, launches: bool = False) -> int:
-    """Print the selected cells with their states, or with what each needs and the command that
-    runs it. Nothing runs.
+    A cell that fails, or cannot run here, is a state and no error. Raises `UsageError` for a wrong
+    request, `EnvironmentFault` where the store is in use or full, `KeyboardInterrupt` when it is
+    stopped; what is finished by then is kept.
     """
-    scale, why = choose_scale(selection, options.scale, place)
-    steps = planning.plan(expand(selection, scale), place, options.keep)
-    display = Display()
-    display.say(f"Table {selection.table} at {scale} scale ({why}).")
-    if launches:
-        list_launches(steps, selection, scale, place)
-    else:
-        list_cells(steps)
-    display.plan(steps, place, options.jobs)
-    return 0
-
-
-def reproduce(selection: Selection, place: Place, options: Options) -> int:
-    """Run a table's missing cells and print it; the exit code (see finrepro.errors)."""
-    display = Display()
-    scale, why = choose_scale(selection, options.scale, place)
-    cells = expand(
-        selection, scale
-    )  # before anything is printed: a wrong request is answered in one line
-    display.say(f"Table {selection.table.removeprefix('table')} at {scale} scale ({why}).")
-    if all(cell.refusal for cell in cells):
-        raise UsageError(f"{cells[0].label}: {cells[0].refusal}.")
-    steps = planning.plan(cells, place, options.keep, ask_hub=scale == "paper")
+    display = Display(options.quiet)
+    plan = plan_campaign(selection, place, options, ask_hub=True)
+    display.say(plan.title)
+    if all(cell.refusal for cell in plan.cells):
+        raise UsageError(f"{plan.cells[0].label}: {plan.cells[0].refusal}.")
+    steps = list(plan.steps)
     planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
-    # `docker stop`, a batch system's time limit: as Ctrl-C. As process 1 of a container we would
-    # not even die of it otherwise.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with place.store.lock():
-        campaign = _Campaign(selection, scale, place, options, steps, display)
+    with _terminated_as_by_ctrl_c(), place.store.lock():
+        campaign = _Campaign(plan, options, display)
         try:
             campaign.run()
         finally:
             display.close()
-            rendered = tabulate(selection, scale, cells, place)
-            campaign.finish()
-    display.table(rendered, place.store.results / "tables" / scale)
-    return campaign.exit_code(cells)
+            table = tabulate(selection, plan.scale, list(plan.cells), place)
+            campaign.log.close()
+    return Reproduced(
+        table,
+        plan.scale,
+        place.store.results / "tables" / plan.scale,
+        {cell.label: place.store.state(cell.spec) for cell in plan.cells if not cell.refusal},
+    )
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM (`docker stop`, a batch system's time limit) interrupts as Ctrl-C does. As
+    process 1 of a container we would not even die of it otherwise. Only a main thread can do so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 class _Campaign:
@@ -103,58 +77,31 @@ class _Campaign:
     shows and records them.
     """
 
-    def __init__(
-        self,
-        selection: Selection,
-        scale: Scale,
-        place: Place,
-        options: Options,
-        steps: list[planning.Step],
-        display: Display,
-    ) -> None:
-        self.selection, self.scale, self.place, self.display = selection, scale, place, display
-        self.steps, self.jobs = steps, max(1, options.jobs)
+    def __init__(self, plan: CampaignPlan, options: CampaignOptions, display: Display) -> None:
+        self.plan, self.place, self.display = plan, plan.place, display
+        self.log = CampaignLog(plan, options)
         self.events: queue.Queue[tuple[planning.Step, Event]] = queue.Queue()
-        self.view: Any = None
-        self.parent = ""
-        started = time.time()
-        self.record: dict[str, Any] = {
-            "id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started))
-            + f"-{provenance.source_digest()[:6]}",
-            "table": f"table{selection.table.removeprefix('table')}",
-            "scale": scale,
-            "status": "running",
-            "command": shlex.join(sys.argv[1:]),
-            "started": started,
-            "ended": started,
-            "cells": [],
-            "rendered": file_stem(selection),
-            "environment": provenance.environment(),
-        }
 
     def run(self) -> None:
         """Record skipped cells, then run bases, then the cells on them."""
-        for step in self.steps:
+        for step in self.plan.steps:
             if step.action == "skip":
                 self._skip(step)
             elif step.action == "keep":
-                shown = is_shown(self.place.store, step.spec.run_id, self.record["table"])
-                self._note(step, "kept" if shown else "found", step.state)
-                if not shown:  # finished by a campaign that was cut off before it could record it
-                    self._project(step)
-        waiting = [step for step in self.steps if step.action == "run"]
+                self.log.note_finished(step)
+        waiting = [step for step in self.plan.steps if step.action == "run"]
         if not waiting:
             return
-        self._save()
+        self.log.save()
         workers = [
             Worker(
                 self.place,
-                self.selection,
-                self.scale,
+                self.plan.selection,
+                self.plan.scale,
                 self.place.store.results / "logs" / f"worker{number}.log",
                 card,
             )
-            for number, card in enumerate(machine.cards(min(self.jobs, len(waiting))))
+            for number, card in enumerate(machine.cards(min(self.plan.jobs, len(waiting))))
         ]
         for worker in workers:
             worker.log.write_text("")
@@ -165,11 +112,12 @@ class _Campaign:
         except (KeyboardInterrupt, EnvironmentFault) as error:
             if isinstance(error, KeyboardInterrupt):
                 self.display.say(
-                    "Stopping: the running cell saves its state. Run the same command again to go on."
+                    "Stopping: the running cell saves its state. "
+                    "Run the same command again to go on."
                 )
             for worker in workers:
                 worker.interrupt()
-            self.record["status"] = "interrupted"
+            self.log.interrupted()
             raise
         finally:
             for worker in workers:
@@ -185,14 +133,14 @@ class _Campaign:
         ready = {step.spec.run_id: threading.Event() for step in waiting if step.is_base}
         for worker in workers:
             threading.Thread(target=self._work, args=(worker, todo, ready), daemon=True).start()
-        left = len(waiting)
-        while left:
+        unfinished = len(waiting)
+        while unfinished:
             step, event = self.events.get()
             if event["event"] in ("step", "phase"):
                 self.display.progress(step, event)
             else:
                 self._finished(step, event)
-                left -= 1
+                unfinished -= 1
 
     def _work(
         self, worker: Worker, todo: "queue.Queue[planning.Step]", ready: dict[str, threading.Event]
@@ -211,15 +159,14 @@ class _Campaign:
                 state = self.place.store.state(step.base)
                 if state not in (store.DONE, store.STALE):
                     status = store.SKIPPED if state == store.SKIPPED else store.FAILED
-                    reason = f"its base {step.base.label} {'was skipped' if state == store.SKIPPED else 'failed'}"
+                    end = "was skipped" if state == store.SKIPPED else "failed"
+                    reason = f"its base {step.base.label} {end}"
                     self._pass_on(step, {"event": "died", "status": status, "reason": reason})
                     continue
             self._pass_on(step, {"event": "phase", "phase": "start"})
             try:
                 event = worker.run(step.spec, partial(self._pass_on, step))
-            except (
-                Exception
-            ) as error:  # of this thread, which must not leave the others waiting for it
+            except Exception as error:  # of this thread: the others must not wait for it for ever
                 event = {"event": "died", "reason": f"it could not be started: {error}"}
             if step.is_base:
                 ready[step.spec.run_id].set()
@@ -242,10 +189,10 @@ class _Campaign:
             seal_unfinished(step.spec, self.place.store, status, reason, time.time())
         self.display.finished(step, status, reason, self.place.store.result(step.spec.run_id))
         if status == store.SKIPPED:  # found out only when its base was opened
-            self._note(step, "skipped", status)
+            self.log.note(step, "skipped", status)
             return
-        self._note(step, "ran", status)
-        self._project(step)
+        self.log.note(step, "ran", status)
+        self.log.show(step)
 
     def _skip(self, step: planning.Step) -> None:
         """Record a skipped cell, unless the same is on record. It is no run: MLflow shows it in
@@ -254,55 +201,6 @@ class _Campaign:
         before = self.place.store.result(step.spec.run_id)
         if before is None or before["status"] != store.SKIPPED or before["reason"] != step.reason:
             seal_unfinished(step.spec, self.place.store, store.SKIPPED, step.reason, time.time())
-            self._note(step, "skipped", store.SKIPPED)
+            self.log.note(step, "skipped", store.SKIPPED)
         else:
-            self._note(step, "kept", store.SKIPPED)
-
-    def _note(self, step: planning.Step, outcome: str, status: str) -> None:
-        self.record["cells"].append(
-            {
-                "label": step.spec.label,
-                "run_id": step.spec.run_id,
-                "outcome": outcome,
-                "status": status,
-            }
-        )
-
-    def _save(self) -> None:
-        with files.disk_errors(self.place.store.root):
-            files.write_json(
-                self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record
-            )
-
-    def _project(self, step: planning.Step) -> None:
-        """Show a finished cell in MLflow."""
-        self._save()
-        if self.view is None:
-            with held_back():  # half a database is none
-                self.view = View(self.place.store)
-                self.parent = self.view.campaign(self.record)
-        self.view.cell(step.spec.run_id, self.record, self.parent)
-
-    def finish(self) -> None:
-        """Close the campaign, if it did anything."""
-        if (
-            all(cell["outcome"] == "kept" for cell in self.record["cells"])
-            and self.record["status"] == "running"
-        ):
-            return
-        failed = any(
-            cell["status"] in (store.FAILED, store.DIVERGED) for cell in self.record["cells"]
-        )
-        if self.record["status"] == "running":
-            self.record["status"] = "with failed cells" if failed else "finished"
-        self.record["ended"] = time.time()
-        self._save()
-        if self.view is not None:
-            self.view.campaign(self.record)
-
-    def exit_code(self, cells: list[Cell]) -> int:
-        """0; 4 if a cell failed; 3 if the only cell asked for was skipped."""
-        states = [self.place.store.state(cell.spec) for cell in cells if not cell.refusal]
-        if any(state in (store.FAILED, store.DIVERGED) for state in states):
-            return CellFailed.exit_code
-        return EnvironmentFault.exit_code if states == [store.SKIPPED] else 0
+            self.log.note(step, "kept", store.SKIPPED)

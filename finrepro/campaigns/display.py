@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from finrepro import PROJECT
+from finrepro import INSTALLED, PACKAGE, PROJECT
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.place import Place
@@ -19,8 +20,8 @@ from finrepro.evidence.store import default_root
 from finrepro.planning import memory_model, time
 from finrepro.planning import plan as planning
 from finrepro.reporting.table import Table, to_rich
+from finrepro.running.events import Event
 from finrepro.running.launch import command
-from finrepro.running.worker import Event
 
 STYLES = {
     "done": "green",
@@ -30,6 +31,13 @@ STYLES = {
     "skipped": "yellow",
     "refused": "dim",
 }
+
+
+def program() -> str:
+    """How the command line is called here: installed, in a checkout, in the image."""
+    if INSTALLED:
+        return "finrepro"
+    return "./run" if (PROJECT / "run").is_file() else "invoke"
 
 
 def duration(seconds: float) -> str:
@@ -42,17 +50,17 @@ def duration(seconds: float) -> str:
 class Display:
     """The terminal; without one (a log file, CI) the same facts, a line each, and no bars."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        self.done = self.total = 0
+        self.completed = self.total = 0
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)
 
-    def plan(self, steps: list[planning.Step], place: Place, jobs: int) -> None:
+    def plan(self, steps: Sequence[planning.Step], place: Place, jobs: int) -> None:
         """How many cells run, are kept, skipped and refused, with each reason once, and about
         how long it takes.
         """
@@ -71,10 +79,9 @@ class Display:
         for step in steps:
             if step.reason:
                 reasons.setdefault(f"{_DOING[step.action]}: {step.reason}", []).append(step)
-        for reason, named in reasons.items():
-            self.say(
-                f"  {named[0].spec.label}{f' and {len(named) - 1} more' if len(named) > 1 else ''} - {reason}"
-            )
+        for reason, alike in reasons.items():
+            more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+            self.say(f"  {alike[0].spec.label}{more} - {reason}")
 
     def progress(self, step: planning.Step, event: Event) -> None:
         """Move the cell's bar."""
@@ -103,18 +110,18 @@ class Display:
         self, step: planning.Step, status: str, reason: str, result: dict[str, Any] | None
     ) -> None:
         """One line for a finished cell: its main score and its time, or its reason."""
-        self.done += 1
+        self.completed += 1
         label = step.spec.label
         if self.bars is not None and label in self.tasks:
             self.bars.remove_task(self.tasks.pop(label))
         text = reason
         if result and status == "done":
             score = result["scores"][0] if result["scores"] else None
-            shown = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality"
-            text = f"{shown}, {result['ended'] - result['started']:.0f} s"
+            quality = f"{score['metric']} {score['value']:.3f}" if score else "measured, no quality"
+            text = f"{quality}, {result['ended'] - result['started']:.0f} s"
         # One call: beside running bars, a line printed in parts would lose all but the last.
         line = (
-            f"[{self.done}/{self.total}] ",
+            f"[{self.completed}/{self.total}] ",
             (status, STYLES.get(status, "")),
             f" {label}: {text}",
         )
@@ -138,11 +145,7 @@ class Display:
             self.say(f"Table: {folder} (md, tex, json, svg, png).")
             return
         root = folder.parent.parent.parent
-        ui = (
-            ("./run" if (PROJECT / "run").is_file() else "invoke")
-            + " ui"
-            + f" --store {root}" * (root != default_root())
-        )
+        ui = f"{program()} ui" + f" --store {root}" * (root != default_root())
         self.say(
             f"Table: {folder} (md, tex, json). Evidence: {root / 'results' / 'runs'}. MLflow: {ui}"
         )
@@ -152,7 +155,7 @@ _NAMES = {"keep": "already done", "skip": "skipped", "refuse": "refused"}
 _DOING = {"run": "runs again", "keep": "kept", "skip": "skipped", "refuse": "refused"}
 
 
-def list_cells(steps: list[planning.Step]) -> None:
+def list_cells(steps: Sequence[planning.Step]) -> None:
     """Every cell with its label, run id, state, and reason."""
     console = Console(highlight=False)
     table = RichTable(box=None, pad_edge=False)
@@ -168,7 +171,7 @@ def list_cells(steps: list[planning.Step]) -> None:
 
 
 def list_launches(
-    steps: list[planning.Step], selection: Selection, scale: Scale, place: Place
+    steps: Sequence[planning.Step], selection: Selection, scale: Scale, place: Place
 ) -> None:
     """What every cell that is not refused needs, and the command that runs it by itself,
     wherever it is pasted.
@@ -186,8 +189,10 @@ def list_launches(
             if spec.train.engine != "deepspeed"
             else f"ZeRO-{spec.train.zero_stage}"
         )
-        needs = f"{devices} with {memory_model.needed_bytes(spec) / planning.GIB:.2f} GiB each, {sharing}"
+        gibibytes = memory_model.needed_bytes(spec) / planning.GIB
+        needs = f"{devices} with {gibibytes:.2f} GiB each, {sharing}"
         print(f"\n{spec.label}: {needs}; {step.state}{f' ({step.reason})' if step.reason else ''}")
         print(
-            f"  cd {shlex.quote(str(PROJECT))} && {setting}{shlex.join(command(spec, selection, scale, place))}"
+            f"  cd {shlex.quote(str(PACKAGE.parent))} && "
+            f"{setting}{shlex.join(command(spec, selection, scale, place))}"
         )

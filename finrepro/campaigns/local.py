@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 
-from finrepro import PROJECT
+from finrepro import PACKAGE
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
+from finrepro.running.events import Event
 from finrepro.running.launch import command, request
-from finrepro.running.worker import Event
 from finrepro.runtime import process as runtime
 
 FIRST_FAILURE = re.compile(
@@ -52,7 +52,7 @@ class Worker:
             with self.log.open("a") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "finrepro.running.worker"],
-                    cwd=PROJECT,
+                    cwd=PACKAGE.parent,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -100,7 +100,7 @@ class Worker:
                     "--source",
                     provenance.source_digest(),
                 ],
-                cwd=PROJECT,
+                cwd=PACKAGE.parent,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

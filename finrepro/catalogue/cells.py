@@ -5,7 +5,7 @@ combined named with its reason.
 import difflib
 
 from finrepro.catalogue.grid import checked_grid, grid_points
-from finrepro.catalogue.resolve import Cell, group_of, matches, resolve_cell
+from finrepro.catalogue.resolve import Cell, group_of, matches, resolve_cells
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import UsageError
@@ -18,15 +18,14 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
     grid = checked_grid(selection.table, scale)
     points = grid_points(selection, scale)
     only = ("*" if selection.only is None else selection.only,)
-    wanted = [point for point in points if matches(only, point.label)]
-    chosen = [point for point in wanted if group_of(grid, selection, point.label) is not None]
-    if not chosen:
+    matching = [point for point in points if matches(only, point.label)]
+    selected = [point for point in matching if group_of(grid, selection, point.label) is not None]
+    if not selected:
         raise _no_match(selection, [point.label for point in points])
-    cells = [resolve_cell(grid, selection, point) for point in chosen]
-    fitting = [cell for cell in cells if not cell.refusal]
-    return (
-        fitting if selection.adapter and fitting else cells
-    )  # an adapter from elsewhere is asked for on its own base
+    cells = resolve_cells(grid, selection, selected)
+    runnable = [cell for cell in cells if not cell.refusal]
+    # An adapter from elsewhere stands on its own base alone: other models' cells are not listed.
+    return runnable if selection.adapter and runnable else cells
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:
@@ -38,10 +37,11 @@ def _no_match(selection: Selection, labels: list[str]) -> UsageError:
             f"no cell of table {selection.table} is left with --quick and these seeds."
         )
     if not (selection.full or selection.quick) and any(
-        matches((selection.only,), each) for each in labels
+        matches((selection.only,), label) for label in labels
     ):
         return UsageError(
-            f"the cells of table {selection.table} that match --only '{selection.only}' are not among its default ones: add --full."
+            f"the cells of table {selection.table} that match --only '{selection.only}' "
+            "are not among its default ones: add --full."
         )
     return UsageError(
         f"no cell of table {selection.table} matches --only '{selection.only}'"

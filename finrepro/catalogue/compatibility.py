@@ -2,19 +2,14 @@
 line, before anything is loaded.
 """
 
-from typing import TYPE_CHECKING
-
 from finrepro.catalogue.spec import Model, RunSpec
+from finrepro.kinds import adapter_of, optimizer_of, quantizer_of
 from finrepro.settings import Choice
-
-if TYPE_CHECKING:
-    from finrepro.catalogue.spec import RunSpec
 
 
 def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:
     """Why a quantizer cannot hold a model at a ZeRO stage, None if it can."""
-    supports = getattr(chosen.module("quantizers"), "supports", None)
-    return supports(stored_model, chosen, zero_stage) if supports else None
+    return quantizer_of(chosen).supports(stored_model, chosen, zero_stage)
 
 
 def refusal(spec: RunSpec) -> str | None:
@@ -25,27 +20,21 @@ def refusal(spec: RunSpec) -> str | None:
     if not spec.train.max_steps and len(spec.train_on.parts) > 1:
         return "an untrained model is scored on each task of a mix by itself"
     reason = unstorable(spec.model, spec.quantizer, stage)
-    choice, module = spec.adapter, spec.adapter.module("adapters")
-    reason = reason or module.supports(spec.model, spec.quantizer, stage, choice.config)
-    trainable = getattr(module, "supports_training", None)
-    reason = reason or (trainable(spec.train, choice.config) if trainable else None)
-    stepped = (
-        getattr(spec.train.optimizer.module("optimizers"), "supports", None)
-        if spec.train.max_steps
-        else None
-    )
-    reason = reason or (stepped(spec, spec.train.optimizer.config) if stepped else None)
+    method = adapter_of(spec.adapter)
+    reason = reason or method.supports(spec.model, spec.quantizer, stage)
+    reason = reason or method.supports_training(spec.train)
+    if spec.train.max_steps:
+        reason = reason or optimizer_of(spec.train.optimizer).supports(spec)
     return reason or not_compilable(spec)
 
 
-def not_compilable(spec: "RunSpec") -> str | None:
+def not_compilable(spec: RunSpec) -> str | None:
     """Why a cell that asks for it cannot be compiled, None if it can."""
     if not (spec.train.compile and spec.train.max_steps):
         return None
     if spec.train.zero_stage == 3:
-        return "torch.compile does not go with ZeRO stage 3, whose hooks gather and drop each layer's weights: take stage 0, 1 or 2"
-    for package, choice in (("quantizers", spec.quantizer), ("adapters", spec.adapter)):
-        says = getattr(choice.module(package), "not_compiled", None)
-        if says and (reason := says(choice.config)):
-            return str(reason)
-    return None
+        return (
+            "torch.compile does not go with ZeRO stage 3, whose hooks gather and drop each layer's "
+            "weights: take stage 0, 1 or 2"
+        )
+    return quantizer_of(spec.quantizer).not_compiled() or adapter_of(spec.adapter).not_compiled()

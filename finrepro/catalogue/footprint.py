@@ -1,13 +1,8 @@
 """What of a cell's costs follows from its architecture alone, without a run."""
 
-from finrepro.catalogue.spec import Model, RunSpec
+from finrepro.catalogue.spec import RunSpec
+from finrepro.kinds import adapter_of
 from finrepro.sizes import memory
-from finrepro.sizes.shapes import block_sizes, depth
-
-
-def block_linear_parameters(model: Model) -> int:
-    """Weights of the linear layers in the blocks: what a quantizer stores in fewer bits."""
-    return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
 
 
 def base_bytes(spec: RunSpec) -> int:
@@ -24,14 +19,12 @@ def sizes(spec: RunSpec) -> dict[str, int]:
     The file has a header besides, about a hundred bytes a tensor. A whole model is written in its
     own dtype, an adapter in float32.
     """
-    module, bits = spec.adapter.module("adapters"), 16 if spec.model.dtype == "bfloat16" else 32
-    trained = module.trainable_parameters(spec.model, spec.adapter.config)
-    written = getattr(module, "exported_parameters", None)
-    numbers = written(spec.model, spec.adapter.config, spec.train.max_steps) if written else trained
-    width = bits // 8 if getattr(module, "WHOLE_MODEL", False) else 4
+    method, bits = adapter_of(spec.adapter), 16 if spec.model.dtype == "bfloat16" else 32
+    numbers = method.exported_parameters(spec.model, spec.train.max_steps)
+    width = bits // 8 if method.WHOLE_MODEL else 4
     return {
         "total_params": spec.model.parameters,
-        "trainable_params": trained,
+        "trainable_params": method.trainable_parameters(spec.model),
         "base_bytes": base_bytes(spec),
         "trained_file_bytes": numbers * width,
     }

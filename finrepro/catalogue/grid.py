@@ -20,13 +20,11 @@ from finrepro.catalogue.table_file import Grid
 from finrepro.errors import UsageError, unknown
 
 AXES = ("model", "quantizer", "adapter", "train_on")  # in the order of a label
-
-
 WITH_OPTIMIZER = (*AXES, "optimizer")  # the last is not on every table
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One combination of a grid's axes, by catalogue names."""
 
     names: dict[str, str]
@@ -41,16 +39,16 @@ def checked_grid(name: str, scale: Scale) -> Grid:
     of them. Raises `UsageError` for another.
     """
     grid = grid_of(name, scale)
-    for each in grid.axes.model:
-        model(each)
-    for each in grid.axes.quantizer:
-        quantizer(each, "float32")
-    for each in grid.axes.adapter:
-        adapter(each)
-    for each in grid.axes.train_on:
-        train_set(each, grid.template)
-    for each in grid.axes.optimizer:
-        optimizer(each)
+    for model_name in grid.axes.model:
+        model(model_name)
+    for quantizer_name in grid.axes.quantizer:
+        quantizer(quantizer_name, "float32")
+    for adapter_name in grid.axes.adapter:
+        adapter(adapter_name)
+    for train_set_name in grid.axes.train_on:
+        train_set(train_set_name, grid.template)
+    for optimizer_name in grid.axes.optimizer:
+        optimizer(optimizer_name)
     where = f"tables.table{name.removeprefix('table')}.overrides.where"
     for axis, pattern in (pair for override in grid.overrides for pair in override.where.items()):
         if axis not in WITH_OPTIMIZER:
@@ -61,7 +59,7 @@ def checked_grid(name: str, scale: Scale) -> Grid:
     return grid
 
 
-def grid_points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
+def grid_points(selection: Selection, scale: Scale) -> tuple[GridPoint, ...]:
     """The axes crossed; `selection` replaces the seeds and the adapters."""
     grid = checked_grid(selection.table, scale)
     seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or grid.axes.seed
@@ -72,10 +70,10 @@ def grid_points(selection: Selection, scale: Scale) -> tuple[Point, ...]:
 @cache
 def _crossed(
     name: str, scale: Scale, adapters: tuple[str, ...], seeds: tuple[int, ...]
-) -> tuple[Point, ...]:
-    """Thousands of points, made once for however many selections."""
+) -> tuple[GridPoint, ...]:
+    """Cached: a table has thousands of points, and several selections cross the same axes."""
     axes = checked_grid(name, scale).axes
-    named = (
+    crossed = (
         axes.model,
         axes.quantizer,
         adapters,
@@ -83,8 +81,8 @@ def _crossed(
         *([axes.optimizer] if axes.optimizer else []),
     )
     points = []
-    for names in itertools.product(*named):
-        called = dict(zip(WITH_OPTIMIZER, names, strict=False))
+    for names in itertools.product(*crossed):
+        by_axis = dict(zip(WITH_OPTIMIZER, names, strict=False))
         for batch, seed in itertools.product(axes.batch or (None,), seeds):
-            points.append(Point(called, seed, batch, label_of(names, batch, seed)))
+            points.append(GridPoint(by_axis, seed, batch, label_of(names, batch, seed)))
     return tuple(points)

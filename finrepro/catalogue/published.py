@@ -1,9 +1,8 @@
-"""Values that others published: typed, each with what it was measured on, and whether a cell of
-ours measures the same thing.
+"""Values that others published, typed, each with what it was measured on.
 
 A file of configs/published holds one source: its metrics, known defects, test sets and systems
-(model and method), and the values, each typed once. Three levels of comparability, decided from
-facts alone:
+(model and method), and the values, each typed once; and the claims that it makes without a table.
+Three levels of comparability, decided from facts alone:
 
 - `comparable`: the same quantity, measured the same way as far as the source says;
 - `with reservations`: the same quantity (model, test set, labels, metric), but its recipe or the
@@ -12,6 +11,7 @@ facts alone:
 - `not comparable`: another quantity. No verdict.
 """
 
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from finrepro.errors import UsageError, unknown
@@ -24,8 +24,8 @@ VARIANTS = ("_chat", "_instruct")
 
 @settings
 class Metric:
-    """A metric there: the name of ours that is the same quantity, or None. `beside` is then the
-    one that it would be taken for.
+    """A metric of the source: our metric that is the same quantity, or None. `beside` is then the
+    one that a reader would take it for.
     """
 
     ours: str | None
@@ -35,8 +35,8 @@ class Metric:
 
 @settings
 class TestSet:
-    """What was asked there: the task here that asks the same, the number of rows, and `differs`,
-    why it is not the same after all.
+    """A test set of the source: our task that is the same, the number of rows, and `differs`, why
+    it is another one after all.
     """
 
     __test__ = False  # for pytest: not a test, whatever its name
@@ -52,8 +52,8 @@ class TestSet:
 
 @settings
 class System:
-    """What was scored there, exactly (`variant`, `method`, `recipe`), and the catalogue's names
-    for it where one fits.
+    """A model and method of the source (`variant`, `method`, `recipe`), and the catalogue's names
+    for them where one fits.
     """
 
     variant: str
@@ -61,18 +61,12 @@ class System:
     model: str
     adapter: str | None
     quantizer: str | None
-    one_of: tuple[
-        str, ...
-    ] = ()  # where `quantizer` is None because its sources disagree: what they say
-    scored_with: str | None = (
-        # the quantizer under the adapter when it was scored, where another one than in training
-        None
-    )
-    folder: str | None = (
-        # the adapter itself, as its authors published it: a cell of --adapter with this folder's
-        # name
-        None
-    )
+    # Where `quantizer` is None because the sources disagree: the quantizers that they name.
+    one_of: tuple[str, ...] = ()
+    # The quantizer under the adapter when it was scored, where another one than in training.
+    scored_with: str | None = None
+    # The adapter's own folder, as its authors published it: a cell of --adapter with this name.
+    folder: str | None = None
     source: str | None = None
     recipe: str | None = None
     trained_on: str | None = None
@@ -82,7 +76,7 @@ class System:
 
     @property
     def quantizers(self) -> tuple[str, ...]:
-        """What it may have been trained with; empty: nothing is known."""
+        """The quantizers that it may have been trained with; empty: not known."""
         return (self.quantizer,) if self.quantizer else self.one_of
 
 
@@ -95,7 +89,7 @@ class Margin:
 
 @settings
 class Published:
-    """One number. `defects` are sentences; `metric` is as named there, `measure.ours` as here."""
+    """One number. `defects` are sentences; `metric` is named as there, `measure.ours` as here."""
 
     name: str  # file.system.test_set.metric
     source: str
@@ -109,19 +103,31 @@ class Published:
 
 
 @settings
-class SourceFile:
-    """One file of configs/published. The defects named by `everywhere` hold for each of its
-    values.
+class Claim:
+    """A number that a source states without a table. `hypothesis` is our paper's name for it,
+    `model` the catalogue's entry that it is about, where that is known.
     """
+
+    value: PositiveFloat
+    says: str
+    source: str = ""  # the file's
+    hypothesis: str | None = None
+    model: str | None = None
+
+
+@settings
+class SourceFile:
+    """One file of configs/published. The defects of `everywhere` hold for each of its values."""
 
     source: str
     margin: Margin | None
-    metrics: dict[str, Metric]
-    defects: dict[str, str]
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    defects: dict[str, str] = field(default_factory=dict)
     everywhere: tuple[str, ...] = ()
-    test_sets: dict[str, TestSet]
-    systems: dict[str, System]
-    values: dict[str, dict[str, dict[str, PositiveFloat]]]
+    test_sets: dict[str, TestSet] = field(default_factory=dict)
+    systems: dict[str, System] = field(default_factory=dict)
+    values: dict[str, dict[str, dict[str, PositiveFloat]]] = field(default_factory=dict)
+    claims: dict[str, Claim] = field(default_factory=dict)
 
 
 def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
@@ -130,16 +136,16 @@ def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
     """
     file = build(SourceFile, entries, where)
     used: set[str] = set()
-    found = []
+    values = []
     for system_name, sets in file.values.items():
-        system = _named(file.systems, system_name, "system", where)
+        system = _defined(file.systems, system_name, "system", where)
         for set_name, numbers in sets.items():
-            test_set = _named(file.test_sets, set_name, "test set", where)
+            test_set = _defined(file.test_sets, set_name, "test set", where)
             for metric, value in numbers.items():
-                measure = _named(file.metrics, metric, "metric", where)
+                measure = _defined(file.metrics, metric, "metric", where)
                 ids = dict.fromkeys((*system.defects, *test_set.defects, *file.everywhere))
                 used |= {system_name, set_name, metric, *ids}
-                found.append(
+                values.append(
                     Published(
                         name=f"{where.removeprefix('published.')}.{system_name}.{set_name}.{metric}",
                         source=system.source or file.source,
@@ -149,17 +155,24 @@ def read(entries: dict[str, Any], where: str) -> tuple[Published, ...]:
                         measure=measure,
                         value=value,
                         margin=file.margin,
-                        defects=tuple(_named(file.defects, each, "defect", where) for each in ids),
+                        defects=tuple(_defined(file.defects, key, "defect", where) for key in ids),
                     )
                 )
     for kind in ("metrics", "defects", "test_sets", "systems"):
         for name in getattr(file, kind):
             if name not in used:
                 raise UsageError(f"{where}.{kind}.{name}: no value uses it.")
-    return tuple(found)
+    return tuple(values)
 
 
-def _named(entries: dict[str, Any], name: str, what: str, where: str) -> Any:
-    if name not in entries:
-        raise UsageError(f"{where}: {unknown(what, name, entries)}")
-    return entries[name]
+def read_claims(entries: dict[str, Any], where: str) -> dict[str, Claim]:
+    """The claims of one file by name, each with the file's source."""
+    file = build(SourceFile, entries, where)
+    return {name: replace(claim, source=file.source) for name, claim in file.claims.items()}
+
+
+def _defined(definitions: dict[str, Any], name: str, kind: str, where: str) -> Any:
+    """What the file defines under a name."""
+    if name not in definitions:
+        raise UsageError(f"{where}: {unknown(kind, name, definitions)}")
+    return definitions[name]

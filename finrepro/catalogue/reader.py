@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from finrepro import PROJECT
-from finrepro.catalogue.published import Published
+from finrepro.catalogue.published import Claim, Published, read_claims
 from finrepro.catalogue.published import read as read_published
 from finrepro.catalogue.spec import (
     Mix,
@@ -28,45 +28,46 @@ from finrepro.catalogue.spec import (
 )
 from finrepro.catalogue.table_file import Grid, TableFile
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, build, choose, kind_module, read_yaml
+from finrepro.kinds import choose, computed_report_of, report_of
+from finrepro.settings import Choice, build, read_yaml
 
 CONFIGS = PROJECT / "configs"
 
 
 @cache
-def catalogue(name: str) -> dict[str, Any]:
+def entries(name: str) -> dict[str, Any]:
     """Raw entries of configs/<name>.yaml."""
     return read_yaml(CONFIGS / f"{name}.yaml")
 
 
 def entry(name: str, key: str, what: str) -> dict[str, Any]:
-    """One raw entry; raises `UsageError` naming the known ones."""
-    entries = catalogue(name)
-    if key not in entries:
-        raise unknown(what, key, entries)
-    if not isinstance(entries[key], dict):
+    """One raw entry. Raises `UsageError` that names the nearest and all of them."""
+    by_name = entries(name)
+    if key not in by_name:
+        raise unknown(what, key, by_name)
+    if not isinstance(by_name[key], dict):
         raise UsageError(f"{name}.{key}: expected a mapping of settings.")
-    return entries[key]
+    return by_name[key]
 
 
 @cache
 def model(name: str) -> Model:
     """A resolved entry of models.yaml."""
-    found = build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
-    if found.low_rank is not None and found.low_rank.of is not None:
-        dense, where = model(found.low_rank.of), f"models.{name}.low_rank.of"
+    entry_model = build(Model, {"name": name, **entry("models", name, "model")}, f"models.{name}")
+    if entry_model.low_rank is not None and entry_model.low_rank.of is not None:
+        dense, where = model(entry_model.low_rank.of), f"models.{name}.low_rank.of"
         if dense.low_rank is not None or (dense.family, dense.architecture) != (
-            found.family,
-            found.architecture,
+            entry_model.family,
+            entry_model.architecture,
         ):
             raise UsageError(
                 f"{where}: {dense.name} is not the dense model of the same architecture."
             )
-        if found.pretrain is not None:
+        if entry_model.pretrain is not None:
             raise UsageError(
                 f"{where}: the weights are those of {dense.name}: leave out 'pretrain'."
             )
-    return found
+    return entry_model
 
 
 def origin(base: Model) -> Model:
@@ -75,11 +76,11 @@ def origin(base: Model) -> Model:
 
 
 def cell_of_table_2(base: Model) -> str | None:
-    """The label of the cell of table 2 that makes the weights that a model starts from; None
-    where a recipe or a hub does.
+    """The label of the cell of table 2 that trains the weights that a model starts from; None
+    where they come from a recipe or from the hub.
     """
-    made_by = origin(base).pretrain
-    return made_by if isinstance(made_by, str) else None
+    recipe_or_label = origin(base).pretrain
+    return recipe_or_label if isinstance(recipe_or_label, str) else None
 
 
 @cache
@@ -113,8 +114,8 @@ def dataset(name: str) -> Choice:
 
 @cache
 def task(name: str, template: str = "") -> TaskSpec:
-    """A resolved entry of tasks.yaml with its dataset; a task with templates keeps the chosen
-    one only.
+    """A resolved entry of tasks.yaml with its dataset; of a task's templates it holds the one
+    that is used.
     """
     values = dict(entry("tasks", name, "task"))
     templates = values.get("templates")
@@ -125,26 +126,24 @@ def task(name: str, template: str = "") -> TaskSpec:
             raise UsageError(f"tasks.{name}: {unknown('template', template, templates)}")
         values |= {"templates": {template: templates[template]}, "template": template}
     resolved = choose("tasks", name, values, f"tasks.{name}")
-    if (corpus := getattr(resolved.config, "corpus", None)) and corpus not in catalogue("corpora"):
-        raise UsageError(f"tasks.{name}.corpus: {unknown('corpus', corpus, catalogue('corpora'))}")
+    if (corpus := getattr(resolved.config, "corpus", None)) and corpus not in entries("corpora"):
+        raise UsageError(f"tasks.{name}.corpus: {unknown('corpus', corpus, entries('corpora'))}")
     return TaskSpec(task=resolved, dataset=dataset(resolved.config.dataset))
 
 
 @cache
 def train_set(name: str, template: str = "") -> tuple[TrainSet, tuple[TaskSpec, ...]]:
-    """What the name of a mix or of a task means: the set to train on, and the tasks that are
-    scored.
-    """
-    if name not in catalogue("mixes"):
-        if name not in catalogue("tasks"):
-            raise unknown("training set", name, [*catalogue("tasks"), *catalogue("mixes")])
+    """The training set of a task or of a mix of tasks, by name, and the tasks that are scored."""
+    if name not in entries("mixes"):
+        if name not in entries("tasks"):
+            raise unknown("training set", name, [*entries("tasks"), *entries("mixes")])
         single = task(name, template)
         return TrainSet(name=name, parts=(Part(task=single, repeat=1),)), (single,)
     mix = build(Mix, entry("mixes", name, "mix"), f"mixes.{name}")
     parts = tuple(
-        Part(task=task(each, template), repeat=repeat) for each, repeat in mix.parts.items()
+        Part(task=task(part, template), repeat=repeat) for part, repeat in mix.parts.items()
     )
-    return TrainSet(name=name, parts=parts), tuple(task(each, template) for each in mix.tasks)
+    return TrainSet(name=name, parts=parts), tuple(task(scored, template) for scored in mix.tasks)
 
 
 def train_settings(values: dict[str, Any], where: str) -> Train:
@@ -156,7 +155,7 @@ def train_settings(values: dict[str, Any], where: str) -> Train:
 
 @cache
 def _train_settings(text: str, where: str) -> Train:
-    """A table's hundreds of cells share a few of them."""
+    """Cached: the hundreds of cells of a table have a few different settings."""
     train = build(Train, json.loads(text), where)
     if isinstance(train.optimizer, str):
         return dataclasses.replace(train, optimizer=optimizer(train.optimizer))
@@ -176,6 +175,12 @@ def published() -> tuple[Published, ...]:
 
 
 @cache
+def claims(name: str) -> dict[str, Claim]:
+    """The claims of configs/published/<name>.yaml, by name."""
+    return read_claims(read_yaml(CONFIGS / "published" / f"{name}.yaml"), f"published.{name}")
+
+
+@cache
 def tables() -> tuple[str, ...]:
     """The tables that exist, as `table3`."""
     return tuple(sorted(path.stem for path in (CONFIGS / "tables").glob("table*.yaml")))
@@ -186,47 +191,47 @@ def table(name: str) -> TableFile:
     """A checked table file. `name` is `table3` or `3`."""
     full_name = name if name.startswith("table") else f"table{name}"
     if full_name not in tables():
-        numbers = [known.removeprefix("table") for known in tables()]
+        numbers = [file_name.removeprefix("table") for file_name in tables()]
         raise unknown("table", name, numbers)
-    found = build(
-        TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), f"tables.{full_name}"
-    )
-    if (found.smoke is None, found.paper is None) != (found.computed is not None,) * 2:
-        raise UsageError(f"tables.{full_name}: needs both smoke and paper, or computed alone.")
-    if found.smoke and found.paper:
-        found = dataclasses.replace(
-            found, smoke=_with_entries(found.smoke), paper=_with_entries(found.paper)
+    where = f"tables.{full_name}"
+    file = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), where)
+    if (file.smoke is None, file.paper is None) != (file.computed is not None,) * 2:
+        raise UsageError(f"{where}: needs both smoke and paper, or computed alone.")
+    if file.smoke and file.paper:
+        file = dataclasses.replace(
+            file, smoke=_with_entries(file.smoke), paper=_with_entries(file.paper)
         )
-    kind_module("report", found.report, f"tables.{full_name}.report")
-    if found.beside and found.beside not in tables():
-        raise UsageError(f"tables.{full_name}.beside: {unknown('table', found.beside, tables())}")
-    return found
+    report = report_of if file.computed is None else computed_report_of
+    report(file.report, f"{where}.report")
+    if file.beside and file.beside not in tables():
+        raise UsageError(f"{where}.beside: {unknown('table', file.beside, tables())}")
+    return file
 
 
 def grid(name: str, scale: Scale) -> Grid:
     """The cells of a table at a scale, unresolved. Raises `UsageError` for a table that has
     none.
     """
-    found: Grid | None = getattr(table(name), scale)
-    if found is None:
-        raise UsageError(
-            f"table {name.removeprefix('table')} is computed from the models' sizes: it has no cells."
-        )
-    return found
+    cells: Grid | None = getattr(table(name), scale)
+    if cells is None:
+        number = name.removeprefix("table")
+        raise UsageError(f"table {number} is computed from the models' sizes: it has no cells.")
+    return cells
 
 
 def _with_entries(grid: Grid) -> Grid:
     """A grid whose axes of adapters and quantizers say `*_*` and the like for every entry of
     that pattern, in the catalogue's order.
     """
-    named = {}
+    values = {}
     for axis in ("adapter", "quantizer"):
-        known = catalogue(f"{axis}s")
-        found = [
-            fnmatch.filter(known, each) or [each] for each in getattr(grid.axes, axis)
-        ]  # no match: unknown, and said later
-        named[axis] = tuple(dict.fromkeys(name for each in found for name in each))
-    return dataclasses.replace(grid, axes=dataclasses.replace(grid.axes, **named))
+        # A pattern without a match stays: `checked_grid` refuses it as an unknown name.
+        matches = [
+            fnmatch.filter(entries(f"{axis}s"), pattern) or [pattern]
+            for pattern in getattr(grid.axes, axis)
+        ]
+        values[axis] = tuple(dict.fromkeys(name for names in matches for name in names))
+    return dataclasses.replace(grid, axes=dataclasses.replace(grid.axes, **values))
 
 
 def pretraining(base: Model, seed: int = 0) -> RunSpec:

@@ -1,18 +1,20 @@
 """From a point of a grid to the resolved spec of its cell."""
 
+import dataclasses
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from finrepro.catalogue.compatibility import refusal
-from finrepro.catalogue.grid import Point, checked_grid, grid_points
+from finrepro.catalogue.grid import GridPoint, checked_grid, grid_points
 from finrepro.catalogue.reader import (
     adapter,
-    catalogue,
     cell_of_table_2,
+    entries,
     model,
     origin,
     pretraining,
@@ -24,13 +26,14 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale, Weights
 from finrepro.catalogue.table_file import Grid, Group
 from finrepro.errors import UsageError, unknown
-from finrepro.settings import Choice, choose, kind_module
+from finrepro.kinds import adapter_of, choose, kind_module
+from finrepro.settings import Choice
 
 
 @dataclass(frozen=True)
 class Cell:
     """A `RunSpec` of a table, or the reason why its combination is refused. `base` is the run
-    that the campaign makes first.
+    that trains its base model first.
     """
 
     spec: RunSpec
@@ -41,6 +44,9 @@ class Cell:
     def label(self) -> str:
         """The spec's label."""
         return self.spec.label
+
+
+EVERY = Group(cells=("*",))  # of a selection that leaves nothing out
 
 
 @cache
@@ -64,16 +70,36 @@ def group_of(grid: Grid, selection: Selection, label: str) -> Group | None:
         else grid.default
     )
     if not groups:
-        return Group(cells=("*",))
+        return EVERY
     return next((group for group in groups if matches(group.cells, label)), None)
 
 
-def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
+def resolve_cells(grid: Grid, selection: Selection, points: Iterable[GridPoint]) -> list[Cell]:
+    """As `resolve_cell`, in the order of the points. Those that differ in their seeds alone share
+    everything else, which is resolved and checked once.
+    """
+    resolved: dict[tuple[object, ...], Cell] = {}
+    cells = []
+    for point in points:
+        group = group_of(grid, selection, point.label)
+        alike = (*point.names.values(), point.batch, id(group))
+        cell = resolved.get(alike)
+        if cell is None:
+            cell = resolved[alike] = resolve_cell(grid, selection, point)
+        elif cell.label != point.label:
+            spec = dataclasses.replace(cell.spec, label=point.label, seed=point.seed)
+            cell = Cell(spec, cell.refusal, cell.base)
+        cells.append(cell)
+    return cells
+
+
+def resolve_cell(grid: Grid, selection: Selection, point: GridPoint) -> Cell:
     """Resolve one combination of catalogue names."""
     names = point.names
     base_model = model(names["model"])
-    chosen = foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
-    module = chosen.module("adapters")
+    adapter_choice = (
+        foreign_adapter(selection.adapter) if selection.adapter else adapter(names["adapter"])
+    )
     trained_on, scored = train_set(names["train_on"], grid.template)
     if grid.scratch and (selection.adapter or selection.weights != "pretrained"):
         flag = "--adapter" if selection.adapter else "--weights"
@@ -86,7 +112,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
     if "optimizer" in names:
         train |= {"optimizer": names["optimizer"]}
     group = group_of(grid, selection, point.label)
-    if not module.trainable_parameters(base_model, chosen.config):
+    if not adapter_of(adapter_choice).trainable_parameters(base_model):
         train |= {"max_steps": 0, "warmup_steps": 0}
     elif group is not None:
         train |= group.train
@@ -99,7 +125,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         else None,
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
-        adapter=chosen,
+        adapter=adapter_choice,
         train_on=trained_on,
         tasks=scored if grid.scored else (),
         train=train_settings(train, f"tables.table{selection.table.removeprefix('table')}.train"),
@@ -107,7 +133,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
         seed=point.seed,
         threads=grid.threads,
         world_size=selection.world_size or devices,
-        stored_as=tuple(quantizer(each, base_model.dtype) for each in grid.stored_as),
+        stored_as=tuple(quantizer(name, base_model.dtype) for name in grid.stored_as),
     )
     return Cell(
         spec=spec, refusal=refusal(spec), base=None if cell_of_table_2(base_model) else base
@@ -116,8 +142,8 @@ def resolve_cell(grid: Grid, selection: Selection, point: Point) -> Cell:
 
 @cache
 def base_of(name: str) -> RunSpec | None:
-    """The run that makes the weights that a model starts from, by its recipe or as a cell of
-    table 2; None where no run does.
+    """The run that trains the weights that a model starts from, by its recipe or as a cell of
+    table 2; None where they are not trained here.
     """
     trained = origin(model(name))
     label = cell_of_table_2(trained)
@@ -137,36 +163,31 @@ def foreign_adapter(folder: str) -> Choice:
     """An adapter made elsewhere: a PEFT folder as a choice of the adapter axis, under the
     folder's name.
     """
-    if Path(folder).name in catalogue("adapters"):
+    name = Path(folder).name
+    if name in entries("adapters"):
         raise UsageError(
-            f"--adapter {folder}: '{Path(folder).name}' is an adapter of this package; give the folder another name."
+            f"--adapter {folder}: '{name}' is an adapter of this package; "
+            "give the folder another name."
         )
-    module = kind_module("adapters", "peft_folder")
-    return choose(
-        "adapters",
-        Path(folder).name,
-        {"kind": "peft_folder", **module.from_folder(Path(folder))},
-        "--adapter",
-    )
+    settings = kind_module("adapters", "peft_folder").from_folder(Path(folder))
+    return choose("adapters", name, {"kind": "peft_folder", **settings}, "--adapter")
 
 
 def _overridden(grid: Grid, names: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """The grid's training settings with every override that holds for the names, and the number
-    of devices.
+    """The grid's training settings with the overrides that match the names, and the number of
+    devices.
     """
     train, devices = dict(grid.train), 1
     for override in grid.overrides:
-        if all(
-            fnmatch.fnmatchcase(names[axis], pattern) for axis, pattern in override.where.items()
-        ):
+        if all(matches((pattern,), names[axis]) for axis, pattern in override.where.items()):
             train |= override.train
             devices = override.devices or devices
     return train, devices
 
 
-def find(selection: Selection, scale: Scale, label: str) -> RunSpec:
-    """The cell of the selection, or the base of one, that has this label. Raises `UsageError` if
-    none has.
+def spec_of_label(selection: Selection, scale: Scale, label: str) -> RunSpec:
+    """The spec of the selection's cell, or of the base of one, with this label. Raises
+    `UsageError` where there is none.
     """
     grid = checked_grid(selection.table, scale)
     points = {point.label: point for point in grid_points(selection, scale)}

@@ -1,13 +1,15 @@
-"""What of a table a user asks for, and how it is said on the command line."""
+"""What of a table a user asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from finrepro.arguments import choice, count, seed_list
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Weights
-from finrepro.errors import UsageError, unknown
+from finrepro.errors import UsageError
 
 SCALES = ("auto", "smoke", "paper")
-WEIGHTS = ("pretrained", "random")
+WEIGHTS: tuple[Weights, ...] = ("pretrained", "random")
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,28 @@ class Selection:
     adapter: str | None = None
 
 
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """`0,1,2` as numbers. Raises `UsageError` on anything else."""
-    if text is None:
-        return None
-    try:
-        seeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--seeds '{text}': expected whole numbers separated by commas, as 0,1,2."
-        ) from None
-    if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(
-            f"--seeds '{text}': each seed is a different number from 0 to {2**32 - 1}."
-        )
-    return seeds
-
-
-def parse_choice(name: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """`value` if it is one of `allowed`, else `UsageError` with the nearest match."""
-    if value not in allowed:
-        raise unknown(f"--{name}", value, allowed)
-    return value
+def select(
+    table: str | int,
+    *,
+    quick: bool = False,
+    full: bool = False,
+    only: str | None = None,
+    seeds: Sequence[int] | None = None,
+    weights: str = "pretrained",
+    devices: int | None = None,
+    adapter: str | None = None,
+) -> Selection:
+    """A selection, checked before anything is opened. Raises `UsageError`."""
+    if table == "":
+        numbers = ", ".join(name.removeprefix("table") for name in reader.tables())
+        raise UsageError(f"--table is needed, one of: {numbers}.")
+    return Selection(
+        table=str(table).removeprefix("table"),
+        quick=quick,
+        full=full,
+        only=only,
+        seeds=None if seeds is None else seed_list(seeds),
+        weights=choice("weights", weights, WEIGHTS),
+        world_size=None if devices is None else count("devices", devices),
+        adapter=adapter,
+    )

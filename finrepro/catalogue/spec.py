@@ -1,5 +1,4 @@
-"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and the typed settings it
-is made of.
+"""What a cell is: a frozen `RunSpec`, whose hash is the run's identity, and its typed settings.
 
 Everything here is data. The values come from configs/, which finrepro.catalogue.reader reads.
 """
@@ -26,11 +25,10 @@ from finrepro.sizes.low_rank import LowRank
 from finrepro.sizes.shapes import rank
 
 Scale = Literal["smoke", "paper"]
-Weights = Literal[
-    "pretrained", "random", "scratch"
-]  # random: measured, not judged; scratch: trained from nothing here
+# random: costs are measured, quality is not; scratch: pretrained here from its initialisation.
+Weights = Literal["pretrained", "random", "scratch"]
 
-# Said about a thing, not part of it: these keys are left out of the hash at every depth.
+# Keys that describe a thing and decide no number: left out of the hash at every depth.
 DESCRIPTIVE = frozenset(
     [
         "name",
@@ -66,32 +64,27 @@ class Train:
     lr: PositiveFloat
     global_batch_size: Positive  # examples per optimizer step, over all devices
     max_tokens: Positive
-    layout: Literal[
-        "padded", "bins", "fastest"
-    ]  # fastest: whichever is, measured before training (finrepro.training.layout)
+    # fastest: measured before training (finrepro.training.layout)
+    layout: Literal["padded", "bins", "fastest"]
     max_seq_len: Positive  # tokens; longer prompts lose their beginning, never the answer
-    sort_window: (
-        Positive  # global batches that are sorted by length together; 1 leaves the random order
-    )
+    sort_window: Positive  # global batches sorted by length together; 1 leaves the random order
     max_grad_norm: PositiveFloat
     activation_checkpointing: bool
     zero_stage: Literal[0, 1, 2, 3]
     optimizer: Any  # settings with `kind`, or the name of an entry; a `Choice` once resolved
-    engine: Literal["deepspeed", "ddp"] = (
-        "deepspeed"  # ddp: torch's DistributedDataParallel, without DeepSpeed
-    )
-    compile: bool = later(
-        False
-    )  # torch.compile, proven equal before the first step (finrepro.training.compilation)
-    short: bool = (
-        False  # too short to show quality: the cell proves its path, and the table marks it
-    )
+    # ddp: torch's DistributedDataParallel, without DeepSpeed
+    engine: Literal["deepspeed", "ddp"] = "deepspeed"
+    # torch.compile, proven equal before the first step (finrepro.training.compilation)
+    compile: bool = later(False)
+    # Too short to show quality: the cell proves its path, and the table marks it.
+    short: bool = False
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for ZeRO without DeepSpeed."""
         if self.engine == "ddp" and self.zero_stage:
             raise ValueError(
-                "engine 'ddp' keeps whole copies of all: zero_stage must be 0, or engine 'deepspeed'"
+                "engine 'ddp' keeps whole copies of all: "
+                "zero_stage must be 0, or engine 'deepspeed'"
             )
 
 
@@ -112,7 +105,7 @@ class Evaluation:
 
 @settings
 class Pretrain:
-    """The run that makes a miniature's weights: a language-modelling task and how it is trained."""
+    """The run that trains a miniature's weights: a language-modelling task and its settings."""
 
     task: str
     threads: Positive
@@ -120,7 +113,7 @@ class Pretrain:
     evaluation: Evaluation
 
 
-# What of an architecture has to be written out: the sizes that the planner counts with.
+# Sizes that an entry's `architecture` has to state: parameters, FLOPs and memory follow from them.
 SIZES = {
     "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
     "llama": (
@@ -136,9 +129,7 @@ SIZES = {
 
 @settings
 class Hub:
-    """A place on the hub. `revision` is a commit that `source` was read to give, or None: not
-    pinned.
-    """
+    """A repository on the hub. `revision` is a commit, read from `source`; None: not pinned."""
 
     id: str
     revision: str | None
@@ -162,9 +153,8 @@ class Model:
     gated: bool = False
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one
-    pretrain: Pretrain | str | None = (
-        None  # what makes its weights: a recipe, or the cell of table 2 of this label
-    )
+    # What trains its weights: a recipe, or the cell of table 2 with this label.
+    pretrain: Pretrain | str | None = None
     low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
@@ -172,16 +162,16 @@ class Model:
         rank gives what is asked.
         """
         sizes = {key: self.architecture.get(key) for key in SIZES[self.family]}
-        wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
-        if wrong:
-            raise ValueError(f"architecture needs a whole number from 1 for {', '.join(wrong)}")
+        invalid = [key for key, size in sizes.items() if type(size) is not int or size < 1]
+        if invalid:
+            raise ValueError(f"architecture needs a whole number from 1 for {', '.join(invalid)}")
         if self.low_rank is not None:
             rank(self)
 
 
 @settings
 class TaskSpec:
-    """A task with the dataset it takes its examples from, both resolved."""
+    """A task with the dataset of its examples, both resolved."""
 
     task: Choice
     dataset: Choice
@@ -189,8 +179,8 @@ class TaskSpec:
 
 @settings
 class Mix:
-    """An entry of mixes.yaml: task -> how often its examples are taken, and the tasks that are
-    scored.
+    """An entry of mixes.yaml: repetitions of each task's examples an epoch, and the tasks that
+    are scored.
     """
 
     parts: dict[str, Positive]
@@ -215,8 +205,8 @@ class TrainSet:
 
 @settings
 class RunSpec:
-    """Everything that decides a run's numbers. `base_run` is the run that made the base, where one
-    did.
+    """Everything that decides a run's numbers. `base_run` is the run that trained the base model,
+    None where none did.
 
     `label` is the cell's name for people; `run_id` is its identity.
     """

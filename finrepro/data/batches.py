@@ -62,7 +62,8 @@ def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
     """
     if any(len(example.pieces) > 1 for example in examples):
         raise UsageError(
-            "windows of running text hold several documents: they need the layout 'bins', not 'padded'."
+            "windows of running text hold several documents: "
+            "they need the layout 'bins', not 'padded'."
         )
     pieces = [example.pieces[0] for example in examples]
     longest = max(len(piece.ids) for piece in pieces)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from finrepro.settings import settings
 
@@ -31,6 +32,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """sha256 over the examples in their order, ids, texts, labels and sources: the data that a
     run really saw.
     """
+    return _fingerprint(tuple(examples))
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(examples: tuple[Example, ...]) -> str:
+    """Computed once a process for equal examples: a table's cells share their data sets."""
     digest = hashlib.sha256()
     for example in examples:
         fields = [
@@ -58,6 +65,12 @@ def overlap(splits: Splits) -> dict[str, int]:
     Reported beside the scores, never silently removed: a published split is scored as it was
     published.
     """
+    return dict(_overlap(tuple(splits.items())))
+
+
+@lru_cache(maxsize=8)
+def _overlap(named: tuple[tuple[str, tuple[Example, ...]], ...]) -> dict[str, int]:
+    splits = dict(named)
     report = {}
     for name, examples in splits.items():
         counts = Counter(example.text for example in examples)

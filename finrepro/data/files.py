@@ -3,7 +3,6 @@ made of them.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from finrepro.data import hub_client
 from finrepro.data.examples import Example, Splits, fingerprint, overlap
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import format_of
 from finrepro.settings import Choice, Count, Share, settings
 
 EMBEDDED = Path(str(package_files("finrepro.data"))) / "embedded"
@@ -70,9 +71,9 @@ def roles(dataset: Choice, splits: Sequence[str] | None = None) -> tuple[str, ..
     config = dataset.config
     if splits is None:
         return tuple(config.files)
-    module = dataset.module("datasets")
+    needed = format_of(dataset).needed
     named = ["train" if split == "development" else split for split in splits]
-    return tuple(dict.fromkeys(role for split in named for role in module.needed(split, config)))
+    return tuple(dict.fromkeys(role for split in named for role in needed(split)))
 
 
 def fetched_path(dataset: Choice, role: str) -> Path:
@@ -80,7 +81,7 @@ def fetched_path(dataset: Choice, role: str) -> Path:
     that is not known.
     """
     file = dataset.config.files[role]
-    return hub_cache() / (file.sha256 or f"unpinned-{dataset.name}") / Path(file.path).name
+    return fetched_folder() / (file.sha256 or f"unpinned-{dataset.name}") / Path(file.path).name
 
 
 def find(dataset: Choice, role: str, data_dir: Path | None) -> tuple[str, Path] | None:
@@ -106,7 +107,7 @@ def locate(
     return here if len(here) == len(found) else None
 
 
-def missing_reason(
+def dataset_missing_reason(
     dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None
 ) -> str | None:
     """Why the splits (None: all of them) cannot be read here, in one line that says what to do;
@@ -129,9 +130,9 @@ def missing_reason(
     )
 
 
-def hub_cache() -> Path:
+def fetched_folder() -> Path:
     """Folder of fetched files, beside the hub's own cache (`HF_HOME`)."""
-    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "finrepro"
+    return hub_client.home() / "finrepro"
 
 
 def digest_of(content: bytes, file: File, where: object) -> str:
@@ -165,7 +166,7 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
     """
     places = locate(dataset, data_dir, splits)
     if places is None:
-        raise EnvironmentFault(str(missing_reason(dataset, data_dir, splits)))
+        raise EnvironmentFault(str(dataset_missing_reason(dataset, data_dir, splits)))
     contents, digests = {}, {}
     for role, (_, path) in places.items():
         try:
@@ -174,7 +175,7 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
             raise EnvironmentFault(f"{path}: {error.strerror}.") from None
         digests[role] = digest_of(contents[role], dataset.config.files[role], path)
     made = cut_development(
-        dataset.module("datasets").read(contents, dataset.name, dataset.config),
+        format_of(dataset).read(contents, dataset.name),
         dataset.config.development,
     )
     made = {name: rows for name, rows in made.items() if splits is None or name in splits}

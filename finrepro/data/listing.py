@@ -14,26 +14,12 @@ from finrepro.settings import Choice
 WIDTH = 100
 
 
-def show(fetch: str, data_dir: Path | None) -> int:
-    """What `invoke data` prints: the lists, or the paths of the dataset that it fetches."""
-    if fetch:
-        from finrepro.data.fetch import fetch as download
-
-        for path in download(reader.dataset(fetch)):
-            print(path)
-        return 0
-    from finrepro.data.preparing.entries import listed
-
-    print("\n".join([*datasets(data_dir), "", *listed()]))
-    return 0
-
-
 def datasets(data_dir: Path | None) -> list[str]:
     """Lines for every dataset of the catalogue, none longer than `WIDTH` unless a single word
     is.
     """
     lines: list[str] = []
-    for name in reader.catalogue("datasets"):
+    for name in reader.entries("datasets"):
         lines += [*_entry(reader.dataset(name), data_dir), ""]
     return lines[:-1]
 
@@ -42,7 +28,7 @@ def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
     config = dataset.config
     tasks = [
         name
-        for name, task in reader.catalogue("tasks").items()
+        for name, task in reader.entries("tasks").items()
         if task.get("dataset") == dataset.name
     ]
     lines = textwrap.wrap(

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finrepro.catalogue.spec import Evaluation, TaskSpec
+from finrepro.data.encoded import encode_once
 from finrepro.data.examples import Example
 from finrepro.data.tokens import cut, encode
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.log_likelihood import choice_log_likelihoods, text_log_likelihoods
 from finrepro.evaluation.share_out import Progress
-from finrepro.statistics.bootstrap import intervals, paired_differences
+from finrepro.kinds import task_of
+from finrepro.statistics.bootstrap import Interval, intervals, paired_differences
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,15 +70,15 @@ def answer(
     equals) is the prediction. Without, in a task that has `new_tokens`: what its `parse` reads in
     the generated text, None where it reads nothing. Else: the text's own log-probability.
     """
-    module, config = task.task.module("tasks"), task.task.config
-    if hasattr(module, "new_tokens"):
+    family = task_of(task.task)
+    if family.new_tokens() is not None:
         return _generated(model, tokenizer, task, examples, settings, max_seq_len, progress)
-    prompts = [module.prompt(example, config) for example in examples]
-    options = [module.choices(example, config) for example in examples]
+    prompts = [family.prompt(example) for example in examples]
+    options = [family.choices(example) or () for example in examples]
     common = [{"task": task.task.name, "id": example.id} for example in examples]
-    if options[0] is None:
+    if not options[0]:
         pairs = [
-            (prompt, module.target(example, config))
+            (prompt, family.target(example))
             for prompt, example in zip(prompts, examples, strict=True)
         ]
         parts = [
@@ -98,12 +100,12 @@ def answer(
         for prompt, choices in zip(prompts, options, strict=True)
         for choice in choices
     ]
-    encoded = iter(encode(tokenizer, pairs, max_seq_len, end=False))
+    encoded = iter(encode_once(tokenizer, pairs, max_seq_len, end=False))
     items = [[next(encoded) for _ in choices] for choices in options]
     answered = choice_log_likelihoods(model, items, settings.max_tokens, progress)
     rows = []
     for row, example, choices, values in zip(common, examples, options, answered, strict=True):
-        prediction = module.parse(choices[int(np.argmax(values))], example, config)
+        prediction = family.parse(choices[int(np.argmax(values))], example)
         logprobs = dict(zip((choice.strip() for choice in choices), values, strict=True))
         rows.append({**row, "gold": example.label, "prediction": prediction, "logprobs": logprobs})
     return rows
@@ -124,11 +126,12 @@ def _generated(
     there at the latest. A prompt loses its beginning where it would leave an answer less than half
     of them, or than `new_tokens`.
     """
-    module, config = task.task.module("tasks"), task.task.config
-    new_tokens = module.new_tokens(config)
-    pairs = [(module.prompt(example, config), "") for example in examples]
+    family = task_of(task.task)
+    new_tokens = family.new_tokens()
+    assert new_tokens is not None
+    pairs = [(family.prompt(example), "") for example in examples]
     room = max_seq_len - min(new_tokens, max_seq_len // 2)
-    prompts = [each.ids for each in encode(tokenizer, pairs, room, end=False)]
+    prompts = [each.ids for each in encode_once(tokenizer, pairs, room, end=False)]
     limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
     answers = generate(
         model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress
@@ -136,7 +139,7 @@ def _generated(
     rows = []
     for example, ids in zip(examples, answers, strict=True):
         output = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        prediction = module.parse(output, example, config)
+        prediction = family.parse(output, example)
         row = {"task": task.task.name, "id": example.id, "gold": example.label}
         rows.append({**row, "output": output, "prediction": prediction})
     return rows
@@ -146,26 +149,23 @@ def score_rows(
     task: TaskSpec, examples: Sequence[Example], rows: Sequence[Row], settings: Evaluation
 ) -> list[dict[str, Any]]:
     """Metrics of given answers, from the rows alone: an auditor recomputes them without a model."""
-    module, config = task.task.module("tasks"), task.task.config
-
-    def score(sums: np.ndarray) -> dict[str, np.ndarray]:
-        return module.score(sums, config)
-
+    family = task_of(task.task)
     options: dict[str, Any] = {
         "resamples": settings.resamples,
         "confidence": settings.confidence,
         "seed": settings.seed,
     }
-    clusters = [module.cluster(example) for example in examples]
-    tally = module.tally(rows, config)
+    clusters = [family.cluster(example) for example in examples]
+    tally = family.tally(rows)
     constants = {}
-    for reply in module.constant_answers(config):
-        said = [module.constant(reply, e, config) for e in examples]
-        constants[reply] = module.tally(
-            [{**row, "prediction": p} for row, p in zip(rows, said, strict=True)], config
+    for reply in family.constant_answers():
+        said = [family.constant(reply, e) for e in examples]
+        constants[reply] = family.tally(
+            [{**row, "prediction": p} for row, p in zip(rows, said, strict=True)]
         )
+    gains: dict[str, dict[str, Interval]] = {}  # over each constant answer that is some best one
     scores = []
-    for metric, interval in intervals(tally, clusters, score, **options).items():
+    for metric, interval in intervals(tally, clusters, family.score, **options).items():
         entry: dict[str, Any] = {
             "task": task.task.name,
             "metric": metric,
@@ -179,11 +179,16 @@ def score_rows(
         if constants:
             sign = -1 if metric == "unparsable_rate" else 1
             best = max(
-                constants, key=lambda reply: sign * float(score(constants[reply].sum(0))[metric])
+                constants,
+                key=lambda reply: sign * float(family.score(constants[reply].sum(0))[metric]),
             )
-            gain = paired_differences(tally, constants[best], clusters, score, **options)[metric]
+            if best not in gains:
+                gains[best] = paired_differences(
+                    tally, constants[best], clusters, family.score, **options
+                )
+            gain = gains[best][metric]
             entry |= {
-                "constant": float(score(constants[best].sum(0))[metric]),
+                "constant": float(family.score(constants[best].sum(0))[metric]),
                 "constant_answer": best,
                 "gain": gain.value,
                 "gain_low": gain.low,

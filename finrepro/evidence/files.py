@@ -4,37 +4,92 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, FinreproError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one line."""
+def disk_errors(
+    place: Path, kept: str = "finished cells are kept", option: str = "--store DIR"
+) -> Iterator[None]:
+    """Turn a full disk or a refused write into one line: what is `kept`, and the `option` that
+    names another place.
+    """
     try:
         yield
+    except FinreproError:
+        raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         # MLflow passes on SQLite's message in an exception of its own.
-        if number in (errno.ENOSPC, errno.EDQUOT) or "database or disk is full" in str(error):
+        if number in FULL or "database or disk is full" in str(error):
+            reason = f" ({os.strerror(number)})" if number else ""
+            raise EnvironmentFault(f"no space left for {place}{reason}; {kept}.") from None
+        if number in REFUSED:
             raise EnvironmentFault(
-                f"no space left on the disk of {place}; finished cells are kept."
-            ) from None
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise EnvironmentFault(
-                f"{place} is not writable ({os.strerror(number or 0)}); choose another with --store DIR."
+                f"{place} is not writable ({os.strerror(number or 0)}); choose another with "
+                f"{option}."
             ) from None
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write through a temporary file: the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+def flush(file: BinaryIO) -> None:
+    """Flush a file onto the disk: a file system may report a full one only here."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def partial_of(path: Path) -> Path:
+    """The hidden name beside `path` under which its content is written, one a process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write through a temporary file: the old content or the new, never a part.
+
+    `durable`: on the disk, with its name, before the call returns, so that nothing done later can
+    outlive it.
+    """
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            if durable:
+                flush(file)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` to write into. It takes the target's name, and the place of
+    an older one, at the end of the block; on any error it is removed.
+    """
+    partial = partial_of(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,9 +97,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = False) -> None:
+    """Write JSON, as `write_bytes` does."""
+    write_bytes(path, json_text(value, indent).encode(), durable=durable)
+
+
+def json_text(value: Any, indent: int = 2) -> str:
+    """A value as the JSON of the store's files."""
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -35,9 +35,9 @@ def damaged_files(folder: Path) -> list[str]:
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {
         "manifest.sha256"
     }
-    wrong = {
+    changed = {
         name
         for name, digest in listed.items()
         if name not in present or file_digest(folder / name) != digest
     }
-    return sorted(wrong | (present - set(listed)))
+    return sorted(changed | (present - set(listed)))

@@ -10,9 +10,9 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from finrepro import PROJECT
+from finrepro import PACKAGE, PROJECT
+from finrepro.evidence.schema import Environment, Hardware
 
 PACKAGES = [
     "accelerate",
@@ -37,8 +37,10 @@ PACKAGES = [
 # result stale.
 COMPUTES = (
     "catalogue/spec.py",
+    "contracts.py",
     "data/",
     "evaluation/",
+    "kinds.py",
     "methods/",
     "models/",
     "running/",
@@ -53,10 +55,9 @@ COMPUTES = (
 @cache
 def source_digest() -> str:
     """sha256 over the package's source files that can change a result, names and contents."""
-    root = PROJECT / "finrepro"
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
         if name.startswith(COMPUTES):
             digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for path in sorted(
@@ -109,11 +110,11 @@ def _package_version(name: str) -> str | None:
         return None
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """Processor, cores, memory and GPUs of this machine."""
     import psutil
 
-    found: dict[str, Any] = {
+    facts: Hardware = {
         "processor": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
@@ -124,8 +125,8 @@ def hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            found["gpus"].append({"name": card.name, "memory_bytes": card.total_memory})
-    return found
+            facts["gpus"].append({"name": card.name, "memory_bytes": card.total_memory})
+    return facts
 
 
 def _cpu_name() -> str:
@@ -138,8 +139,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, Any]:
-    """Everything of this file, as recorded under `environment` in result.json."""
+def environment() -> Environment:
+    """`environment` of result.json: everything of this file."""
     name, dirty = commit()
     return {
         "git_commit": name,

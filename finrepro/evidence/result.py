@@ -1,11 +1,14 @@
 """The content of result.json: what every result has, finished or not."""
 
 import time
-from typing import Any
+from typing import cast
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.evidence import files, provenance, store
+from finrepro.evidence import files, provenance, schema
+from finrepro.evidence.schema_cell import Attention, Layout
+from finrepro.evidence.schema_spec import Spec
 from finrepro.evidence.store import Store
+from finrepro.kinds import quantizer_of
 
 
 def header(
@@ -14,19 +17,18 @@ def header(
     reason: str | None,
     started: float,
     device: str | None = None,
-    layout: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    layout: Layout | None = None,
+    attention: Attention | None = None,
+) -> schema.Result:
     """What every result.json has, finished or not: `device` is the kind that it ran on, `layout`
-    what finrepro.training.layout settled.
+    what finrepro.training.layout chose, `attention` which implementation computed.
     """
-    note = getattr(spec.quantizer.module("quantizers"), "note", None)
-    said = note(device) if note and device else None
-    attention = _attention(spec, device, layout) if device else None
+    remark = quantizer_of(spec.quantizer).note(device) if device else None
     return {
-        "format": store.FORMAT,
+        "format": schema.FORMAT,
         "run_id": spec.run_id,
         "label": spec.label,
-        "status": status,
+        "status": cast(schema.Status, status),
         "reason": reason,
         "cell": {
             "model": spec.model.name,
@@ -42,9 +44,9 @@ def header(
             "attention": attention,
             "layout": layout,
             "compilation": [],  # one proof a process that trained, where the setting asks for one
-            "notes": [said] if said else [],
+            "notes": [remark] if remark else [],
         },
-        "spec": spec.canonical(),
+        "spec": cast(Spec, spec.canonical()),
         "started": started,
         "ended": time.time(),
         "scores": [],
@@ -54,31 +56,18 @@ def header(
     }
 
 
-def _attention(spec: RunSpec, device: str, layout: dict[str, Any] | None) -> dict[str, str | None]:
-    """Which implementation of attention training and evaluation used; None where there was none.
-    Only training has rows of segments.
-    """
-    import torch
-
-    from finrepro.methods.layers.isolated_attention import implementation
-
-    dtype, bins = (
-        getattr(torch, spec.model.dtype),
-        (layout or {"used": spec.train.layout})["used"] == "bins",
-    )
-    return {
-        "train": implementation(bins, device, dtype) if spec.train.max_steps else None,
-        "evaluate": implementation(False, device, dtype) if spec.tasks else None,
-    }
-
-
 def seal_unfinished(
-    spec: RunSpec, place: Store, status: str, reason: str, started: float, detail: str | None = None
-) -> dict[str, Any]:
-    """Record that a cell failed, diverged or was skipped, and why."""
+    spec: RunSpec,
+    place: Store,
+    status: str,
+    reason: str,
+    started: float,
+    trace: str | None = None,
+) -> schema.Result:
+    """Record that a cell failed, diverged or was skipped, and why; `trace` goes into error.txt."""
     result = header(spec, status, reason, started)
-    with place.new_run(spec.run_id) as target:
-        files.write_json(target / "result.json", result)
-        if detail:
-            (target / "error.txt").write_text(detail, encoding="utf-8")
+    with place.new_run(spec.run_id) as folder:
+        files.write_json(folder / "result.json", result)
+        if trace:
+            (folder / "error.txt").write_text(trace, encoding="utf-8")
     return result

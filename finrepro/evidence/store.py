@@ -19,29 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import PROJECT
+from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import provenance
+from finrepro.evidence import provenance, schema
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import write_manifest
 
-FORMAT = 1
+FORMAT = 1  # of the folder; that of a result is finrepro.evidence.schema.FORMAT
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
 STALE, MISSING = "stale", "not run"
-RESULT_KEYS = {
-    "run_id",
-    "label",
-    "status",
-    "reason",
-    "spec",
-    "started",
-    "ended",
-    "scores",
-    "costs",
-    "data",
-    "environment",
-}
 
 
 @dataclass(frozen=True)
@@ -64,14 +51,10 @@ class Store:
         return self.results / "checkpoints" / run_id
 
     def result(self, run_id: str) -> dict[str, Any] | None:
-        """A run's result.json, None if there is none that can be read and has the keys of one."""
-        try:
-            found = json.loads(
-                (self.run_folder(run_id) / "result.json").read_text(encoding="utf-8")
-            )
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and found.keys() >= RESULT_KEYS else None
+        """A run's result.json (finrepro.evidence.schema), None if there is none that can be read.
+        Raises `EnvironmentFault` for one of another format.
+        """
+        return schema.read(self.run_folder(run_id) / "result.json")
 
     def state(self, spec: RunSpec) -> str:
         """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
@@ -80,8 +63,10 @@ class Store:
         packages, or the base is another by now.
         """
         result = self.result(spec.run_id)
-        if result is None:
-            return MISSING
+        return MISSING if result is None else self.state_of(result)
+
+    def state_of(self, result: dict[str, Any]) -> str:
+        """`state` of a result that is here."""
         if result["status"] != DONE:
             return str(result["status"])
         here = (provenance.source_digest(), provenance.lock_digest())
@@ -142,15 +127,15 @@ class Store:
         """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that
         cannot be read.
         """
-        found = []
+        campaigns = []
         for path in (self.results / "campaigns").glob("*.json"):
             try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
+                campaigns.append(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError):
                 raise EnvironmentFault(
                     f"{path} is damaged; move it away and run the command again."
                 ) from None
-        return sorted(found, key=lambda campaign: float(campaign["started"]))
+        return sorted(campaigns, key=lambda campaign: float(campaign["started"]))
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:
@@ -171,18 +156,15 @@ class Store:
                 for path in [*partial.rglob("*"), partial]:
                     _sync(path)
                 old = final.with_name(f".{run_id}.{os.getpid()}.old")
-                before = self.result(run_id)
+                replaced = self.result(run_id)
                 if final.exists():
                     final.rename(old)
                 partial.rename(final)
-                if (
-                    before
-                    and before["status"] == DONE
-                    and (self.result(run_id) or {}).get("status") != DONE
-                ):
-                    kept = self.results / "superseded" / f"{run_id}-{int(before['ended'])}"
-                    kept.parent.mkdir(exist_ok=True)
-                    old.rename(kept)
+                status = (self.result(run_id) or {}).get("status")
+                if replaced and replaced["status"] == DONE != status:
+                    superseded = self.results / "superseded" / f"{run_id}-{int(replaced['ended'])}"
+                    superseded.parent.mkdir(exist_ok=True)
+                    old.rename(superseded)
                 _sync(final.parent)
                 shutil.rmtree(old, ignore_errors=True)
             finally:
@@ -199,15 +181,16 @@ class Store:
             except OSError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                said = f"another command (process {holder}) is working in {self.root}; wait for it or choose another --store."
-                raise EnvironmentFault(said) from None
+                raise EnvironmentFault(
+                    f"another command (process {holder}) is working in {self.root}; wait for it "
+                    "or choose another --store."
+                ) from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             for leftover in (self.results / "runs").glob(".*.*"):
-                if not _is_alive(
-                    leftover.name.split(".")[2]
-                ):  # a cell started by hand is being sealed
+                # A process that is alive is a cell started by hand, which is being sealed.
+                if not _is_alive(leftover.name.split(".")[2]):
                     shutil.rmtree(leftover, ignore_errors=True)
             yield
 
@@ -227,8 +210,10 @@ def _sync(path: Path) -> None:
 
 
 def default_root() -> Path:
-    """`FINREPRO_STORE`, or the project's root."""
-    return Path(os.environ.get("FINREPRO_STORE") or PROJECT)
+    """`FINREPRO_STORE`; else the root of the checkout, or for an installed package the current
+    folder.
+    """
+    return Path(os.environ.get("FINREPRO_STORE") or (Path.cwd() if INSTALLED else PROJECT))
 
 
 def open_store(root: Path | None) -> Store:
@@ -247,22 +232,21 @@ def open_store(root: Path | None) -> Store:
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
                 raise
-            said = (
+            raise EnvironmentFault(
                 f"{store.root} cannot be made ({error.strerror}); choose another with --store DIR."
-            )
-            raise EnvironmentFault(said) from None
+            ) from None
         mark = store.results / "store.json"
         if not mark.exists():
             write_json(mark, {"format": FORMAT})
     try:
-        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+        written = json.loads(mark.read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
         raise EnvironmentFault(
             f'{mark} is damaged: it should say {{"format": {FORMAT}}}.'
         ) from None
-    if found != FORMAT:
+    if written != FORMAT:
         raise EnvironmentFault(
-            f"{store.root} was written by a newer finrepro (format {found}, this one reads {FORMAT}); "
-            "use that version, or another --store."
+            f"{store.root} was written by a newer finrepro (format {written}, this one reads "
+            f"{FORMAT}); use that version, or another --store."
         )
     return store

@@ -41,7 +41,7 @@ def check(
     if task is None:
         return f"not held against recorded answers: the task {rows[0]['task']} is another by now"
     name, split = task.dataset.name, spec.evaluation.split
-    if reason := files.missing_reason(task.dataset, place.data_dir, (split,)):
+    if reason := files.dataset_missing_reason(task.dataset, place.data_dir, (split,)):
         return f"not held against recorded answers: {reason}"
     loaded = files.load(task.dataset, place.data_dir, (split,))
     if loaded.fingerprints[split] != recorded.result["data"]["fingerprints"].get(name, {}).get(

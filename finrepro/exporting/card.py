@@ -11,6 +11,7 @@ from finrepro.errors import UsageError
 from finrepro.exporting.layout import Layout, loading_settings, own_base
 from finrepro.exporting.recorded import Recorded
 from finrepro.exporting.verify import TOLERANCE, Difference
+from finrepro.kinds import quantizer_of
 from finrepro.settings import plain
 
 LIBRARY = {"peft": "peft", "merged": "transformers", "base": "transformers"}
@@ -179,9 +180,7 @@ def _loading_notes(
 
 def _scores(recorded: Recorded, planned: Layout) -> str:
     spec, found = recorded.spec, recorded.result["scores"]
-    dequantized = (
-        ", dequantized first" if hasattr(spec.quantizer.module("quantizers"), "weight") else ""
-    )
+    dequantized = ", dequantized first" if quantizer_of(spec.quantizer).weight else ""
     trained = (
         "The whole model was evaluated as trained"
         if recorded.is_whole_model

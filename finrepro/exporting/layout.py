@@ -1,24 +1,12 @@
 """Which folders an export has. By default what a run has trained is a PEFT folder for the base that
-everybody gets from the hub.
-
-A method may say otherwise, by optional names of its module:
-
-- adapters and quantizers: `NOT_EXPORTED`, format -> why it is refused;
-- quantizers: `loading(config)`, Transformers' settings under which it makes or reads such layers;
-  `own_base(config)`, why that gives another base than the run's; `weight(layer)`, the (out, in)
-  that a layer stands for; `BESIDE`, the names of a layer's tensors that only this package reads,
-  where its method `as_frozen_lora()` gives (A, B) of what it adds to the layer that Transformers
-  makes;
-- adapters: `own_base(quantizer, config)`, why `apply` leaves another base, on which its export
-  stands, or on which `on_own_base(weights, folder)` makes it stand; `read(model, folder)`, which
-  puts the export on the base; `merge(model, folder)`, which puts it into the weights;
-  `WHOLE_MODEL`, that the export is a model by itself.
+everybody gets from the hub; a method's contract (`finrepro.contracts`) may give another one.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from finrepro.catalogue.spec import RunSpec
+from finrepro.kinds import adapter_of, quantizer_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ def layout(spec: RunSpec, wanted: str) -> Layout:
     """The folders of a run's export in the format `wanted`."""
     if wanted == "merged":
         return Layout(wanted, base=".")
-    shifted = hasattr(spec.quantizer.module("quantizers"), "BESIDE")
+    shifted = bool(quantizer_of(spec.quantizer).BESIDE)
     why = own_base(spec)
     if wanted == "base":
         return (
@@ -64,9 +52,8 @@ def own_base(spec: RunSpec) -> str | None:
     """
     if reason := changed_base(spec):
         return reason
-    by_quantizer = getattr(spec.quantizer.module("quantizers"), "own_base", None)
-    if by_quantizer and (reason := by_quantizer(spec.quantizer.config)):
-        return str(reason)
+    if reason := quantizer_of(spec.quantizer).own_base():
+        return reason
     if spec.weights == "random":
         return f"its weights are random, drawn from seed {spec.seed}"
     if spec.weights == "scratch":
@@ -78,13 +65,11 @@ def own_base(spec: RunSpec) -> str | None:
 
 def changed_base(spec: RunSpec) -> str | None:
     """Why the adapter's method left another base than the quantizer made; None if it did not."""
-    by_adapter = getattr(spec.adapter.module("adapters"), "own_base", None)
-    return by_adapter(spec.quantizer, spec.adapter.config) if by_adapter else None
+    return adapter_of(spec.adapter).own_base(spec.quantizer)
 
 
 def loading_settings(spec: RunSpec) -> dict[str, Any]:
     """Arguments of Transformers' BitsAndBytesConfig for the run's base, dtypes by name; empty
     for a base that is not quantized.
     """
-    named = getattr(spec.quantizer.module("quantizers"), "loading", None)
-    return dict(named(spec.quantizer.config)) if named else {}
+    return quantizer_of(spec.quantizer).loading()

@@ -20,6 +20,7 @@ from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
 from finrepro.exporting.recorded import Recorded
+from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import loading
@@ -77,13 +78,12 @@ def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
     """The run with its adapter as it stands on the base that it was trained on, where its file
     is for another one.
     """
-    written = getattr(recorded.spec.adapter.module("adapters"), "on_own_base", None)
-    if written is None or changed_base(recorded.spec) is None:
+    if changed_base(recorded.spec) is None:
         yield recorded
         return
     with tempfile.TemporaryDirectory() as folder:
-        written(recorded.weights, Path(folder))
-        yield dataclasses.replace(recorded, elsewhere=Path(folder))
+        weights = adapter_of(recorded.spec.adapter).on_own_base(recorded.weights, Path(folder))
+        yield dataclasses.replace(recorded, elsewhere=weights)
 
 
 def base_model(recorded: Recorded, begun: Start, device: torch.device) -> Any:
@@ -111,7 +111,7 @@ def trained_model(recorded: Recorded, base: Any, device: torch.device) -> Any:
 
 def adapted(spec: RunSpec, base: Any, folder: Path) -> Any:
     """`base` with the adapter in `folder` on it, by the method's own reader or by PEFT's."""
-    read = getattr(spec.adapter.module("adapters"), "read", None)
+    read = adapter_of(spec.adapter).read
     return read(base, folder) if read else read_peft(base, folder)
 
 
@@ -163,7 +163,7 @@ def densify(spec: RunSpec, model: Any) -> Any:
     """Replace each quantized layer by a plain one with the weight that it stands for, one at a
     time, in place.
     """
-    weight_of = getattr(spec.quantizer.module("quantizers"), "weight", None)
+    weight_of = quantizer_of(spec.quantizer).weight
     if weight_of is None:
         return model
     plain = skeleton(spec)

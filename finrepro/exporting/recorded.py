@@ -16,7 +16,8 @@ from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
 from finrepro.evidence import store
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.store import Store
-from finrepro.settings import build, choose, kind_module, plain, without
+from finrepro.kinds import adapter_of, choose, implementation
+from finrepro.settings import build, plain, without
 from finrepro.sizes.low_rank import not_exported
 
 FORMATS = ("peft", "merged", "base")
@@ -53,11 +54,11 @@ class Recorded:
     @property
     def is_whole_model(self) -> bool:
         """Whether the weights are a model and not an adapter."""
-        return bool(getattr(self.spec.adapter.module("adapters"), "WHOLE_MODEL", False))
+        return adapter_of(self.spec.adapter).WHOLE_MODEL
 
 
-def find(place: Store, run_id: str, wanted: str) -> Recorded:
-    """The run of that id, to be exported in the format `wanted`.
+def find(place: Store, run_id: str, wanted: str | None) -> Recorded:
+    """The run of that id, to be exported in the format `wanted`, or with None to be loaded.
 
     Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not
     go into the format; `EnvironmentFault` when its weights are missing or its settings are another
@@ -82,11 +83,11 @@ def find(place: Store, run_id: str, wanted: str) -> Recorded:
         raise UsageError(
             f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."
         )
-    if reason := refusal(result["spec"], wanted):
+    if wanted and (reason := refusal(result["spec"], wanted)):
         raise UsageError(
             f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}."
         )
-    if wanted != "base" and not any((folder / "weights").glob("*.safetensors")):
+    if wanted not in (None, "base") and not any((folder / "weights").glob("*.safetensors")):
         raise EnvironmentFault(
             f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}."
         )
@@ -103,13 +104,13 @@ def refusal(spec: dict[str, Any], wanted: str) -> str | None:
     """Why a run's model, adapter or quantizer does not go into a format, with the formats that
     are possible; None if it does.
     """
-    modules = [
-        kind_module("adapters", spec["adapter"]["kind"]),
-        kind_module("quantizers", spec["quantizer"]["kind"]),
+    methods = [
+        implementation("adapters", spec["adapter"]["kind"]),
+        implementation("quantizers", spec["quantizer"]["kind"]),
     ]
     refused = not_exported(spec["quantizer"]["kind"]) if spec["model"].get("low_rank") else {}
-    for module in modules:
-        refused = getattr(module, "NOT_EXPORTED", {}) | refused
+    for method in methods:
+        refused = method.NOT_EXPORTED | refused
     if wanted not in refused:
         return None
     possible = [each for each in FORMATS if each not in refused]

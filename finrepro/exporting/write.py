@@ -14,6 +14,7 @@ from finrepro.errors import UsageError
 from finrepro.exporting.layout import Layout, loading_settings
 from finrepro.exporting.rebuild import Start, densify, read_peft, stripped
 from finrepro.exporting.recorded import Recorded
+from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import dense_skeleton
@@ -55,7 +56,7 @@ def write_base(spec: RunSpec, model: Any, tokenizer: Any, folder: Path) -> None:
     """A Transformers checkpoint of the base as it is stored: quantized layers as bitsandbytes
     keeps them, with their configuration.
     """
-    beside = getattr(spec.quantizer.module("quantizers"), "BESIDE", ())
+    beside = quantizer_of(spec.quantizer).BESIDE
     state = {
         key: value
         for key, value in model.state_dict().items()
@@ -103,9 +104,7 @@ def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> 
     """
     spec = recorded.spec
     if not recorded.is_whole_model:
-        dense = densify(spec, stripped(model))
-        merge = getattr(spec.adapter.module("adapters"), "merge", None)
-        model = merge(dense, recorded.weights) if merge else merge_peft(dense, recorded.weights)
+        model = merge_peft(densify(spec, stripped(model)), recorded.weights)
     _save(model, begun.tokenizer, folder, spec)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from finrepro.catalogue.spec import RunSpec
+from finrepro.contracts import Prepare
+from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.sizes.shapes import targeted
 
@@ -27,8 +29,12 @@ class FirstStage:
     At ZeRO-3 every rank holds the whole of a part when it comes here, and all compute the same.
     """
 
-    def __init__(self, spec: RunSpec, model: Any) -> None:
-        self._adapter, self._quantizer, self._seed = spec.adapter, spec.quantizer, spec.seed
+    def __init__(self, spec: RunSpec, model: Any, prepare: Prepare) -> None:
+        self._prepare, self._quantizer, self._seed = (
+            prepare,
+            quantizer_of(spec.quantizer),
+            spec.seed,
+        )
         self._model = model
         self._names = set(targeted(linear_layers(model), spec.adapter.config.target_modules))
         self.prepared: dict[str, State] = {}
@@ -51,16 +57,15 @@ class FirstStage:
             """What the layer would stand for with this weight: rounded to its dtype, encoded and
             decoded, in float32.
             """
-            module = self._quantizer.module("quantizers")
-            encoded = module.encode(matrix.to(stored.dtype).contiguous(), self._quantizer.config)
-            return module.decode(encoded).float()
+            encoded = self._quantizer.encode(matrix.to(stored.dtype).contiguous())
+            return self._quantizer.decode(encoded).float()
 
-        prepare = self._adapter.module("adapters").prepare
-        new, state = prepare(name, weight, quantized, self._adapter.config, self._seed)
+        new, state = self._prepare(name, weight, quantized, self._seed)
         stored.copy_(new.T if is_conv1d(layer) else new)
         self.prepared[name] = {key: each.cpu() for key, each in state.items()}
 
 
 def first_stage(spec: RunSpec, model: Any) -> FirstStage | None:
     """The first stage of a cell's adapter for its `model`, None where the method has none."""
-    return FirstStage(spec, model) if hasattr(spec.adapter.module("adapters"), "prepare") else None
+    prepare = adapter_of(spec.adapter).prepare
+    return None if prepare is None else FirstStage(spec, model, prepare)

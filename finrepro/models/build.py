@@ -14,6 +14,7 @@ from torch import nn
 from finrepro.catalogue.spec import Model, RunSpec
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models import factorize, loading, safetensors
 from finrepro.models.before_quantization import first_stage
@@ -56,12 +57,16 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
     )
     model.requires_grad_(False)
     prepared = [first.prepared] if first else []
-    model = spec.adapter.module("adapters").apply(model, spec.adapter.config, spec.seed, *prepared)
+    adapted: Any = adapter_of(spec.adapter).apply(model, spec.seed, *prepared)
     if spec.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    trainable = sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    return Built(model, base_parameters, trainable, base_bytes)
+        adapted.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    adapted.train()
+    trainable = sum(
+        size(parameter) for parameter in adapted.parameters() if parameter.requires_grad
+    )
+    return Built(adapted, base_parameters, trainable, base_bytes)
 
 
 def size(parameter: torch.Tensor) -> int:
@@ -129,7 +134,7 @@ def load(spec: RunSpec, folder: Path | None) -> Any:
 
 def quantize(model: Any, quantizer: Choice) -> None:
     """Replace every linear layer of the blocks by its quantized form, one at a time, in place."""
-    if quantizer.module("quantizers").linear is not None:
+    if quantizer_of(quantizer).linear is not None:
         for name in linear_layers(model):
             loading.quantize_layer(model, name, quantizer)
 

@@ -2,20 +2,18 @@
 pinned revision; and what they are.
 """
 
-import contextlib
 import os
-import re
 from functools import cache
 from pathlib import Path
 
 from finrepro.catalogue.spec import Model
+from finrepro.data import hub_client
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import safetensors
 
 HUB = "https://huggingface.co"
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # how the hub's access tokens look
 
 
 def locate(model: Model, models_dir: Path | None) -> Path | None:
@@ -43,27 +41,12 @@ def _places(model: Model, models_dir: Path | None) -> list[Path]:
     places = [models_dir / name for name in names] if models_dir is not None else []
     if model.hub.revision:
         places.append(
-            _cache()
+            hub_client.cache()
             / f"models--{model.hub.id.replace('/', '--')}"
             / "snapshots"
             / model.hub.revision
         )
     return places
-
-
-def _home() -> Path:
-    """The hub client's folder, found as the client finds it, without importing it."""
-    given = os.environ.get("HF_HOME")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-
-
-def _cache() -> Path:
-    given = os.environ.get("HF_HUB_CACHE")
-    return Path(given) if given else _home() / "hub"
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -133,20 +116,6 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return file_digest(path)
 
 
-def redact(text: str) -> str:
-    """`text` without access tokens: those of the environment and of the hub client's file, and
-    whatever looks like one.
-    """
-    secrets = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    stored = Path(os.environ.get("HF_TOKEN_PATH") or _home() / "token")
-    with contextlib.suppress(OSError, ValueError):  # nobody has logged in
-        secrets.append(stored.read_text(encoding="utf-8"))
-    for secret in sorted({each.strip() for each in secrets}, key=len, reverse=True):
-        if len(secret) >= 4:
-            text = text.replace(secret, "[token]")
-    return TOKEN.sub("[token]", text)
-
-
 def unreachable_reason(model: Model) -> str | None:
     """Why the weights cannot be fetched from the hub now, in one line; None if they can. Asks
     the hub, once a model.
@@ -199,7 +168,7 @@ def fetch(model: Model) -> Path:
             f"could not fetch {model.hub.id}: {how_to_get_access(model)}."
         ) from None
     except Exception as error:  # as above
-        reason = redact((str(error) or type(error).__name__).strip().splitlines()[0])
+        reason = hub_client.reason_of(error)
         gate = f"; {how_to_get_access(model)}" if model.gated else ""
         raise EnvironmentFault(f"could not fetch {model.hub.id}: {reason}{gate}") from None
     if model.hub.revision and Path(folder).name != model.hub.revision:

@@ -7,8 +7,6 @@ handed to `finish` (at ZeRO-3 it keeps this rank's share). At any time one part 
 precision, beside what is already stored.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import quantizer_of
 from finrepro.methods.layers import isolated_attention
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import safetensors
+from finrepro.runtime import memory
 from finrepro.settings import Choice
 
 # Tensors of old checkpoints that are no weights: GPT-2's causal mask, Llama's rotary frequencies,
@@ -102,7 +102,7 @@ def stream(
     """
     tied: dict[str, str] = dict(model.all_tied_weights_keys)  # target -> source of the same tensor
     layers = list(linear_layers(model))
-    rounds = quantizer is not None and quantizer.module("quantizers").linear is not None
+    rounds = quantizer is not None and quantizer_of(quantizer).linear is not None
     total = 0
     for prefix, part in parts(model):
         for target in [target for target in tied if target.startswith(f"{prefix}.")]:
@@ -121,32 +121,25 @@ def stream(
             del weight
             assert quantizer is not None
             total += quantize_layer(model, name, quantizer)
-            give_back()
+            memory.release_freed()
         del new
         if finish is not None and any(True for _ in part.parameters()):
             finish(part)
-            give_back()
+            memory.release_freed()
     return total
-
-
-def give_back() -> None:
-    """Return freed memory to the system now: glibc keeps what lies between the stored codes,
-    which over a model adds up to all of it.
-    """
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantize_layer(model: Any, name: str, quantizer: Choice) -> int:
     """Replace one linear layer by its quantized form in place; the bytes of its weight as
     stored.
     """
-    module, layer = quantizer.module("quantizers"), model.get_submodule(name)
+    method, layer = quantizer_of(quantizer), model.get_submodule(name)
+    assert method.linear is not None, "this quantizer leaves layers as they are"
     weight = layer.weight.detach()
-    stored = module.encode(weight.T.contiguous() if is_conv1d(layer) else weight, quantizer.config)
+    stored = method.encode(weight.T.contiguous() if is_conv1d(layer) else weight)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.linear(stored, layer.bias))
-    return int(module.stored_bytes(stored))
+    setattr(model.get_submodule(parent), child, method.linear(stored, layer.bias))
+    return method.stored_bytes(stored)
 
 
 def place(model: Any, name: str, parameter: nn.Parameter) -> None:

@@ -1,4 +1,4 @@
-"""What this machine can hold, asked without loading a GPU library."""
+"""Memory and GPUs of this machine, read without loading a GPU library."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from functools import cache
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What this machine can hold: memory of its host and of its smallest GPU (0 without one)."""
+class LocalMachine:
+    """Bytes of host memory and of the smallest GPU's memory (0 without one), and the GPUs."""
 
     memory_bytes: int
     gpu_bytes: int
@@ -18,8 +18,8 @@ class Machine:
 
 
 @cache
-def machine() -> Machine:
-    """Look at the host and at its GPUs, without loading a GPU library."""
+def local_machine() -> LocalMachine:
+    """This machine, as psutil and nvidia-smi report it."""
     import psutil
 
     host = psutil.virtual_memory().total
@@ -34,16 +34,16 @@ def machine() -> Machine:
             else []
         )
         if lines:
-            smallest = min(lines, key=lambda line: float(line[0]))
-            return Machine(host, int(float(smallest[0]) * 2**20), smallest[1].strip(), len(lines))
-    return Machine(host, 0)
+            mebibytes, name = min(lines, key=lambda line: float(line[0]))
+            return LocalMachine(host, int(float(mebibytes) * 2**20), name.strip(), len(lines))
+    return LocalMachine(host, 0)
 
 
 def cards(jobs: int) -> list[dict[str, str]]:
-    """The environment that gives each of several jobs a GPU of its own; nothing to give where
-    there is one job or no GPU.
+    """The environment of each job, so that each has a GPU of its own; empty for a single job and
+    without GPUs.
     """
-    if jobs == 1 or not machine().gpus:
+    if jobs == 1 or not local_machine().gpus:
         return [{}] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jobs)))
     return [{"CUDA_VISIBLE_DEVICES": card.strip()} for card in visible.split(",")[:jobs]]

@@ -1,6 +1,4 @@
-"""What will happen to each cell before anything runs: kept, run, skipped or refused, why, and
-about how long it takes.
-"""
+"""The plan: what happens to each cell - kept, run, skipped or refused - and why, before any run."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from finrepro.errors import UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.planning import availability
-from finrepro.planning.machine import machine
+from finrepro.planning.machine import local_machine
 from finrepro.planning.memory_model import needed_bytes
 
 Action = Literal["run", "keep", "skip", "refuse"]
@@ -22,9 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Step:
-    """A run and what is to be done about it. `reason` says why it is skipped, refused or run
-    again.
-    """
+    """A run and its action. `reason` says why it is skipped, refused or run again."""
 
     spec: RunSpec
     action: Action
@@ -35,10 +31,8 @@ class Step:
 
 
 def check_jobs(jobs: int, steps: list[Step]) -> None:
-    """Raise `UsageError` where cells that run at a time would meet on a GPU: a job has a card of
-    its own.
-    """
-    cards = machine().gpus
+    """Raise `UsageError` where jobs would share a GPU: each needs one of its own."""
+    cards = local_machine().gpus
     widest = max((step.spec.world_size for step in steps if step.action == "run"), default=1)
     if cards and jobs > 1 and (jobs > cards or widest > 1):
         reason = (
@@ -51,44 +45,42 @@ def check_jobs(jobs: int, steps: list[Step]) -> None:
 
 def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None:
     """Why this machine cannot run the cell, in one line; None if it can. With `ask_hub`, weights
-    may still be fetched.
+    may still be downloaded.
     """
-    devices = machine().gpus or len(os.sched_getaffinity(0))
+    devices = local_machine().gpus or len(os.sched_getaffinity(0))
     if spec.world_size > devices:
         return f"needs {spec.world_size} devices, this machine has {devices}"
-    reason = availability.data_of(spec, place)
+    reason = availability.missing_data(spec, place)
     if reason:
         return reason
     if spec.model.scale == "smoke":
         return None
-    here = machine()
-    available, where = (
-        (here.gpu_bytes, f"its {here.gpu_name}")
-        if here.gpu_bytes
-        else (here.memory_bytes, "this machine")
-    )
-    needed = needed_bytes(spec) * (
-        1 if here.gpu_bytes else spec.world_size
-    )  # ranks on a host share its memory
-    if needed > available:
-        return f"needs {needed / GIB:.1f} GiB, {where} has {available / GIB:.1f}"
-    return availability.base_of(spec, place, ask_hub) if spec.weights == "pretrained" else None
+    machine = local_machine()
+    if machine.gpu_bytes:
+        required, available = needed_bytes(spec), machine.gpu_bytes
+        owner = f"its {machine.gpu_name}"
+    else:  # ranks on a host share its memory
+        required, available = needed_bytes(spec) * spec.world_size, machine.memory_bytes
+        owner = "this machine"
+    if required > available:
+        return f"needs {required / GIB:.1f} GiB, {owner} has {available / GIB:.1f}"
+    return availability.missing_base(spec, place, ask_hub) if spec.weights == "pretrained" else None
 
 
-def plan(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:
-    """The steps in the order in which they run: bases before the cells that need them. `keep`
-    keeps stale results.
+def plan_steps(cells: list[Cell], place: Place, keep: bool, ask_hub: bool = False) -> list[Step]:
+    """The steps in the order in which they run: bases before the cells that start from them. With
+    `keep`, stale results are kept.
     """
     steps = [_step(cell.spec, place, keep, ask_hub, cell.refusal, cell.base) for cell in cells]
-    needed = {
+    bases = {
         step.base.run_id: step.base
         for step in steps
         if step.action == "run" and step.base is not None
     }
-    bases = [
-        _step(base, place, keep, ask_hub, None, None, is_base=True) for base in needed.values()
+    base_steps = [
+        _step(base, place, keep, ask_hub, None, None, is_base=True) for base in bases.values()
     ]
-    return bases + steps
+    return base_steps + steps
 
 
 def _step(
@@ -134,19 +126,16 @@ def auto_scale(paper: Callable[[], list[Cell]], place: Place) -> tuple[Scale, st
     """`paper` where a GPU is there and at least one of the table's cells can run on it, else
     `smoke`; and why.
     """
-    here = machine()
-    if not here.gpu_bytes:
+    machine = local_machine()
+    if not machine.gpu_bytes:
         return "smoke", "no CUDA device on this machine"
     specs = [cell.spec for cell in paper() if not cell.refusal]
-    # What would first be prepared from the hub, during days of pretraining, is not begun without
-    # being asked for.
+    # Days of pretraining on a corpus that has to be prepared first only start at --scale paper.
     reasons = [
-        availability.corpora_of(spec, place) or cannot_run(spec, place, ask_hub=True)
+        availability.unfinished_corpus(spec, place) or cannot_run(spec, place, ask_hub=True)
         for spec in specs
     ]
     if None in reasons:
-        return "paper", f"{here.gpu_name} found, and at least one cell can run on it"
-    return (
-        "smoke",
-        f"{here.gpu_name} found, but no cell can run: {reasons[0] if reasons else 'all are refused'}",
-    )
+        return "paper", f"{machine.gpu_name} found, and at least one cell can run on it"
+    reason = reasons[0] if reasons else "all are refused"
+    return "smoke", f"{machine.gpu_name} found, but no cell can run: {reason}"

@@ -5,35 +5,37 @@ from dataclasses import asdict
 from typing import Any
 
 from finrepro.catalogue.published import LEVELS, Published
+from finrepro.reporting.cell_result import CellResult
 from finrepro.reporting.comparability import Comparison, candidates, comparability
-from finrepro.reporting.grouping import SHARES, Row
 from finrepro.statistics.equivalence import Estimate, half_width, judge
+
+# Metrics that are a share of the test rows: only these have a binomial's sampling half-width.
+SHARES = ("accuracy",)
 
 
 class Beside:
-    """The published value beside a line. Values are numbered, and so are the reasons they share:
-    each stands once below the table.
+    """The published values beside the lines of one table. Values and reasons are numbered, and each
+    is printed once, below the table.
     """
 
     def __init__(self, published: Sequence[Published]) -> None:
         self.published = published
         self.notes: dict[str, int] = {}
         self.reasons: dict[str, str] = {}  # reason -> r1, r2, ...
-        self.unseen: dict[
-            str, dict[str, None]
-        ] = {}  # reason -> not comparable values that stand in the JSON alone
+        # Reason -> values that are not comparable and are in the JSON alone.
+        self.json_only: dict[str, dict[str, None]] = {}
 
     def find(
-        self, row: Row, task: str | None, metrics: Sequence[str], n: int | None = None
+        self, row: CellResult, task: str | None, metrics: Sequence[str], n: int | None = None
     ) -> list[tuple[Published, Comparison]]:
-        """Every value that a reader would look for here, the most comparable first, then in the
-        order of `metrics`.
+        """The published candidates for a cell, the most comparable first, then in the order of
+        `metrics`. `n`: test examples of its score.
         """
         pairs = [
-            (each, comparability(each, row, n))
-            for each in candidates(self.published, row, task, metrics)
+            (value, comparability(value, row, n))
+            for value in candidates(self.published, row, task, metrics)
         ]
-        rank = {metric: place for place, metric in enumerate(metrics)}
+        rank = {metric: position for position, metric in enumerate(metrics)}
         return sorted(
             pairs,
             key=lambda pair: (
@@ -45,7 +47,7 @@ class Beside:
     def texts(
         self, pairs: Sequence[tuple[Published, Comparison]], ours: dict[str, Estimate]
     ) -> tuple[str, str]:
-        """The texts of the columns Published and Verdict: of the most comparable value."""
+        """The texts of the columns Published and Verdict, for the most comparable value."""
         if not pairs:
             return "", ""
         value, comparison = pairs[0]
@@ -62,41 +64,43 @@ class Beside:
         reserve = " with reservations" if comparison.level == "with reservations" else ""
         return text, f"{judgement.verdict}{reserve}: {judgement.text}"
 
-    def _gather(self, known: Sequence[str], others: Sequence[tuple[Published, Comparison]]) -> None:
-        """Keep why the values that are not shown are not comparable, for what the shown one does
-        not say already.
+    def _gather(
+        self, printed: Sequence[str], hidden: Sequence[tuple[Published, Comparison]]
+    ) -> None:
+        """Note why the values that are not in the column are not comparable, but for reasons that
+        are printed with the one that is.
         """
-        for value, comparison in others:
+        for value, comparison in hidden:
             if comparison.level == "not comparable":
                 for reason in comparison.reasons:
-                    if reason not in known:
-                        self.unseen.setdefault(reason, {})[value.name] = None
+                    if reason not in printed:
+                        self.json_only.setdefault(reason, {})[value.name] = None
 
     def _number(self, value: Published, comparison: Comparison) -> int | None:
         if not comparison.reasons:
             return None
         test = f" on {value.test_set.n:,} rows" if value.test_set.n else ""
-        said = f"{value.source}: {value.system.variant}, {value.system.method}{test}"
-        text = f"{said} - {comparison.level}: {', '.join(map(self._key, comparison.reasons))}."
+        system = f"{value.source}: {value.system.variant}, {value.system.method}{test}"
+        text = f"{system} - {comparison.level}: {', '.join(map(self._key, comparison.reasons))}."
         return self.notes.setdefault(text, len(self.notes) + 1)
 
     def _key(self, reason: str) -> str:
         return self.reasons.setdefault(reason, f"r{len(self.reasons) + 1}")
 
     def below(self) -> list[str]:
-        """The numbered values, then what stands in the JSON alone, then the reasons."""
+        """The notes below the table: numbered values, values in the JSON alone, reasons."""
         texts = [f"[{number}] {text}" for text, number in self.notes.items()]
-        for reason, names in self.unseen.items():
-            named = next(iter(names)) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for reason, names in self.json_only.items():
+            values = next(iter(names)) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             texts.append(
-                f"Published, in the JSON only: {named} - not comparable: {self._key(reason)}."
+                f"Published, in the JSON only: {values} - not comparable: {self._key(reason)}."
             )
         return texts + [f"{key}: {reason}." for reason, key in self.reasons.items()]
 
 
 def margin_of(value: Published) -> float | None:
-    """How far from it counts as equal, or None where its spread is unknown. An F1 is no share of
-    rows: its spread is no binomial's.
+    """How far from the value counts as equal, in its unit; None where its spread is unknown: an
+    F1 is no share of rows, and its spread no binomial's.
     """
     if value.margin is None or value.test_set.n is None or value.measure.ours not in SHARES:
         return None
@@ -104,7 +108,7 @@ def margin_of(value: Published) -> float | None:
 
 
 def published_evidence(pairs: Sequence[tuple[Published, Comparison]]) -> dict[str, Any]:
-    """For the JSON: every value that was considered, with what was found about it."""
+    """For the JSON: every candidate, with its comparison and margin."""
     return {
         "published": [
             asdict(value) | asdict(comparison) | {"margin": margin_of(value)}

@@ -2,78 +2,74 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finrepro.catalogue.published import VARIANTS, Level, Published
+from finrepro.reporting.cell_result import CellResult
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a published value relates to a cell, and every reason that keeps it from being simply
-    comparable.
-    """
+    """The level of comparability of a published value with a cell, and the reasons for it."""
 
     level: Level
     reasons: tuple[str, ...]
 
 
 def _size(model: str) -> str:
-    """The model's name without its variant: what is worth naming beside a cell, comparable or
-    not.
-    """
+    """The model's name without its variant: a base model is a candidate beside its Instruct one."""
     return next((model.removesuffix(v) for v in VARIANTS if model.endswith(v)), model)
 
 
-def _per_device(row: dict[str, Any]) -> float:
-    """Examples a device a step."""
+def _per_device(row: CellResult) -> float:
+    """Examples a step and device."""
     return float(row["batch"] / row["devices"])
 
 
 def candidates(
-    published: Sequence[Published], row: dict[str, Any], task: str | None, metrics: Sequence[str]
+    published: Sequence[Published], row: CellResult, task: str | None, metrics: Sequence[str]
 ) -> list[Published]:
-    """Published values that a reader would look for beside this cell: its model's size, adapter,
+    """Published values that a reader would look for beside this cell: of its model's size, adapter,
     quantizer, task and metrics.
 
-    To be named as not comparable is better than to be passed over. So the base is found beside the
-    Instruct model, a metric beside the one that it would be taken for, and every metric of a test
-    set that asks something else.
+    A value that is not comparable is named so rather than left out. So the base model's stands
+    beside the Instruct model, a metric beside the one that it would be taken for, and every metric
+    of a test set with another question.
     """
     return [
-        each
-        for each in published
-        if each.test_set.task == task
-        and row["adapter"] in {each.system.adapter, each.system.folder}
-        and (not each.system.quantizers or row["quantizer"] in each.system.quantizers)
-        and _size(each.system.model) == _size(row["model"])
+        value
+        for value in published
+        if value.test_set.task == task
+        and row["adapter"] in {value.system.adapter, value.system.folder}
+        and (not value.system.quantizers or row["quantizer"] in value.system.quantizers)
+        and _size(value.system.model) == _size(row["model"])
         and (
-            (each.measure.ours or each.measure.beside) in metrics
-            or each.test_set.differs is not None
+            (value.measure.ours or value.measure.beside) in metrics
+            or value.test_set.differs is not None
         )
-        and each.test_set.batch in (None, _per_device(row))
+        and value.test_set.batch in (None, _per_device(row))
     ]
 
 
-def comparability(published: Published, row: dict[str, Any], n: int | None = None) -> Comparison:
+def comparability(published: Published, row: CellResult, n: int | None = None) -> Comparison:
     """Whether a cell measures what was published.
 
-    `row` is a cell as the reports take it; `n` is the number of rows that it was scored on, for a
-    score.
+    `n`: test examples of its score, for a score.
     """
-    no = _other_quantity(published, row, n)
-    if no:
-        return Comparison("not comparable", tuple(no))
-    but = _other_way(published, row)
-    return Comparison("with reservations" if but else "comparable", tuple(but))
+    differences = _other_quantity(published, row, n)
+    if differences:
+        return Comparison("not comparable", tuple(differences))
+    reservations = _other_way(published, row)
+    level: Level = "with reservations" if reservations else "comparable"
+    return Comparison(level, tuple(reservations))
 
 
-def _other_quantity(published: Published, row: dict[str, Any], n: int | None) -> list[str]:
+def _other_quantity(published: Published, row: CellResult, n: int | None) -> list[str]:
     """Why the cell measures something else."""
     system, test_set = published.system, published.test_set
     of_quality = test_set.task is not None
     untuned = system.adapter == "base"
     answers = published.measure.ours != "f1_entity"
-    prompt = row["prompts"].get(test_set.task) or None
+    prompt = row["prompts"].get(test_set.task or "") or None
     checks = {
         "random weights here": of_quality and row["weights"] == "random",
         "trained here for too few steps to show quality": of_quality and row["short"],
@@ -87,11 +83,14 @@ def _other_quantity(published: Published, row: dict[str, Any], n: int | None) ->
         and test_set.n != n,
         f"batch of {test_set.batch} there": test_set.batch not in (None, _per_device(row)),
         f"their {published.metric} is {published.measure.says}": published.measure.ours is None,
-        "an untuned model's score depends on how answers are read: generated text there, label likelihoods here": (
+        (
+            "an untuned model's score depends on how answers are read: "
+            "generated text there, label likelihoods here"
+        ): (
             of_quality
             and untuned
             and answers
-            and test_set.differs is None  # else the question itself is another
+            and test_set.differs is None  # otherwise the question itself is another
         ),
         f"prompt {test_set.prompt} there, {prompt} here": (
             untuned and None not in (prompt, test_set.prompt) and prompt != test_set.prompt
@@ -100,12 +99,12 @@ def _other_quantity(published: Published, row: dict[str, Any], n: int | None) ->
     return [reason for reason, holds in checks.items() if holds]
 
 
-def _other_way(published: Published, row: dict[str, Any]) -> list[str]:
-    """What differs in how the same quantity was reached."""
+def _other_way(published: Published, row: CellResult) -> list[str]:
+    """What differs in how the same quantity was obtained."""
     system, test_set = published.system, published.test_set
     of_quality = test_set.task is not None
     retrained = row["adapter"] != system.folder
-    prompt = row["prompts"].get(test_set.task) or None
+    prompt = row["prompts"].get(test_set.task or "") or None
     checks = {
         f"trained there with {system.recipe}": retrained and system.recipe is not None,
         f"trained there on: {system.trained_on}": (

@@ -1,5 +1,5 @@
-"""Curves to look at: charts side by side, a line a curve, points where something stands.
-finrepro.reporting.dots writes them as SVG and PNG.
+"""A figure of charts side by side, with lines and points. finrepro.reporting.dots writes it as SVG
+and PNG.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ HEIGHT = 2.4  # inches a row of charts
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through (x, y) in this order; `dots` draws the points alone, `labels` beside them.
-    Without a name it is in no legend.
+    """A line through the points (x, y) in this order, or with `dots` the points alone; `labels`
+    are drawn beside them. Without a name it is in no legend.
     """
 
     name: str
@@ -29,8 +29,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One pair of axes. `x_scale` is matplotlib's (`linear`, `log`); `y_range` fixes the axis
-    where charts are to be compared.
+    """One pair of axes and their labels. `x_scale` is matplotlib's (`linear`, `log`); `y_range`
+    fixes the axis where charts are compared.
     """
 
     title: str
@@ -42,8 +42,8 @@ class Chart:
 
 
 def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Figure":
-    """The figure, charts in rows of `columns`. A curve's colour is its place in its chart; one
-    legend where all have the same curves.
+    """The figure, charts in rows of `columns`. Curves are coloured by their order in the chart;
+    charts of the same curves share one legend.
     """
     from matplotlib.figure import Figure
 
@@ -53,14 +53,13 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
     alike = len({tuple(curve.name for curve in chart.curves) for chart in charts}) == 1
-    for place, chart in enumerate(charts):
-        axis = figure.add_subplot(rows, across, place + 1)
+    for position, chart in enumerate(charts):
+        axis = figure.add_subplot(rows, across, position + 1)
         lines = sum(not curve.dots for curve in chart.curves)
         for index, curve in enumerate(chart.curves):
             style = {"marker": "o", "linestyle": "none"} if curve.dots else {"linewidth": 1.3}
-            colour = COLOURS[
-                (index % lines if lines else index) % len(COLOURS)
-            ]  # points have the colour of the line that they are on
+            # Points have the colour of the line that they are on.
+            colour = COLOURS[(index % lines if lines else index) % len(COLOURS)]
             axis.plot(
                 curve.x, curve.y, label=curve.name or "_", color=colour, markersize=3.5, **style
             )
@@ -75,6 +74,6 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
         axis.tick_params(labelsize=7)
         axis.grid(linewidth=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        if place == 0 or not alike:
+        if position == 0 or not alike:
             axis.legend(fontsize=6, frameon=False)
     return figure

@@ -1,8 +1,8 @@
-"""A table to look at: a panel a task, a dot with its interval a configuration, the best constant
+"""A figure of a table: a panel a task, a dot with its interval a configuration, the best constant
 answer as a dashed line.
 
-Drawn without pyplot and without a display. The same dots give the same bytes of SVG: ids are salted
-alike and no date is written.
+Drawn without pyplot and without a display. The same dots give the same bytes of SVG: the salt of
+its ids is fixed and no date is written.
 """
 
 import io
@@ -13,21 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-)  # Okabe and Ito: told apart by the colour-blind
+# Okabe and Ito's palette: distinct to the colour-blind.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 ROW, WIDTH = 0.22, 9.0  # inches
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A configuration's value with its interval. `group` decides the colour; `weak` dots are
-    hollow: they show that a path works.
+    """A configuration's value with its interval. `group` decides the colour; `weak` dots, of cells
+    trained too briefly, are hollow.
     """
 
     name: str
@@ -40,8 +34,8 @@ class Dot:
 
 @dataclass(frozen=True)
 class Panel:
-    """One task: what the axis shows, the constant answer's value where there is one, and its
-    dots from top to bottom.
+    """One task: the axis' label, the constant answer's value where there is one, and the dots from
+    top to bottom.
     """
 
     title: str
@@ -51,8 +45,8 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], caption: str) -> "Figure":
-    """The figure; panels stand below each other, as high as their dots need. Without panels it
-    holds the caption alone.
+    """The figure: panels below each other, with heights by their dots. Without panels it is the
+    caption alone.
     """
     from matplotlib.figure import Figure
 
@@ -91,7 +85,7 @@ def draw(panels: Sequence[Panel], caption: str) -> "Figure":
 
 
 def to_svg(figure: "Figure") -> str:
-    """The figure as SVG text, its letters as paths, so that it looks the same everywhere."""
+    """The figure as SVG, its letters as paths, so that it looks the same without our fonts."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -1,69 +1,80 @@
-"""Cells on their way into a table: grouped into lines, marked, set beside published values, and
-their reasons gathered into notes.
-"""
+"""Cells grouped into the lines of a table, with their marks, evidence and reasons."""
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-Row = dict[
-    str, Any
-]  # a cell joined with its result: axis names, state, reason, run_id, tasks, scores, costs or sizes
-SHARES = (
-    "accuracy",
-)  # metrics that are a share of the test rows; only these have the sampling half-width of a share
-NAMES = ("label", "run_id", "seed", "state", "reason", "weights")
+from finrepro.reporting.cell_result import CellResult
+
+Key = TypeVar("Key", bound=Hashable)
+EVIDENCE = ("label", "run_id", "seed", "state", "reason", "weights")
+SHORT_NOTE = (
+    "(short): trained for too few steps to show quality; the cell proves that its path works."
+)
 
 
-def grouped(rows: Sequence[Row], *axes: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
+def axis(row: CellResult, name: str) -> Any:
+    """A cell's value on an axis."""
+    return cast("Mapping[str, Any]", row)[name]
+
+
+def grouped_by(
+    rows: Sequence[CellResult], key: Callable[[CellResult], Key]
+) -> list[tuple[Key, list[CellResult]]]:
+    """Rows grouped by a key, groups and rows in their first order."""
+    groups: dict[Key, list[CellResult]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
+
+
+def grouped(
+    rows: Sequence[CellResult], *axes: str
+) -> list[tuple[tuple[Any, ...], list[CellResult]]]:
     """Rows grouped by axes, groups and rows in their first order."""
-    order = {
-        key: i for i, key in enumerate(dict.fromkeys(tuple(row[a] for a in axes) for row in rows))
-    }
-    ranked = sorted(rows, key=lambda row: order[tuple(row[a] for a in axes)])
-    return [
-        (key, list(group))
-        for key, group in groupby(ranked, key=lambda row: tuple(row[a] for a in axes))
-    ]
+    return grouped_by(rows, lambda row: tuple(axis(row, name) for name in axes))
 
 
-def evidence(rows: Sequence[Row], task: str | None = None) -> dict[str, Any]:
-    """What stands behind a line: its cells with their run ids and unrounded values (of one task,
+def caption(text: str, scale: str) -> str:
+    """A caption that says so where the cells are miniatures."""
+    smoke = " - SMOKE: miniatures, never to be set against published values"
+    return text + smoke * (scale == "smoke")
+
+
+def evidence(rows: Sequence[CellResult], task: str | None = None) -> dict[str, Any]:
+    """The evidence of a line: its cells with their run ids and unrounded values (of one task,
     where one is named).
     """
     cells = []
     for row in rows:
         scores = [score for score in row["scores"] if task is None or score["task"] == task]
         cells.append(
-            {name: row[name] for name in NAMES} | {"scores": scores, "costs": row["costs"]}
+            {name: axis(row, name) for name in EVIDENCE} | {"scores": scores, "costs": row["costs"]}
         )
     return {"cells": cells}
 
 
-def marks(rows: Sequence[Row]) -> str:
-    """` *` behind results that other source or packages made, `(short)` behind cells trained too
+def marks(rows: Sequence[CellResult]) -> str:
+    """` *` for results that other source or packages made, ` (short)` for cells trained too
     briefly.
     """
-    return (" *" if any(row["state"] == "stale" for row in rows) else "") + " (short)" * bool(
-        rows[0]["short"]
-    )
+    stale = any(row["state"] == "stale" for row in rows)
+    return " *" * stale + " (short)" * bool(rows[0]["short"])
 
 
-def reasons(rows: Sequence[Row]) -> list[str]:
-    """A line a reason why cells have no result or a stale one, and a line a remark that cells
-    carry.
+def reasons(rows: Sequence[CellResult]) -> list[str]:
+    """A line a reason why cells have no result or a stale one, and a line a remark of their runs,
+    each with the cells' labels or their number.
     """
-    found: dict[str, list[str]] = {}
+    labels_of: dict[str, list[str]] = {}
     for row in rows:
         if row["state"] != "done":
-            found.setdefault(f"{row['state']}: {row['reason']}".rstrip(": "), []).append(
-                row["label"]
-            )
+            reason = f"{row['state']}: {row['reason']}".rstrip(": ")
+            labels_of.setdefault(reason, []).append(row["label"])
     for row in rows:
         for note in row["notes"]:
-            found.setdefault(note, []).append(row["label"])
+            labels_of.setdefault(note, []).append(row["label"])
     texts = []
-    for reason, labels in found.items():
-        named = labels[0] if len(labels) == 1 else f"{len(labels)} cells, as {labels[0]}"
-        texts.append(f"{'* ' if reason.startswith('stale') else ''}{named} - {reason}")
+    for reason, labels in labels_of.items():
+        cells = labels[0] if len(labels) == 1 else f"{len(labels)} cells, as {labels[0]}"
+        texts.append(f"{'* ' if reason.startswith('stale') else ''}{cells} - {reason}")
     return texts

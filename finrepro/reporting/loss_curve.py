@@ -1,5 +1,5 @@
-"""The loss of a run by tokens and by time. In pretraining every text is new, so that the
-training loss is one on unseen text.
+"""The training loss of a run by tokens and by time. In pretraining each text is seen once, so that
+it is a loss on unseen text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from itertools import accumulate
 from statistics import mean
 from typing import Any
 
-WINDOW = 10  # steps that are averaged: the loss of one depends on its texts
+WINDOW = 10  # steps of the moving mean: the loss of one step depends on its texts
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class LossCurve:
     losses: tuple[float, ...]
 
     def at(self, seconds: float) -> float | None:
-        """The loss at a time, between two steps on the line that joins them; None before the
-        first value and after the last step.
+        """The loss at a time, interpolated linearly between steps; None before the first value
+        and after the last.
         """
         if not self.seconds or not self.seconds[0] <= seconds <= self.seconds[-1]:
             return None
-        after = next(i for i, each in enumerate(self.seconds) if each >= seconds)
+        after = next(i for i, second in enumerate(self.seconds) if second >= seconds)
         if self.seconds[after] == seconds or after == 0:
             return self.losses[after]
         begin, end = self.seconds[after - 1], self.seconds[after]
@@ -34,16 +34,16 @@ class LossCurve:
 
 
 def loss_curve(steps: Sequence[Mapping[str, Any]], tokens: int) -> LossCurve:
-    """The curve of the steps of loss.jsonl, of a run that saw so many `tokens` in all: alike in
-    every step, to a few tokens.
+    """The curve of a run's steps in loss.jsonl; `tokens` is their total, equal in every step to a
+    few tokens.
 
     A value is the mean of the `WINDOW` steps that end there.
     """
     losses = [step["loss"] for step in steps]
     ends = range(WINDOW, len(steps) + 1)
-    share = [0.0, *accumulate(tokens / len(steps) for _ in steps)] if steps else []
+    tokens_seen = [0.0, *accumulate(tokens / len(steps) for _ in steps)] if steps else []
     return LossCurve(
         tuple(steps[end - 1]["seconds"] for end in ends),
-        tuple(share[end] for end in ends),
+        tuple(tokens_seen[end] for end in ends),
         tuple(mean(losses[end - WINDOW : end]) for end in ends),
     )

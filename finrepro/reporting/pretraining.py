@@ -1,5 +1,5 @@
-"""What Table 2 says of a pretraining cell without running it: sizes, bytes, and the arithmetic
-of a token, beside the dense model's.
+"""Facts of a pretraining cell that need no run: parameters, bytes and FLOPs a token, against the
+dense model's.
 """
 
 import dataclasses
@@ -20,14 +20,16 @@ def facts(spec: RunSpec) -> dict[str, Any]:
     stored at 16, 8 and 4 bits (scales, embeddings and head as they really are), FLOPs a trained
     token by both conventions, and how many times fewer they are."""
     model, dense, length = spec.model, reference(spec.model), spec.train.max_seq_len
+    dense_flops, model_flops = (
+        flops.model_flops(entry, length, "palm") for entry in (dense, model)
+    )
     return {
         "parameters": model.parameters,
         "reference": dense.name,
         "compression": dense.parameters / model.parameters,
         "stored_bytes": {name: _bytes(spec, name) for name in STORED},
         "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
-        "flop_bound": flops.model_flops(dense, length, "palm")
-        / flops.model_flops(model, length, "palm"),
+        "flop_bound": dense_flops / model_flops,
         "rank": rank(model) if model.low_rank else None,
     }
 
@@ -38,14 +40,11 @@ def reference(model: Model) -> Model:
 
 
 def _bytes(spec: RunSpec, quantizer: str) -> int | None:
-    """Of the model in 16 bits with its blocks' linear layers under a quantizer, whatever dtype
-    the miniature itself runs in; None where the quantizer cannot hold them."""
-    model, choice = (
-        dataclasses.replace(spec.model, dtype="bfloat16"),
-        reader.quantizer(quantizer, "bfloat16"),
-    )
+    """Stored bytes of the model in 16 bits, whatever dtype the miniature runs in, with its blocks'
+    linear layers quantized; None where the quantizer cannot store them.
+    """
+    model = dataclasses.replace(spec.model, dtype="bfloat16")
+    choice = reader.quantizer(quantizer, "bfloat16")
     if unstorable(model, choice, 0):
         return None
-    return footprint.base_bytes(
-        dataclasses.replace(spec, model=model, quantizer=reader.quantizer(quantizer, "bfloat16"))
-    )
+    return footprint.base_bytes(dataclasses.replace(spec, model=model, quantizer=choice))

@@ -1,4 +1,4 @@
-"""Cells joined with their results: what the tables are made from."""
+"""Cells joined with their results."""
 
 import dataclasses
 from typing import Any
@@ -13,54 +13,47 @@ from finrepro.evidence import store
 from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
 from finrepro.reporting import pretraining
+from finrepro.reporting.cell_result import CellResult
 
 
-def rows(cells: list[Cell], place: Place) -> list[dict[str, Any]]:
-    """Cells joined with their results, as the report modules take them."""
-    joined = []
-    for cell in cells:
-        result = place.store.result(cell.spec.run_id) or {}
-        state = "refused" if cell.refusal else place.store.state(cell.spec)
-        reason = (
-            cell.refusal
-            or result.get("reason")
-            or {store.STALE: "made by other source or packages"}.get(state, "")
-        )
-        joined.append(
-            {
-                "label": cell.label,
-                "run_id": cell.spec.run_id,
-                "model": cell.spec.model.name,
-                "quantizer": cell.spec.quantizer.name,
-                "adapter": cell.spec.adapter.name,
-                "adapter_kind": cell.spec.adapter.kind,
-                "train_on": cell.spec.train_on.name,
-                "prompts": {
-                    each.task.name: getattr(each.task.config, "template", "")
-                    for each in cell.spec.tasks
-                },
-                "tasks": [each.task.name for each in cell.spec.tasks],
-                "seed": cell.spec.seed,
-                "devices": cell.spec.world_size,
-                "batch": cell.spec.train.global_batch_size,
-                "optimizer": cell.spec.train.optimizer.name,
-                "weights": cell.spec.weights,
-                "notes": result.get("cell", {}).get("notes", []),
-                "state": state,
-                "reason": reason,
-                "short": cell.spec.train.short,
-                "scores": result.get("scores", []),
-                "costs": result.get("costs", {}),
-                "pretraining": pretraining.facts(cell.spec)
-                if cell.spec.weights == "scratch"
-                else {},
-                "curve": _losses(cell.spec, place)
-                if cell.spec.weights == "scratch" and result.get("costs")
-                else [],
-                "sizes": {} if cell.refusal or result.get("costs") else footprint.sizes(cell.spec),
-            }
-        )
-    return joined
+def rows(cells: list[Cell], place: Place) -> list[CellResult]:
+    """Each cell with its result in the store, in the same order."""
+    return [_joined(cell, place) for cell in cells]
+
+
+def _joined(cell: Cell, place: Place) -> CellResult:
+    spec = cell.spec
+    result = place.store.result(spec.run_id) or {}
+    state = "refused" if cell.refusal else place.store.state(spec)
+    stale = "made by other source or packages" if state == store.STALE else ""
+    measured, from_scratch = bool(result.get("costs")), spec.weights == "scratch"
+    return {
+        "label": cell.label,
+        "run_id": spec.run_id,
+        "model": spec.model.name,
+        "quantizer": spec.quantizer.name,
+        "adapter": spec.adapter.name,
+        "adapter_kind": spec.adapter.kind,
+        "train_on": spec.train_on.name,
+        "prompts": {
+            scored.task.name: getattr(scored.task.config, "template", "") for scored in spec.tasks
+        },
+        "tasks": [scored.task.name for scored in spec.tasks],
+        "seed": spec.seed,
+        "devices": spec.world_size,
+        "batch": spec.train.global_batch_size,
+        "optimizer": spec.train.optimizer.name,
+        "weights": spec.weights,
+        "notes": result.get("cell", {}).get("notes", []),
+        "state": state,
+        "reason": cell.refusal or result.get("reason") or stale,
+        "short": spec.train.short,
+        "scores": result.get("scores", []),
+        "costs": result.get("costs", {}),
+        "pretraining": pretraining.facts(spec) if from_scratch else {},
+        "curve": _losses(spec, place) if from_scratch and measured else [],
+        "sizes": {} if cell.refusal or measured else footprint.sizes(spec),
+    }
 
 
 def _losses(spec: RunSpec, place: Place) -> list[dict[str, Any]]:
@@ -69,9 +62,9 @@ def _losses(spec: RunSpec, place: Place) -> list[dict[str, Any]]:
 
 def with_neighbours(
     selection: Selection, scale: Scale, cells: list[Cell], place: Place
-) -> list[dict[str, Any]]:
-    """The rows of the cells, and those of the finished runs of the table that stands beside this
-    one.
+) -> list[CellResult]:
+    """The rows of the cells, and those of the finished runs of the table that this one shows as
+    well (`beside`).
     """
     beside = table(selection.table).beside
     if beside is None:

@@ -1,8 +1,10 @@
-"""A table as data, and the one place where it becomes text: terminal, Markdown, LaTeX and JSON."""
+"""A table as data, and its text forms: terminal, Markdown, LaTeX and JSON."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from finrepro.evidence.files import json_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -13,17 +15,13 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
 }
 GAP = 3  # blanks between columns in the terminal
-NAMES, NAME_WIDTH = (
-    4,
-    22,
-)  # the columns on the left that name a line, and how wide the terminal keeps them
+# The columns on the left that name a line, and their width in the terminal that is not folded.
+NAME_COLUMNS, NAME_WIDTH = 4, 22
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its texts, and the evidence behind them for the JSON. `section` starts a new
-    group of rows when it changes.
-    """
+    """One row: its texts, and their evidence for the JSON. A rule separates sections."""
 
     texts: tuple[str, ...]
     section: str = ""
@@ -32,8 +30,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table. `name` is the catalogue's; `label` the LaTeX label without `tab:`;
-    `notes` stand below it.
+    """A finished table. `name` is the catalogue's; `label` the LaTeX label without `tab:`; `notes`
+    are printed below it.
     """
 
     name: str
@@ -45,13 +43,23 @@ class Table:
 
     @property
     def title(self) -> str:
-        """The caption with the table's number, for where nothing else numbers it."""
+        """The caption with the table's number, which LaTeX sets by itself."""
         return f"Table {self.name.removeprefix('table')}. {self.caption}"
 
 
+def without_columns(table: Table, dropped: AbstractSet[int]) -> Table:
+    """The table without the columns of these indices."""
+    indices = [index for index in range(len(table.columns)) if index not in dropped]
+    lines = tuple(
+        replace(line, texts=tuple(line.texts[index] for index in indices)) for line in table.lines
+    )
+    columns = tuple(table.columns[index] for index in indices)
+    return replace(table, columns=columns, lines=lines)
+
+
 def to_json(table: Table) -> str:
-    """Everything, run ids and unrounded values included."""
-    return json.dumps(asdict(table), indent=2, ensure_ascii=False) + "\n"
+    """The table with its evidence: run ids and unrounded values."""
+    return json_text(asdict(table))
 
 
 def to_markdown(table: Table) -> str:
@@ -73,10 +81,9 @@ def to_markdown(table: Table) -> str:
 
 def escape(text: str) -> str:
     """Text as LaTeX."""
-    plain = text.encode("latin-1", "replace").decode(
-        "latin-1"
-    )  # a library's message may hold anything; T1 fonts do not
-    text = "".join(_LATEX.get(character, character) for character in plain)
+    # A library's message may hold any character; T1 fonts do not.
+    latin = text.encode("latin-1", "replace").decode("latin-1")
+    text = "".join(_LATEX.get(character, character) for character in latin)
     return text.replace("--", "-{}-")  # two hyphens would become a dash
 
 
@@ -88,13 +95,13 @@ def to_latex(table: Table) -> str:
             lines.append(r"\midrule")
         previous = line.section
         lines.append(" & ".join(escape(text) for text in line.texts) + r" \\")
-    notes = "\\par\n".join(
-        escape(note) for note in table.notes
-    )  # after a line break TeX would read "[1]" and "*" as its options
+    # Paragraphs: after a line break TeX would read "[1]" and "*" as its options.
+    notes = "\\par\n".join(escape(note) for note in table.notes)
     return "\n".join(
         [
             "% Generated from results by finrepro; do not edit.",
-            r"\providecommand{\resizebox}[3]{#3} % graphicx makes a wide table fit; without it the table is set as it is",
+            r"\providecommand{\resizebox}[3]{#3} "
+            "% graphicx makes a wide table fit; without it the table is set as it is",
             r"\begin{table*}",
             r"\centering\small",
             rf"\caption{{{escape(table.caption)}}}\label{{tab:{table.label}}}",
@@ -114,59 +121,59 @@ def to_latex(table: Table) -> str:
 
 
 def widths(table: Table, room: int) -> list[int]:
-    """Columns' widths that fit `room` characters where they can: all as wide as their texts, or
-    those behind the names folded at words.
+    """Columns' widths in `room` characters: each as wide as its longest text, or where that is too
+    much, columns folded at words, but not those of names.
 
-    What is left over goes to the columns that miss most, in turn.
+    Characters to spare go to the column that lacks most, one after another.
     """
     texts = [
         [column, *(line.texts[index] for line in table.lines)]
         for index, column in enumerate(table.columns)
     ]
-    whole = [max(map(len, column)) for column in texts]
+    longest = [max(map(len, column)) for column in texts]
     words = [
         max([len(word) for text in column for word in text.split()], default=1) for column in texts
     ]
-    least = [min(word, NAME_WIDTH) if index < NAMES else word for index, word in enumerate(words)]
-    spare = room - sum(least) - GAP * len(least)
+    columns = [
+        min(word, NAME_WIDTH) if index < NAME_COLUMNS else word for index, word in enumerate(words)
+    ]
+    spare = room - sum(columns) - GAP * len(columns)
     for _ in range(max(0, spare)):
-        missing = [all_of_it - so_far for all_of_it, so_far in zip(whole, least, strict=True)]
-        if max(missing, default=0) <= 0:
+        lacking = [goal - width for goal, width in zip(longest, columns, strict=True)]
+        if max(lacking, default=0) <= 0:
             break
-        least[missing.index(max(missing))] += 1
-    return least
+        columns[lacking.index(max(lacking))] += 1
+    return columns
 
 
 def to_rich(table: Table, room: int | None = None) -> "RichTable":
-    """For the terminal; of `room` characters, where that is known."""
+    """For the terminal, `room` characters wide where that is known."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
+    rich_table = RichTable(
         title=Text(table.title),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         title_style="bold",
         pad_edge=False,
     )
-    given = widths(table, room) if room else [None] * len(table.columns)
+    fixed = widths(table, room) if room else [None] * len(table.columns)
     for index, column in enumerate(table.columns):
         longest = max(
             [len(word) for line in table.lines for word in line.texts[index].split()], default=0
         )
-        whole = (
-            min(longest, NAME_WIDTH) if index < NAMES else None
-        )  # names stay in one piece, the rest folds first
-        shown.add_column(Text(column), overflow="fold", min_width=whole, width=given[index])
+        # Names stay in one piece: rich by itself folds them where another column could be folded.
+        least = min(longest, NAME_WIDTH) if index < NAME_COLUMNS else None
+        rich_table.add_column(Text(column), overflow="fold", min_width=least, width=fixed[index])
     previous = None
     for line in table.lines:
         if previous is not None and line.section != previous:
-            shown.add_section()
+            rich_table.add_section()
         previous = line.section
-        shown.add_row(*(Text(text) for text in line.texts))
-    shown.caption = (
-        Text("\n".join(table.notes)) if table.notes else None
-    )  # not markup: reasons may hold brackets
-    shown.caption_justify = "left"
-    return shown
+        rich_table.add_row(*(Text(text) for text in line.texts))
+    # As Text, not markup: reasons may hold brackets.
+    rich_table.caption = Text("\n".join(table.notes)) if table.notes else None
+    rich_table.caption_justify = "left"
+    return rich_table

@@ -1,6 +1,4 @@
-"""A table from the store: cells joined with their results, given to the report, and written as
-Markdown, LaTeX and JSON.
-"""
+"""A table from the store: cells joined with their results, reported, and written to files."""
 
 import dataclasses
 
@@ -9,18 +7,18 @@ from finrepro.catalogue.reader import published, table
 from finrepro.catalogue.resolve import Cell, foreign_adapter
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
-from finrepro.evidence.files import disk_errors, write_bytes
 from finrepro.evidence.place import Place
+from finrepro.kinds import report_of
 from finrepro.reporting.curves import draw_charts
-from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.dots import draw
+from finrepro.reporting.files import write_table
 from finrepro.reporting.rows import with_neighbours
-from finrepro.reporting.table import Table, to_json, to_latex, to_markdown
-from finrepro.settings import kind_module
+from finrepro.reporting.table import Table
 
 
 def file_stem(selection: Selection) -> str:
-    """Name of the table's files: a selection with other cells than the table's own has files of
-    its own.
+    """The name of the table's files. A selection of other cells than the table's default ones has
+    files of its own.
     """
     parts = [table(selection.table).report]
     parts += [name for name in ("quick", "full") if getattr(selection, name)]
@@ -33,35 +31,26 @@ def file_stem(selection: Selection) -> str:
 
 
 def tabulate(selection: Selection, scale: Scale, cells: list[Cell], place: Place) -> Table:
-    """The table of the selected cells; the files, its figure among them, hold all of its cells,
-    whichever --only selected.
+    """The table of the selected cells. The files and the figure hold the cells that --only leaves
+    out as well.
     """
-    report = kind_module("report", table(selection.table).report)
+    report = report_of(table(selection.table).report)
     values = published() if scale == "paper" else ()
-    everything = (
+    all_cells = (
         cells
         if selection.only is None
         else expand(dataclasses.replace(selection, only=None), scale)
     )
-    shown = with_neighbours(selection, scale, everything, place)
-    whole: Table = report.build(shown, scale, values)
-    files = {
-        "md": to_markdown(whole).encode(),
-        "tex": to_latex(whole).encode(),
-        "json": to_json(whole).encode(),
-    }
-    if hasattr(report, "panels") and any(row["scores"] for row in shown):
-        picture = draw(report.panels(shown), whole.title)
-        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    if hasattr(report, "charts") and (charts := report.charts(shown)):
-        picture = draw_charts(charts, whole.title, columns=2)
-        files |= {"svg": to_svg(picture).encode(), "png": to_png(picture)}
-    folder = place.store.results / "tables" / scale
-    with disk_errors(place.store.root):
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, content in files.items():
-            write_bytes(folder / f"{file_stem(selection)}.{suffix}", content)
-    if everything is cells:
-        return whole
-    asked_for: Table = report.build(with_neighbours(selection, scale, cells, place), scale, values)
-    return asked_for
+    rows = with_neighbours(selection, scale, all_cells, place)
+    full_table = report.build(rows, scale, values)
+    figure = None
+    if panels := report.panels(rows):
+        figure = draw(panels, full_table.title)
+    if charts := report.charts(rows):
+        figure = draw_charts(charts, full_table.title, columns=2)
+    path = place.store.results / "tables" / scale / file_stem(selection)
+    write_table(place.store.root, path, full_table, figure)
+    if all_cells is cells:
+        return full_table
+    selected_rows = with_neighbours(selection, scale, cells, place)
+    return report.build(selected_rows, scale, values)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Pretrain, RunSpec
 from finrepro.data import files
-from finrepro.data.corpora.place import TOKENIZER
+from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.errors import EnvironmentFault, unavailable_if_faulty
 from finrepro.evidence.place import Place
+from finrepro.kinds import task_of
 from finrepro.models import checkpoints
 from finrepro.running.text import open_corpora
 
@@ -37,32 +38,29 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
                 )
             return folder, load_tokenizer(folder), f"run {spec.base_run}"
         model = reader.origin(spec.model)
-        if spec.weights == "scratch" and (made_with := open_corpora(spec, place)):
-            folder = next(iter(made_with.values())).folder / TOKENIZER
+        if spec.weights == "scratch" and (corpora := open_corpora(spec, place)):
+            folder = next(iter(corpora.values())).folder / TOKENIZER
             return None, load_tokenizer(folder, spec.model), "corpus"
-        found = checkpoints.locate(model, place.models_dir)
-        if found is None and spec.weights == "pretrained":
-            found = checkpoints.fetch(model)
-        if found is not None:
-            checkpoints.check(model, found)
-            return (
-                (found if spec.weights == "pretrained" else None),
-                load_tokenizer(found, spec.model),
-                "checkpoint",
-            )
+        checkpoint = checkpoints.locate(model, place.models_dir)
+        if checkpoint is None and spec.weights == "pretrained":
+            checkpoint = checkpoints.fetch(model)
+        if checkpoint is not None:
+            checkpoints.check(model, checkpoint)
+            weights = checkpoint if spec.weights == "pretrained" else None
+            return weights, load_tokenizer(checkpoint, spec.model), "checkpoint"
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 
 
 def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
-    """What the base was: the run that made it with its maker's digests, or the sha256 of the
-    checkpoint's weights.
+    """`data.base` of result.json: the run that made the base with the digests of its source and
+    packages, or the sha256 of the checkpoint's weights.
 
-    A cell of table 2 is a base as a checkpoint is: made over days, and not again because a line of
-    the source has changed. Its maker is on record, and no part of what makes the cell stale.
+    A cell of Table 2 is a base as a checkpoint is: trained over days, and not again because a line
+    of the source has changed. Its digests are recorded, and do not make the cell stale.
     """
     if spec.base_run is not None:
-        made = (place.store.result(spec.base_run) or {})["environment"]
-        digests = {key: made[key] for key in ("source_digest", "lock_digest")}
+        environment = (place.store.result(spec.base_run) or {})["environment"]
+        digests = {key: environment[key] for key in ("source_digest", "lock_digest")}
         facts = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
         return facts | ({"made_by": digests} if reader.cell_of_table_2(spec.model) else digests)
     with unavailable_if_faulty():
@@ -70,8 +68,8 @@ def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, An
 
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":
-    """A tokenizer for a model that brings none: a miniature's own, or a stand-in of fewer tokens
-    for random weights.
+    """A tokenizer for a model that comes without one: a miniature's own, or for random weights a
+    stand-in of fewer tokens.
     """
     text = spec.model.pretrain.task if isinstance(spec.model.pretrain, Pretrain) else STAND_IN_TEXT
     size = min(int(spec.model.architecture["vocab_size"]), STAND_IN_VOCABULARY)
@@ -86,9 +84,8 @@ def _trained_tokenizer(
     from finrepro.data.tokens import train_tokenizer
 
     source = reader.task(text)
-    task, config = source.task.module("tasks"), source.task.config
+    task = task_of(source.task)
     texts = [
-        task.target(example, config)
-        for example in files.load(source.dataset, data_dir).splits["train"]
+        task.target(example) for example in files.load(source.dataset, data_dir).splits["train"]
     ]
     return train_tokenizer(texts, family, size)

@@ -1,236 +1,66 @@
-"""The walk of one cell, from its spec to its sealed result. `python -m finrepro.running.cell`
-runs one cell and is idempotent.
+"""One cell, whatever comes of it: a sealed result. `python -m finrepro.running.cell` runs one
+cell and is idempotent.
 """
 
 import json
-import shutil
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.arriving.growing import Waiting
 from finrepro.errors import (
-    CellFailed,
+    Diverged,
     EnvironmentFault,
     FinreproError,
+    Interrupted,
     Unavailable,
     UsageError,
-    unavailable_if_faulty,
 )
-from finrepro.evidence import provenance, store
-from finrepro.evidence.files import write_json, write_lines
+from finrepro.evidence import store
 from finrepro.evidence.place import Place
-from finrepro.evidence.result import header, seal_unfinished
-from finrepro.running import base, feeding, inputs
+from finrepro.evidence.result import seal_unfinished
+from finrepro.running.events import EXIT_CODES, Emit, Event, emit_outcome, follow_parent
+from finrepro.running.feeding import preparing_corpus
 from finrepro.running.launch import parse, resolve
-from finrepro.running.seal import measured_rate, median_step
-from finrepro.running.text import corpora_facts, corpora_identity, open_corpora, while_waiting
-from finrepro.runtime import memory, process, ranks
-from finrepro.training import compilation
-
-if TYPE_CHECKING:
-    pass
-
-Report = Callable[[dict[str, Any]], None]
-EXIT_CODES = {store.DONE: 0, store.SKIPPED: EnvironmentFault.exit_code}
+from finrepro.running.text import while_waiting
+from finrepro.runtime import process, ranks
 
 
 def run_cell(
-    spec: RunSpec, place: Place, report: Report, stop_requested: Callable[[], bool]
-) -> dict[str, Any]:
+    spec: RunSpec, place: Place, emit: Emit, stop_requested: Callable[[], bool]
+) -> Mapping[str, Any]:
     """Walk one cell and seal its result; the content of result.json.
 
     A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base
     that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
     `Interrupted` (a checkpoint is).
     """
-    from finrepro.errors import Diverged, Interrupted
-
-    started, traced = time.time(), None
+    started, trace = time.time(), None
     try:
-        with feeding.fed(spec, place) as tend:
-            return walk(
-                spec,
-                place,
-                report,
-                stop_requested,
-                started,
-                while_waiting(report, stop_requested, tend),
-            )
+        with preparing_corpus(spec, place) as keep_alive:
+            # Only now, so that a package that is missing or broken costs the cell and has a name.
+            from finrepro.running.walk import walk
+
+            waiting = while_waiting(emit, stop_requested, keep_alive)
+            return walk(spec, place, emit, stop_requested, waiting, started)
     except Unavailable as error:
         status, reason = store.SKIPPED, str(error)
     except (EnvironmentFault, Interrupted):
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
-    except (
-        Exception
-    ) as error:  # whatever it is, it costs one cell: its traceback goes into the result
-        status, reason = (
-            store.FAILED,
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
-        traced = traceback.format_exc()
-        print(
-            traced, file=sys.stderr
-        )  # into the log: of several ranks only the first one's is kept with the result
+    except Exception as error:  # any defect costs one cell; its traceback goes into the result
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        status, reason = store.FAILED, f"{type(error).__name__}: {first_line}"
+        trace = traceback.format_exc()
+        # Into the log: of several ranks only the first one's is kept with the result.
+        print(trace, file=sys.stderr)
     if not ranks.current().is_main:
         return {"status": status, "reason": reason}
-    return seal_unfinished(spec, place.store, status, reason, started, traced)
-
-
-def walk(
-    spec: RunSpec,
-    place: Place,
-    report: Report,
-    stop_requested: Callable[[], bool],
-    started: float,
-    waiting: Waiting,
-) -> dict[str, Any]:
-    """setup -> data -> model -> train -> evaluate -> record, read from top to bottom."""
-    device = process.setup(spec.seed, spec.threads)
-    compilation.expect_compiler(spec, device)
-    memory.reset_peak_memory(device)
-
-    from finrepro.data.tokens import tokenizer_digest
-    from finrepro.evaluation import quantized
-    from finrepro.evaluation.evaluate import evaluate
-    from finrepro.models.build import build
-    from finrepro.runtime.monitor import Monitor
-    from finrepro.runtime.phases import Phases
-    from finrepro.training import layout as layouts
-    from finrepro.training.checkpoint import Control
-    from finrepro.training.engines.deepspeed import collect_trained, inference
-    from finrepro.training.loop import train
-
-    report({"event": "phase", "phase": "data"})
-    phases = Phases(device)
-    datasets = inputs.load_data(spec, place)
-    corpora = open_corpora(spec, place, waiting)
-    folder, tokenizer, origin = base.open_base(spec, place)
-    made_from = base.base_facts(spec, place, folder)
-    text = corpora_identity(spec, corpora)
-    encoded = inputs.training_examples(spec, datasets, tokenizer, corpora)
-
-    report({"event": "phase", "phase": "model"})
-    phases.begin("load")
-    with unavailable_if_faulty():
-        built = build(spec, folder, device)
-
-    checkpoints = place.store.checkpoints(spec.run_id)
-    with Monitor() as monitor:
-        made_by = json.dumps(
-            [provenance.source_digest(), provenance.lock_digest(), made_from, text]
-        )
-        control = Control(report, stop_requested, checkpoints, made_by, phases=phases)
-        settled, layout = layouts.settled(spec, built.model, encoded, device, control)
-        report({"event": "phase", "phase": "train"})
-        trained = train(built.model, encoded, settled, device, control)
-
-        report({"event": "phase", "phase": "evaluate"})
-        phases.begin("evaluate")
-        began = time.monotonic()
-        scores, rows, num_scored = [], [], 0
-        with inference(built.model, spec.train, device):
-            for each in spec.tasks:
-                examples = datasets[each.dataset.name].splits[spec.evaluation.split]
-                if ranks.current().is_main:
-                    place.store.log_scoring(spec, each.task.name)
-                evaluated = evaluate(
-                    built.model,
-                    tokenizer,
-                    each,
-                    examples,
-                    spec.evaluation,
-                    spec.train.max_seq_len,
-                    partial(scored, report),
-                )
-                scores += evaluated.scores if spec.weights != "random" else []
-                rows += evaluated.rows
-                num_scored += len(examples)
-        evaluation_seconds = time.monotonic() - began
-
-    report({"event": "phase", "phase": "record"})
-    rate = measured_rate(spec, device)
-    phases.begin("save")
-    collect_trained(built.model)
-    phases.over_ranks()
-    if not ranks.current().is_main:
-        return {"status": store.DONE, "reason": None}
-    with place.store.new_run(spec.run_id) as target:
-        (target / "weights").mkdir()
-        spec.adapter.module("adapters").export(built.model, target / "weights")
-        if spec.weights == "scratch":
-            tokenizer.save_pretrained(target / "weights")
-        peaks = phases.costs()  # what is stored again and scored below is no part of the run
-        write_lines(target / "loss.jsonl", trained.losses)
-        write_lines(target / "predictions.jsonl", rows)
-        write_lines(target / "system.jsonl", monitor.samples)
-        files = sorted((target / "weights").glob("*.safetensors"))
-        stored_bytes, remarks = {}, []
-        for quantizer in quantized.possible(spec):
-            report({"event": "phase", "phase": f"evaluate as {quantizer.name}"})
-            try:
-                again, stored_bytes[quantizer.name] = quantized.scores(
-                    spec, quantizer, target / "weights", datasets, tokenizer, device
-                )
-            except Exception as error:  # what was trained is whole without it
-                remarks.append(
-                    f"not scored in {quantizer.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                )
-                continue
-            scores += again
-        result = header(spec, store.DONE, None, started, device.type, layout) | {
-            "scores": scores,
-            "costs": {
-                "total_params": built.base_parameters,
-                "trainable_params": built.trainable_parameters,
-                "base_bytes": built.base_bytes,
-                "trained_file_bytes": sum(path.stat().st_size for path in files),
-                **peaks,
-                "train_seconds": trained.seconds,
-                "train_tokens": trained.tokens,
-                "supervised_tokens": trained.supervised_tokens,
-                "useful_token_share": trained.tokens / trained.computed_tokens
-                if trained.computed_tokens
-                else None,
-                "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
-                "step_seconds": median_step(trained.losses),
-                "matmul_flops": rate,
-                **{f"bytes_as_{name}": size for name, size in stored_bytes.items()},
-                "final_loss": trained.losses[-1]["loss"] if trained.losses else None,
-                "evaluation_seconds": evaluation_seconds,
-                "evaluated_examples": num_scored,
-            },
-            "data": {
-                **inputs.data_facts(datasets),
-                "corpora": corpora_facts(spec, corpora),
-                "base": made_from,
-                "tokenizer": {
-                    "origin": origin,
-                    "sha256": tokenizer_digest(folder or target / "weights"),
-                },
-                "times_scored": place.store.times_scored(spec),
-            },
-        }
-        result["cell"] |= {
-            "compilation": trained.compilation,
-            "notes": result["cell"]["notes"] + remarks,
-        }
-        write_json(target / "result.json", result)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return result
-
-
-def scored(report: Report, done: int, total: int) -> None:
-    """Report how far an evaluation is."""
-    report({"event": "phase", "phase": f"evaluate {done}/{total}"})
+    return seal_unfinished(spec, place.store, status, reason, started, trace)
 
 
 def check_launch(spec: RunSpec) -> None:
@@ -242,8 +72,8 @@ def check_launch(spec: RunSpec) -> None:
         raise UsageError(f"{spec.label}: {refused}.")
     if launched != spec.world_size:
         raise UsageError(
-            f"{spec.label} runs on {spec.world_size} device(s), and {launched} process(es) were started: "
-            "take the command that --plan prints, or say --devices."
+            f"{spec.label} runs on {spec.world_size} device(s), and {launched} process(es) were "
+            "started: take the command that --plan prints, or say --devices."
         )
 
 
@@ -251,44 +81,36 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one cell as a process of its own: what launchers start, one a rank. Exit codes as
     everywhere.
     """
-    from finrepro.errors import Interrupted
+    stop_requested = follow_parent()
+    rank = ranks.current()
 
-    stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal sends it to everybody; who started us decides
-    process.die_with_parent()
-
-    def emit(event: dict[str, Any]) -> None:
-        if ranks.current().is_main:
+    def emit(event: Event) -> None:
+        if rank.is_main:
             print(json.dumps(event), flush=True)
 
-    try:
+    def run() -> Mapping[str, Any]:
         message, place = parse(arguments)
         spec = resolve(message)
         check_launch(spec)
-        result: dict[str, Any] = {"status": store.DONE, "reason": None}
-        if place.store.state(spec) != store.DONE:
-            result = run_cell(spec, place, emit, lambda: bool(stop))
-        emit({"event": "result", "status": result["status"], "reason": result["reason"]})
-        if result["status"] != store.DONE and not ranks.current().is_main:
-            print(
-                json.dumps(
-                    {"event": "rank", "rank": ranks.current().rank, "reason": result["reason"]}
-                ),
-                flush=True,
-            )
-        if result["status"] == store.DONE:
-            ranks.leave_process_group()
-        return EXIT_CODES.get(result["status"], CellFailed.exit_code)
-    except FinreproError as error:
-        emit({"event": "fault", "reason": str(error), "exit_code": error.exit_code})
-        print(f"finrepro: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted as error:
-        emit({"event": "interrupted", "reason": str(error)})
-        return 130
+        if place.store.state(spec) == store.DONE:
+            return {"status": store.DONE, "reason": None}
+        return run_cell(spec, place, emit, stop_requested)
+
+    def run_on_this_rank() -> Mapping[str, Any]:
+        try:
+            result = run()
+        except FinreproError as error:
+            print(f"finrepro: {error}", file=sys.stderr)
+            raise
+        if result["status"] != store.DONE and not rank.is_main:
+            event = {"event": "rank", "rank": rank.rank, "reason": result["reason"]}
+            print(json.dumps(event), flush=True)
+        return result
+
+    code = emit_outcome(emit, run_on_this_rank)
+    if code == EXIT_CODES[store.DONE]:
+        ranks.leave_process_group()
+    return code
 
 
 if __name__ == "__main__":

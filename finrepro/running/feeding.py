@@ -1,6 +1,4 @@
-"""What a cell does about a corpus that is not finished: whether it can be had at all, and a
-process that prepares it during training.
-"""
+"""A corpus that is prepared while a cell is trained on it: the process that does so."""
 
 import contextlib
 import os
@@ -9,25 +7,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from finrepro import PROJECT
+from finrepro import PACKAGE
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora import place as corpora
+from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.prepare import default_workers
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.evidence.place import Place
-from finrepro.planning.availability import corpus_missing_reason, is_fed, tokenizer_for
+from finrepro.planning.availability import is_fed, missing_corpus, tokenizer_for
 from finrepro.runtime import ranks
 
 END_SECONDS = 20
 
 
 @contextlib.contextmanager
-def fed(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]]:
-    """While inside, the first rank sees to it that the cell's corpus is prepared.
+def preparing_corpus(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]]:
+    """Inside, the first rank keeps a process alive that prepares the cell's corpus, where it is
+    trained on one that is not finished.
 
-    Gives what is called by those who wait for it: whether a process of this cell is at work on it;
-    raises `EnvironmentFault` with the reason when that has failed.
+    Yields `keep_alive`, which whoever waits for text calls: it starts the process again where
+    needed, and returns whether it is running. It raises `EnvironmentFault` with the reason when
+    the preparation has failed.
     """
     feeders = [
         Feeder(str(corpora.corpus_of(part.task)), spec, place)
@@ -36,19 +36,19 @@ def fed(spec: RunSpec, place: Place) -> Iterator[Callable[[], bool]]:
         )
         if corpora.corpus_of(part.task)
         and is_fed(spec, part.task)
-        and corpus_missing_reason(spec, part.task, place) is None
+        and missing_corpus(spec, part.task, place) is None
     ]
     try:
-        for each in feeders:
-            each.tend()
-        yield lambda: any(each.tend() for each in feeders)
+        for feeder in feeders:
+            feeder.keep_alive()
+        yield lambda: any(feeder.keep_alive() for feeder in feeders)
     finally:
-        for each in feeders:
-            each.end()
+        for feeder in feeders:
+            feeder.end()
 
 
 class Feeder:
-    """The process that prepares one corpus, unless somebody else does or nobody needs to."""
+    """The process that prepares one corpus, unless another one does or it is finished."""
 
     def __init__(self, name: str, spec: RunSpec, place: Place) -> None:
         self.name, self.spec, self.place = name, spec, place
@@ -58,8 +58,8 @@ class Feeder:
         self.log = place.store.results / "logs" / f"feeder-{name}.log"
         self.process: subprocess.Popen[str] | None = None
 
-    def tend(self) -> bool:
-        """Start the process where nobody is at work; whether it is running. Raises
+    def keep_alive(self) -> bool:
+        """Start the process where no other prepares the corpus; whether it is running. Raises
         `EnvironmentFault` when it has ended too early.
         """
         if underway.is_finished(self.folder):
@@ -74,50 +74,42 @@ class Feeder:
         ended, self.process = self.process, None
         assert ended.stdout is not None
         with ended.stdout:
-            said = ended.stdout.read().strip()
+            reason = ended.stdout.read().strip()
         code = ended.returncode
         if code == underway.HELD:  # another one was there first, and may have gone meanwhile
-            return self.tend()
+            return self.keep_alive()
         if underway.is_finished(self.folder) or underway.held(self.folder):
             return False
-        ended_with = (
-            f"{signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit status {code}"
-        )
-        said = (
-            said
-            or f"its process ended with {ended_with}, see {self.log}; run the same command again to go on."
-        )
-        raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {said}")
+        if not reason:
+            end = f"exit status {code}"
+            if code < 0:
+                end = f"{signal.Signals(-code).name} (out of memory?)"
+            reason = (
+                f"its process ended with {end}, see {self.log}; run the same command again to go "
+                "on."
+            )
+        raise EnvironmentFault(f"corpus '{self.name}' cannot be prepared any further: {reason}")
 
     def _start(self) -> None:
         tokenizer = tokenizer_for(self.spec, self.folder, self.place.models_dir)
-        if (
-            tokenizer is None
-        ):  # somebody was preparing it, and has gone before the tokenizer lay beside the shards
-            raise Unavailable(str(corpora.missing_reason(self.name, self.place.data_dir)))
+        # None: another process was preparing it, and ended before it had written the tokenizer.
+        if tokenizer is None:
+            raise Unavailable(str(corpora.unprepared_reason(self.name, self.place.data_dir)))
         workers = max(1, default_workers() - self.spec.world_size)
-        options = [
-            "--tokenizer",
-            tokenizer,
-            "--out",
-            self.folder,
-            "--workers",
-            workers,
-            "--parent",
-            os.getpid(),
-        ]
-        options += ["--data-dir", self.place.data_dir] if self.place.data_dir else []
+        options: dict[str, object] = {
+            "--tokenizer": tokenizer,
+            "--out": self.folder,
+            "--workers": workers,
+            "--parent": os.getpid(),
+        }
+        if self.place.data_dir:
+            options["--data-dir"] = self.place.data_dir
+        arguments = [str(word) for option in options.items() for word in option]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "finrepro.data.arriving.feeder",
-                    self.name,
-                    *map(str, options),
-                ],
-                cwd=PROJECT,
+                [sys.executable, "-m", "finrepro.data.arriving.feeder", self.name, *arguments],
+                cwd=PACKAGE.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue.resolve import find
-from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection, parse_seeds
+from finrepro.arguments import seed_list
+from finrepro.catalogue.resolve import spec_of_label
+from finrepro.catalogue.selection import SCALES, WEIGHTS, Selection
 from finrepro.catalogue.spec import RunSpec, Scale
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence import provenance, store
@@ -42,7 +43,7 @@ def resolve(message: Message) -> RunSpec:
     selection = Selection(
         **{**values, "seeds": tuple(values["seeds"]) if values["seeds"] else None}
     )
-    spec = find(selection, message["scale"], message["label"])
+    spec = spec_of_label(selection, message["scale"], message["label"])
     if message["run_id"] not in (None, spec.run_id):
         raise CellFailed(
             f"{message['label']}: the configuration changed while the campaign was running."
@@ -76,14 +77,9 @@ def command(spec: RunSpec, selection: Selection, scale: Scale, place: Place) -> 
         ("--models-dir", place.models_dir),
     ]
     switches = [f"--{name}" for name in ("quick", "full") if getattr(selection, name)]
-    given = [part for flag, value in options if value is not None for part in (flag, str(value))]
-    start = [
-        sys.executable,
-        *(launcher if spec.world_size > 1 else []),
-        "-m",
-        "finrepro.running.cell",
-    ]
-    return [*start, *given, *switches]
+    words = [word for flag, value in options if value is not None for word in (flag, str(value))]
+    program = [*(launcher if spec.world_size > 1 else []), "-m", "finrepro.running.cell"]
+    return [sys.executable, *program, *words, *switches]
 
 
 def parse(arguments: list[str] | None) -> tuple[Message, Place]:
@@ -109,25 +105,25 @@ def parse(arguments: list[str] | None) -> tuple[Message, Place]:
     parser.add_argument("--models-dir", type=Path)
     parser.add_argument("--run-id", help="refuse to run a cell with another id")
     parser.add_argument("--source", help="refuse to run with another source digest")
-    given = parser.parse_args(arguments)
-    if given.devices is not None and given.devices < 1:
-        raise UsageError(f"--devices '{given.devices}': expected a whole number from 1.")
+    options = parser.parse_args(arguments)
+    if options.devices is not None and options.devices < 1:
+        raise UsageError(f"--devices '{options.devices}': expected a whole number from 1.")
     selection = Selection(
-        given.table,
-        given.quick,
-        given.full,
+        options.table,
+        options.quick,
+        options.full,
         None,
-        parse_seeds(given.seeds),
-        given.weights,
-        given.devices,
-        given.adapter,
+        None if options.seeds is None else seed_list(options.seeds),
+        options.weights,
+        options.devices,
+        options.adapter,
     )
     message = {
         "selection": asdict(selection),
-        "scale": given.scale,
-        "label": given.cell,
-        "run_id": given.run_id,
-        "source": given.source,
+        "scale": options.scale,
+        "label": options.cell,
+        "run_id": options.run_id,
+        "source": options.source,
     }
-    folders = (path and path.absolute() for path in (given.data_dir, given.models_dir))
-    return message, Place(store.open_store(given.store), *folders)
+    folders = (path and path.absolute() for path in (options.data_dir, options.models_dir))
+    return message, Place(store.open_store(options.store), *folders)

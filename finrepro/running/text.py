@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora.place import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
+from finrepro.data.corpora.folders import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.data.tokens import tokenizer_digest
-from finrepro.errors import EnvironmentFault, UsageError, unavailable_if_faulty
+from finrepro.errors import EnvironmentFault, Interrupted, UsageError, unavailable_if_faulty
 from finrepro.evidence.place import Place
-from finrepro.planning.availability import corpus_missing_reason, is_fed
+from finrepro.kinds import task_of
+from finrepro.planning.availability import is_fed, missing_corpus
+from finrepro.running.events import Emit, emit_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +38,12 @@ def open_corpora(
     from finrepro.data.corpora.stream import open_corpus
     from finrepro.data.preparing.entries import unlike
 
-    found: dict[str, Corpus | GrowingCorpus] = {}
+    corpora: dict[str, Corpus | GrowingCorpus] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
         if name := corpus_of(part.task):
             folder, rows = folder_of(name, place.data_dir), spec.model.architecture["vocab_size"]
             with unavailable_if_faulty():
-                reason = corpus_missing_reason(spec, part.task, place)
+                reason = missing_corpus(spec, part.task, place)
                 if folder is None or reason:
                     raise EnvironmentFault(str(reason))
                 if is_fed(spec, part.task):
@@ -50,59 +52,61 @@ def open_corpora(
                     corpus = open_corpus(
                         folder, tokenizer_digest(folder / TOKENIZER) or "none", rows
                     )
-                if said := unlike(name, corpus.index):
-                    raise EnvironmentFault(f"{folder}: {said}")
+                if difference := unlike(name, corpus.index):
+                    raise EnvironmentFault(f"{folder}: {difference}")
                 corpus.stream()  # every shard is there, and as long as it was
-                found[part.task.task.name] = corpus
-    return found
+                corpora[part.task.task.name] = corpus
+    return corpora
 
 
-def corpora_facts(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
-    """What of the corpora goes into a result: the sha256 of the index, or of the shards of an
-    unfinished one that all steps together take their windows from, in whichever attempt; source
-    and size."""
+def corpora_facts(spec: RunSpec, corpora: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
+    """What of the corpora goes into a result, by task: source, size and the sha256 of the index, or
+    of an unfinished one of those shards that the steps of all attempts take their windows from.
+    """
     from finrepro.data.arriving.growing import GrowingCorpus
 
     facts = {
-        name: each.facts() for name, each in found.items() if not isinstance(each, GrowingCorpus)
+        name: corpus.facts()
+        for name, corpus in corpora.items()
+        if not isinstance(corpus, GrowingCorpus)
     }
     for part in spec.train_on.parts:
-        each, block = found.get(part.task.task.name), block_of(part.task)
-        if isinstance(each, GrowingCorpus) and block:
+        growing, block = corpora.get(part.task.task.name), block_of(part.task)
+        if isinstance(growing, GrowingCorpus) and block:
             blocks = -(-spec.train.max_steps * spec.train.global_batch_size // block)
-            facts[part.task.task.name] = each.facts(blocks * block * spec.train.max_seq_len + 1)
+            facts[part.task.task.name] = growing.facts(blocks * block * spec.train.max_seq_len + 1)
     return facts
 
 
-def corpora_identity(spec: RunSpec, found: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
+def corpora_identity(spec: RunSpec, corpora: "dict[str, Corpus | GrowingCorpus]") -> dict[str, Any]:
     """What a checkpoint is held to. Of a corpus that may be unfinished it is what it is made
     from: the same before its end and after.
     """
     fed = {part.task.task.name: is_fed(spec, part.task) for part in spec.train_on.parts}
-    return {name: each.made_from() if fed[name] else each.facts() for name, each in found.items()}
+    return {
+        name: corpus.made_from() if fed[name] else corpus.facts()
+        for name, corpus in corpora.items()
+    }
 
 
 def while_waiting(
-    report: "Callable[[dict[str, Any]], None]",
-    stop_requested: "Callable[[], bool]",
-    tend: "Callable[[], bool]",
+    emit: Emit, stop_requested: "Callable[[], bool]", keep_alive: "Callable[[], bool]"
 ) -> "Waiting":
-    """What is done while text is waited for: say so once, see that somebody prepares it, and
-    stop where that is asked.
+    """What a reader calls while it waits for text: emits the phase once, and restarts the process
+    that prepares the text where it has gone. Raises `Interrupted` when a stop was requested.
     """
-    from finrepro.errors import Interrupted
+    phases: list[str] = []
 
-    said: list[str] = []
-
-    def waiting(what: str) -> bool:
+    def waiting(phase: str) -> bool:
         if stop_requested():
             raise Interrupted(
-                "stopped while it waited for text; it goes on from its last checkpoint, if there is one"
+                "stopped while it waited for text; it goes on from its last checkpoint, if there "
+                "is one"
             )
-        if said[-1:] != [what]:
-            said.append(what)
-            report({"event": "phase", "phase": what})
-        return tend()
+        if phases[-1:] != [phase]:
+            phases.append(phase)
+            emit_phase(emit, phase)
+        return keep_alive()
 
     return waiting
 
@@ -111,7 +115,7 @@ def windows_of(
     spec: RunSpec,
     datasets: dict[str, Dataset],
     tokenizer: "PreTrainedTokenizerFast",
-    opened: "dict[str, Corpus | GrowingCorpus]",
+    corpora: "dict[str, Corpus | GrowingCorpus]",
 ) -> "Sequence[Sample]":
     """Windows of the corpora, mixed as often as their parts are repeated. Raises `UsageError`
     where a part is no corpus.
@@ -122,16 +126,16 @@ def windows_of(
     from finrepro.data.corpora.windows import Windows
     from finrepro.data.tokens import encode
 
-    made: dict[str, Windows] = {}
+    windows: dict[str, Windows] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
-        task, config = part.task.task.module("tasks"), part.task.task.config
+        task, name = task_of(part.task.task), part.task.task.name
         if not is_running_text(part.task):
             raise UsageError(
-                f"{spec.train_on.name}: {part.task.task.name} is no running text, and mixes with none."
+                f"{spec.train_on.name}: {name} is no running text, and mixes with none."
             )
-        if corpus := opened.get(part.task.task.name):
+        if corpus := corpora.get(name):
             stream, block = corpus.stream(), block_of(part.task)
-            made[part.task.task.name] = (
+            windows[name] = (
                 ArrivingWindows(stream, spec.train.max_seq_len, block)
                 if block
                 else Windows(stream, spec.train.max_seq_len)
@@ -140,13 +144,11 @@ def windows_of(
         examples = datasets[part.task.dataset.name].splits["train"]
         texts = encode(
             tokenizer,
-            [("", task.target(example, config)) for example in examples],
+            [("", task.target(example)) for example in examples],
             sys.maxsize,
             end=False,
         )
-        made[part.task.task.name] = Windows(
-            TextStream(text.ids for text in texts), spec.train.max_seq_len
-        )
-    if len(made) <= 1:
-        return next(iter(made.values()), [])
-    return Mixture(made, {part.task.task.name: part.repeat for part in spec.train_on.parts})
+        windows[name] = Windows(TextStream(text.ids for text in texts), spec.train.max_seq_len)
+    if len(windows) <= 1:
+        return next(iter(windows.values()), [])
+    return Mixture(windows, {part.task.task.name: part.repeat for part in spec.train_on.parts})

@@ -20,14 +20,14 @@ def held_back() -> Iterator[None]:
         yield
         return
     noted: list[tuple[int, FrameType | None]] = []
-    before = {
-        each: signal.signal(each, lambda number, frame: noted.append((number, frame)))
-        for each in HELD
+    handlers = {
+        number: signal.signal(number, lambda number, frame: noted.append((number, frame)))
+        for number in HELD
     }
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if noted:
         signal.raise_signal(noted[-1][0])

@@ -34,17 +34,17 @@ def measure(device: "torch.device", dtype: "torch.dtype", seconds: float = 3.0) 
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     share, best = seconds / len(shapes), (0.0, shapes[0])
     for rows, inner, columns in shapes:
-        left = torch.randn(rows, inner, device=device).to(dtype)
-        right = torch.randn(inner, columns, device=device).to(dtype)
-        into = torch.empty(rows, columns, device=device, dtype=dtype)
+        first = torch.randn(rows, inner, device=device).to(dtype)
+        second = torch.randn(inner, columns, device=device).to(dtype)
+        product = torch.empty(rows, columns, device=device, dtype=dtype)
         for _ in range(3):
-            torch.mm(left, right, out=into)
+            torch.mm(first, second, out=product)
         count, spent, rounds = 0, 0.0, 4
         while spent < share:
             _wait(device)
             began = time.perf_counter()
             for _ in range(rounds):
-                torch.mm(left, right, out=into)
+                torch.mm(first, second, out=product)
             _wait(device)
             spent += time.perf_counter() - began
             count += rounds
@@ -70,7 +70,7 @@ def at_hand() -> Rate:
 
 
 def _wait(device: "torch.device") -> None:
-    """Until a GPU has done what it was given."""
+    """Until a GPU has done everything that is queued."""
     import torch
 
     if device.type == "cuda":

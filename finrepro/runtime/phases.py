@@ -37,7 +37,7 @@ class Phases:
         self.name = name
 
     def forget(self) -> None:
-        """Leave out what the current phase has seen until now."""
+        """Leave out the peak of the current phase until now."""
         memory.forget_peak_memory(self.device)
 
     def over_ranks(self) -> dict[str, int]:
@@ -57,8 +57,8 @@ class Phases:
     def costs(self) -> dict[str, int]:
         """`peak_memory_bytes`, the largest, and `peak_<phase>_bytes` of each phase until now."""
         self._note()
-        named = {f"peak_{name}_bytes": peak for name, peak in self.peaks.items()}
-        return {"peak_memory_bytes": max(self.peaks.values())} | named
+        by_phase = {f"peak_{name}_bytes": peak for name, peak in self.peaks.items()}
+        return {"peak_memory_bytes": max(self.peaks.values())} | by_phase
 
     def _note(self) -> None:
         self.carry({self.name: memory.peak_memory_bytes(self.device)})

@@ -11,6 +11,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
+from finrepro.runtime import memory
 from finrepro.runtime.ranks import current
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def setup(seed: int, threads: int) -> "torch.device":
     np.random.seed(seed)  # noqa: NPY002  (for libraries)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
+    memory.reuse_freed_memory()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     # Libraries' notices about their own internals; a user can do nothing about them.

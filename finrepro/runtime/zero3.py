@@ -1,5 +1,5 @@
-"""ZeRO stage 3 from the first byte: of every part of a model that has just been loaded, a rank
-keeps its share.
+"""ZeRO stage 3 while a model is loaded: every part is sharded over the ranks as soon as it has its
+weights, and sharded parameters are read and set.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def partition(part: "nn.Module", device: "torch.device") -> None:
-    """Split every parameter of `part` over the ranks, in place, as DeepSpeed's ZeRO-3 engine would
-    later (Rajbhandari et al., 2020, arXiv 1910.02054): what remains on this rank is 1 / ranks of
-    it. All ranks call it, in the same order.
+    """Shard every parameter of `part` over the ranks, in place, as DeepSpeed's ZeRO-3 engine would
+    later (Rajbhandari et al., 2020, arXiv 1910.02054): this rank keeps 1 / world_size of it. All
+    ranks call it, in the same order.
     """
     from finrepro.catalogue.reader import deepspeed_config
     from finrepro.runtime import ranks
@@ -22,7 +22,7 @@ def partition(part: "nn.Module", device: "torch.device") -> None:
     deepspeed = ranks.start_deepspeed(device)
     settings = deepspeed_config(3)
     config: dict[str, Any] = settings | {
-        # It would replace torch's own linear function once a part.
+        # Else every call would replace torch's own linear function once more.
         "zero_optimization": settings["zero_optimization"] | {"memory_efficient_linear": False},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -33,8 +33,8 @@ def partition(part: "nn.Module", device: "torch.device") -> None:
 
 
 def whole(parameter: "nn.Parameter") -> "torch.Tensor":
-    """A copy of all of a parameter, also of one that lies in parts: then every rank calls it, in
-    the same order.
+    """A copy of the whole parameter, also of a sharded one: then every rank calls it, in the same
+    order.
     """
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().clone()
@@ -45,11 +45,11 @@ def whole(parameter: "nn.Parameter") -> "torch.Tensor":
 
 
 def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
-    """Give a parameter of the model this value, in place, also one that lies in parts; all ranks
-    call it, with the same value.
+    """Set a parameter of the model to this value, in place, also a sharded one; all ranks call it,
+    with the same value.
 
     Of a trained one an engine may keep a copy of its own, from which it is overwritten:
-    `finrepro.training.handle` sets both.
+    `finrepro.training.engine_view` sets both.
     """
     import torch
 
@@ -64,8 +64,8 @@ def fill(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
 
 
 def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> None:
-    """Have DeepSpeed gather these parameters for the whole forward and backward pass of the
-    module `inside`, where they lie in parts.
+    """Have DeepSpeed gather these parameters, where they are sharded, for the whole forward and
+    backward pass of the module `inside`.
     """
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):
@@ -75,7 +75,7 @@ def keep_whole(parameters: "Iterable[nn.Parameter]", inside: "nn.Module") -> Non
 
 
 def gather_with_their_layer(model: "nn.Module") -> None:
-    """Have DeepSpeed gather what a layer holds in a dictionary or list of parameters together with
+    """Have DeepSpeed gather the parameters that a layer holds in a dictionary or list together with
     the layer's own.
 
     Such a container is a module that is never called, and DeepSpeed gathers the parameters of a

@@ -7,33 +7,35 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, PositiveFloat, settings
 from finrepro.sizes import flops, memory
-from finrepro.sizes.shapes import block_sizes, depth
+from finrepro.sizes.shapes import block_sizes, depth, linear_parameters
 
 
 @settings
 class Computed:
-    """What a table without cells is computed for: catalogue entries, sequence lengths (tokens),
-    and what they are trained as.
-    """
+    """What a table without cells is computed for: catalogue entries, and how they are trained."""
 
     models: tuple[str, ...]
-    lengths: tuple[
-        Positive, ...
-    ]  # of the shares of compute; left out where a model has no positions for them
+    # Tokens a sequence, for the shares of compute; lengths without positions are left out.
+    lengths: tuple[Positive, ...]
     tokens: Positive  # a sequence, for operations and memory
     rank: Positive  # of the LoRA
     compression: PositiveFloat  # of the linear layers, and of the whole model, by low-rank factors
+    claims: str  # the file of configs/published whose claims are tested
 
 
-def account(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dict[str, Any]:
-    """Every number of one model. `stored`: quantizers by name, of them `none`, `int8` and `nf4`."""
-    linear = depth(model) * sum(i * o for i, o in block_sizes(model).values())
+def model_account(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dict[str, Any]:
+    """Every number of one model: parameters, shares of them, bytes, FLOPs a token.
+
+    `stored`: quantizers by name, among them `none`, `int8` and `nf4`.
+    """
+    linear = linear_parameters(model)
     head, total = flops.head_parameters(model), model.parameters
-    tables = head + (
-        flops.positions(model) * flops.width(model) if model.family == "gpt2" else head
-    )  # GPT-2's head is its embedding
+    # GPT-2's head is its token embedding; it has a table of positions besides.
+    second_table = flops.positions(model) * flops.width(model) if model.family == "gpt2" else head
+    embeddings = head + second_table
     lengths = [length for length in settings.lengths if length <= flops.positions(model)]
     return {
         "model": model.name,
@@ -41,7 +43,7 @@ def account(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dic
         "linear_parameters": linear,
         "linear_share": linear / total,
         "linear_share_with_head": (linear + head) / total,
-        "linear_share_without_tables": linear / (total - tables),
+        "linear_share_without_tables": linear / (total - embeddings),
         "tied": model.family == "gpt2" or bool(model.architecture.get("tie_word_embeddings")),
         "bytes": {
             name: memory.stored_bytes(model, quantizer) for name, quantizer in stored.items()
@@ -55,21 +57,21 @@ def account(model: Any, settings: Computed, stored: Mapping[str, Choice]) -> dic
         "flops": _costs(model, settings),
         "memory": _memory(model, settings, stored),
         "low_rank": {
-            whole: _low_rank(model, settings, stored, whole == "whole_model")
-            for whole in ("linear", "whole_model")
+            goal: _low_rank(model, settings, stored, goal == "whole_model")
+            for goal in ("linear", "whole_model")
         },
     }
 
 
 def shares(cost: flops.Flops) -> dict[str, float]:
-    """The parts of a cost as shares of it. Backward costs twice what forward does, in every
-    part: the shares of training are these.
+    """The terms of a cost as shares of it. The backward pass costs twice the forward pass in
+    every term, so that these are the shares of training too.
     """
-    return {part: getattr(cost, part) / cost.total for part in ("linear", "attention", "head")}
+    return {term: getattr(cost, term) / cost.total for term in ("linear", "attention", "head")}
 
 
 def _costs(model: Any, settings: Computed) -> dict[str, float]:
-    """Operations a token of a sequence, attention counted in full."""
+    """FLOPs a token of a sequence, attention counted in full."""
     tokens, rank = settings.tokens, settings.rank
     return {
         "forward": flops.forward(model, tokens).total,
@@ -84,37 +86,34 @@ def _costs(model: Any, settings: Computed) -> dict[str, float]:
 def _memory(
     model: Any, settings: Computed, stored: Mapping[str, Choice]
 ) -> dict[str, dict[str, int]]:
-    """Estimates of bytes to train on one sequence with block checkpointing."""
-    trained = {
+    """Estimated bytes to train on one sequence with block checkpointing."""
+    estimates = {
         "full": memory.full_bytes(model, settings.tokens),
         "lora": memory.lora_bytes(model, stored["none"], settings.rank, settings.tokens),
         "qlora": memory.lora_bytes(model, stored["nf4"], settings.rank, settings.tokens),
     }
     return {
-        name: {**dataclasses.asdict(each), "total": each.total} for name, each in trained.items()
+        name: dataclasses.asdict(estimate) | {"total": estimate.total}
+        for name, estimate in estimates.items()
     }
 
 
 def _low_rank(
-    model: Any, settings: Computed, stored: Mapping[str, Choice], whole: bool
+    model: Any, settings: Computed, stored: Mapping[str, Choice], of_model: bool
 ) -> dict[str, Any]:
-    """The model with its linear layers factored at the largest rank that reaches the
-    compression; rank 0 where none does.
+    """The model with its linear layers factored at the rank that comes nearest to the
+    compression, of these layers or, with `of_model`, of the model; rank 0 where none does.
     """
-    rank = flops.rank_for(model, settings.compression, whole)
+    rank = flops.rank_for(model, settings.compression, of_model)
     if not rank:
         return {"rank": 0}
     sizes = flops.factored(block_sizes(model), rank)
-    linear = depth(model) * sum(i * o for i, o in block_sizes(model).values())
+    linear = linear_parameters(model)
     factors = depth(model) * sum(i * o for i, o in sizes.values())
     rest = model.parameters - linear
     packed = {
         name: 2 * rest
-        + depth(model)
-        * sum(
-            choice.module("quantizers").layer_bytes(choice.config, i, o, 16)
-            for i, o in sizes.values()
-        )
+        + depth(model) * sum(quantizer_of(choice).layer_bytes(i, o, 16) for i, o in sizes.values())
         for name, choice in stored.items()
     }
     dense = flops.forward(model, settings.tokens).total

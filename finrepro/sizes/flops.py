@@ -6,9 +6,9 @@ products (scores, values), and the output head; norms, activations, softmax and 
 Attention at a sequence of `tokens` is counted in full (a token against all of them, as PaLM's
 formula and torch's counter do) or causal (against half of them, as llm.c does).
 
-Backward, a linear layer costs its forward product once for the gradient of its input and once for
-that of its weight; either is left out where nothing asks for it. Sums over layers follow
-`block_sizes`, so that factored layers are counted as what they are.
+In the backward pass a linear layer costs its forward product once for the gradient of its input and
+once for that of its weight; either is left out where nothing needs it. Sums over layers follow
+`block_sizes`, so that a factored layer is counted as its two factors.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 from finrepro.sizes.shapes import block_sizes, depth, targeted
 
-Sizes = Mapping[
-    str, tuple[int, int]
-]  # name within a block -> (in, out), in the order in which a block runs them
+# Name within a block -> (in, out), in the order in which a block runs them.
+Sizes = Mapping[str, tuple[int, int]]
 Convention = Literal["palm", "causal"]
 # What attention takes its queries, keys and values from. A factored layer is `<layer>.a` and
 # `<layer>.b`, a split one `<layer>.q.a` ...
@@ -31,7 +30,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations a token, by where they are spent."""
+    """FLOPs a token, by where they are spent."""
 
     linear: float
     attention: float
@@ -50,24 +49,24 @@ class Flops:
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer's product, (tokens, inputs) by (inputs, outputs). `trained`: its weight
-    gets a gradient; `slope`: its input does.
+    """A linear layer's product, (tokens, inputs) by (inputs, outputs), and which gradients the
+    backward pass computes: of the weight, of the input.
     """
 
     inputs: int
     outputs: int
-    trained: bool
-    slope: bool
+    weight_gradient: bool
+    input_gradient: bool
 
     @property
     def forward(self) -> int:
-        """Operations a token."""
+        """FLOPs a token."""
         return 2 * self.inputs * self.outputs
 
     @property
     def backward(self) -> int:
-        """Operations a token."""
-        return self.forward * (self.trained + self.slope)
+        """FLOPs a token."""
+        return self.forward * (self.weight_gradient + self.input_gradient)
 
 
 def width(model: Any) -> int:
@@ -108,7 +107,7 @@ def forward(model: Any, tokens: int, causal: bool = False, sizes: Sizes | None =
 
 
 def generated(model: Any, context: int, sizes: Sizes | None = None) -> Flops:
-    """One token after `context - 1` others whose keys and values are kept: it attends to
+    """One token generated after `context - 1` whose keys and values are cached: it attends to
     `context` positions, its own among them.
     """
     return forward(model, context, sizes=sizes)
@@ -124,23 +123,25 @@ def products(
     """The products of a block in the order of a forward pass; with a `rank`, the base frozen and a
     LoRA's A and B behind each target.
 
-    `first`: the block stands on frozen embeddings, so that what reads its input needs no gradient
-    there.
+    `first`: the block stands on frozen embeddings, so that the layers that read its input compute
+    no gradient of it.
     """
     if not rank:
         return tuple(Product(i, o, True, True) for i, o in sizes.values())
-    adapted, found, moved = targeted(dict(sizes), targets), [], not first
-    beside = moved  # what gate and up, which read the same, have before them
+    adapted, block = targeted(dict(sizes), targets), []
+    trained_before = not first  # whether a trained weight lies before the layer's input
+    trained_before_mlp = trained_before  # gate and up read the same input
     for name, (inputs, outputs) in sizes.items():
         if name.removesuffix(".a") == "mlp.gate_proj":
-            beside = moved
-        slope = beside if name.removesuffix(".a") == "mlp.up_proj" else moved
-        slope = slope and not (first and _reads_input(name, family))
-        found.append(Product(inputs, outputs, False, slope))
+            trained_before_mlp = trained_before
+        is_up = name.removesuffix(".a") == "mlp.up_proj"
+        needed = trained_before_mlp if is_up else trained_before
+        needed = needed and not (first and _reads_input(name, family))
+        block.append(Product(inputs, outputs, False, needed))
         if name in adapted:
-            found += [Product(inputs, rank, True, slope), Product(rank, outputs, True, True)]
-            moved = True
-    return tuple(found)
+            block += [Product(inputs, rank, True, needed), Product(rank, outputs, True, True)]
+            trained_before = True
+    return tuple(block)
 
 
 def training(
@@ -153,26 +154,26 @@ def training(
     scored: float = 1.0,
     sizes: Sizes | None = None,
 ) -> Flops:
-    """Forward and backward over sequences of `tokens`, a token: of every weight, or with a `rank`
-    of a LoRA on frozen `targets`.
+    """Forward and backward pass over sequences of `tokens`, FLOPs a token: of every weight, or with
+    a `rank` of a LoRA on frozen `targets`.
 
     `checkpointing` adds the second forward pass of the blocks, as torch makes it: it stops once it
     has what backward needs, before the last product of each block. `scored`: the share of positions
     whose logits are computed (1 unless the loss leaves some out before the head).
     """
-    own, blocks, runs = sizes or block_sizes(model), depth(model), 2 if checkpointing else 1
-    frozen = (
-        bool(rank) and not checkpointing
-    )  # transformers asks for the embeddings' gradients where an adapted model is checkpointed
-    layers, at_first = (
-        products(own, model.family, rank, targets, first) for first in (False, frozen)
+    layer_sizes, blocks, passes = sizes or block_sizes(model), depth(model), 1 + checkpointing
+    # transformers computes the embeddings' gradients where an adapted model is checkpointed.
+    frozen = bool(rank) and not checkpointing
+    layers, first_layers = (
+        products(layer_sizes, model.family, rank, targets, first) for first in (False, frozen)
     )
-    linear = sum(blocks * (runs * each.forward + each.backward) for each in layers)
-    linear -= sum(each.backward for each in layers) - sum(each.backward for each in at_first)
-    linear -= blocks * layers[-1].forward * (runs - 1)
+    linear = sum(blocks * (passes * layer.forward + layer.backward) for layer in layers)
+    linear -= sum(layer.backward for layer in layers)
+    linear += sum(layer.backward for layer in first_layers)
+    linear -= blocks * layers[-1].forward * (passes - 1)
     score = 2 * tokens * width(model) * (0.5 if causal else 1)  # one of attention's two products
-    asked = _asked(own, model.family, targets) if frozen else 4
-    attention = score * (2 * runs * blocks + 4 * (blocks - 1) + asked)
+    first_backward = _attention_gradients(layer_sizes, model.family, targets) if frozen else 4
+    attention = score * (2 * passes * blocks + 4 * (blocks - 1) + first_backward)
     head = 2 * head_parameters(model) * scored * (2 if rank else 3)
     return Flops(float(linear), float(attention), float(head))
 
@@ -191,49 +192,39 @@ def model_flops(
     return 6.0 * matrix_parameters(model, sizes) + attended
 
 
-def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
-    """The share of `devices` times `peak` FLOP/s that `tokens_per_second` of all of them use at
-    `flops_per_token`.
-
-    Model-FLOPs utilisation with `model_flops`, or for LoRA with `training` without checkpointing;
-    hardware-FLOPs utilisation with `training` and what it recomputes.
-    """
-    return tokens_per_second * flops_per_token / (peak * devices)
-
-
 def factored(sizes: Sizes, rank: int) -> dict[str, tuple[int, int]]:
     """The same layers with W (out, in) replaced by B A, A (rank, in) and B (out, rank):
     FinGPT-HPC's low-rank layer (arXiv 2402.13533).
 
     A layer in which the rank saves nothing stays as it is.
     """
-    found: dict[str, tuple[int, int]] = {}
+    factors: dict[str, tuple[int, int]] = {}
     for name, (i, o) in sizes.items():
         saves = rank * (i + o) < i * o
-        found |= {f"{name}.a": (i, rank), f"{name}.b": (rank, o)} if saves else {name: (i, o)}
-    return found
+        factors |= {f"{name}.a": (i, rank), f"{name}.b": (rank, o)} if saves else {name: (i, o)}
+    return factors
 
 
-def rank_for(model: Any, ratio: float, whole: bool = False) -> int:
-    """The rank, one for all layers, whose factors shrink the blocks' linear weights, or the `whole`
-    model, nearest to `ratio`-fold.
+def rank_for(model: Any, ratio: float, of_model: bool = False) -> int:
+    """The rank, one for all layers, at which the factors compress the blocks' linear layers, or
+    with `of_model` the model as a whole, nearest to `ratio`-fold.
 
-    0 where rank 1 is still too much: the rest of the model alone is more.
+    0 where even rank 1 compresses less: the rest of the model alone is too large.
     """
     sizes, blocks = block_sizes(model), depth(model)
     weights = blocks * _linear(sizes)
-    goal = model.parameters / ratio - (model.parameters - weights) if whole else weights / ratio
+    goal = model.parameters / ratio - (model.parameters - weights) if of_model else weights / ratio
 
-    def left(rank: int) -> int:
+    def weights_at(rank: int) -> int:
         return blocks * _linear(factored(sizes, rank))
 
-    if left(1) > goal:
+    if weights_at(1) > goal:
         return 0
     low, high = 1, max(max(size) for size in sizes.values())
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if left(middle) <= goal else (low, middle)
-    return min((low, high), key=lambda rank: abs(left(rank) - goal))
+        low, high = (middle, high) if weights_at(middle) <= goal else (low, middle)
+    return min((low, high), key=lambda rank: abs(weights_at(rank) - goal))
 
 
 def _linear(sizes: Sizes) -> int:
@@ -245,18 +236,21 @@ def _reads_input(name: str, family: str) -> bool:
     from, or the first factor of that.
     """
     return any(
-        name.removesuffix(".a") in (source, f"{source}.{part}")
-        for source, part in zip(SOURCES[family], "qkv", strict=True)
+        name.removesuffix(".a") in (source, f"{source}.{letter}")
+        for source, letter in zip(SOURCES[family], "qkv", strict=True)
     )
 
 
-def _asked(sizes: Sizes, family: str, targets: str | tuple[str, ...]) -> int:
-    """How many of attention's four backward products a block on frozen embeddings needs: for
+def _attention_gradients(sizes: Sizes, family: str, targets: str | tuple[str, ...]) -> int:
+    """How many of attention's four backward products a block on frozen embeddings computes: for
     queries, keys, scores and values.
     """
     adapted = targeted(dict(sizes), targets)
     query, key, value = (
-        any(f"{source}{rest}" in adapted for rest in ("", ".a", ".b", f".{part}.a", f".{part}.b"))
-        for source, part in zip(SOURCES[family], "qkv", strict=True)
+        any(
+            f"{source}{suffix}" in adapted
+            for suffix in ("", ".a", ".b", f".{letter}.a", f".{letter}.b")
+        )
+        for source, letter in zip(SOURCES[family], "qkv", strict=True)
     )
     return query + key + (query or key) + value

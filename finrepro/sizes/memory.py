@@ -3,20 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
+from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice
 from finrepro.sizes.flops import width
-from finrepro.sizes.shapes import block_sizes, counted, depth
+from finrepro.sizes.shapes import block_sizes, counted, depth, linear_parameters
 
-# Kept a token and block without checkpointing, in 16 bits with fused attention: of the hidden
-# width, and of a gated MLP's inner width (Korthikanti et al., 2022, arXiv 2205.05198, without its
-# attention term, for GPT; the same count of a Llama block's tensors).
-KEPT = {"gpt2": (34, 0), "llama": (15, 8)}
+# Bytes of activations a token and block without checkpointing, in 16 bits with fused attention: a
+# unit of the hidden width, and of a gated MLP's inner width (Korthikanti et al., 2022, arXiv
+# 2205.05198, without its attention term, for GPT; the same count of a Llama block's tensors).
+ACTIVATIONS = {"gpt2": (34, 0), "llama": (15, 8)}
 LOGITS = 10  # bytes a logit: 16 bits, their fp32 copy and its gradient
 
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes on one device while training, by what they are for."""
+    """Bytes on one device while training, by their use."""
 
     weights: int
     gradients: int
@@ -37,20 +38,15 @@ def stored_bytes(model: Any, quantizer: Choice) -> int:
 
     Embeddings, norms and the output head keep the model's dtype.
     """
-    bits, stored = (
-        16 if model.dtype == "bfloat16" else 32,
-        quantizer.module("quantizers").layer_bytes,
-    )
+    bits = 16 if model.dtype == "bfloat16" else 32
+    layer_bytes = quantizer_of(quantizer).layer_bytes
     sizes = block_sizes(model).values()
-    blocks = depth(model) * sum(
-        stored(quantizer.config, inputs, outputs, bits) for inputs, outputs in sizes
-    )
-    linear = depth(model) * sum(inputs * outputs for inputs, outputs in sizes)
-    return int(blocks + (model.parameters - linear) * bits // 8)
+    blocks = depth(model) * sum(layer_bytes(inputs, outputs, bits) for inputs, outputs in sizes)
+    return int(blocks + (model.parameters - linear_parameters(model)) * bits // 8)
 
 
 def cache_bytes(model: Any) -> int:
-    """Bytes of keys and values that generation keeps a token, in 16 bits."""
+    """Bytes of the key-value cache a token, in 16 bits."""
     shape = model.architecture
     heads = (
         1 if model.family == "gpt2" else shape["num_key_value_heads"] / shape["num_attention_heads"]
@@ -59,13 +55,13 @@ def cache_bytes(model: Any) -> int:
 
 
 def activation_bytes(model: Any, tokens: int, checkpointing: bool) -> int:
-    """An estimate of what `tokens` in flight keep for backward, logits included; with
-    `checkpointing` each block's input, and one block.
+    """Estimated bytes of the activations of `tokens` that the backward pass needs, logits included;
+    with `checkpointing` each block's input, and one block's activations.
     """
-    hidden, inner = KEPT[model.family]
+    hidden, inner = ACTIVATIONS[model.family]
     block = hidden * width(model) + inner * model.architecture.get("intermediate_size", 0)
-    kept = 2 * width(model) * depth(model) + block if checkpointing else block * depth(model)
-    return tokens * (kept + LOGITS * model.architecture["vocab_size"])
+    blocks = 2 * width(model) * depth(model) + block if checkpointing else block * depth(model)
+    return tokens * (blocks + LOGITS * model.architecture["vocab_size"])
 
 
 def full_bytes(model: Any, tokens: int, checkpointing: bool = True) -> Training:

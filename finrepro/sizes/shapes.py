@@ -1,5 +1,6 @@
 """Sizes of a catalogue entry's linear layers, from its architecture alone."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from finrepro.sizes import low_rank
@@ -11,25 +12,28 @@ if TYPE_CHECKING:
 def targeted(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
     """Those of named layers whose last name is among `targets`; all of them for `all-linear`."""
     return {
-        name: each
-        for name, each in layers.items()
+        name: layer
+        for name, layer in layers.items()
         if targets == "all-linear" or name.rpartition(".")[2] in targets
     }
 
 
 def absent(layers: dict[str, Any], targets: str | tuple[str, ...]) -> str | None:
-    """Which of `targets` no layer bears, in one line with the names that there are; None if each
-    is somewhere.
+    """Which of `targets` are the name of no layer, in one line with the names that there are; None
+    if each is a layer's.
     """
-    known = sorted({name.rpartition(".")[2] for name in layers})
-    missing = sorted(set(() if targets == "all-linear" else targets) - set(known))
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    missing = sorted(set(() if targets == "all-linear" else targets) - set(names))
     if targets and not missing:
         return None
-    return f"no linear layer of the model is named {', '.join(missing) or 'anything'}; there are {', '.join(known)}"
+    return (
+        f"no linear layer of the model is named {', '.join(missing) or 'anything'}; "
+        f"there are {', '.join(names)}"
+    )
 
 
 def targeted_or_fail(layers: dict[str, Any], targets: str | tuple[str, ...]) -> dict[str, Any]:
-    """As `targeted`. Raises `ValueError` as `absent` says."""
+    """As `targeted`. Raises `ValueError` with the line of `absent`."""
     if reason := absent(layers, targets):
         raise ValueError(reason)
     return targeted(layers, targets)
@@ -39,15 +43,31 @@ def block_sizes(model: Any) -> dict[str, tuple[int, int]]:
     """Name within a block -> (in, out) of its linear layers, from a catalogue entry; every block is
     alike.
 
-    Those of a low-rank model are its factors: a quantizer stores them, and an adapter stands beside
-    them.
+    Those of a low-rank model are its factors: what a quantizer stores and an adapter is added to.
     """
     dense = dense_sizes(model)
-    return (
-        dense
-        if model.low_rank is None
-        else low_rank.factor_sizes(model.low_rank, dense, rank(model))
+    if model.low_rank is None:
+        return dense
+    return dict(
+        _factor_sizes(model.low_rank, tuple(dense.items()), depth(model), other_parameters(model))
     )
+
+
+def linear_parameters(model: Any) -> int:
+    """Weights of the linear layers in all blocks: what a quantizer stores in fewer bits."""
+    return depth(model) * sum(inputs * outputs for inputs, outputs in block_sizes(model).values())
+
+
+@cache
+def _factor_sizes(
+    entry: low_rank.LowRank,
+    dense: tuple[tuple[str, tuple[int, int]], ...],
+    blocks: int,
+    rest: int,
+) -> dict[str, tuple[int, int]]:
+    """Solved once a model: thousands of cells of a table ask for the same few."""
+    sizes = dict(dense)
+    return low_rank.factor_sizes(entry, sizes, low_rank.solve(entry, sizes, blocks, rest))
 
 
 def rank(model: Any) -> int:

@@ -4,9 +4,10 @@ source.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 Score = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -34,15 +35,25 @@ def resampled_sums(
     """
     codes = {key: position for position, key in enumerate(dict.fromkeys(clusters))}
     member = np.array([codes[key] for key in clusters])
-    generator = np.random.default_rng(seed)
     count = len(codes)
-    weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    weights = _weights(count, resamples, seed).astype(float)
     per_cluster = []
     for tally in tallies:
         summed = np.zeros((count, tally.shape[1]))
         np.add.at(summed, member, tally)
         per_cluster.append(weights @ summed)
     return per_cluster
+
+
+@lru_cache(maxsize=4)
+def _weights(count: int, resamples: int, seed: int) -> Integer[np.ndarray, "resamples clusters"]:
+    """How often each resample draws each cluster. Drawn once a process for test sets of one size,
+    and kept in the smallest type that holds it: 2 MB for a thousand resamples of TFNS."""
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    smallest = weights.astype(np.min_scalar_type(int(weights.max(initial=0))))
+    smallest.flags.writeable = False
+    return smallest
 
 
 def _interval(value: float, samples: np.ndarray, confidence: float) -> Interval:

@@ -1,9 +1,9 @@
-"""Did a published value reproduce? The rungs that are decided from a value, its interval, and a
-margin fixed beforehand.
+"""Whether a published value is reproduced: a verdict from our value, its interval, and a margin
+fixed beforehand.
 
-The ladder is IDENTICAL (same bits), NUMERIC (losses within a band), EQUIVALENT, CLAIM HOLDS (an
-order or a sign), DIFFERS, INCONCLUSIVE, NOT RUN. The first two belong to replays and the fourth to
-paired differences; what is set against one published number gets one of the others. Overlapping
+The verdicts are IDENTICAL (same bits), NUMERIC (losses within a band), EQUIVALENT, CLAIM HOLDS (an
+order or a sign), DIFFERS, INCONCLUSIVE, NOT RUN. The first two belong to replays, the fourth to
+paired differences; the others compare one value of ours with one published number. Overlapping
 intervals prove nothing, and neither does p > 0.05: equality is shown by two one-sided tests
 (Schuirmann, 1987), that is by an interval that lies inside the margin as a whole, and difference by
 one that lies outside as a whole.
@@ -17,9 +17,7 @@ from typing import Literal
 
 Verdict = Literal["EQUIVALENT", "DIFFERS", "INCONCLUSIVE", "NOT RUN"]
 CONFIDENCE = 0.95
-FEW_SEEDS = (
-    3  # with fewer the verdict is marked: the spread between runs is unknown or hardly known
-)
+FEW_SEEDS = 3  # with fewer the verdict is marked: the spread between runs is hardly known
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and the sentence that says how far it reaches."""
+    """A verdict, and its text: difference, margin, and what would decide an open one."""
 
     verdict: Verdict
     text: str
@@ -51,45 +49,26 @@ def half_width(share: float, n: int) -> float:
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(share * (1 - share) / n)
 
 
-def student_quantile(p: float, degrees: int) -> float:
-    """Quantile of Student's t for 0.5 < p < 1, by bisection of its closed form (Abramowitz and
-    Stegun, 26.7.3 and 26.7.4).
-    """
-    low, high = 0.0, 1e4
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 + _inside(middle, degrees)) / 2 < p else (low, middle)
-    return low
+def student_half_width(values: Sequence[float]) -> float:
+    """95 % half-width of the mean of at least two independent values: Student's t."""
+    from scipy.special import stdtrit  # scipy.stats.t.ppf, whose import takes four times as long
 
-
-def _inside(t: float, degrees: int) -> float:
-    """P(|T| < t) for whole degrees of freedom."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, term, total = math.cos(angle), 1.0, 0.0
-    odd = degrees % 2
-    if odd:
-        term = cosine
-    for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return quantile * stdev(values) / math.sqrt(len(values))
 
 
 def estimate(
     values: Sequence[float], lows: Sequence[float], highs: Sequence[float], n: int
 ) -> Estimate:
     """Runs that differ in their seed alone, as one estimate; its interval covers both sources of
-    chance.
+    variance.
 
-    Examples: the runs' mean bounds, for they share the test set. Runs: Student's t over their
-    values, unknown for a single one. The two are independent, so their half-widths add in squares.
+    Examples: the mean of the runs' bounds, since they share the test set. Runs: Student's t over
+    their values, unknown for a single one. The two are independent, so that their half-widths add
+    in squares.
     """
     value, runs = mean(values), len(values)
-    spread = (
-        student_quantile((1 + CONFIDENCE) / 2, runs - 1) * stdev(values) / math.sqrt(runs)
-        if runs > 1
-        else 0.0
-    )
+    spread = student_half_width(values) if runs > 1 else 0.0
     below, above = math.hypot(value - mean(lows), spread), math.hypot(mean(highs) - value, spread)
     return Estimate(value, value - below, value + above, n, runs, spread)
 
@@ -106,19 +85,20 @@ def judge(ours: Estimate | None, published: float, margin: float) -> Judgement:
     if ours is None:
         return Judgement("NOT RUN", "no result here")
     few = "" if ours.seeds >= FEW_SEEDS else f", {ours.seeds} seed{'s' * (ours.seeds > 1)} only"
-    about = f"{ours.value - published:+.3f}, margin {margin:.3f}{few}"
+    difference = f"{ours.value - published:+.3f}, margin {margin:.3f}{few}"
     if published - margin <= ours.low and ours.high <= published + margin:
-        return Judgement("EQUIVALENT", about)
+        return Judgement("EQUIVALENT", difference)
     if ours.low > published + margin or ours.high < published - margin:
-        return Judgement("DIFFERS", about)
-    return Judgement("INCONCLUSIVE", f"{about}; {_needed(ours, published, margin)}")
+        return Judgement("DIFFERS", difference)
+    return Judgement("INCONCLUSIVE", f"{difference}; {_undecided(ours, published, margin)}")
 
 
-def _needed(ours: Estimate, published: float, margin: float) -> str:
-    """What would decide, if the value stayed where it is."""
+def _undecided(ours: Estimate, published: float, margin: float) -> str:
+    """What would decide, if our value stayed the same: more seeds, or so many test examples."""
     room = abs(abs(ours.value - published) - margin)
     half = max(ours.value - ours.low, ours.high - ours.value)
     sampling = math.sqrt(max(half**2 - ours.spread**2, 0.0))
     if ours.spread >= room:
         return "needs more seeds" if ours.spread > 0 else "lies on the margin"
-    return f"needs about {math.ceil(ours.n * sampling**2 / (room**2 - ours.spread**2)):,} test examples"
+    examples = math.ceil(ours.n * sampling**2 / (room**2 - ours.spread**2))
+    return f"needs about {examples:,} test examples"

@@ -17,32 +17,20 @@ from finrepro.errors import CellFailed
 from finrepro.runtime import ranks
 from finrepro.runtime.phases import Phases
 from finrepro.training.engines.base import Engine
-
-
-@dataclass
-class Trained:
-    """What training leaves behind beside the weights: the loss of every step, and its costs."""
-
-    losses: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0  # real tokens that went through the model, prompt and answer
-    supervised_tokens: int = 0
-    computed_tokens: int = 0  # with padding
-    compilation: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # a proof a process (finrepro.training.compilation)
+from finrepro.training.progress import Trained
 
 
 @dataclass(frozen=True)
 class Control:
-    """How the loop talks to its surroundings: progress out, a wish to stop in, and where
-    checkpoints go.
+    """How the loop talks to its surroundings: events out, a request to stop in, and where
+    checkpoints go. `made_by` names source, packages and base: a checkpoint of others is not
+    resumed.
     """
 
-    report: Callable[[dict[str, Any]], None]
+    emit: Callable[[dict[str, Any]], None]
     stop_requested: Callable[[], bool]
     checkpoints: Path
-    made_by: str = ""  # source, packages and base: a checkpoint of another maker is not resumed
+    made_by: str = ""
     checkpoint_seconds: float = 60.0
     phases: Phases = field(default_factory=lambda: Phases(torch.device("cpu")))
 

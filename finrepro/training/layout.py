@@ -1,11 +1,11 @@
 """Which layout of a step's micro-batches is faster here: measured before training, on the run's own
 examples and device.
 
-On CPUs a row of many short pieces costs a call of attention a piece, and padding between examples
-of like length costs little; on GPUs one variable-length call takes a whole bin. Nobody has to know
-which: `layout: fastest` measures. Every layout gives the same loss and gradients
+On CPUs a bin of many short segments costs a call of attention for each, and padding between
+examples of like length costs little; on GPUs one variable-length call takes a whole bin. `layout:
+fastest` measures which holds. Every layout gives the same loss and gradients
 (finrepro.data.packing), so that the choice changes rounding and time only; it is recorded with the
-seconds that it rests on.
+measured seconds.
 """
 
 import contextlib
@@ -25,11 +25,12 @@ from finrepro.catalogue.spec import RunSpec, Train
 from finrepro.data.batches import Sample
 from finrepro.data.packing import LAYOUTS
 from finrepro.evidence import files
+from finrepro.evidence.schema_cell import Layout
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import ranks
 from finrepro.training.checkpoint import Control
 from finrepro.training.engines.deepspeed import is_sharded
-from finrepro.training.steps import micro_batches, steps_from
+from finrepro.training.steps import OrderedSamples, micro_batches, steps_from
 
 USUAL = "bins"  # where nothing can be measured, and where the difference is small
 # another layout has to be so many times faster: a choice within the noise of a clock would differ
@@ -39,11 +40,11 @@ STEPS, TURNS = 2, 2  # steps that are measured, evenly spread over the run, and 
 NOTE = "layout.json"
 
 
-def settled(
+def choose_layout(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
-) -> tuple[RunSpec, dict[str, Any]]:
-    """The cell with a layout, and what is said of it: `used`, and each layout's `seconds` for a
-    step, empty where none was measured.
+) -> tuple[RunSpec, Layout]:
+    """The cell with a layout, and its record: `used`, and each layout's `seconds` for a step, empty
+    where none was measured.
 
     An interrupted run goes on with the layout that it began with. All ranks call it.
     """
@@ -51,21 +52,20 @@ def settled(
         return spec, {"used": spec.train.layout if spec.train.max_steps else None, "seconds": {}}
     ranks.start_process_group(device)
     note = control.checkpoints / NOTE
-    found = _noted(note, control.made_by) or _measured(spec, model, data, device, control)
+    layout = _noted(note, control.made_by) or _measured(spec, model, data, device, control)
     if ranks.current().is_main:
         note.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(note, found | {"made_by": control.made_by})
-    return replace(spec, train=replace(spec.train, layout=found["used"])), found
+        files.write_json(note, {**layout, "made_by": control.made_by})
+    return replace(spec, train=replace(spec.train, layout=cast(Any, layout["used"]))), layout
 
 
 def _measured(
     spec: RunSpec, model: nn.Module, data: Sequence[Sample], device: torch.device, control: Control
-) -> dict[str, Any]:
-    # Only an engine computes with parts, and windows of running text, which have an order of their
-    # own, need bins.
-    if is_sharded(model) or hasattr(data, "rows"):
+) -> Layout:
+    # Only an engine computes with shards, and windows of running text need bins.
+    if is_sharded(model) or isinstance(data, OrderedSamples):
         return {"used": USUAL, "seconds": {}}
-    control.report({"event": "phase", "phase": "layout"})
+    control.emit({"event": "phase", "phase": "layout"})
     control.phases.begin("load")
     seconds = step_seconds(spec, model, data, device)
     control.phases.forget()  # what the slower layout took is no part of the run
@@ -83,23 +83,23 @@ def step_seconds(
     """
     lengths = [len(example.ids) for example in data]
     numbers = sorted({index * spec.train.max_steps // STEPS for index in range(STEPS)})
-    chosen = [next(steps_from(number, lengths, spec.train, spec.seed))[1] for number in numbers]
+    steps = [next(steps_from(number, lengths, spec.train, spec.seed))[1] for number in numbers]
     lm = SupervisedLM(model)
     times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for turn in range(TURNS + 1):
             for name in LAYOUTS:
-                took = _turn(
-                    lm, chosen, data, lengths, replace(spec.train, layout=cast(Any, name)), device
+                seconds = _turn(
+                    lm, steps, data, lengths, replace(spec.train, layout=cast(Any, name)), device
                 )
                 if turn:  # the first one warms up
-                    times[name].append(took / len(chosen))
-    found = torch.tensor(
+                    times[name].append(seconds / len(steps))
+    medians = torch.tensor(
         [statistics.median(times[name]) for name in LAYOUTS], dtype=torch.float64, device=device
     )
     if dist.get_world_size() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return dict(zip(LAYOUTS, found.tolist(), strict=True))
+        dist.all_reduce(medians, dist.ReduceOp.MAX)
+    return dict(zip(LAYOUTS, medians.tolist(), strict=True))
 
 
 def _turn(
@@ -117,20 +117,20 @@ def _turn(
             lm(batch.to(device)).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    took = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     lm.zero_grad(set_to_none=True)
-    return took
+    return seconds
 
 
-def _noted(note: Path, made_by: str) -> dict[str, Any] | None:
+def _noted(note: Path, made_by: str) -> Layout | None:
     """What an earlier attempt of the same maker chose; on every rank what the first one reads."""
-    found: list[Any] = [None]
+    message: list[Any] = [None]
     if ranks.current().is_main and note.is_file():
         with contextlib.suppress(ValueError):
-            found = [json.loads(note.read_text(encoding="utf-8"))]
+            message = [json.loads(note.read_text(encoding="utf-8"))]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found)
-    known = found[0]
-    if not isinstance(known, dict) or known.get("made_by") != made_by:
+        dist.broadcast_object_list(message)
+    earlier = message[0]
+    if not isinstance(earlier, dict) or earlier.get("made_by") != made_by:
         return None
-    return {"used": known["used"], "seconds": known["seconds"]}
+    return {"used": earlier["used"], "seconds": earlier["seconds"]}

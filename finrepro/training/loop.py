@@ -12,15 +12,17 @@ from torch import nn
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import Batch, Sample
 from finrepro.errors import Diverged, Interrupted
+from finrepro.kinds import adapter_of
 from finrepro.runtime import ranks
 from finrepro.training import compilation, rates
-from finrepro.training.checkpoint import Control, Trained, resume, save_checkpoint
+from finrepro.training.checkpoint import Control, resume, save_checkpoint
 from finrepro.training.engines.base import Engine
 from finrepro.training.engines.deepspeed import make_whole
 from finrepro.training.engines.start import start_engine
 from finrepro.training.hooks import Hooks
+from finrepro.training.progress import Trained
 from finrepro.training.schedule import learning_rate
-from finrepro.training.steps import computed_tokens, micro_batches, steps_from
+from finrepro.training.steps import computed_tokens, lengths_of, micro_batches, order_of, steps_from
 
 
 def train(
@@ -30,43 +32,43 @@ def train(
     checkpoint if there is one.
 
     The loss is the sum over supervised tokens divided by their number in the global batch, whatever
-    the layout and the number of ranks. At ZeRO stage 3 on several ranks its parameters are left in
-    parts (`finrepro.training.engines.start.inference` computes with them). With `max_steps` 0
-    nothing happens, but that the ranks find one another. Raises `Diverged` on a non-finite loss or
-    gradient, `Interrupted` after saving when a stop was requested.
+    the layout and the number of ranks. At ZeRO stage 3 on several ranks its parameters are left
+    sharded (`finrepro.training.engines.deepspeed.inference` computes with them). With `max_steps`
+    0 nothing is trained, and the ranks join their process group. Raises `Diverged` on a non-finite
+    loss or gradient, `Interrupted` after saving when a stop was requested.
     """
-    settings, here = spec.train, ranks.current()
+    settings, rank = spec.train, ranks.current()
     if settings.max_steps == 0:
-        if here.world_size > 1:
+        if rank.world_size > 1:
             ranks.start_process_group(device)
         return Trained()
-    lengths = getattr(data, "lengths", None) or [len(example.ids) for example in data]
+    lengths, order = lengths_of(data), order_of(data)
     hooks = Hooks(spec.adapter, settings.optimizer, model, settings.max_steps)
-    engine = start_engine(model, settings, device, rates.scale_of(spec.adapter), hooks.extra_loss)
-    rate_factor = rates.factor_of(spec.adapter, settings.max_steps)
+    adapter = adapter_of(spec.adapter)
+    engine = start_engine(model, settings, device, adapter.lr_scale, adapter.extra_loss)
     trained = Trained()
     first = resume(engine, control, trained, hooks.load_state)
     hooks.start(engine)
-    order = getattr(data, "rows", None)
     with ExitStack() as until_the_end:
         until_the_end.callback(engine.close)
         if settings.compile and first < settings.max_steps:
             _, rows = next(steps_from(first, lengths, settings, spec.seed, order))
             control.phases.begin("compile")
-            batch = micro_batches(rows, data, lengths, settings, here)[0].to(device)
-            keep = trained.compilation.append
-            until_the_end.enter_context(compilation.compiled(model, batch, spec.model.dtype, keep))
+            batch = micro_batches(rows, data, lengths, settings, rank)[0].to(device)
+            until_the_end.enter_context(
+                compilation.compiled(model, batch, spec.model.dtype, trained.compilation.append)
+            )
         last_save, began, pause = (
             time.monotonic(),
             time.monotonic() - trained.seconds,
             control.checkpoint_seconds,
         )
         for step, rows in steps_from(first, lengths, settings, spec.seed, order):
-            rate = learning_rate(step, settings) * rate_factor(step)
-            rates.set_rate(engine.param_groups, rate)
+            lr = learning_rate(step, settings) * adapter.lr_factor(step, settings.max_steps)
+            rates.set_rate(engine.param_groups, lr)
             supervised = sum(data[row].num_supervised for row in rows)
             control.phases.begin("backward")
-            batches = micro_batches(rows, data, lengths, settings, here)
+            batches = micro_batches(rows, data, lengths, settings, rank)
 
             def before_update(step: int = step) -> None:
                 control.phases.begin("step")
@@ -76,7 +78,7 @@ def train(
             trained.seconds = time.monotonic() - began
             trained.tokens += sum(lengths[row] for row in rows)
             trained.supervised_tokens += supervised
-            trained.computed_tokens += computed_tokens(rows, lengths, settings, here.world_size)
+            trained.computed_tokens += computed_tokens(rows, lengths, settings, rank.world_size)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(f"diverged at step {step}: loss {loss}, gradient norm {norm}.")
             hooks.after_step(step)
@@ -85,11 +87,11 @@ def train(
                     "step": step,
                     "loss": loss,
                     "grad_norm": norm,
-                    "lr": rate,
+                    "lr": lr,
                     "seconds": trained.seconds,
                 }
             )
-            control.report(
+            control.emit(
                 {
                     "event": "step",
                     "step": step + 1,
@@ -108,9 +110,10 @@ def train(
                 pause = max(control.checkpoint_seconds, 20 * (last_save - began_save))
                 if stop:
                     raise Interrupted(
-                        f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is saved"
+                        f"stopped after step {step + 1} of {settings.max_steps}; a checkpoint is "
+                        "saved"
                     )
-    if here.world_size == 1:  # ZeRO-3's parts of one rank are the whole
+    if rank.world_size == 1:  # ZeRO-3's shards of one rank are the whole model
         make_whole(model)
     return trained
 
@@ -125,7 +128,7 @@ def optimizer_step(
     """Forward and backward over the micro-batches, one update; the loss of the whole global batch,
     and its gradient's norm.
 
-    Engines average gradients over ranks, so each rank's share is scaled by their number to make the
+    Engines average gradients over ranks, so each rank's loss is scaled by their number to make the
     average a sum.
     """
     world_size = dist.get_world_size()

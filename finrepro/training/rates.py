@@ -6,29 +6,12 @@ group's other settings.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
-from finrepro.settings import Choice
 
-
-def scale_of(adapter: Choice) -> Callable[[str], float]:
-    """A parameter's name -> the factor to its learning rate: the adapter's `lr_scale(name,
-    config)`, 1 where it has none.
-    """
-    own = getattr(adapter.module("adapters"), "lr_scale", None)
-    return partial(own, config=adapter.config) if own else lambda _: 1.0
-
-
-def factor_of(adapter: Choice, max_steps: int) -> Callable[[int], float]:
-    """A step -> the factor to the schedule's rate: the adapter's `lr_factor(step, config,
-    max_steps)`, 1 where it has none.
-    """
-    own = getattr(adapter.module("adapters"), "lr_factor", None)
-    return partial(own, config=adapter.config, max_steps=max_steps) if own else lambda _: 1.0
-
-
-def split(optimizer: Any, named: Iterable[tuple[str, Any]], scale: Callable[[str], float]) -> None:
+def split_groups(
+    optimizer: Any, named: Iterable[tuple[str, Any]], scale: Callable[[str], float]
+) -> None:
     """Split the groups of a new optimizer over (name, parameter) pairs, in place; their other
     settings are kept.
     """

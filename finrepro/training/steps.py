@@ -1,13 +1,39 @@
 """Which examples make a step, and in which micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from finrepro.catalogue.spec import Train
 from finrepro.data import packing
 from finrepro.data.batches import COLLATE, Batch, Sample, empty
 from finrepro.runtime import ranks
 
+# Step, global batch size and seed -> the indices of the step's examples.
 Order = Callable[[int, int, int], packing.Rows]
+
+
+@runtime_checkable
+class OrderedSamples(Protocol):
+    """Examples with an order of their own, whose lengths in tokens are known without reading them:
+    windows of running text (finrepro.data.corpora.windows).
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of every example."""
+
+    def rows(self, step: int, global_batch_size: int, seed: int) -> packing.Rows:
+        """The indices of the examples of a step."""
+
+
+def lengths_of(data: Sequence[Sample]) -> Sequence[int]:
+    """Tokens of every example."""
+    return data.lengths if isinstance(data, OrderedSamples) else [len(row.ids) for row in data]
+
+
+def order_of(data: Sequence[Sample]) -> Order | None:
+    """The order of data that have one of their own; None for the others, which are shuffled."""
+    return data.rows if isinstance(data, OrderedSamples) else None
 
 
 def steps_from(
@@ -16,8 +42,7 @@ def steps_from(
     """(step, example indices) from step `first` to the last: any step can be reached without
     replaying those before it.
 
-    `order` is that of data with one of its own (finrepro.data.corpora.windows): step, global batch
-    size and seed to rows.
+    `order` is that of data with one of their own (`order_of`).
     """
     if order is not None:
         for step in range(first, settings.max_steps):
@@ -39,7 +64,7 @@ def micro_batches(
     data: Sequence[Sample],
     lengths: Sequence[int],
     settings: Train,
-    here: ranks.Ranks,
+    rank: ranks.Ranks,
 ) -> list[Batch]:
     """This rank's micro-batches of a step; ranks with fewer than the busiest one get empty ones
     to keep step with it.
@@ -47,11 +72,11 @@ def micro_batches(
     lay_out = packing.LAYOUTS[settings.layout]
     parts = [
         lay_out(
-            packing.rank_rows(rows, lengths, rank, here.world_size), lengths, settings.max_tokens
+            packing.rank_rows(rows, lengths, number, rank.world_size), lengths, settings.max_tokens
         )
-        for rank in range(here.world_size)
+        for number in range(rank.world_size)
     ]
-    batches = [COLLATE[settings.layout]([data[row] for row in micro]) for micro in parts[here.rank]]
+    batches = [COLLATE[settings.layout]([data[row] for row in micro]) for micro in parts[rank.rank]]
     return batches + [empty()] * (max(map(len, parts)) - len(batches))
 
 

@@ -33,7 +33,9 @@ BASE, FULL, QLORA = (
 WATCH = """
 import sys
 def hook(event, arguments):
-    if event == "socket.connect" and isinstance(arguments[1], tuple) and not str(arguments[1][0]).startswith(("127.", "::1", "localhost")):
+    if event != "socket.connect" or not isinstance(arguments[1], tuple):
+        return
+    if not str(arguments[1][0]).startswith(("127.", "::1", "localhost")):
         with open({log!r}, "a") as file:
             file.write(repr(arguments[1]) + "\\n")
 sys.addaudithook(hook)

@@ -55,6 +55,19 @@ USAGE = {
     "jobs as a superscript": ((*RUN, "--jobs", "²"), "--jobs '²'"),
     "devices": (("cells", "--devices", "two"), "--devices 'two'"),
     "devices as a superscript": (("cells", "--devices", "²"), "--devices '²'"),
+    "a corpus without a tokenizer": (
+        ("data", "--prepare", "wikitext2"),
+        "--prepare needs --tokenizer FOLDER and --out FOLDER",
+    ),
+    "two commands at once": (
+        ("data", "--prepare", "wikitext2", "--verify", "folder"),
+        "--prepare and --verify are two commands",
+    ),
+    "a variable that was not set": (("data", "--verify="), "--verify needs the folder"),
+    "a fraction": (
+        ("data", "--prepare", "x", "--tokenizer", "x", "--out", "x", "--validation", "x"),
+        "--validation 'x'",
+    ),
     "dataset": (("data", "--fetch", "fbp"), "Did you mean 'fpb'?"),
     "port": (("ui", "--port", "http"), "--port 'http'"),
     "port as a superscript": (("ui", "--port", "²"), "--port '²'"),

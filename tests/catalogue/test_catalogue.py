@@ -10,14 +10,15 @@ from fixtures.process import one_line
 
 from finrepro import PROJECT
 from finrepro.catalogue import reader
-from finrepro.catalogue.footprint import block_linear_parameters
 from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.spec import Hub, Model
 from finrepro.errors import UsageError
-from finrepro.settings import kind_module, kinds, plain
+from finrepro.kinds import kind_module, kinds
+from finrepro.settings import plain
+from finrepro.sizes.shapes import linear_parameters
 
 ENTRIES = {
-    name: tuple(reader.catalogue(name))
+    name: tuple(reader.entries(name))
     for name in ("models", "adapters", "quantizers", "optimizers", "datasets", "tasks")
 }
 MODELS, ADAPTERS, QUANTIZERS, OPTIMIZERS, DATASETS, TASKS = ENTRIES.values()
@@ -108,7 +109,7 @@ def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtyp
     assert "model" not in settings.values(), "the compute dtype has to be written out"
     if "compute_dtype" in settings:
         assert settings["compute_dtype"] == dtype
-    written = set(reader.catalogue("quantizers")[name]) - {"kind"}
+    written = set(reader.entries("quantizers")[name]) - {"kind"}
     assert {key for key in settings if not key.startswith("_")} == written, (
         "a library's default decides"
     )
@@ -118,7 +119,7 @@ def test_every_quantizer_resolves_with_every_setting_written_out(name: str, dtyp
 def test_every_optimizer_resolves_with_every_setting_written_out(name: str):
     choice = reader.optimizer(name)
     assert choice.kind in kinds("optimizers")
-    assert set(vars(choice.config)) == set(reader.catalogue("optimizers")[name]) - {"kind"}, (
+    assert set(vars(choice.config)) == set(reader.entries("optimizers")[name]) - {"kind"}, (
         "a default decides"
     )
 
@@ -126,7 +127,7 @@ def test_every_optimizer_resolves_with_every_setting_written_out(name: str):
 def test_training_settings_name_an_optimizer_or_spell_it_out():
     values = dict(reader.table("3").smoke.train)
     named = reader.train_settings({**values, "optimizer": "adamw"}, "test.train")
-    entry = reader.catalogue("optimizers")["adamw"]
+    entry = reader.entries("optimizers")["adamw"]
     spelled = reader.train_settings({**values, "optimizer": entry}, "test.train")
     assert plain(named) == plain(spelled) and plain(named)["optimizer"] == {**entry}
 
@@ -142,10 +143,10 @@ def test_every_dataset_resolves_with_a_licence_and_whole_digests(name: str):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_resolves_with_each_of_its_templates(name: str):
-    for template in reader.catalogue("tasks")[name].get("templates", {"": ""}):
+    for template in reader.entries("tasks")[name].get("templates", {"": ""}):
         resolved = reader.task(name, template)
         assert resolved.dataset.name in DATASETS
-        assert resolved.task.module("tasks") is kind_module("tasks", resolved.task.kind)
+        assert kind_module("tasks", resolved.task.kind) is kind_module("tasks", resolved.task.kind)
         if template:
             assert list(resolved.task.config.templates) == [template], (
                 "other wordings would enter the hash"
@@ -175,14 +176,14 @@ def closed_form(model: Model) -> int:
         width, depth = a["n_embd"], a["n_layer"]
         block = (3 * width + width + 4 * width + width) + 2 * (2 * width)  # biases and layer norms
         return (
-            block_linear_parameters(model)
+            linear_parameters(model)
             + depth * block
             + (a["vocab_size"] + a["n_positions"]) * width
             + 2 * width
         )
     width, depth = a["hidden_size"], a["num_hidden_layers"]
     embeddings = a["vocab_size"] * width * (1 if a["tie_word_embeddings"] else 2)
-    return block_linear_parameters(model) + embeddings + (2 * depth + 1) * width
+    return linear_parameters(model) + embeddings + (2 * depth + 1) * width
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -197,7 +198,7 @@ def test_lora_on_every_linear_layer_of_llama_has_the_published_number_of_paramet
 
     (cell,) = expand(Selection("3", only="llama3_1_8b-none-lora_r8-tfns-s0"), "paper")
     assert (
-        cell.spec.adapter.module("adapters").trainable_parameters(
+        kind_module("adapters", cell.spec.adapter.kind).trainable_parameters(
             cell.spec.model, cell.spec.adapter.config
         )
         == 20_971_520

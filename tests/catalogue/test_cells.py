@@ -17,13 +17,14 @@ import pytest
 import yaml
 from fixtures.process import forget, one_line, python
 
+from finrepro.arguments import choice, seed_list
+from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.reader import reader
-from finrepro.catalogue.resolve import Cell, find
-from finrepro.catalogue.selection import Selection, parse_choice, parse_seeds
+from finrepro.catalogue.resolve import Cell, spec_of_label
+from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Pretrain, RunSpec, Scale, Train
 from finrepro.errors import UsageError
-from finrepro.settings import kind_module, kinds
+from finrepro.kinds import kind_module, kinds
 
 SMOKE = [
     "gpt2_127m_mini-none-base-tfns-s0",
@@ -293,6 +294,7 @@ def test_weights_seed_and_devices_are_part_of_the_identity():
 
 
 SCRIPT = """
+from finrepro.arguments import choice, seed_list
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 for scale in ("smoke", "paper"):
@@ -351,7 +353,7 @@ def identities(patterns: tuple[str, ...] = ALL, more: bool = True) -> dict[str, 
                 found[name + cell.label] = cell.spec.run_id
                 if cell.base is not None:
                     found[cell.base.label] = cell.base.run_id
-    for name in reader.catalogue("models"):
+    for name in reader.entries("models"):
         if isinstance(reader.model(name).pretrain, Pretrain):
             found[f"base {name}"] = reader.pretraining(reader.model(name)).run_id
     return found
@@ -652,11 +654,11 @@ def test_a_pattern_near_a_label_names_it():
 
 def test_a_cell_and_its_base_are_found_by_label():
     cell = expand(Selection("3"), "smoke")[0]
-    assert find(Selection("3"), "smoke", cell.label) == cell.spec
+    assert spec_of_label(Selection("3"), "smoke", cell.label) == cell.spec
     assert cell.base is not None
-    assert find(Selection("3"), "smoke", cell.base.label) == cell.base
+    assert spec_of_label(Selection("3"), "smoke", cell.base.label) == cell.base
     with pytest.raises(UsageError, match="unknown cell"):
-        find(Selection("3"), "smoke", "nothing")
+        spec_of_label(Selection("3"), "smoke", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -664,20 +666,19 @@ def test_a_cell_and_its_base_are_found_by_label():
 )
 def test_seeds_that_are_no_different_small_whole_numbers_are_refused(text: str):
     with pytest.raises(UsageError) as refused:
-        parse_seeds(text)
+        seed_list(text)
     assert "--seeds" in one_line(refused.value)
 
 
 def test_seeds_are_read():
-    assert parse_seeds("0,1,2") == (0, 1, 2)
-    assert parse_seeds("7") == (7,)
-    assert parse_seeds(None) is None
+    assert seed_list("0,1,2") == (0, 1, 2)
+    assert seed_list([7]) == (7,)
 
 
 def test_a_choice_is_one_of_the_allowed():
-    assert parse_choice("scale", "smoke", ("auto", "smoke")) == "smoke"
+    assert choice("scale", "smoke", ("auto", "smoke")) == "smoke"
     with pytest.raises(UsageError, match="Did you mean 'smoke'"):
-        parse_choice("scale", "smok", ("auto", "smoke"))
+        choice("scale", "smok", ("auto", "smoke"))
 
 
 def test_the_paper_cells_carry_the_pinned_revision_of_their_weights():

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from finrepro.catalogue.published import Published, read
 from finrepro.errors import UsageError
 from finrepro.reporting.beside import margin_of
 from finrepro.reporting.comparability import Comparison, candidates, comparability
-from finrepro.reporting.tables.table3 import FAMILIES
+from finrepro.reporting.scores import FAMILIES
 from finrepro.reporting.tables.table5 import PUBLISHED
 from finrepro.settings import read_yaml
 from finrepro.statistics.equivalence import (
@@ -25,7 +26,7 @@ from finrepro.statistics.equivalence import (
     estimate,
     half_width,
     judge,
-    student_quantile,
+    student_half_width,
 )
 
 FILES = sorted((reader.CONFIGS / "published").glob("*.yaml"))
@@ -88,10 +89,10 @@ def test_names_of_ours_are_in_the_catalogue():
             "tasks": value.test_set.task,
         }
         for kind, name in known.items():
-            assert name is None or name in reader.catalogue(kind), (
+            assert name is None or name in reader.entries(kind), (
                 f"{value.name}: {kind} has no {name}"
             )
-        assert set(value.system.one_of) <= set(reader.catalogue("quantizers")), value.name
+        assert set(value.system.one_of) <= set(reader.entries("quantizers")), value.name
         assert not (value.system.one_of and value.system.quantizer), (
             f"{value.name}: known, and disagreed about"
         )
@@ -446,12 +447,16 @@ def test_the_needed_number_of_examples_decides():
     )
 
 
-def test_students_quantile_is_that_of_the_tables_and_of_the_formulas():
-    """Printed tables; and the closed forms of one and two degrees of freedom."""
-    tabled = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042}
-    assert {degrees: round(student_quantile(0.975, degrees), 3) for degrees in tabled} == tabled
-    assert student_quantile(0.9, 1) == pytest.approx(math.tan(math.pi * 0.4))
-    assert student_quantile(0.9, 2) == pytest.approx(0.8 * math.sqrt(2 / (1 - 0.8**2)))
+def test_the_half_width_over_runs_has_students_quantile():
+    """Of printed tables; and of the closed forms of one and two degrees of freedom."""
+    tables = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042}
+    quantiles = {}
+    for degrees in tables:
+        values = [float(run) for run in range(degrees + 1)]
+        quantiles[degrees] = student_half_width(values) * math.sqrt(len(values)) / stdev(values)
+    assert {degrees: round(value, 3) for degrees, value in quantiles.items()} == tables
+    assert quantiles[1] == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)
+    assert quantiles[2] == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
 
 
 def test_the_interval_over_seeds_holds_the_true_value_as_often_as_it_says():

@@ -19,8 +19,9 @@ from finrepro.catalogue.selection import Selection
 from finrepro.errors import UsageError, unknown
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import Store
+from finrepro.kinds import HOMES, choose, kind_module, kinds
 from finrepro.planning import plan
-from finrepro.settings import HOMES, build, choose, kind_module, kinds, plain, read_yaml
+from finrepro.settings import build, plain, read_yaml
 from finrepro.settings import settings as typed
 
 PACKAGES = ("adapters", "quantizers", "optimizers", "tasks", "datasets", "report")
@@ -205,7 +206,7 @@ def use_everything(store: Path) -> None:
     cells.
     """
     for name, resolve in RESOLVE.items():
-        for key in reader.catalogue(name):
+        for key in reader.entries(name):
             resolve(key)
     for scale in ("smoke", "paper"):
         for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True), Selection("5")):

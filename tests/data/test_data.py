@@ -21,12 +21,13 @@ from finrepro.data import files as data
 from finrepro.data.examples import Example, fingerprint, normalized, overlap
 from finrepro.data.preparing import entries
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import format_of
 from finrepro.settings import Choice
 
-DATASETS = tuple(reader.catalogue("datasets"))
+DATASETS = tuple(reader.entries("datasets"))
 TFNS = reader.dataset("tfns")
 FPB = reader.dataset("fpb")
-CORPORA = [entry for entry in map(entries.entry, reader.catalogue("corpora")) if entry.files]
+CORPORA = [entry for entry in map(entries.entry, reader.entries("corpora")) if entry.files]
 WITH_FILES = [*(reader.dataset(name).config for name in DATASETS), *CORPORA]
 
 
@@ -43,7 +44,7 @@ def finlora(path: Path) -> list[tuple[str, str]]:
 
 def to_be_had(dataset: Choice, folder: Path | None) -> tuple[str, ...]:
     """Every split, or the test set alone where nobody has the training file."""
-    whole = data.missing_reason(dataset, folder) is None
+    whole = data.dataset_missing_reason(dataset, folder) is None
     return ("train", "development", "test") if whole else ("test",)
 
 
@@ -52,7 +53,7 @@ def undivided(dataset: Choice, folder: Path | None) -> dict[str, tuple[Example, 
     found = data.locate(dataset, folder, to_be_had(dataset, folder))
     assert found is not None
     contents = {role: path.read_bytes() for role, (_, path) in found.items()}
-    return dataset.module("datasets").read(contents, dataset.name, dataset.config)
+    return format_of(dataset).read(contents, dataset.name)
 
 
 def test_tfns_has_the_counts_that_its_publisher_states():
@@ -345,7 +346,7 @@ def test_what_is_missing_for_a_split_is_named(tmp_path: Path, monkeypatch: pytes
     dataset = dataclasses.replace(dataset, config=config)
     (tmp_path / file.path).parent.mkdir(parents=True)
     (tmp_path / file.path).write_bytes(content)
-    assert data.missing_reason(dataset, tmp_path, ("test",)) is None
+    assert data.dataset_missing_reason(dataset, tmp_path, ("test",)) is None
     loaded = data.load(dataset, tmp_path, ("test",))
     assert [(e.text, e.label) for e in loaded.splits["test"]] == [("Up.", "neutral")]
     assert loaded.files == {"test": hashlib.sha256(content).hexdigest()}, (
@@ -367,7 +368,7 @@ def test_a_folder_in_the_place_of_a_file_is_not_the_file(copied: Path):
 def test_a_fetched_file_is_found_and_still_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     file = FPB.config.files["all"]
-    place = data.hub_cache() / file.sha256 / Path(file.path).name
+    place = data.fetched_folder() / file.sha256 / Path(file.path).name
     place.parent.mkdir(parents=True)
     place.write_bytes(b"not the corpus")
     assert data.locate(FPB, None) == {"all": ("fetched", place)}

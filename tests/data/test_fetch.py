@@ -5,9 +5,14 @@ wrong is one line without a secret.
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
+import os
 import ssl
+import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,12 +23,24 @@ from fixtures.process import one_line
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Hub
 from finrepro.data import files as data
-from finrepro.data.fetch import fetch, without_secrets
+from finrepro.data.fetch import fetch
 from finrepro.data.files import File
+from finrepro.data.hub_client import reason_of
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Choice
 
 CONTENT = b'{"news": "Up.", "label": "neutral"}\n'
+
+
+def archive() -> bytes:
+    """A zip file that holds `CONTENT`."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as written:
+        written.writestr("inside/b.txt", CONTENT)
+    return file.getvalue()
+
+
+ARCHIVE = archive()
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
@@ -112,9 +129,9 @@ def served(url: str, sha256: str | None = hashlib.sha256(CONTENT).hexdigest()) -
 def test_a_file_at_an_address_is_fetched_and_found_again(site: str, pinned: bool):
     file = served(f"{site}/a/test.jsonl") if pinned else served(f"{site}/a/test.jsonl", None)
     chosen = dataset(test=file)
-    assert data.missing_reason(chosen, None) is not None
+    assert data.dataset_missing_reason(chosen, None) is not None
     (path,) = fetch(chosen)
-    assert path.read_bytes() == CONTENT and data.missing_reason(chosen, None) is None
+    assert path.read_bytes() == CONTENT and data.dataset_missing_reason(chosen, None) is None
     loaded = data.load(chosen, None, ("test",))
     assert loaded.origin == {"test": "fetched"} and loaded.files == {
         "test": hashlib.sha256(CONTENT).hexdigest()
@@ -135,7 +152,7 @@ def test_one_file_that_is_not_there_does_not_keep_the_others_away(site: str):
     ) as refused:
         fetch(chosen)
     assert refused.value.exit_code == 3 and one_line(refused.value)
-    assert data.missing_reason(chosen, None, ("test",)) is None
+    assert data.dataset_missing_reason(chosen, None, ("test",)) is None
 
 
 @pytest.mark.parametrize(
@@ -163,6 +180,75 @@ def test_a_split_that_only_the_hubs_library_can_name_is_kept_as_json_lines(
     assert [e.label for e in data.load(chosen, None, ("train",)).splits["train"]] == ["neutral"] * 2
 
 
+class HubHandler(BaseHTTPRequestHandler):
+    """A file of one repository, as the hub answers for it: with its commit and its digest."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        there = self.path == "/datasets/owner/set/resolve/main/files/a.zip"
+        self.send_response(200 if there else 404)
+        self.send_header("Content-Length", str(len(ARCHIVE) if there else 0))
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("ETag", '"' + hashlib.sha256(ARCHIVE).hexdigest() + '"')
+        self.end_headers()
+        if there and self.command == "GET":
+            self.wfile.write(ARCHIVE)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+FETCHING = """
+import sys
+from finrepro.catalogue.spec import Hub
+from finrepro.data.fetch import fetch
+from finrepro.errors import EnvironmentFault
+from finrepro.data.files import File
+from test_fetch import dataset
+hub = Hub(id="owner/set", revision=None, source="this test")
+path = sys.argv[1]
+try:
+    print(*fetch(dataset(hub, test=File(path="a.txt", hub_path=path, sha256=None, rows=None))))
+except EnvironmentFault as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_member_of_an_archive_on_the_hub_is_fetched(hub: str, cache: Path):
+    """In a process of its own: the hub's client reads its address once."""
+
+    def fetched(path: str) -> "subprocess.CompletedProcess[str]":
+        environment = os.environ | {
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(cache),
+            "no_proxy": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-c", FETCHING, path]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    answer = fetched("files/a.zip!inside/b.txt")
+    assert answer.returncode == 0, answer.stderr
+    assert Path(answer.stdout.strip()).read_bytes() == CONTENT
+    answer = fetched("files/none.zip")
+    assert answer.returncode == 3 and answer.stdout.count("\n") == 1
+    assert "could not fetch hf://datasets/owner/set@main/files/none.zip: " in answer.stdout
+
+
 def test_a_file_in_the_place_of_the_cache_is_one_line(site: str, cache: Path):
     cache.write_text("not a folder")
     with pytest.raises(EnvironmentFault, match=r"could not write .*HF_HOME") as refused:
@@ -173,19 +259,25 @@ def test_a_file_in_the_place_of_the_cache_is_one_line(site: str, cache: Path):
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("401 for hf_AbCdEf012345 at hub", "401 for hf_*** at hub"),
+        ("401 for hf_AbCdEf012345 at hub", "401 for [token] at hub"),
         ("proxy https://me:secret@proxy:80 refused", "proxy https://***@proxy:80 refused"),
-        ("header Bearer my-own-token", "header Bearer ***"),
+        ("header Bearer my-own-token", "header Bearer [token]"),
+        ("a client logged in as stored-secret", "a client logged in as [token]"),
+        ("the word shelf_life stays", "the word shelf_life stays"),
         ("\n first\nsecond", "first"),
         ("", "ValueError"),
     ],
 )
-def test_no_secret_stands_in_a_message(text: str, left: str, monkeypatch: pytest.MonkeyPatch):
+def test_no_secret_stands_in_a_message(
+    text: str, left: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_TOKEN", "my-own-token")
-    assert without_secrets(ValueError(text)) == left
+    cache.mkdir()
+    (cache / "token").write_text("stored-secret\n")
+    assert reason_of(ValueError(text)) == left
 
 
-@pytest.mark.parametrize("name", reader.catalogue("datasets"))
+@pytest.mark.parametrize("name", reader.entries("datasets"))
 def test_every_file_has_an_address(name: str):
     config = reader.dataset(name).config
     for file in config.files.values():

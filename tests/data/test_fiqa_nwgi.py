@@ -17,6 +17,7 @@ from finrepro.data.examples import Example
 from finrepro.data.formats import fiqa
 from finrepro.data.formats.jsonl_labels import asked
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import format_of, kind_module
 from finrepro.settings import Choice
 
 FIQA, NWGI = reader.dataset("fiqa_sa"), reader.dataset("nwgi")
@@ -104,7 +105,7 @@ def test_no_sentence_of_the_test_set_is_trained_on_which_pixius_split_does(data_
 def test_fiqas_test_set_needs_no_other_file(data_dir: Path):
     assert data.roles(FIQA, ("test",)) == ("test",)
     assert set(data.roles(FIQA, ("development",))) == {"headline", "post", "test"}
-    only = FIQA.module("datasets").read(contents(FIQA, data_dir, ("test",)), "fiqa_sa", FIQA.config)
+    only = format_of(FIQA).read(contents(FIQA, data_dir, ("test",)), "fiqa_sa")
     assert set(only) == {"test"} and len(only["test"]) == 235
 
 
@@ -124,7 +125,7 @@ def test_nwgis_test_set_is_finloras_with_the_text_out_of_the_prompt(data_dir: Pa
         json.loads(line)["context"] for line in path.read_text(encoding="utf-8").splitlines()
     ]
     spec = reader.task("nwgi_7", "fingpt")
-    task = spec.task.module("tasks")
+    task = kind_module("tasks", spec.task.kind)
     ours = [task.prompt(e, spec.task.config) for e in test]
     assert [" ".join(p.split()) for p in ours] == [" ".join(p.split()) for p in prompts], (
         "and back in"
@@ -159,7 +160,7 @@ def test_a_line_of_another_form_is_named(line: Any):
         json.dumps(GOOD),
     ]
     with pytest.raises(EnvironmentFault, match="line 2") as refused:
-        NWGI.module("datasets").read({"train": "\n".join(lines).encode()}, "nwgi", NWGI.config)
+        format_of(NWGI).read({"train": "\n".join(lines).encode()}, "nwgi")
     assert "nwgi" in one_line(refused.value)
 
 
@@ -167,7 +168,7 @@ def test_the_training_file_as_the_hubs_library_gives_it_is_read():
     lines = "".join(
         json.dumps({**GOOD, "reason": "it says so", "date": "x"}) + "\n" for _ in range(3)
     )
-    splits = NWGI.module("datasets").read({"train": lines.encode()}, "nwgi", NWGI.config)
+    splits = format_of(NWGI).read({"train": lines.encode()}, "nwgi")
     assert splits["train"][2] == Example(id="nwgi/train/2", text="Up.", label="neutral")
 
 
@@ -178,7 +179,7 @@ def test_the_training_file_as_the_hubs_library_gives_it_is_read():
 def test_a_file_of_fiqa_in_another_form_is_named(content: bytes, data_dir: Path):
     good = contents(FIQA, data_dir, ("train",))
     with pytest.raises(EnvironmentFault, match="post") as refused:
-        with_rows(FIQA, post=1).module("datasets").read(
+        kind_module("datasets", with_rows(FIQA, post=1).kind).read(
             {**good, "post": content}, "fiqa_sa", with_rows(FIQA, post=1).config
         )
     assert "fiqa_sa" in one_line(refused.value)

@@ -9,7 +9,7 @@ import pytest
 from finrepro.catalogue import reader
 from finrepro.data import files, listing
 
-NAMES = tuple(reader.catalogue("datasets"))
+NAMES = tuple(reader.entries("datasets"))
 
 
 def entry(name: str, folder: Path | None) -> list[str]:
@@ -38,16 +38,14 @@ def test_every_dataset_says_what_it_is_and_how_it_is_had(name: str):
     if config.hub:
         assert config.hub.id in text and (config.hub.revision or "revision not pinned") in text
     assert (f"invoke data --fetch {name}" in text) == (not config.embedded)
-    users = [
-        task for task, values in reader.catalogue("tasks").items() if values["dataset"] == name
-    ]
+    users = [task for task, values in reader.entries("tasks").items() if values["dataset"] == name]
     assert users and f"tasks: {', '.join(users)}" in text
 
 
 def test_what_is_in_the_data_folder_needs_no_step(data_dir: Path):
     for name in NAMES:
         text = " ".join(entry(name, data_dir))
-        there = files.missing_reason(reader.dataset(name), data_dir) is None
+        there = files.dataset_missing_reason(reader.dataset(name), data_dir) is None
         assert ("to get it" not in text) == there
     assert "train:     not here" in "\n".join(entry("nwgi", data_dir))
     assert "test:      here (data directory)" in "\n".join(entry("nwgi", data_dir))

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 from fixtures.model import MINIATURES, in_processes, process, texts, tokenizer  # noqa: F401
 
-from finrepro.catalogue.reader import reader
-from finrepro.data.files import files
+from finrepro.catalogue import reader
+from finrepro.data import files
 from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
+from finrepro.kinds import kind_module
 from finrepro.models.build import load_tokenizer
 from finrepro.running.base import open_base
 
 FAMILIES = tuple(SPECIAL)
 ASKED = tuple(
     (name, template)
-    for name, entry in reader.catalogue("tasks").items()
+    for name, entry in reader.entries("tasks").items()
     for template in (entry.get("templates") or ("",))
 )
 AWKWARD = (
@@ -69,11 +70,11 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     awkward texts.
     """
     spec = reader.task(name, template)
-    module, config = spec.task.module("tasks"), spec.task.config
+    module, config = kind_module("tasks", spec.task.kind), spec.task.config
     here = tuple(
         name
         for name in ("development", "test")
-        if files.missing_reason(spec.dataset, folder, (name,)) is None
+        if files.dataset_missing_reason(spec.dataset, folder, (name,)) is None
     )
     splits = files.load(spec.dataset, folder, here).splits
     examples = [

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from finrepro.catalogue import reader
 from finrepro.data import files
 from finrepro.data.examples import Example
+from finrepro.kinds import kind_module
 from finrepro.statistics.bootstrap import intervals, paired_differences
 
 SPEC = reader.task("fin_ner", "short")
-TASK, CONFIG = SPEC.task.module("tasks"), SPEC.task.config
+TASK, CONFIG = kind_module("tasks", SPEC.task.kind), SPEC.task.config
 SPLITS = files.load(SPEC.dataset, None).splits
 TAGS = ["O", "I-PER", "I-ORG", "I-LOC"]
 # Few different words, so that names repeat and overlap; many lengths.
@@ -89,7 +90,7 @@ def test_the_corpus_has_the_published_counts():
         role: path.read_bytes()
         for role, (_, path) in (files.locate(SPEC.dataset, None) or {}).items()
     }
-    whole = SPEC.dataset.module("datasets").read(contents, "fin_ner", kept)
+    whole = kind_module("datasets", SPEC.dataset.kind).read(contents, "fin_ner", kept)
     assert {split: len(rows) for split, rows in whole.items()} == {"train": 1164, "test": 303}
     assert {split: len({e.source for e in rows}) for split, rows in whole.items()} == {
         "train": 5,
@@ -232,7 +233,7 @@ def test_the_constant_answers_are_those_of_the_corpus():
     assert found["f1_entity"] == pytest.approx(0.761, abs=5e-4)
 
 
-@pytest.mark.parametrize("template", reader.catalogue("tasks")["fin_ner"]["templates"])
+@pytest.mark.parametrize("template", reader.entries("tasks")["fin_ner"]["templates"])
 def test_a_repeated_prompt_finds_nothing(template: str):
     config = reader.task("fin_ner", template).task.config
     examples = SPLITS["test"]

@@ -36,6 +36,7 @@ from finrepro.catalogue import reader
 from finrepro.data.examples import Example
 from finrepro.data.tokens import Encoded, cut
 from finrepro.evaluation.evaluate import Evaluated, Row, evaluate, score_rows
+from finrepro.kinds import kind_module
 
 COUNT = 60
 TASK, TEXT = reader.task("tfns", "short"), reader.task("tfns_text")
@@ -321,7 +322,7 @@ def test_the_score_of_text_is_its_perplexity_per_token(name: str) -> None:
     total, count, size = 0.0, 0, 0
     with torch.no_grad():
         for row, example in zip(found.rows, examples(), strict=True):
-            text = TEXT.task.module("tasks").target(example, TEXT.task.config)
+            text = kind_module("tasks", TEXT.task.kind).target(example, TEXT.task.config)
             assert text.startswith(example.text)
             ids = tokens(text, add_special_tokens=False)["input_ids"]
             ids = (tokens.bos_token_id, *ids)
@@ -380,7 +381,7 @@ def outputs_are_those_of_one_by_one(
     Prompt and answer have `longest` tokens at most, and a prompt half of them: its end.
     """
     tokens: Any = tokenizer(reader.model(name).family)
-    module = NER.task.module("tasks")
+    module = kind_module("tasks", NER.task.kind)
     for row, example in zip(rows, examples, strict=True):
         ids = tokens(module.prompt(example, NER.task.config))["input_ids"]
         keep, excess = int(ids[0] == tokens.bos_token_id), max(0, len(ids) - longest // 2)
@@ -437,7 +438,7 @@ def test_a_prompt_that_leaves_an_answer_too_little_room_loses_its_beginning(name
 
 
 def test_the_oracle_of_entities_gains_and_its_constants_are_read_against_the_sentence() -> None:
-    module, config = NER.task.module("tasks"), NER.task.config
+    module, config = kind_module("tasks", NER.task.kind), NER.task.config
     said = [
         module.parse(module.target(example, config), example, config) for example in sentences()
     ]

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from fixtures.process import python
 
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import TaskSpec
+from finrepro.data import files
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import files
 from finrepro.errors import UsageError
-from finrepro.settings import choose
+from finrepro.kinds import choose, kind_module
 
-RAW = reader.catalogue("tasks")
+RAW = reader.entries("tasks")
 CLASSIFICATION = tuple(name for name in RAW if RAW[name]["kind"] == "classification")
 PROMPTS = [(name, template) for name in CLASSIFICATION for template in RAW[name]["templates"]]
 # Constant-answer baselines of the published test sets, counted from the files: accuracy, weighted
@@ -45,7 +45,9 @@ def splits(name: str, folder: Path | None) -> Splits:
     """Every split, or the test set alone where no file of the training split is to be had."""
     dataset = resolved(name).dataset
     return files.load(
-        dataset, folder, None if files.missing_reason(dataset, folder) is None else ("test",)
+        dataset,
+        folder,
+        None if files.dataset_missing_reason(dataset, folder) is None else ("test",),
     ).splits
 
 
@@ -62,7 +64,7 @@ def held_out(name: str, request: pytest.FixtureRequest) -> tuple[Example, ...]:
 def scored(name: str, examples: tuple[Example, ...], outputs: list[str]) -> dict[str, float]:
     """The scores of raw outputs: parsed, tallied, summed."""
     spec = resolved(name)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     rows = [
         {"gold": example.label, "prediction": task.parse(output, example, config)}
         for example, output in zip(examples, outputs, strict=True)
@@ -80,7 +82,7 @@ def test_there_are_classification_tasks_and_each_has_a_known_constant():
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_the_right_answers_score_one(name: str, request: pytest.FixtureRequest):
     spec, examples = resolved(name), held_out(name, request)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     scores = scored(name, examples, [task.target(example, config) for example in examples])
     assert {metric: scores[metric] for metric in QUALITY} == pytest.approx(
         dict.fromkeys(QUALITY, 1.0)
@@ -92,7 +94,7 @@ def test_the_right_answers_score_one(name: str, request: pytest.FixtureRequest):
 def test_one_right_answer_made_wrong_scores_less(name: str, request: pytest.FixtureRequest):
     """The planted mutant of the law above."""
     spec, examples = resolved(name), held_out(name, request)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     outputs = [task.target(example, config) for example in examples]
     outputs[-1] = next(label for label in config.labels if label != outputs[-1].strip())
     scores = scored(name, examples, outputs)
@@ -105,7 +107,7 @@ def test_the_best_constant_answer_scores_what_is_printed_beside_every_result(
     name: str, request: pytest.FixtureRequest
 ):
     spec, examples = resolved(name), held_out(name, request)
-    answers = spec.task.module("tasks").constant_answers(spec.task.config)
+    answers = kind_module("tasks", spec.task.kind).constant_answers(spec.task.config)
     best_label, rows, *expected = CONSTANTS[name]
     scores = {answer: scored(name, examples, [answer] * len(examples)) for answer in answers}
     best = max(scores, key=lambda answer: scores[answer]["accuracy"])
@@ -130,7 +132,7 @@ def test_silence_and_rambling_score_nothing_and_are_counted(
 def test_a_repeated_prompt_scores_nothing(name: str, template: str, request: pytest.FixtureRequest):
     examples = held_out(name, request)
     spec = reader.task(name, template)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     prompts = [task.prompt(example, config) for example in examples]
     echoes = [
         prompts,
@@ -144,7 +146,7 @@ def test_a_repeated_prompt_scores_nothing(name: str, template: str, request: pyt
 @pytest.mark.parametrize(("name", "template"), PROMPTS)
 def test_a_template_ends_without_a_space_and_the_answer_brings_it(name: str, template: str):
     spec = reader.task(name, template)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     label = next(
         (given for given, meant in config.label_map.items() if meant == config.labels[0]),
         config.labels[0],
@@ -163,7 +165,7 @@ def test_a_template_ends_without_a_space_and_the_answer_brings_it(name: str, tem
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_every_label_of_the_data_is_a_label_of_the_task(name: str, request: pytest.FixtureRequest):
     spec = resolved(name)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     for rows in all_splits(name, request).values():
         assert {task.target(example, config).strip() for example in rows} == set(config.labels)
         if config.label_map:
@@ -207,14 +209,14 @@ def test_every_label_of_the_data_is_a_label_of_the_task(name: str, request: pyte
 def test_an_output_names_one_label_on_its_first_line_or_none(output: str, answer: str | None):
     spec = resolved("tfns")
     example = Example(id="x", text="positive", label="neutral")
-    assert spec.task.module("tasks").parse(output, example, spec.task.config) == answer
+    assert kind_module("tasks", spec.task.kind).parse(output, example, spec.task.config) == answer
 
 
 @pytest.mark.parametrize("name", ["tfns", "nwgi_3"])
 def test_a_gold_label_that_the_task_does_not_know_is_an_error_and_not_a_wrong_answer(name: str):
     spec = resolved(name)
     with pytest.raises(KeyError):
-        spec.task.module("tasks").tally(
+        kind_module("tasks", spec.task.kind).tally(
             [{"gold": "bullish", "prediction": "positive"}], spec.task.config
         )
 
@@ -223,14 +225,15 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from finrepro.catalogue import reader as catalogue; from finrepro.data import files as data
+from finrepro.kinds import kind_module
 folder = os.environ.get("DATA")
-raw, found, loaded = catalogue.catalogue("tasks"), {}, {}
+raw, found, loaded = catalogue.entries("tasks"), {}, {}
 for name in (name for name in raw if "templates" in raw[name]):
     for number, template in enumerate(raw[name]["templates"]):
         spec = catalogue.task(name, template)
-        if data.missing_reason(spec.dataset, Path(folder) if folder else None, ("test",)):
+        if data.dataset_missing_reason(spec.dataset, Path(folder) if folder else None, ("test",)):
             continue
-        task, config = spec.task.module("tasks"), spec.task.config
+        task, config = kind_module("tasks", spec.task.kind), spec.task.config
         if spec.dataset.name not in loaded:
             loaded[spec.dataset.name] = data.load(spec.dataset, Path(folder) if folder else None, ("test",)).splits["test"]
         examples = loaded[spec.dataset.name]
@@ -298,7 +301,7 @@ def test_a_table_names_a_template_or_is_told_which_there_are():
 @pytest.mark.parametrize("name", [name for name in RAW if RAW[name]["kind"] == "language_modeling"])
 def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
     spec = reader.task(name)
-    task, config = spec.task.module("tasks"), spec.task.config
+    task, config = kind_module("tasks", spec.task.kind), spec.task.config
     rows: list[dict[str, Any]] = [
         {"logprob": -3 * np.log(8), "tokens": 3, "bytes": 10},
         {"logprob": -9 * np.log(2), "tokens": 9, "bytes": 8},
@@ -311,7 +314,7 @@ def test_perplexity_is_that_of_the_tokens_and_not_the_mean_of_texts(name: str):
 
 
 def test_the_paragraphs_of_an_article_are_one_cluster():
-    task = reader.task("wikitext2_text").task.module("tasks")
+    task = kind_module("tasks", reader.task("wikitext2_text").task.kind)
     one, two = (Example(id=text, text=text, label="", source="Nero") for text in ("a", "b"))
     assert (
         task.cluster(one)
@@ -323,7 +326,7 @@ def test_the_paragraphs_of_an_article_are_one_cluster():
 @pytest.mark.parametrize("name", RAW)
 def test_equal_texts_are_one_cluster(name: str):
     template = next(iter(RAW[name].get("templates", {"": ""})))
-    task = reader.task(name, template).task.module("tasks")
+    task = kind_module("tasks", reader.task(name, template).task.kind)
     one, two = Example(id="1", text="a", label="x"), Example(id="2", text="a", label="y")
     assert (
         task.cluster(one) == task.cluster(two) != task.cluster(Example(id="3", text="b", label="x"))
@@ -332,4 +335,4 @@ def test_equal_texts_are_one_cluster(name: str):
 
 def test_the_embedded_tasks_need_no_folder():
     assert Path(files.EMBEDDED).is_dir()
-    assert files.missing_reason(resolved("tfns").dataset, None) is None
+    assert files.dataset_missing_reason(resolved("tfns").dataset, None) is None

@@ -50,7 +50,7 @@ def test_a_stale_result_that_cannot_be_made_again_here_is_kept(place: Place) -> 
     """One edited line must not wipe a store of the paper's scale on the next laptop."""
     (real,) = expand(Selection("3", only="gpt2_127m-nf4-lora_r8-tfns-s0"), "paper")
     seal_done(real.spec, place, source="another")
-    (step,) = plan.plan([real], place, keep=False)
+    (step,) = plan.plan_steps([real], place, keep=False)
     assert (step.action, step.state) == ("keep", store.STALE)
     assert (
         "cannot be made again" in step.reason

@@ -18,9 +18,11 @@ import pytest
 import torch
 import yaml
 from fixtures.model import MINIATURES, broken, make, process, spec_of, stir, tokenizer  # noqa: F401
+from fixtures.planted import plant
 from fixtures.process import environment, forget, one_line
 from safetensors.torch import load_file, save_file
 
+import finrepro
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
@@ -38,6 +40,7 @@ from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
 from finrepro.exporting.layout import Layout, layout
 from finrepro.exporting.recorded import Damaged, find
+from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora
 from finrepro.models import checkpoints
 from finrepro.models.build import load, load_tokenizer
@@ -82,7 +85,7 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
     model = stir(make(spec, folder).model)
     with place.store.new_run(spec.run_id) as target:
         (target / "weights").mkdir()
-        spec.adapter.module("adapters").export(model, target / "weights")
+        adapter_of(spec.adapter).export(model, target / "weights")
         if spec.weights == "scratch":
             tokenizer(spec.model.family).save_pretrained(target / "weights")
         base: dict[str, Any] = {"files": checkpoints.digests(checkpoint) if checkpoint else {}}
@@ -666,7 +669,7 @@ def test_a_base_that_a_method_changes_goes_along(
     assert "base" not in unchanged, (
         "without them it is not: the planted mutant of the comparison below"
     )
-    monkeypatch.setattr(lora, "own_base", lambda *_: "its codes are others", raising=False)
+    plant(monkeypatch, lora, own_base=lambda quantizer: "its codes are others")
     out = export(run_id, "peft", place.store.root / "with", place)
     safe(out)
     assert {"base", "adapter"} <= {path.name for path in out.iterdir()}
@@ -826,3 +829,29 @@ def test_what_a_low_rank_run_cannot_be_exported_as_is_said(
     with pytest.raises(UsageError, match=says) as refused:
         export(low_rank[1][run], wanted, tmp_path / "out", low_rank[0])
     one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantizer"),
+    [("lora_r4", "nf4"), ("full", "none"), ("houlsby_m64", "none"), ("base", "nf4")],
+)
+def test_a_run_is_loaded_as_it_was_scored(adapter: str, quantizer: str, begun: Place):
+    run_id = on_base(begun, GPT2, adapter, quantizer)
+    prompts, expected = run_logits(begun, run_id, "base")
+    model, reader_of_text = finrepro.load(run_id, store=begun.store.root)
+    equal(rebuild.logits(model, prompts), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert rebuild.encoded_prompts(reader_of_text) == prompts
+
+
+def test_what_cannot_be_loaded_is_one_line(copied: tuple[Place, str]):
+    place, run_id = copied
+    with pytest.raises(UsageError, match="unknown run 'nothing'"):
+        finrepro.load("nothing", store=place.store.root)
+    (place.store.run_folder(run_id) / "weights" / "adapter_model.safetensors").unlink()
+    from finrepro.evidence.manifest import write_manifest
+
+    write_manifest(place.store.run_folder(run_id))
+    with pytest.raises(EnvironmentFault) as fault:
+        finrepro.load(run_id, store=place.store.root)
+    assert "has no weights" in one_line(fault.value)

@@ -35,15 +35,16 @@ from fixtures.model import (
 )
 from torch import Tensor, nn
 
+from finrepro.catalogue import reader
 from finrepro.catalogue.footprint import sizes
-from finrepro.catalogue.reader import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
+from finrepro.kinds import adapter_of, kind_module, kinds, optimizer_of
 from finrepro.methods.adapters import bottleneck, lora, relora
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import build as building
 from finrepro.models.build import Built, quantize
-from finrepro.settings import Choice, build, kinds
+from finrepro.settings import Choice, build
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 
@@ -456,7 +457,7 @@ def test_what_runs_by_default_represents_every_family_and_every_pair_of_kinds() 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_what_an_adapter_refuses_is_what_is_claimed(adapter: str, quantizer: str) -> None:
     spec = spec_of(MINIATURES[0], adapter, quantizer)
-    supports = spec.adapter.module("adapters").supports
+    supports = kind_module("adapters", spec.adapter.kind).supports
     for stage in (0, 1, 2, 3):
         reason = supports(spec.model, spec.quantizer, stage, spec.adapter.config)
         divided = stage in claims_of(adapter).zero_stages
@@ -609,9 +610,9 @@ def test_trainable_parameters_are_counted_by_the_closed_form(
     built = make(spec)
     count_is_the_closed_form(built.model, spec, built.trainable_parameters)
     whole = sum(parameter.numel() for parameter in load(spec_of(name)).parameters())
-    assert built.trainable_parameters == spec.adapter.module("adapters").trainable_parameters(
-        dataclasses.replace(spec.model, parameters=whole), spec.adapter.config
-    )
+    assert built.trainable_parameters == kind_module(
+        "adapters", spec.adapter.kind
+    ).trainable_parameters(dataclasses.replace(spec.model, parameters=whole), spec.adapter.config)
     parameter = next(each for each in built.model.parameters() if each.is_floating_point())
     parameter.requires_grad_(not parameter.requires_grad)
     broken(count_is_the_closed_form, built.model, spec, built.trainable_parameters)
@@ -641,7 +642,7 @@ def test_low_rank_factors_on_the_real_models_count_as_in_the_table(name: str, ad
     choice = reader.adapter(adapter)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration(reader.model(name)))
-        adapted = choice.module("adapters").apply(model, choice.config, 0)
+        adapted = adapter_of(choice).apply(model, 0)
     modules, per_rank, magnitudes = LORA_COUNTS[name]
     trained = [p for p in adapted.parameters() if p.requires_grad]
     expected = choice.config.r * per_rank + claims_of(adapter).scalars * modules
@@ -651,7 +652,7 @@ def test_low_rank_factors_on_the_real_models_count_as_in_the_table(name: str, ad
         expected,
     )
     assert (
-        choice.module("adapters").trainable_parameters(reader.model(name), choice.config)
+        kind_module("adapters", choice.kind).trainable_parameters(reader.model(name), choice.config)
         == expected
     )
 
@@ -663,9 +664,7 @@ def descend(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if watch is not None:
         named = [(str(i), p) for i, p in enumerate(watch)]
-    optimizer = spec.train.optimizer.module("optimizers").build(
-        named, 1e-2, spec.train.optimizer.config
-    )
+    optimizer = optimizer_of(spec.train.optimizer).build(named, 1e-2)
     for step in range(steps):
         loss = -torch.stack(
             [answer_log_likelihood(model, example) for example in random_examples(step, count=3)]
@@ -742,7 +741,7 @@ def test_only_the_adapters_parameters_get_gradients(
 
 def exported(model: nn.Module, spec: RunSpec, folder: Path) -> Path:
     folder.mkdir()
-    spec.adapter.module("adapters").export(model, folder)
+    adapter_of(spec.adapter).export(model, folder)
     return folder
 
 
@@ -945,7 +944,7 @@ def test_an_adapter_draws_from_a_generator_of_its_own(
     name: str, adapter: str, quantizer: str
 ) -> None:
     spec = spec_of(name, adapter, quantizer)
-    method = spec.adapter.module("adapters")
+    method = kind_module("adapters", spec.adapter.kind)
     draws_from_its_own_generator(
         lambda seed: method.apply(base_of(spec), spec.adapter.config, seed)
     )
@@ -1008,6 +1007,7 @@ import json
 import sys
 from pathlib import Path
 from fixtures.model import MINIATURES, make, spec_of, stir
+from finrepro.kinds import adapter_of
 from finrepro.runtime import process as runtime
 runtime.quiet_environment()
 runtime.setup(0, 2)
@@ -1020,7 +1020,7 @@ for name in MINIATURES:
         spec = spec_of(name, adapter, quantizer)
         folder = root / "weights" / spec.label
         folder.mkdir(parents=True)
-        spec.adapter.module("adapters").export(stir(make(spec, base).model), folder)
+        adapter_of(spec.adapter).export(stir(make(spec, base).model), folder)
 """
 
 
@@ -1040,18 +1040,21 @@ def no_file_names(root: Path, what: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("kinds", [("lora", "iec"), pytest.param((), marks=pytest.mark.slow)])
 def test_exported_files_are_the_same_in_every_process_and_name_no_place_on_the_machine(
-    tmp_path: Path,
+    tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     places = [tmp_path / "here", tmp_path / "elsewhere"]
     for place in places:
         place.mkdir()
-    # Every method beside a base that is not rounded, and beside one in 4 bits: beside another it
-    # writes by the same code.
+    # Every method (or those of `kinds`) beside a base that is not rounded, and beside one in 4 bits:
+    # beside another it writes by the same code.
     pairs = [
         pair
         for kind, pair in FIRST.items()
-        if claims_of(pair[0]).trains and kind[1] in ("none", "bnb_4bit")
+        if claims_of(pair[0]).trains
+        and kind[1] in ("none", "bnb_4bit")
+        and kind[0] in (kinds or kind)
     ]
     in_processes(EXPORT, [(str(place), json.dumps(pairs)) for place in places], ["0", "31337"])
     weights = [place / "weights" for place in places]

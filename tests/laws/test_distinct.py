@@ -19,6 +19,7 @@ from fixtures.model import (
 
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
+from finrepro.kinds import adapter_of
 from finrepro.training.checkpoint import Control
 from finrepro.training.loop import train
 
@@ -43,7 +44,7 @@ def traces(
         )
         target = folder / spec.label
         target.mkdir()
-        spec.adapter.module("adapters").export(model, target)
+        adapter_of(spec.adapter).export(model, target)
         files = [load_file(path) for path in sorted(target.glob("*.safetensors"))]
         assert files and len(trained.losses) == STEPS
         tensors = images((name, each) for file in files for name, each in file.items())

@@ -31,6 +31,7 @@ from finrepro.data.batches import COLLATE, Batch
 from finrepro.data.tokens import Encoded
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.log_likelihood import choice_log_likelihoods
+from finrepro.kinds import kind_module
 from finrepro.methods.layers.isolated_attention import isolated_attention
 from finrepro.methods.layers.supervised import (
     SupervisedLM,
@@ -193,7 +194,7 @@ def test_scoring_on_the_gpu_gives_the_cpus_labels(name: str, adapter: str, quant
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("none", "int8")])
 def test_the_gpu_stores_the_same_codes_and_multiplies_with_the_same_weight(name: str) -> None:
     choice = reader.quantizer(name, "float32")
-    module, config = choice.module("quantizers"), choice.config
+    module, config = kind_module("quantizers", choice.kind), choice.config
     generator = torch.Generator().manual_seed(0)
     weight, inputs = (
         torch.randn(256, 512, generator=generator),

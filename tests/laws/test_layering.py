@@ -20,10 +20,10 @@ from fixtures.process import environment, python
 from jaxtyping import TypeCheckError
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import resolve
 from finrepro.evaluation import metrics
 from finrepro.evidence.manifest import file_digest
-from finrepro.settings import HOMES
+from finrepro.kinds import HOMES
 
 SOURCES = sorted((PROJECT / "finrepro").rglob("*.py"))
 FILES = [*SOURCES, PROJECT / "tasks.py"]
@@ -229,6 +229,13 @@ def supports(model, quantizer, zero_stage, config):
 def trainable_parameters(model, config):
     """Some."""
     return 1
+def apply(model, config, seed):
+    """Only biases learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return model
+def export(model, folder):
+    """Them."""
 '''
 
 
@@ -304,9 +311,7 @@ def test_a_new_table_is_a_report_and_its_file(copy: Path):
 )
 def test_a_new_kind_is_discovered_in_every_package(copy: Path, package: str):
     (copy.joinpath(*HOMES[package].split(".")) / "brand_new.py").write_text('"""New."""\n')
-    answer = python(
-        "-c", f"from finrepro.settings import kinds; print(*kinds('{package}'))", cwd=copy
-    )
+    answer = python("-c", f"from finrepro.kinds import kinds; print(*kinds('{package}'))", cwd=copy)
     assert "brand_new" in answer.stdout.split(), answer.stderr
 
 

@@ -30,14 +30,15 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from finrepro.catalogue import reader
-from finrepro.catalogue.footprint import base_bytes, block_linear_parameters
+from finrepro.catalogue.footprint import base_bytes
 from finrepro.errors import UsageError
 from finrepro.evaluation.log_likelihood import text_log_likelihoods
+from finrepro.kinds import kind_module, kinds
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.methods.quantizers import bnb_4bit, bnb_int8
 from finrepro.models.build import load, quantize
-from finrepro.settings import Choice, build, kind_module, kinds
-from finrepro.sizes.shapes import block_sizes, depth
+from finrepro.settings import Choice, build
+from finrepro.sizes.shapes import block_sizes, depth, linear_parameters
 
 # The sixteen levels of NormalFloat4, and those of FP4 in the order of their bit patterns
 NF4 = (
@@ -364,9 +365,9 @@ def test_a_real_models_storage_is_that_of_the_table(name: str) -> None:
     sizes = STORAGE[name] | {"fp4": STORAGE[name]["nf4"]}
     for quantizer, expected in sizes.items():
         storage_is_the_tables(name, quantizer, expected)
-    single = sizes["nf4"] + SINGLE * block_linear_parameters(reader.model(name)) / 1e9
+    single = sizes["nf4"] + SINGLE * linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "nf4_single", single)
-    with_tau = sizes["nf4"] + 0.126 / 8 * block_linear_parameters(reader.model(name)) / 1e9
+    with_tau = sizes["nf4"] + 0.126 / 8 * linear_parameters(reader.model(name)) / 1e9
     storage_is_the_tables(name, "icq", with_tau)
     broken(storage_is_the_tables, name, "int8", sizes["none"])
 
@@ -377,7 +378,7 @@ def test_every_quantizer_counts_what_it_stores(name: str) -> None:
     GPT-2-1.5B is.
     """
     choice = reader.quantizer(name, "bfloat16")
-    module, weight = choice.module("quantizers"), gaussian(512, 1024).bfloat16()
+    module, weight = kind_module("quantizers", choice.kind), gaussian(512, 1024).bfloat16()
     for each in (weight, gaussian(100, 1600).bfloat16()):
         outputs, inputs = each.shape
         counted = module.layer_bytes(choice.config, inputs, outputs, 16)
@@ -388,7 +389,7 @@ def test_every_quantizer_counts_what_it_stores(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_tells_its_bits(name: str) -> None:
     choice = reader.quantizer(name, "bfloat16")
-    bits = bits_a_weight(choice.module("quantizers"), choice.config, 16)
+    bits = bits_a_weight(kind_module("quantizers", choice.kind), choice.config, 16)
     assert bits == 16 if choice.kind == "none" else 0 < bits < 16
 
 
@@ -814,7 +815,9 @@ def test_an_int8_layer_is_copied_cast_and_saved_whole(tmp_path: Path) -> None:
 def test_int8_says_what_it_is_where_it_is_not_the_papers_kernel() -> None:
     assert bnb_int8.note("cuda") is None
     assert "LLM.int8's arithmetic without its kernels" in (bnb_int8.note("cpu") or "")
-    modules = [reader.quantizer(name, "float32").module("quantizers") for name in QUANTIZERS]
+    modules = [
+        kind_module("quantizers", reader.quantizer(name, "float32").kind) for name in QUANTIZERS
+    ]
     assert all(
         isinstance(note("cpu"), str | None)
         for note in (getattr(each, "note", None) for each in modules)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from finrepro import PROJECT
 from finrepro.errors import Interrupted
+from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora, pissa
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.principal import principal_factors
@@ -166,7 +167,7 @@ def test_without_the_first_stage_nothing_is_adapted(adapter: str, quantizer: str
         rf"^{method} on {base} without the first stage: transformer\.h\.0\.attn\.c_attn and 7 more$"
     )
     with pytest.raises(ValueError, match=says):
-        spec.adapter.module("adapters").apply(model, spec.adapter.config, 0, {})
+        adapter_of(spec.adapter).apply(model, 0, {})
 
 
 @preparing
@@ -180,7 +181,7 @@ def test_one_layer_left_out_is_named(adapter: str) -> None:
     with pytest.raises(
         ValueError, match=r"first stage: model\.layers\.1\.mlp\.up_proj and 0 more$"
     ):
-        spec.adapter.module("adapters").apply(model, spec.adapter.config, 0, stage.prepared)
+        adapter_of(spec.adapter).apply(model, 0, stage.prepared)
 
 
 # Resumed and divided runs.
@@ -202,7 +203,7 @@ def trained(
     ]
     where = folder / "weights"
     where.mkdir(parents=True)
-    spec.adapter.module("adapters").export(model, where)
+    adapter_of(spec.adapter).export(model, where)
     return losses, {path.name: path.read_bytes().hex() for path in where.iterdir()}
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
+from finrepro.kinds import adapter_of
 from finrepro.methods.layers import isolated_attention
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import build, load, load_tokenizer, quantize
@@ -61,7 +62,7 @@ def test_a_model_is_quantized_before_it_is_adapted_and_frozen_before_it_is_train
 ) -> None:
     spec = spec_of(name, "lora_r8", "nf4")
     only_the_base_is_quantized(make(spec).model)
-    mutant = spec.adapter.module("adapters").apply(load(spec, None), spec.adapter.config, spec.seed)
+    mutant = adapter_of(spec.adapter).apply(load(spec, None), spec.seed)
     quantize(mutant, spec.quantizer)  # adapted first: the adapter's own layers are linear too
     broken(only_the_base_is_quantized, mutant)
     thawed = make(spec).model

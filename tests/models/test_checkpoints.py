@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import reader
+from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import checkpoints
 from finrepro.models import safetensors as shards
 
-REAL = tuple(name for name, entry in reader.catalogue("models").items() if entry.get("hub"))
+REAL = tuple(name for name, entry in reader.entries("models").items() if entry.get("hub"))
 MODEL = reader.model("llama3_1_8b")
 CANARY = "hf_" + "CANARYcanary0123456789"
 

@@ -151,7 +151,7 @@ def test_what_is_quantized_on_the_way_is_what_is_quantized_afterwards(
     case: str, quantizer: str, tmp_path: Path
 ) -> None:
     of, folder, reference = written(case, tmp_path)
-    if quantizer not in reader.catalogue("quantizers"):
+    if quantizer not in reader.entries("quantizers"):
         pytest.skip(f"no quantizer {quantizer}")
     choice = reader.quantizer(quantizer, of.model.dtype)
     quantize(reference, choice)
@@ -234,7 +234,7 @@ def test_base_bytes_are_what_lies_in_memory(name: str) -> None:
     """Every tensor that the built base holds, its scales among them, without the code books that
     all layers share.
     """
-    for quantizer in reader.catalogue("quantizers"):
+    for quantizer in reader.entries("quantizers"):
         of = spec(name, quantizer)
         model = skeleton(of)
         total = loading.stream(model, source(of, model, None), of.quantizer, CPU)

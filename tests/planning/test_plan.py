@@ -39,7 +39,7 @@ def seal_done(place: Place, spec: RunSpec, seconds: float = 1.0, **environment: 
 
 
 def actions(place: Place, keep: bool = False) -> dict[str, str]:
-    return {step.spec.label: step.action for step in plan.plan(QUICK, place, keep)}
+    return {step.spec.label: step.action for step in plan.plan_steps(QUICK, place, keep)}
 
 
 def paper(label: str) -> RunSpec:
@@ -47,7 +47,7 @@ def paper(label: str) -> RunSpec:
 
 
 def test_an_empty_store_runs_each_base_once_and_before_the_cells_on_it(place: Place):
-    steps = plan.plan(QUICK, place, False)
+    steps = plan.plan_steps(QUICK, place, False)
     assert {step.action for step in steps} == {"run"} and len(steps) == 2 + len(QUICK)
     assert [step.is_base for step in steps] == [True, True] + [False] * len(QUICK)
     for position, step in enumerate(steps):
@@ -64,7 +64,7 @@ def test_finished_cells_are_kept_and_their_base_is_not_made_again(place: Place):
 def test_a_missing_cell_brings_its_base_back_alone(place: Place):
     for cell in QUICK[1:]:
         seal_done(place, cell.spec)
-    steps = plan.plan(QUICK, place, False)
+    steps = plan.plan_steps(QUICK, place, False)
     assert [step.spec.label for step in steps if step.action == "run"] == [
         QUICK[0].base.label,
         QUICK[0].label,
@@ -73,22 +73,22 @@ def test_a_missing_cell_brings_its_base_back_alone(place: Place):
 
 def test_a_stale_cell_runs_again_with_its_reason_unless_it_is_to_be_kept(place: Place):
     seal_done(place, QUICK[0].spec, source_digest="0" * 64)
-    step = next(step for step in plan.plan(QUICK, place, False) if step.spec == QUICK[0].spec)
+    step = next(step for step in plan.plan_steps(QUICK, place, False) if step.spec == QUICK[0].spec)
     assert (step.action, step.state) == ("run", "stale") and "changed" in step.reason
-    kept = next(step for step in plan.plan(QUICK, place, True) if step.spec == QUICK[0].spec)
+    kept = next(step for step in plan.plan_steps(QUICK, place, True) if step.spec == QUICK[0].spec)
     assert (kept.action, kept.state) == ("keep", "stale") and kept.reason
 
 
 @pytest.mark.parametrize("status", [store.FAILED, store.DIVERGED, store.SKIPPED])
 def test_what_did_not_finish_runs_again_and_says_so(place: Place, status: str):
     seal_unfinished(QUICK[0].spec, place.store, status, "reason", time.time())
-    step = next(step for step in plan.plan(QUICK, place, False) if step.spec == QUICK[0].spec)
+    step = next(step for step in plan.plan_steps(QUICK, place, False) if step.spec == QUICK[0].spec)
     assert step.action == "run" and status in step.reason
 
 
 def test_a_refused_cell_is_named_and_neither_runs_nor_brings_a_base(place: Place):
     cells = expand(Selection("3", full=True, seeds=(0,), only="*-nf4-full-tfns-*"), "smoke")
-    steps = plan.plan(cells, place, False)
+    steps = plan.plan_steps(cells, place, False)
     assert [step.action for step in steps] == ["refuse"] * len(cells) and all(
         step.reason for step in steps
     )
@@ -99,7 +99,7 @@ def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
 ):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     cells = expand(Selection("3", full=True, seeds=(0,), only="*-none-full-fpb-*"), "smoke")
-    steps = plan.plan(cells, place, False)
+    steps = plan.plan_steps(cells, place, False)
     assert {step.action for step in steps} == {"skip"} and all(
         "--data-dir" in step.reason for step in steps
     )
@@ -107,8 +107,8 @@ def test_a_cell_without_its_data_is_skipped_with_the_way_to_get_it(
     here.mkdir(parents=True)
     (here / "Sentences_50Agree.txt").write_text("found without being opened")
     found = dataclasses.replace(place, data_dir=tmp_path / "data")
-    assert {step.action for step in plan.plan(cells, found, False)} == {"run"}
-    assert files.missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
+    assert {step.action for step in plan.plan_steps(cells, found, False)} == {"run"}
+    assert files.dataset_missing_reason(cells[0].spec.tasks[0].dataset, found.data_dir) is None
 
 
 @pytest.fixture
@@ -123,16 +123,18 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if cards:
             answer = "\n".join(f"{card}, NVIDIA H100 80GB HBM3" for card in cards)
             # As the real one, it answers for those that --id names.
-            script = "#!/bin/sh\nfor last; do :; done\ncase $last in --id=*) rows=${last#--id=} ;; *) rows=0,1,2,3 ;; esac\n"
-            script += 'i=0; while read -r line; do case ,$rows, in *,$i,*) echo "$line" ;; esac; i=$((i + 1)); done <<END\n'
+            script = "#!/bin/sh\nfor last; do :; done\n"
+            script += "case $last in --id=*) rows=${last#--id=} ;; *) rows=0,1,2,3 ;; esac\n"
+            script += 'i=0; while read -r line; do case ,$rows, in *,$i,*) echo "$line" ;; esac; '
+            script += "i=$((i + 1)); done <<END\n"
             (folder / "nvidia-smi").write_text(f"{script}{answer}\nEND\n")
             (folder / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if cards else str(folder))
-        machine.machine.cache_clear()
+        machine.local_machine.cache_clear()
 
     yield install
     monkeypatch.undo()
-    machine.machine.cache_clear()
+    machine.local_machine.cache_clear()
 
 
 def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
@@ -153,8 +155,8 @@ def test_the_scale_is_paper_only_where_a_gpu_can_run_a_cell(
     places = dataclasses.replace(place, models_dir=tmp_path / "models")
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "smoke", "a folder that is no checkpoint of the model"
-    monkeypatch.setattr(availability.weights, "check", lambda *_: None)
-    availability._wrong_weights.cache_clear()
+    monkeypatch.setattr(availability.checkpoints, "check", lambda *_: None)
+    availability._wrong_checkpoint.cache_clear()
     scale, why = plan.auto_scale(lambda: PAPER, places)
     assert scale == "paper" and "H100" in why
 
@@ -169,7 +171,7 @@ def test_a_corpus_that_is_not_finished_is_no_reason_for_the_paper_scale(
     tokenizer.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text("{}")
     places = dataclasses.replace(place, data_dir=tmp_path)
-    assert availability.data_of(cells[0].spec, places) is None
+    assert availability.missing_data(cells[0].spec, places) is None
     scale, why = plan.auto_scale(lambda: cells, places)
     assert scale == "smoke" and "openwebtext' is not prepared" in why
     (tokenizer.parent / "index.json").write_text("{}")
@@ -181,12 +183,12 @@ def test_a_broken_nvidia_smi_is_no_gpu(gpu: Callable[..., None], tmp_path: Path)
     (tmp_path / "bin" / "nvidia-smi").write_text(
         "#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n"
     )
-    assert machine.machine().gpu_bytes == 0
+    assert machine.local_machine().gpu_bytes == 0
 
 
 def test_the_smallest_card_decides_what_fits(place: Place, gpu: Callable[..., None]):
     gpu(81559, 8000)
-    assert machine.machine().gpu_bytes == 8000 * 2**20
+    assert machine.local_machine().gpu_bytes == 8000 * 2**20
     reason = plan.cannot_run(paper("llama3_1_8b-none-lora_r8-tfns-s0"), place)
     assert reason is not None and reason.startswith("needs ") and "has 7.8" in reason
     gpu(81559, 81559)
@@ -200,15 +202,18 @@ def test_only_the_cards_that_are_visible_count(
     gpu(81559, 8000, 81559, 81559)
     for visible, count, size in (("0,2", 2, 81559), ("1", 1, 8000), ("", 0, 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        machine.machine.cache_clear()
-        assert (machine.machine().gpus, machine.machine().gpu_bytes) == (count, size * 2**20)
+        machine.local_machine.cache_clear()
+        assert (machine.local_machine().gpus, machine.local_machine().gpu_bytes) == (
+            count,
+            size * 2**20,
+        )
 
 
 def test_jobs_at_a_time_get_a_card_each_or_are_refused(
     place: Place, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ):
     gpu()
-    steps = plan.plan(QUICK, place, False)
+    steps = plan.plan_steps(QUICK, place, False)
     plan.check_jobs(8, steps)
     assert machine.cards(2) == [{}, {}]
     gpu(81559, 81559)
@@ -263,7 +268,7 @@ def test_ranks_on_a_host_share_its_memory(
     gpu()
     (cell,) = expand(Selection("3", only="gpt2_127m-none-full-tfns-s0", weights="random"), "paper")
     needed = memory_model.needed_bytes(cell.spec)
-    monkeypatch.setattr(plan, "machine", lambda: machine.Machine(int(1.5 * needed), 0))
+    monkeypatch.setattr(plan, "local_machine", lambda: machine.LocalMachine(int(1.5 * needed), 0))
     monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: {0, 1})
     assert plan.cannot_run(cell.spec, place) is None
     both = plan.cannot_run(dataclasses.replace(cell.spec, world_size=2), place)
@@ -334,20 +339,20 @@ def test_a_cell_whose_base_is_trained_by_table_2_waits_for_that_run(place: Place
     spec = paper(FROM_TABLE_2)
     (base,) = expand(Selection("2", only=f"{spec.model.pretrain}"), "paper")
     assert spec.base_run == base.spec.run_id
-    (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
+    (step,) = plan.plan_steps([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
     assert step.action == "skip" and f"--table 2 --scale paper --only {base.label}" in step.reason
     seal_unfinished(base.spec, place.store, store.FAILED, "out of memory", time.time())
-    assert "is failed" in str(availability.base_of(spec, place, ask_hub=True))
+    assert "is failed" in str(availability.missing_base(spec, place, ask_hub=True))
     seal_done(place, base.spec)
-    assert availability.base_of(spec, place, ask_hub=True) is None
-    (step,) = plan.plan([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
+    assert availability.missing_base(spec, place, ask_hub=True) is None
+    (step,) = plan.plan_steps([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
     assert step.action == "run" and step.base is None
 
 
 def test_every_model_that_names_its_run_of_table_2_names_one_of_its_own():
     named = {
         name: found
-        for name in reader.catalogue("models")
+        for name in reader.entries("models")
         if isinstance((found := reader.model(name)).pretrain, str)
     }
     assert len(named) == 8 and not any(found.hub for found in named.values())
@@ -372,7 +377,7 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
     seal_done(place, base.spec, source_digest="another")
     assert (
         place.store.state(base.spec) == store.STALE
-        and availability.base_of(spec, place, ask_hub=False) is None
+        and availability.missing_base(spec, place, ask_hub=False) is None
     )
     seal_done(place, spec)
     result = place.store.result(spec.run_id)
@@ -399,11 +404,9 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
 def test_a_wrong_label_or_corpus_is_one_line_with_the_nearest(
     name: str, entry: str, key: str, wrong: str, says: str, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = reader.catalogue
+    whole = reader.entries
     changed = {**whole(name), entry: {**whole(name)[entry], key: wrong}}
-    monkeypatch.setattr(
-        reader, "catalogue", lambda asked: changed if asked == name else whole(asked)
-    )
+    monkeypatch.setattr(reader, "entries", lambda asked: changed if asked == name else whole(asked))
     for cached in (reader.model, reader.task, reader.train_set, base_of):
         cached.cache_clear()
     try:

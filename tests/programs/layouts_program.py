@@ -23,7 +23,8 @@ COLLATE[("padded", "bins")[rank]] = slowed(COLLATE[("padded", "bins")[rank]], (0
 spec = spec_of("gpt2_127m_mini", "lora_r8", layout="fastest", max_steps=4)
 model = make(spec).model
 found = [
-    layouts.settled(spec, model, random_examples(0, 30), CPU, control(folder))[1] for _ in range(2)
+    layouts.choose_layout(spec, model, random_examples(0, 30), CPU, control(folder))[1]
+    for _ in range(2)
 ]
 (folder / f"rank{rank}.json").write_text(json.dumps(found))
 ranks.leave_process_group()

@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fixtures.model import CPU, MINIATURES, make, random_examples, spec_of, tiny
+from fixtures.planted import plant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,15 +24,16 @@ from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
+from finrepro.kinds import choose
 from finrepro.methods.adapters import full
 from finrepro.methods.adapters import relora as method
 from finrepro.methods.layers.linear import features, linear_layers
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process, ranks
-from finrepro.settings import Choice, choose
+from finrepro.settings import Choice
 from finrepro.training.checkpoint import Control
+from finrepro.training.engine_view import EngineView
 from finrepro.training.engines.deepspeed import collect_trained
-from finrepro.training.handle import Handle
 from finrepro.training.loop import train
 from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import steps_from
@@ -148,17 +151,15 @@ def states_of(spec: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> what the optimizer keeps of a parameter, after a run."""
     found: dict[str, Any] = {}
 
-    def after(handle: Handle, *_: Any) -> None:
-        state = handle._base.state
+    def after(view: EngineView, step: int, max_steps: int) -> None:  # noqa: ARG001
+        state = view._base.state
         found.update(
-            (name, dict(state[handle._share(each).owner])) for name, each in handle.named.items()
+            (name, dict(state[view._share(each).owner])) for name, each in view.named.items()
         )
 
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, full, after_step=after)
         run(spec, folder)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
     return found
 
 

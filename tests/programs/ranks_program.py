@@ -31,6 +31,7 @@ from finrepro.evaluation import log_likelihood
 from finrepro.evaluation.evaluate import evaluate
 from finrepro.evaluation.generation import generate
 from finrepro.evaluation.share_out import share_out
+from finrepro.kinds import adapter_of
 from finrepro.runtime import process, ranks
 from finrepro.training.checkpoint import Control
 from finrepro.training.engines.deepspeed import collect_trained, inference, is_sharded
@@ -211,7 +212,7 @@ def own(folder: Path) -> dict[Any, Any]:
                 if ranks.current().is_main:
                     where = folder / f"{name}-{adapter}-{engine}-{stage}"
                     where.mkdir(parents=True)
-                    spec.adapter.module("adapters").export(model, where)
+                    adapter_of(spec.adapter).export(model, where)
                     (file,) = where.glob("*.safetensors")
                     tensors = load_file(file)
                 losses = [row["loss"] for row in steps]

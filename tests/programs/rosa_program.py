@@ -17,6 +17,7 @@ from torch import nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
+from finrepro.kinds import optimizer_of
 from finrepro.methods.adapters import rosa as method
 from finrepro.methods.layers import rosa
 from finrepro.methods.layers.rosa import RosaLinear, directions, factors
@@ -202,9 +203,7 @@ def fresh(settings: Any, pairs: dict[str, Any]) -> Any:
         for name, (_, *both) in pairs.items()
         for each, p in zip("ab", both, strict=True)
     ]
-    return settings.optimizer.module("optimizers").build(
-        named, settings.lr, settings.optimizer.config
-    )
+    return optimizer_of(settings.optimizer).build(named, settings.lr)
 
 
 def learned(tensors: dict[str, Any]) -> dict[str, Any]:

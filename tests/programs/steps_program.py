@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fixtures.model import CPU, make, random_examples, spec_of
+from fixtures.planted import plant
 from torch import Tensor, nn
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
+from finrepro.kinds import kind_module
 from finrepro.methods.adapters import iec
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process, ranks, zero3
 from finrepro.training.checkpoint import Control
+from finrepro.training.engine_view import EngineView
 from finrepro.training.engines.deepspeed import collect_trained
-from finrepro.training.handle import Handle
 from finrepro.training.loop import train
 from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import steps_from
@@ -77,28 +80,28 @@ class Method:
     def extra_loss(self, model: nn.Module, config: Any) -> Tensor:  # noqa: ARG002
         return quadratic(model)
 
-    def before_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
+    def before_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
         """Keep the moving average of a gradient in the model."""
         assert max_steps == STEPS
-        gradient = handle.gradient(handle.named[MATRIX])
-        model: Any = handle.model
+        gradient = view.gradient(view.named[MATRIX])
+        model: Any = view.model
         model.average = (
             KEPT * getattr(model, "average", torch.zeros_like(gradient)) + (1 - KEPT) * gradient
         )
-        self.seen.append([step, gradient, handle.gradient(handle.named[SCALAR])])
+        self.seen.append([step, gradient, view.gradient(view.named[SCALAR])])
 
-    def after_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
-        matrix, scalar = handle.named[MATRIX], handle.named[SCALAR]
-        handle.set(matrix, handle.value(matrix) - handle.model.average)
-        base = handle.model.get_parameter(FROZEN)
+    def after_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
+        matrix, scalar = view.named[MATRIX], view.named[SCALAR]
+        view.set(matrix, view.value(matrix) - view.model.average)
+        base = view.model.get_parameter(FROZEN)
         if step == SET:
             for parameter in (matrix, scalar):
-                handle.set(parameter, new_value(handle.value(parameter).shape))
-            handle.reset_state((matrix, scalar), steps=False)
-            handle.set_frozen(base, 0.9 * handle.whole(base))
+                view.set(parameter, new_value(view.value(parameter).shape))
+            view.reset_state((matrix, scalar), steps=False)
+            view.set_frozen(base, 0.9 * view.whole(base))
         if step == RESET:
-            handle.reset_state(handle.named.values())
-        self.seen[-1] += [handle.value(matrix), handle.value(scalar), handle.whole(base)]
+            view.reset_state(view.named.values())
+        self.seen[-1] += [view.value(matrix), view.value(scalar), view.whole(base)]
 
     def state(self, model: Any) -> dict[str, Any]:
         return {"average": model.average, "frozen": zero3.whole(model.get_parameter(FROZEN))}
@@ -114,15 +117,10 @@ HOOKS = ("extra_loss", "before_step", "after_step", "state", "load_state")
 @contextmanager
 def hooked(method: Any) -> Iterator[None]:
     """Inside, the adapter has these hooks."""
-    for name in HOOKS:
-        if hasattr(method, name):
-            setattr(iec, name, getattr(method, name))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        hooks = {name: getattr(method, name) for name in HOOKS if hasattr(method, name)}
+        plant(patch, iec, **hooks)
         yield
-    finally:
-        for name in HOOKS:
-            if hasattr(iec, name):
-                delattr(iec, name)
 
 
 def control(
@@ -151,11 +149,11 @@ def run(cell: RunSpec, folder: Path, method: Any = None, **options: Any) -> dict
 
 
 def reference() -> dict[str, Any]:
-    """The same by hand: torch alone, one example a forward pass, no hooks, no handle."""
+    """The same by hand: torch alone, one example a forward pass, no hooks, no view."""
     cell = spec()
     settings, model, examples = cell.train, make(cell).model, random_examples(0, 30)
     named = trained_of(model)
-    optimizer = settings.optimizer.module("optimizers").build(
+    optimizer = kind_module("optimizers", settings.optimizer.kind).build(
         list(named.items()), settings.lr, settings.optimizer.config
     )
     losses, seen, average = [], [], torch.zeros(named[MATRIX].shape)

@@ -170,7 +170,7 @@ def test_a_table_that_is_there_is_taken_in_with_its_digest(tmp_path: Path):
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 12, 13])
 def test_a_long_table_keeps_every_row_once_and_in_order(rows: int):
     whole = to_latex(made_up(rows))
-    text = paper.split(whole, most=6)
+    text = paper.split(whole, page=6)
     parts = -(-rows // 6)
     assert re.findall(r"row\\_(\d+) ", text) == [str(at) for at in range(rows)]
     assert (
@@ -186,7 +186,7 @@ def test_a_long_table_keeps_every_row_once_and_in_order(rows: int):
 @pytest.mark.parametrize(("rows", "more"), [(3, 1), (3, 9), (6, 9), (13, 30)])
 def test_notes_that_do_not_fit_below_their_table_stand_by_themselves(rows: int, more: int):
     whole = to_latex(made_up(rows, more=more))
-    text = paper.split(whole, most=6)
+    text = paper.split(whole, page=6)
     assert re.findall(r"^(?:\\par.*)?note (\d+):", text, re.MULTILINE) == [
         str(at) for at in range(more)
     ]

@@ -32,7 +32,7 @@ def label(model: str = MODEL, optimizer: str = "adamw_frobenius") -> str:
 
 def cell(**changes: Any) -> RunSpec:
     """The low-rank cell of Table 2, cut to a few steps and to one article."""
-    found = resolve.find(Selection(table="2", full=True), "smoke", label())
+    found = resolve.spec_of_label(Selection(table="2", full=True), "smoke", label())
     dataset = found.tasks[0].dataset
     one = dataclasses.replace(
         dataset, config=dataclasses.replace(dataset.config, articles={"test": 1})
@@ -142,7 +142,7 @@ def test_a_model_that_starts_from_trained_weights_is_not_pretrained_from_scratch
 
 
 def test_what_a_table_trains_from_scratch_has_no_base():
-    spec = resolve.find(
+    spec = resolve.spec_of_label(
         Selection(table="2", full=True), "paper", "gpt2_127m-none-full-openwebtext-adamw-s0"
     )
     assert spec.weights == "scratch" and spec.base_run is None and spec.base_checkpoint is None

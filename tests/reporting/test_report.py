@@ -152,7 +152,7 @@ def test_several_seeds_are_averaged_and_their_spread_widens_the_interval():
     assert line["Seeds"] == "3 (sd 0.020)"
 
 
-def test_a_task_of_entities_shows_entity_metrics_and_a_cell_stands_under_every_task_it_was_scored_on():
+def test_a_task_of_entities_shows_its_metrics_and_a_cell_stands_under_each_task_it_was_scored_on():
     table = build(
         [*ROWS, row("full", 0, 0.7, train_on="some_mix", tasks=["tfns", "fin_ner"])], "smoke"
     )

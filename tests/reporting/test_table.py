@@ -10,7 +10,10 @@ from rich.console import Console
 
 from finrepro.reporting.table import Line, Table, escape, to_latex, to_rich, widths
 
-SAID = "RuntimeError: [/__w/pytorch/pair.cc:553] Connection closed by peer [red] 50 % \U0001f3d6 \u2192 caf\u00e9"
+SAID = (
+    "RuntimeError: [/__w/pytorch/pair.cc:553] Connection closed by peer [red] 50 % "
+    "\U0001f3d6 \u2192 caf\u00e9"
+)
 TABLE = Table(
     "table3", "x", f"Caption {SAID}", ("a [b]",), (Line((SAID,)),), (f"cell - failed: {SAID}",)
 )
@@ -54,7 +57,7 @@ def test_no_column_of_a_wide_table_is_lost(room: int):
     assert len(re.findall(r"\bab\b", heads)) == 10 and all(len(line) <= room for line in lines)
 
 
-def test_columns_are_as_wide_as_their_texts_where_there_is_room_and_folded_at_words_where_there_is_not():
+def test_columns_are_as_wide_as_their_texts_or_folded_at_words_where_there_is_no_room():
     whole = [19, 14, *[8] * 10]
     assert widths(WIDE, 1000) == whole
     assert widths(WIDE, 10) == [19, 7, *[2] * 10]

@@ -22,7 +22,7 @@ from finrepro.sizes import flops, memory
 from finrepro.sizes.shapes import block_sizes, depth
 
 SETTINGS: Any = reader.table("1").computed
-ACCOUNTS = [computed._account(name, SETTINGS) for name in SETTINGS.models]
+ACCOUNTS = [computed.account_of(name, SETTINGS) for name in SETTINGS.models]
 TABLE = table1.build(ACCOUNTS, SETTINGS)
 
 
@@ -153,7 +153,7 @@ def test_the_published_compression_is_put_to_the_test():
         and "2.60x" in notes
     )
     assert "allow 2.30x" in notes and "56.6 % of the first" in notes
-    without = [each for each in ACCOUNTS if each["model"] != table1.CLAIMED]
+    without = [each for each in ACCOUNTS if each["model"] != "gpt2_1_5b"]
     assert "0.59 GB" not in "\n".join(table1.build(without, SETTINGS).notes)
 
 
@@ -198,7 +198,7 @@ def test_the_figure_has_a_chart_a_model_and_its_curves_fill_the_whole():
     charts = table1.charts(ACCOUNTS)
     assert [chart.title for chart in charts] == list(REAL)
     for chart in charts:
-        assert [curve.name for curve in chart.curves] == list(table1.PARTS.values())
+        assert [curve.name for curve in chart.curves] == list(table1.TERMS.values())
         assert all(
             sum(parts) == pytest.approx(1)
             for parts in zip(*(curve.y for curve in chart.curves), strict=True)
@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[Selection, dict[str, Any]]] = {
     "--weights": (Selection("1", weights="random"), {}),
     "--devices": (Selection("1", world_size=2), {}),
     "--adapter": (Selection("1", adapter="/x"), {}),
-    "--jobs": (Selection("1"), {"jobs": True}),
+    "--jobs": (Selection("1"), {"jobs": 2}),
     "--keep": (Selection("1"), {"keep": True}),
     "--scale smoke": (Selection("1"), {"scale": "smoke"}),
 }
@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Selection, dict[str, Any]]] = {
 def test_an_option_that_needs_cells_is_refused_in_one_line(option: str, place: Place):
     selection, asked = REFUSED[option]
     with pytest.raises(UsageError) as raised:
-        computed.reproduce(selection, place, **asked)
+        computed.reproduce(selection, place, campaign.CampaignOptions(**asked))
     assert f"{option} does not apply" in one_line(raised.value) and "table 1" in str(raised.value)
     assert not (place.store.results / "tables" / "paper").exists()
 
@@ -232,14 +232,14 @@ def test_an_option_that_needs_cells_is_refused_in_one_line(option: str, place: P
 def test_it_has_no_cells_and_says_so(place: Place, capsys: pytest.CaptureFixture[str]):
     for call in (
         lambda: expand(Selection("1"), "paper"),
-        lambda: campaign.reproduce(Selection("1"), place, campaign.Options("paper")),
+        lambda: campaign.reproduce(Selection("1"), place, campaign.CampaignOptions("paper")),
     ):
         with pytest.raises(UsageError) as raised:
             call()
         assert "table 1 is computed from the models' sizes: it has no cells" in one_line(
             raised.value
         )
-    assert computed.reproduce(Selection("table1"), place, plan=True) == 0
+    computed.plan_table(Selection("table1"), place, campaign.CampaignOptions()).show()
     assert capsys.readouterr().out.startswith(
         "Table 1 is computed from the models' sizes: no cell runs."
     )

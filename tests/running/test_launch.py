@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures.json_schema import result_faults
 from fixtures.model import process  # noqa: F401
 from fixtures.process import python
 
@@ -25,7 +26,9 @@ import importlib.machinery, os
 found = importlib.machinery.PathFinder.find_spec.__func__
 
 def find_spec(finder, name, path=None, target=None):
-    return None if name.partition(".")[0] == "peft" and os.environ.get("RANK") == "1" else found(finder, name, path, target)
+    if name.partition(".")[0] == "peft" and os.environ.get("RANK") == "1":
+        return None
+    return found(finder, name, path, target)
 
 importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 """
@@ -55,6 +58,7 @@ def test_a_cell_whose_base_cannot_be_used_is_skipped_with_the_reason(place: Plac
     (cell,) = expand(Selection("3", only="gpt2_127m_mini-none-base-tfns-s0"), "smoke")
     result = run_cell(cell.spec, place, lambda _: None, lambda: False)
     assert result["status"] == store.SKIPPED and "the base of" in result["reason"]
+    assert result_faults(result) == []
     assert place.store.state(cell.spec) == store.SKIPPED
 
 

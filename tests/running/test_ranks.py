@@ -186,8 +186,9 @@ from ranks_program import CPU, FEW, NAMES, control, make, random_examples, runti
 runtime.quiet_environment()
 runtime.setup(0, 1)
 spec = spec_of(NAMES[0], "lora_r8", "nf4", **FEW, engine=sys.argv[2])
-losses = train(make(spec).model, random_examples(0, 30), spec, CPU, control(Path(sys.argv[1]))).losses
-print(len(losses))
+model = make(spec).model
+trained = train(model, random_examples(0, 30), spec, CPU, control(Path(sys.argv[1])))
+print(len(trained.losses))
 """
 
 

@@ -186,7 +186,7 @@ def test_a_generated_token_costs_what_torch_counts(name: str):
     broken(equal, flops.generated(model, 32).total, generation(model, 33))
 
 
-LOW_RANK_ENTRIES = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
+LOW_RANK_ENTRIES = tuple(name for name in reader.entries("models") if reader.model(name).low_rank)
 SMALL = tuple(name for name in LOW_RANK_ENTRIES if reader.model(name).scale == "smoke")
 
 
@@ -222,7 +222,7 @@ def test_a_rank_is_the_one_that_the_low_rank_entries_have(name: str):
         parameters=other_parameters(dense)
         + depth(dense) * sum(i * o for i, o in block_sizes(dense).values()),
     )
-    found = flops.rank_for(dense, entry.low_rank.compression, whole=True)  # type: ignore[union-attr,arg-type]
+    found = flops.rank_for(dense, entry.low_rank.compression, of_model=True)  # type: ignore[union-attr,arg-type]
     assert found == layer_rank(entry) and flops.factored(block_sizes(dense), found) == block_sizes(
         entry
     )
@@ -315,7 +315,7 @@ def test_both_conventions_of_mfu_give_what_published_runs_give(
 ):
     model = reader.model(name)
     for convention, known in (("palm", palm), ("causal", causal)):
-        found = flops.mfu(speed, flops.model_flops(model, 1024, convention), peak)
+        found = speed * flops.model_flops(model, 1024, convention) / peak
         assert found == pytest.approx(known, rel=0.02), convention
     everything = flops.training(model, 1024).total
     assert flops.model_flops(model, 1024, "palm") == pytest.approx(everything, rel=1e-12), (
@@ -365,4 +365,4 @@ def test_the_rank_of_a_compression_and_its_bound_are_those_of_the_formulas(
 
 
 def test_no_rank_reaches_a_compression_that_the_embeddings_alone_forbid():
-    assert flops.rank_for(reader.model("gpt2_127m"), 4.0, whole=True) == 0
+    assert flops.rank_for(reader.model("gpt2_127m"), 4.0, of_model=True) == 0

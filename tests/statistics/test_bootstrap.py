@@ -169,3 +169,28 @@ def test_a_metric_that_is_never_defined_has_no_bounds_and_says_so():
 
     found = intervals(tally(np.ones(5)), range(5), undefined, **RULE)["share"]
     assert np.isnan(found.low) and np.isnan(found.high)
+
+
+def test_resamples_are_drawn_once_for_test_sets_of_one_size(monkeypatch):
+    from finrepro.statistics import bootstrap
+
+    drawn = []
+    bootstrap._weights.cache_clear()
+    make = np.random.default_rng
+    monkeypatch.setattr(
+        bootstrap.np.random, "default_rng", lambda seed: drawn.append(seed) or make(seed)
+    )
+    tally, clusters = np.eye(5), range(5)
+    once = resampled_sums([tally], clusters, 40, seed=3)
+    again = resampled_sums([tally], clusters, 40, seed=3)
+    assert drawn == [3]
+    np.testing.assert_array_equal(once[0], again[0])
+    direct = make(3).multinomial(5, np.full(5, 1 / 5), size=40)
+    np.testing.assert_array_equal(once[0], direct)
+
+
+def test_a_source_that_is_drawn_more_than_255_times_is_counted_in_full():
+    (sums,) = resampled_sums([np.ones((1000, 1))], [0] * 500 + [1] * 500, 50, seed=0)
+    np.testing.assert_array_equal(sums, 1000.0)
+    (alone,) = resampled_sums([np.ones((300, 1))], [0] * 300, 5, seed=0)
+    np.testing.assert_array_equal(alone, 300.0)

@@ -25,8 +25,9 @@ from finrepro.evidence import files, provenance, store
 from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.store import Store, open_store
-from finrepro.tracking import projection
-from finrepro.tracking import view as record
+from finrepro.tracking import index, notes, projection, saved_views
+from finrepro.tracking import library as mlflow_library
+from finrepro.tracking.view import MlflowView, rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 SPECS = [cell.spec for cell in expand(Selection("3"), "smoke") if cell.refusal is None]
@@ -42,7 +43,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     once, and their file is copied afterwards.
     """
     folder = tmp_path_factory.mktemp("migrated")
-    record.load_mlflow(open_store(folder / "store"))
+    mlflow_library.load_mlflow(open_store(folder / "store"))
     from mlflow.store.db import utils
 
     migrate, template = utils._initialize_tables, folder / "mlflow.db"
@@ -169,7 +170,7 @@ def three_campaigns(place: Store) -> None:
     """
     done, skipped, failed, random = SPECS[:4]
     first = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = record.View(place)
+    view = MlflowView(place)
     parent = view.campaign(first.record())
     seal_done(done, place)
     first.note(done, "ran", "done")
@@ -194,7 +195,7 @@ def three_campaigns(place: Store) -> None:
     view.campaign(first.record())
 
     second = Campaign(place, "20240102T000000Z-aaaaaa", 1.7e9 + 86400)
-    again = record.View(place)
+    again = MlflowView(place)
     second.note(done, "kept", "done")
     parent = again.campaign(second.record())
     seal_done(failed, place, 0.8)
@@ -207,7 +208,7 @@ def three_campaigns(place: Store) -> None:
     again.campaign(second.record())
 
     third = Campaign(place, "20240103T000000Z-aaaaaa", 1.7e9 + 2 * 86400, "table5")
-    beside = record.View(place)
+    beside = MlflowView(place)
     parent = beside.campaign(third.record())
     third.note(done, "found", "done")
     beside.cell(done.run_id, third.record(), parent)
@@ -219,7 +220,7 @@ def three_campaigns(place: Store) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def populated(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The store of three campaigns, shown cell by cell. Not to be changed: copy it."""
     place = open_store(tmp_path_factory.mktemp("record") / "store")
     three_campaigns(place)
@@ -227,21 +228,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture
-def copied(made: Store, tmp_path: Path) -> Iterator[Store]:
+def copied(populated: Store, tmp_path: Path) -> Iterator[Store]:
     """A copy of the store somewhere else."""
-    shutil.copytree(made.root, tmp_path / "moved" / "store")
+    shutil.copytree(populated.root, tmp_path / "moved" / "store")
     yield open_store(tmp_path / "moved" / "store")
 
 
 def client(place: Store) -> Any:
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=record.tracking_uri(place))
+    return MlflowClient(tracking_uri=index.tracking_uri(place))
 
 
 def experiments(place: Store) -> dict[str, str]:
     """Name -> id of the experiments that the view lists."""
-    return {each.name: each.experiment_id for each in client(place).search_experiments()}
+    return {e.name: e.experiment_id for e in client(place).search_experiments()}
 
 
 def runs(place: Store, table: str = "table3") -> list[Any]:
@@ -254,15 +255,15 @@ def shown(value: float) -> float | str:
 
 def content(place: Store, table: str = "table3") -> dict[str, Any]:
     """Everything that a reader of the view sees, without the ids that MLflow draws."""
-    found = client(place)
-    every = runs(place, table)
+    mlflow_client = client(place)
+    mlflow_runs = runs(place, table)
     names = {
         run.info.run_id: run.data.tags["campaign"]
-        for run in every
+        for run in mlflow_runs
         if run.data.tags["role"] == "campaign"
     }
     seen = {}
-    for run in every:
+    for run in mlflow_runs:
         tags = {
             key: value
             for key, value in run.data.tags.items()
@@ -274,7 +275,7 @@ def content(place: Store, table: str = "table3") -> dict[str, Any]:
         history = {
             metric: [
                 (m.step, m.timestamp, shown(m.value))
-                for m in found.get_metric_history(run.info.run_id, metric)
+                for m in mlflow_client.get_metric_history(run.info.run_id, metric)
             ]
             for metric in sorted(run.data.metrics)
         }
@@ -307,9 +308,9 @@ def content(place: Store, table: str = "table3") -> dict[str, Any]:
     return seen
 
 
-def test_a_view_made_cell_by_cell_equals_one_rebuilt_elsewhere(made: Store, copied: Store):
-    before = {table: content(made, table) for table in ("table3", "table5")}
-    assert record.rebuild(copied) == 3
+def test_a_view_made_cell_by_cell_equals_one_rebuilt_elsewhere(populated: Store, copied: Store):
+    before = {table: content(populated, table) for table in ("table3", "table5")}
+    assert rebuild(copied) == 3
     for table, number in (("table3", 2 + 3), ("table5", 1 + 2)):
         after = content(copied, table)
         assert before[table].keys() == after.keys() and len(after) == number
@@ -318,31 +319,31 @@ def test_a_view_made_cell_by_cell_equals_one_rebuilt_elsewhere(made: Store, copi
                 assert run[part] == after[key][part], f"{part} of {key} in {table}"
 
 
-def test_an_experiment_is_a_table_at_a_scale_and_there_is_no_empty_one(made: Store):
-    assert experiments(made).keys() == {"table3-smoke", "table5-smoke"}
-    found = client(made).get_experiment_by_name("table3-smoke")
+def test_an_experiment_is_a_table_at_a_scale_and_there_is_no_empty_one(populated: Store):
+    assert experiments(populated).keys() == {"table3-smoke", "table5-smoke"}
+    tags = client(populated).get_experiment_by_name("table3-smoke").tags
     assert (
-        "SMOKE" in found.tags["mlflow.note.content"]
-        and found.tags["mlflow.experimentKind"] == "custom_model_development"
+        "SMOKE" in tags["mlflow.note.content"]
+        and tags["mlflow.experimentKind"] == "custom_model_development"
     )
-    assert record.links(made) == {
-        name: projection.link(key) for name, key in experiments(made).items()
+    assert index.links(populated) == {
+        name: saved_views.link(key) for name, key in experiments(populated).items()
     }
 
 
-def test_saved_views_name_columns_that_there_are(made: Store):
+def test_saved_views_name_columns_that_there_are(populated: Store):
     """MLflow shows a column that no run has as an empty one, without a word."""
-    seen = content(made).values()
+    seen = content(populated).values()
     columns = {f"tags.`{key}`" for run in seen for key in run["tags"]} | {
         f"metrics.`{key}`" for run in seen for key in run["metrics"]
     }
     columns |= {f"params.`{key}`" for run in seen for key in run["params"]}
-    views = client(made).get_experiment_by_name("table3-smoke").tags
+    views = client(populated).get_experiment_by_name("table3-smoke").tags
     columns |= {
         "tags.`reason`",
         "metrics.`cost/tokens_per_second`",
     }  # which the runs of this test happen not to have
-    for key, (name, query, order, _) in projection.VIEWS.items():
+    for key, (name, query, order, _) in saved_views.VIEWS.items():
         view = json.loads(views[f"mlflow.sharedViewState.{key}"])
         packed = view["state"].removeprefix("deflate;")
         state = json.loads(zlib.decompress(base64.b64decode(packed)))
@@ -351,17 +352,17 @@ def test_saved_views_name_columns_that_there_are(made: Store):
         assert (
             set(state["selectedColumns"]) <= set(state["columnOrder"]) <= set(state["columnWidths"])
         )
-        found = client(made).search_runs(
-            [experiments(made)["table3-smoke"]], query, order_by=[order]
+        listed = client(populated).search_runs(
+            [experiments(populated)["table3-smoke"]], query, order_by=[order]
         )
-        assert {run.data.tags["role"] for run in found} == {query.split("'")[1]}
+        assert {run.data.tags["role"] for run in listed} == {query.split("'")[1]}
 
 
-def test_a_cell_can_be_found_by_what_it_is_and_lies_under_its_campaign(made: Store):
-    seen = content(made)
+def test_a_cell_can_be_found_by_what_it_is_and_lies_under_its_campaign(populated: Store):
+    seen = content(populated)
     done, skipped, failed, diverged = SPECS[:4]
     run = seen[done.run_id]
-    wanted = {
+    expected = {
         "model": done.model.name,
         "adapter": done.adapter.name,
         "quantizer": done.quantizer.name,
@@ -374,8 +375,8 @@ def test_a_cell_can_be_found_by_what_it_is_and_lies_under_its_campaign(made: Sto
         "role": "cell",
         "main_metric": f"{TASK} accuracy",
     }
-    assert wanted.items() <= run["tags"].items() and "reason" not in run["tags"]
-    assert {key: wanted[key] for key in projection.AXES}.items() <= run["params"].items()
+    assert expected.items() <= run["tags"].items() and "reason" not in run["tags"]
+    assert {key: expected[key] for key in projection.AXES}.items() <= run["params"].items()
     assert (
         run["parent"] == "20240101T000000Z-aaaaaa"
         and seen[failed.run_id]["parent"] == "20240102T000000Z-aaaaaa"
@@ -391,24 +392,24 @@ def test_a_cell_can_be_found_by_what_it_is_and_lies_under_its_campaign(made: Sto
     ]
 
 
-def test_a_cell_of_two_tables_is_shown_in_both_and_says_so(made: Store):
-    here, there = content(made), content(made, "table5")
+def test_a_cell_of_two_tables_is_shown_in_both_and_says_so(populated: Store):
+    table3, table5 = content(populated), content(populated, "table5")
     done, failed, diverged = SPECS[0], SPECS[2], SPECS[3]
     for spec in (done, diverged):
-        assert here[spec.run_id]["tags"] == there[spec.run_id]["tags"], "the same result in both"
-        assert here[spec.run_id]["tags"]["tables"] == "table3 table5"
-        assert there[spec.run_id]["parent"] == "20240103T000000Z-aaaaaa"
-    assert here[diverged.run_id]["tags"]["status"] == "done", "made anew for the other table"
-    assert here[failed.run_id]["tags"]["tables"] == "table3" and failed.run_id not in there
-    assert record.is_shown(made, done.run_id, "table5") and not record.is_shown(
-        made, failed.run_id, "table5"
+        assert table3[spec.run_id]["tags"] == table5[spec.run_id]["tags"], "the same result in both"
+        assert table3[spec.run_id]["tags"]["tables"] == "table3 table5"
+        assert table5[spec.run_id]["parent"] == "20240103T000000Z-aaaaaa"
+    assert table3[diverged.run_id]["tags"]["status"] == "done", "made anew for the other table"
+    assert table3[failed.run_id]["tags"]["tables"] == "table3" and failed.run_id not in table5
+    assert index.is_shown(populated, done.run_id, "table5") and not index.is_shown(
+        populated, failed.run_id, "table5"
     )
 
 
 def test_why_a_cell_failed_stands_in_its_run(tmp_path: Path):
     place = open_store(tmp_path / "store")
     campaign = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = record.View(place)
+    view = MlflowView(place)
     seal_unfinished(
         SPECS[0], place, store.DIVERGED, "loss is nan in step 3", time.time(), "Traceback ..."
     )
@@ -423,13 +424,13 @@ def test_why_a_cell_failed_stands_in_its_run(tmp_path: Path):
 def test_names_tell_runs_of_one_label_apart():
     plain = header(SPECS[0], store.DONE, None, 0.0)
     plain["spec"]["train"]["short"] = False
-    other = {
+    variants = {
         "short": plain
         | {"spec": plain["spec"] | {"train": plain["spec"]["train"] | {"short": True}}},
         "random": plain | {"cell": plain["cell"] | {"weights": "random"}},
         "two": plain | {"cell": plain["cell"] | {"devices": 2}},
     }
-    names = [projection.cell_name(result) for result in (plain, *other.values())]
+    names = [projection.cell_name(result) for result in (plain, *variants.values())]
     assert names[0] == SPECS[0].label and len(set(names)) == 4
     assert (
         names[1].endswith("(short)")
@@ -442,11 +443,11 @@ def test_names_tell_runs_of_one_label_apart():
         == projection.configuration(plain)
         == SPECS[0].label[: -len("-s0")]
     )
-    assert projection.configuration(other["short"]) != projection.configuration(plain)
+    assert projection.configuration(variants["short"]) != projection.configuration(plain)
 
 
-def test_a_campaign_carries_its_table_as_note_and_page(made: Store):
-    parent = content(made)["20240102T000000Z-aaaaaa"]
+def test_a_campaign_carries_its_table_as_note_and_page(populated: Store):
+    parent = content(populated)["20240102T000000Z-aaaaaa"]
     assert parent["info"][:2] == ("table3 smoke, 2023-11-15 22:13", "FINISHED")
     assert parent["tags"]["mlflow.note.content"] == "**Table 3 - SMOKE**\n"
     assert parent["tags"]["cells"] == "1 diverged, 2 done"
@@ -458,34 +459,34 @@ def test_a_campaign_carries_its_table_as_note_and_page(made: Store):
         and SPECS[0].run_id in page
         and "a note" in page
     )
-    assert content(made)["20240101T000000Z-aaaaaa"]["info"][1] == "FAILED", (
+    assert content(populated)["20240101T000000Z-aaaaaa"]["info"][1] == "FAILED", (
         "one of its cells failed"
     )
 
 
 def test_a_long_note_is_cut_between_lines_and_says_so():
     text = "".join(f"| row {number} |\n" for number in range(2000))
-    note = projection.cut(text, "The rest: there")
-    assert len(note) <= projection.NOTE_LIMIT and note.endswith("|\n\n(cut) The rest: there")
-    assert projection.cut("short", "x") == "short"
+    note = notes.cut(text, "The rest: there")
+    assert len(note) <= notes.NOTE_LIMIT and note.endswith("|\n\n(cut) The rest: there")
+    assert notes.cut("short", "x") == "short"
 
 
 def differences(place: Store) -> list[str]:
     """Where the numbers of the view are not those of the result files."""
-    wrong = []
+    differing = []
     for run in runs(place):
         if run.data.tags["role"] == "campaign":
             continue
         result = place.result(run.data.tags["run_id"])
         assert result is not None
         loss = files.read_lines(place.run_folder(result["run_id"]) / "loss.jsonl")
-        wanted = {
-            f"eval/{each['task']}/{each['metric']}": each["value"] for each in result["scores"]
+        expected = {
+            f"eval/{score['task']}/{score['metric']}": score["value"] for score in result["scores"]
         }
-        wanted |= {
+        expected |= {
             f"cost/{key}": value for key, value in result["costs"].items() if value is not None
         }
-        wanted |= {
+        expected |= {
             f"main/{key}": result["scores"][0][key]
             for key in ("value", "low", "high", "constant", "gain")
             if result["scores"]
@@ -496,11 +497,11 @@ def differences(place: Store) -> list[str]:
             if not key.startswith(("train/", "system/"))
         }
         huge = sys.float_info.max  # what MLflow's database keeps of an infinity
-        clean = {key: shown(max(min(value, huge), -huge)) for key, value in wanted.items()}
-        wrong += [f"{run.info.run_name}: {key}" for key in wanted.keys() ^ seen.keys()]
-        wrong += [
+        clean = {key: shown(max(min(value, huge), -huge)) for key, value in expected.items()}
+        differing += [f"{run.info.run_name}: {key}" for key in expected.keys() ^ seen.keys()]
+        differing += [
             f"{run.info.run_name}: {key}"
-            for key in wanted.keys() & seen.keys()
+            for key in expected.keys() & seen.keys()
             if clean[key] != shown(seen[key])
         ]
         steps = [
@@ -508,13 +509,13 @@ def differences(place: Store) -> list[str]:
             for point in client(place).get_metric_history(run.info.run_id, "train/loss")
         ]
         if steps != [(row["step"], shown(max(min(row["loss"], huge), -huge))) for row in loss]:
-            wrong.append(f"{run.info.run_name}: train/loss")
-    return wrong
+            differing.append(f"{run.info.run_name}: train/loss")
+    return differing
 
 
-def test_the_view_shows_the_numbers_of_the_result_files(made: Store, copied: Store):
-    assert differences(made) == []
-    record.rebuild(copied)
+def test_the_view_shows_the_numbers_of_the_result_files(populated: Store, copied: Store):
+    assert differences(populated) == []
+    rebuild(copied)
     (run,) = [run for run in runs(copied) if run.data.tags.get("run_id") == SPECS[0].run_id]
     for key, value, step in (
         (f"eval/{TASK}/accuracy", 0.7501, 0),
@@ -525,32 +526,32 @@ def test_the_view_shows_the_numbers_of_the_result_files(made: Store, copied: Sto
     assert len(differences(copied)) == 3, "a planted number is not found"
 
 
-def test_what_is_no_number_comes_through(made: Store):
-    run = content(made)[SPECS[0].run_id]
+def test_what_is_no_number_comes_through(populated: Store):
+    run = content(populated)[SPECS[0].run_id]
     assert [value for _, _, value in run["metrics"][f"eval/{TASK}/mcc"]] == ["nan"]
     assert "cost/tokens_per_second" not in run["metrics"]
     losses = {step: value for step, _, value in run["metrics"]["train/loss"]}
     huge = sys.float_info.max
     assert losses == {1: 4.0, 2: 3.5, 3: "nan", 4: huge, 5: -huge, 6: 1e-300}
-    kept = files.read_lines(made.run_folder(SPECS[0].run_id) / "loss.jsonl")
-    assert [shown(row["loss"]) for row in kept] == [shown(loss) for loss in LOSSES], (
+    evidence = files.read_lines(populated.run_folder(SPECS[0].run_id) / "loss.jsonl")
+    assert [shown(row["loss"]) for row in evidence] == [shown(loss) for loss in LOSSES], (
         "the evidence keeps infinities"
     )
     assert len(run["metrics"]["system/process_memory_gib"]) == 3
 
 
 def test_a_rebuild_in_the_process_that_holds_the_view_open_says_the_same(copied: Store):
-    view = record.View(copied)  # which rebuilds what was shown from elsewhere
+    view = MlflowView(copied)  # which rebuilds what was shown from elsewhere
     before = content(copied)
     assert len(view.runs("tags.role = 'cell'")) == 5
-    assert record.rebuild(copied) == 3
+    assert rebuild(copied) == 3
     assert content(copied) == before
     assert len(view.runs("tags.role = 'cell'")) == 5, "the open view reads the new file"
 
 
 def test_a_campaign_that_was_killed_does_not_seem_to_run(copied: Store):
     killed = Campaign(copied, "20240104T000000Z-aaaaaa", 1.7e9 + 3 * 86400)
-    view = record.View(copied)
+    view = MlflowView(copied)
     view.campaign(killed.record())
     assert content(copied)[killed.name]["info"][1] == "RUNNING"
     following = Campaign(copied, "20240105T000000Z-aaaaaa", 1.7e9 + 4 * 86400)
@@ -562,30 +563,30 @@ def test_a_campaign_that_was_killed_does_not_seem_to_run(copied: Store):
         before[killed.name]["info"][1] == "KILLED"
         and before[killed.name]["tags"]["status"] == "interrupted"
     )
-    record.rebuild(copied)
+    rebuild(copied)
     assert content(copied) == before
 
 
 def test_a_rebuild_that_was_cut_short_is_made_again(copied: Store, monkeypatch: pytest.MonkeyPatch):
-    record.rebuild(copied)
+    rebuild(copied)
     before = content(copied)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record.View, "cell", killed)
+    monkeypatch.setattr(MlflowView, "cell", killed)
     with pytest.raises(KeyboardInterrupt):
-        record.rebuild(copied)
+        rebuild(copied)
     monkeypatch.undo()
-    assert not record.is_current(copied)
-    record.View(copied)
-    assert record.is_current(copied) and content(copied) == before
+    assert not index.is_current(copied)
+    MlflowView(copied)
+    assert index.is_current(copied) and content(copied) == before
 
 
 def test_showing_a_cell_twice_adds_nothing(copied: Store):
-    record.rebuild(copied)
+    rebuild(copied)
     before = content(copied)
-    view = record.View(copied)
+    view = MlflowView(copied)
     for campaign in copied.campaigns():
         parent = view.campaign(campaign)
         for cell in campaign["cells"]:
@@ -595,7 +596,7 @@ def test_showing_a_cell_twice_adds_nothing(copied: Store):
 
 
 def test_a_cell_that_was_shown_in_part_is_shown_again_whole(copied: Store):
-    record.rebuild(copied)
+    rebuild(copied)
     before = content(copied)
     spec = SPECS[0]
     (run,) = [run for run in runs(copied) if run.data.tags.get("run_id") == spec.run_id]
@@ -603,19 +604,19 @@ def test_a_cell_that_was_shown_in_part_is_shown_again_whole(copied: Store):
         run.info.run_id, "result_digest"
     )  # the last thing that is written of a cell
     campaign = copied.campaigns()[0]
-    view = record.View(copied)
+    view = MlflowView(copied)
     view.cell(spec.run_id, campaign, view.campaign(campaign))
     assert content(copied) == before
 
 
-def test_a_moved_store_is_shown_from_where_it_lies(copied: Store, made: Store):
+def test_a_moved_store_is_shown_from_where_it_lies(copied: Store, populated: Store):
     untouched = {
         path: path.stat().st_mtime_ns
-        for path in (made.root / "mlruns").rglob("*")
+        for path in (populated.root / "mlruns").rglob("*")
         if "artifacts" in path.parts
     }
     campaign = Campaign(copied, "20240104T000000Z-aaaaaa", 1.7e9 + 3 * 86400)
-    view = record.View(copied)
+    view = MlflowView(copied)
     parent = view.campaign(campaign.record())
     seal_done(SPECS[4], copied)
     campaign.note(SPECS[4], "ran", "done")
@@ -626,11 +627,11 @@ def test_a_moved_store_is_shown_from_where_it_lies(copied: Store, made: Store):
     assert seen[SPECS[4].run_id]["artifacts"] and len(seen) == 3 + 4
     shutil.copytree(copied.root, copied.root.with_name("again"))
     again = open_store(copied.root.with_name("again"))
-    record.rebuild(again)
+    rebuild(again)
     assert content(again) == seen
     now = {
         path: path.stat().st_mtime_ns
-        for path in (made.root / "mlruns").rglob("*")
+        for path in (populated.root / "mlruns").rglob("*")
         if "artifacts" in path.parts
     }
     assert now == untouched, "the view of the moved store wrote into the old place"
@@ -644,16 +645,17 @@ def test_planted_files_of_another_backend_change_nothing(
     for path in planted:
         path.parent.mkdir(parents=True)
         path.write_text(
-            "experiment_id: '0'\nname: Default\nartifact_location: /nowhere\nlifecycle_stage: active\n"
+            "experiment_id: '0'\nname: Default\nartifact_location: /nowhere\n"
+            "lifecycle_stage: active\n"
         )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "elsewhere"))
     campaign = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = record.View(place)
+    view = MlflowView(place)
     parent = view.campaign(campaign.record())
     seal_unfinished(SPECS[0], place, store.FAILED, "no reason", time.time())
     view.cell(SPECS[0].run_id, campaign.record(), parent)
-    assert record.database(place).read_bytes()[:15] == b"SQLite format 3"
+    assert index.database(place).read_bytes()[:15] == b"SQLite format 3"
     assert content(place)[SPECS[0].run_id]["tags"]["status"] == "failed"
     assert sorted(tmp_path.glob("mlruns/**/*")) == [
         tmp_path / "mlruns" / "0",
@@ -665,10 +667,11 @@ def test_planted_files_of_another_backend_change_nothing(
 REBUILD = """
 import sys
 from pathlib import Path
-from finrepro.tracking import view as record; from finrepro.evidence import store
+from finrepro.evidence import store
+from finrepro.tracking.view import MlflowView, rebuild
 place = store.open_store(Path(sys.argv[1]))
-print(record.rebuild(place))
-view = record.View(place)
+print(rebuild(place))
+view = MlflowView(place)
 for run in view.runs("tags.status = 'done'"):
     print(run.data.tags["mlflow.source.git.commit"])
 """
@@ -715,7 +718,7 @@ def test_a_damaged_record_of_a_campaign_is_one_line(copied: Store):
     path = copied.results / "campaigns" / "20240101T000000Z-aaaaaa.json"
     path.write_text(path.read_text()[:-30])
     with pytest.raises(EnvironmentFault) as refused:
-        record.rebuild(copied)
+        rebuild(copied)
     assert str(path) in one_line(refused.value)
 
 
@@ -728,13 +731,13 @@ def test_the_evidence_is_not_touched_by_a_rebuild(copied: Store):
         }
 
     before = evidence()
-    record.rebuild(copied)
+    rebuild(copied)
     assert evidence() == before
     for folder in (copied.results / "runs").iterdir():
         assert damaged_files(folder) == []
 
 
-def test_mlflow_itself_says_that_it_sends_nothing(made: Store):
+def test_mlflow_itself_says_that_it_sends_nothing(populated: Store):
     from mlflow.telemetry.utils import is_telemetry_disabled
 
     assert is_telemetry_disabled()

@@ -35,6 +35,7 @@ from finrepro import PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import side_by_side
 from finrepro.data.tokens import Encoded
+from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process as runtime
 from finrepro.runtime import ranks
@@ -123,9 +124,7 @@ def plain_step(of: RunSpec) -> Found:
     model, data = stir(make(of).model), examples()
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     before = {name: each.detach().clone() for name, each in named}
-    optimizer = of.train.optimizer.module("optimizers").build(
-        named, of.train.lr, of.train.optimizer.config
-    )
+    optimizer = optimizer_of(of.train.optimizer).build(named, of.train.lr)
     loss = sum(SupervisedLM(model)(side_by_side([each])) for each in data) / sum(
         each.num_supervised for each in data
     )

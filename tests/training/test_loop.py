@@ -28,14 +28,16 @@ from finrepro.errors import CellFailed, Diverged, Interrupted, UsageError
 from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
+from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.running.launch import command
 from finrepro.runtime import process
 from finrepro.runtime import ranks as ranks_runtime
-from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.checkpoint import Control
 from finrepro.training.engines.deepspeed import is_sharded
 from finrepro.training.loop import train
+from finrepro.training.progress import Trained
 from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import steps_from
 
@@ -109,9 +111,7 @@ def plain_loop(
     lm = SupervisedLM(model)
     settings = spec.train
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = settings.optimizer.module("optimizers").build(
-        named, settings.lr, settings.optimizer.config
-    )
+    optimizer = optimizer_of(settings.optimizer).build(named, settings.lr)
     losses = []
     for step, rows in steps_from(0, [len(e.ids) for e in data], settings, spec.seed):
         for group in optimizer.param_groups:

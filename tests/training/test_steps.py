@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.model import CPU, broken, make, process, random_examples, spec_of, tiny  # noqa: F401
+from fixtures.planted import plant
 from steps_program import (
     ENGINES,
     MATRIX,
@@ -35,7 +36,7 @@ from finrepro.errors import Interrupted
 from finrepro.methods.adapters import full
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
-from finrepro.training.handle import Handle
+from finrepro.training.engine_view import EngineView
 from finrepro.training.loop import train
 
 FEWER = (("ddp", 0), ("deepspeed", 3))
@@ -86,27 +87,27 @@ def test_the_hooks_read_and_set_what_a_plain_loop_does(
 class OnlyTheModel(Method):
     """Mutant: a weight edited where the model has it, not where the optimizer does."""
 
-    def after_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
-        super().after_step(handle, config, step, max_steps)
+    def after_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        view.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
+        super().after_step(view, config, step, max_steps)
 
 
 class MomentsStay(Method):
     """Mutant: nothing is reset."""
 
-    def after_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        handle.reset_state = lambda *_, **__: None  # type: ignore[method-assign]
-        super().after_step(handle, config, step, max_steps)
+    def after_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        view.reset_state = lambda *_, **__: None  # type: ignore[method-assign]
+        super().after_step(view, config, step, max_steps)
 
 
 class StepsStay(Method):
     """Mutant: the moments are reset, the counts of steps are not."""
 
-    def after_step(self, handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        kept = handle.reset_state
-        handle.reset_state = lambda *given, **__: kept(*given, steps=False)  # type: ignore[method-assign]
-        super().after_step(handle, config, step, max_steps)
-        handle.reset_state = kept  # type: ignore[method-assign]
+    def after_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        kept = view.reset_state
+        view.reset_state = lambda *given, **__: kept(*given, steps=False)  # type: ignore[method-assign]
+        super().after_step(view, config, step, max_steps)
+        view.reset_state = kept  # type: ignore[method-assign]
 
 
 class TwiceTheLoss(Method):
@@ -212,22 +213,22 @@ def test_what_a_handle_refuses(tmp_path: Path) -> None:
     refused: list[str] = []
 
     class Wrong:
-        def before_step(self, handle: Handle, *_: Any) -> None:
-            handle.gradient(handle.named[MATRIX])
+        def before_step(self, view: EngineView, step: int, max_steps: int) -> None:
+            view.gradient(view.named[MATRIX])
 
-        def after_step(self, handle: Handle, *_: Any) -> None:
-            matrix, scalar = handle.named[MATRIX], handle.named[SCALAR]
-            base = handle.model.get_parameter("model.norm.weight")
+        def after_step(self, view: EngineView, step: int, max_steps: int) -> None:
+            matrix, scalar = view.named[MATRIX], view.named[SCALAR]
+            base = view.model.get_parameter("model.norm.weight")
             for error, wrong in (
-                (RuntimeError, lambda: handle.gradient(matrix)),
-                (ValueError, lambda: handle.set(matrix, torch.zeros(2))),
-                (ValueError, lambda: handle.set(base, handle.whole(base))),
-                (ValueError, lambda: handle.set_frozen(matrix, handle.value(matrix))),
+                (RuntimeError, lambda: view.gradient(matrix)),
+                (ValueError, lambda: view.set(matrix, torch.zeros(2))),
+                (ValueError, lambda: view.set(base, view.whole(base))),
+                (ValueError, lambda: view.set_frozen(matrix, view.value(matrix))),
                 (
                     ValueError,
-                    lambda: handle.reset_state([matrix, scalar]),
+                    lambda: view.reset_state([matrix, scalar]),
                 ),  # one count for a whole group
-                (ValueError, lambda: handle.value(base)),
+                (ValueError, lambda: view.value(base)),
             ):
                 with pytest.raises(error) as caught:
                     wrong()
@@ -244,7 +245,7 @@ def test_what_a_handle_refuses(tmp_path: Path) -> None:
 
 
 def bf16_values(
-    stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch, setter: Any = Handle.set
+    stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch, setter: Any = EngineView.set
 ) -> None:
     """A value with more digits than bfloat16 has is there after it was set, at the next step,
     and all but the same after that; the model's weight is that value rounded."""
@@ -263,21 +264,20 @@ def bf16_values(
     seen: list[Tensor] = []
     where = {}
 
-    def before(handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        where[step] = handle.value(handle.named[name])
-        gradient = handle.gradient(handle.named[name])
+    def before(view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        where[step] = view.value(view.named[name])
+        gradient = view.gradient(view.named[name])
         assert gradient.dtype == torch.float32 and gradient.norm() > 0
 
-    def after(handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        parameter = handle.named[name]
+    def after(view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        parameter = view.named[name]
         if step == 1:
-            setter(handle, parameter, value)
-            handle.reset_state(parameter, steps=False)
-        seen.append(handle.value(parameter))
-        assert torch.equal(handle.whole(parameter), seen[-1].bfloat16())
+            setter(view, parameter, value)
+            view.reset_state(parameter, steps=False)
+        seen.append(view.value(parameter))
+        assert torch.equal(view.whole(parameter), seen[-1].bfloat16())
 
-    monkeypatch.setattr(full, "before_step", before, raising=False)
-    monkeypatch.setattr(full, "after_step", after, raising=False)
+    plant(monkeypatch, full, before_step=before, after_step=after)
     train(make(cell).model, random_examples(0, 30), cell, CPU, control(folder))
     assert torch.equal(seen[1], value) and torch.equal(where[2], value)
     assert 0 < (seen[4] - value).abs().max() < 5e-3
@@ -300,7 +300,7 @@ def test_a_weight_of_bfloat16_keeps_the_digits_it_was_given(
 def test_the_law_finds_a_weight_that_was_set_without_its_float32_copy(
     stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_place(_: Handle, parameter: nn.Parameter, value: Tensor) -> None:
+    def in_place(_: EngineView, parameter: nn.Parameter, value: Tensor) -> None:
         zero3.fill(parameter, value)
 
     broken(bf16_values, stage, tmp_path, monkeypatch, in_place)

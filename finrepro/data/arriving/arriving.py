@@ -28,7 +28,7 @@ class ArrivingLengths(Rows[int]):
 
     def __len__(self) -> int:
         self._stream.reaches(self._size + 1)
-        inputs = self._stream.known - 1
+        inputs = self._stream.available - 1
         return -(-inputs // self._size) if self._stream.finished else inputs // self._size
 
     def has(self, row: int) -> bool:

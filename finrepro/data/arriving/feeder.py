@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from finrepro.data.corpora.place import keep_tokenizer
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.preparing import command, underway
 from finrepro.data.preparing.entries import named_or_path
 from finrepro.data.preparing.prepare import Options, prepare
@@ -34,15 +34,15 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
     )
     if sources.size is not None and sources.size < command.LITTLE:
         workers = 1
-    shown = command.Shown(sources.size)
+    display = command.ProgressDisplay(sources.size)
     prepare(
         sources,
         load_encoder(tokenizer),
         out,
         options,
         workers=workers,
-        progress=shown.progress,
-        keep=lambda: keep_tokenizer(tokenizer, out),
+        progress=display.progress,
+        keep=lambda: copy_tokenizer(tokenizer, out),
     )
 
 

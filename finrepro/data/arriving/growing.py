@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.data.corpora.index import Begun, check_fits, dtype_for, read_index, split_of
-from finrepro.data.corpora.place import TOKENIZER
 from finrepro.data.corpora.stream import Corpus, Tokens, TokenStream, open_corpus
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.writer import whole_shard

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.evidence.files import write_json
 from finrepro.settings import Count, Positive, build, settings
 
 FORMAT = 1
@@ -111,6 +112,15 @@ def read_index(folder: Path) -> Index:
         return build(Index, values, str(path))
     except UsageError as error:
         raise EnvironmentFault(f"{error} The index is damaged; prepare the corpus again.") from None
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write the index, a shard's record or a preparation's options: whole or not at all, and on the
+    disk before anything that is done after.
+
+    Its bytes are part of the format: the index's sha256 is a corpus' identity.
+    """
+    write_json(path, record, indent=1, durable=True)
 
 
 def index_digest(folder: Path) -> str:

@@ -71,7 +71,7 @@ class TokenStream:
             )
 
     @property
-    def known(self) -> int:
+    def available(self) -> int:
         """Tokens that are there so far."""
         return self._length
 

@@ -1,108 +1,131 @@
-"""What `invoke data --prepare` and `--verify` do: options checked, progress shown, the outcome
-said.
+"""What `invoke data --prepare` and `--verify` do: options checked, progress shown, the finished
+corpus described.
 """
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finrepro.arguments import count, fraction
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.corpora.index import Index
-from finrepro.data.corpora.place import keep_tokenizer
 from finrepro.data.preparing.entries import HeldOut, named_or_path
 from finrepro.data.preparing.prepare import Options, Progress, Sources, default_workers, prepare
 from finrepro.data.preparing.tokenizing import load_encoder
 from finrepro.data.preparing.verify import wrong_shards
 from finrepro.errors import UsageError
-from finrepro.settings import build
 
 LITTLE = 16_000_000  # bytes that one process has tokenized before several have begun
-VALIDATION = 0.005  # of the documents, where nothing else is said
+VALIDATION = 0.005  # of the documents, by default
+LEFT_OUT = {
+    "duplicates": "duplicates",
+    "empty": "empty",
+    "quarantined": "damaged (quarantine.jsonl)",
+}
 
 
-def one_of(prepare: str, verify: str | None) -> None:
-    """Raise `UsageError` for both at once, and for a folder to verify that has no name (a
-    variable that was not set).
-    """
-    if prepare and verify is not None:
-        raise UsageError("--prepare and --verify are two commands: give one of them.")
-    if verify == "":
-        raise UsageError("--verify needs the folder of a prepared corpus.")
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """A finished corpus: its folder and its index."""
+
+    folder: Path
+    index: Index
+
+    def show(self) -> None:
+        """Print what it holds."""
+        print("\n".join(described(self.folder, self.index)))
 
 
-def make(
-    given: str,
-    tokenizer: Path | None,
-    out: Path | None,
-    data_dir: Path | None,
+@dataclass(frozen=True)
+class CheckedCorpus:
+    """A corpus that was read, and a line for each thing that is wrong with it."""
+
+    folder: Path
+    index: Index
+    damaged: tuple[str, ...]
+
+    def show(self) -> None:
+        """Print what is wrong, what it holds, and how many shards were read."""
+        for line in self.damaged:
+            print(f"damaged: {line}")
+        print("\n".join(described(self.folder, self.index)))
+        shards = sum(len(split.shards) for split in self.index.splits.values())
+        print(f"{shards} shards, {len(self.damaged)} damaged")
+
+
+def prepare_corpus(
+    source: str,
+    tokenizer: Path,
+    out: Path,
+    data_dir: Path | None = None,
     *,
-    workers: str,
-    on_error: str,
-    field: str,
-    documents: str,
-    validation: str,
-) -> int:
-    """Prepare a corpus, or go on with it. Options are as they were typed, empty where they were
-    not.
+    workers: int | None = None,
+    on_error: str = "stop",
+    field: str | None = None,
+    documents: str | None = None,
+    validation: float | None = None,
+) -> PreparedCorpus:
+    """Tokenize `source`, a corpus of configs/corpora.yaml, a file or a folder, into shards in
+    `out`, or go on with it.
+
+    `tokenizer` is the folder of the model's; `workers` tokenize (by default a core each), which
+    never changes a byte; `on_error` is `stop` at damaged text, or `skip` it into quarantine.jsonl.
+    For files of one's own, `field` is the text's in JSON lines or Parquet, and `documents` the rule
+    that cuts text: `file`, `articles`, `lines` or `paragraphs`. `validation` is the fraction of
+    the documents that is held out. Raises `UsageError`, and `EnvironmentFault` for damaged text.
     """
-    if tokenizer is None or out is None:
-        raise UsageError("--prepare needs --tokenizer FOLDER and --out FOLDER.")
-    local = {key: value for key, value in (("field", field), ("documents", documents)) if value}
-    sources, held_out = named_or_path(given, data_dir, **local)
-    if local and not Path(given).expanduser().exists():
+    rules = {"field": field, "documents": documents}
+    local = {option: value for option, value in rules.items() if value}
+    path = Path(source).expanduser()
+    sources, held_out = named_or_path(source, data_dir, **local)
+    if local and not path.exists():
         raise UsageError(
-            f"--{next(iter(local))} goes with files of your own; '{given}' says in configs/corpora.yaml what it is."
+            f"--{next(iter(local))} goes with files of your own; '{source}' says in "
+            "configs/corpora.yaml what it is."
         )
-    if Path(given).expanduser().is_dir() and out.resolve().is_relative_to(
-        Path(given).expanduser().resolve()
-    ):
-        raise UsageError(f"--out {out} lies inside of its own source {given}: choose another.")
-    options = _options(validation, sources, held_out)
+    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--out {out} lies inside of its own source {source}: choose another.")
+    options = default_options(sources, held_out)
+    if validation is not None:
+        options = Options(validation=fraction("validation", validation), seed=options.seed)
     encoder = load_encoder(tokenizer)
-    shown = Shown(sources.size)
+    display = ProgressDisplay(sources.size)
     try:
         index = prepare(
             sources,
             encoder,
             out,
             options,
-            workers=_workers(workers, sources),
+            workers=worker_count(workers, sources),
             on_error=on_error,
-            progress=shown.progress,
-            keep=lambda: keep_tokenizer(tokenizer, out),
+            progress=display.progress,
+            keep=lambda: copy_tokenizer(tokenizer, out),
         )
     finally:
-        shown.close()
-    print("\n".join(described(out, index)))
-    return 0
+        display.close()
+    return PreparedCorpus(out, index)
+
+
+def verify_corpus(folder: Path) -> CheckedCorpus:
+    """Check every byte against the index. Raises `EnvironmentFault` without an index."""
+    index, faults = wrong_shards(folder)
+    return CheckedCorpus(folder, index, tuple(faults))
 
 
 def default_options(sources: Sources, held_out: HeldOut | None) -> Options:
-    """The options where nothing is said: the catalogue's rule for held-out documents, if it has
+    """The options where none are given: the catalogue's rule for held-out documents, if it has
     one.
     """
-    fraction: float = held_out.fraction if held_out else 0.0 if sources.validation else VALIDATION
-    return Options(validation=fraction, seed=held_out.seed if held_out else 0)
+    share: float = held_out.fraction if held_out else 0.0 if sources.validation else VALIDATION
+    return Options(validation=share, seed=held_out.seed if held_out else 0)
 
 
-def _options(validation: str, sources: Sources, held_out: HeldOut | None) -> Options:
-    options = default_options(sources, held_out)
-    if not validation:
-        return options
-    try:
-        fraction = float(validation)
-    except ValueError:
-        raise UsageError(
-            f"--validation '{validation}': expected a fraction from 0 to below 1, as 0.005."
-        ) from None
-    return build(Options, {"validation": fraction, "seed": options.seed}, "--validation")
-
-
-def _workers(given: str, sources: Sources) -> int:
-    if given and (not given.isdecimal() or int(given) < 1):
-        raise UsageError(f"--workers '{given}': expected a whole number from 1.")
-    if given:
-        return int(given)
+def worker_count(requested: int | None, sources: Sources) -> int:
+    """How many processes tokenize. Raises `UsageError` for less than one."""
+    if requested is not None:
+        return count("workers", requested)
     return 1 if sources.size is not None and sources.size < LITTLE else default_workers()
 
 
@@ -112,38 +135,23 @@ def described(folder: Path, index: Index) -> list[str]:
     for name, split in index.splits.items():
         ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
         lines.append(
-            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text{ratio}, "
+            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{split.bytes:,} bytes of text{ratio}, "
             f"{len(split.shards)} shard{'s' * (len(split.shards) != 1)}"
         )
-    counts = index.counts
-    left = [f"{counts[what]:,} {said}" for what, said in _LEFT_OUT.items() if counts.get(what)]
-    return [*lines, f"  left out: {', '.join(left)}"] if left else lines
+    omitted = [
+        f"{index.counts[cause]:,} {text}"
+        for cause, text in LEFT_OUT.items()
+        if index.counts.get(cause)
+    ]
+    return [*lines, f"  left out: {', '.join(omitted)}"] if omitted else lines
 
 
-_LEFT_OUT = {
-    "duplicates": "duplicates",
-    "empty": "empty",
-    "quarantined": "damaged (quarantine.jsonl)",
-}
-
-
-def verify(folder: Path) -> int:
-    """Check every byte; name what is wrong. 4 when anything is, else 0."""
-    index, wrong = wrong_shards(folder)
-    for line in wrong:
-        print(f"damaged: {line}")
-    print("\n".join(described(folder, index)))
-    print(
-        f"{sum(len(split.shards) for split in index.splits.values())} shards, {len(wrong)} damaged"
-    )
-    return 4 if wrong else 0
-
-
-class Shown:
-    """A bar with the rate and the time that is left on a terminal; elsewhere a line a minute."""
+class ProgressDisplay:
+    """On a terminal a bar with the rate and the remaining time; elsewhere a line a minute."""
 
     def __init__(self, total: int | None) -> None:
-        self.total, self.began, self.said = total, time.monotonic(), time.monotonic()
+        self.total, self.began, self.printed = total, time.monotonic(), time.monotonic()
         self._bars: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -166,20 +174,21 @@ class Shown:
         """What `prepare` calls."""
         return self._show
 
-    def _show(self, done: dict[str, int]) -> None:
+    def _show(self, counts: dict[str, int]) -> None:
         seconds = max(1e-9, time.monotonic() - self.began)
         facts = (
-            f"{done['documents']:,} documents  {done['tokens'] / seconds:,.0f} tokens/s  "
-            f"{done['bytes'] / seconds / 1e6:.1f} MB/s"
+            f"{counts['documents']:,} documents  {counts['tokens'] / seconds:,.0f} tokens/s  "
+            f"{counts['bytes'] / seconds / 1e6:.1f} MB/s"
         )
         if self._bars is not None:
-            self._bars.update(self._bars.task_ids[0], completed=done["bytes"], facts=facts)
-        elif time.monotonic() - self.said > 60:
-            self.said = time.monotonic()
-            left = ""
-            if self.total and done["bytes"]:
-                left = f", about {seconds * max(0, self.total - done['bytes']) / done['bytes'] / 60:.0f} min left"
-            print(f"preparing: {facts}{left}", file=sys.stderr)
+            self._bars.update(self._bars.task_ids[0], completed=counts["bytes"], facts=facts)
+        elif time.monotonic() - self.printed > 60:
+            self.printed = time.monotonic()
+            remaining = ""
+            if self.total and counts["bytes"]:
+                rest = max(0, self.total - counts["bytes"]) / counts["bytes"]
+                remaining = f", about {seconds * rest / 60:.0f} min left"
+            print(f"preparing: {facts}{remaining}", file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""

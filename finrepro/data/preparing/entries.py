@@ -121,18 +121,18 @@ def named_or_path(
 
     Raises `UsageError` for what is neither.
     """
-    if given in reader.catalogue("corpora"):
+    if given in reader.entries("corpora"):
         return sources_of(given, data_dir), entry(given).held_out
     path = Path(given).expanduser()
     if not path.exists():
-        raise unknown("corpus (or file, or folder)", given, reader.catalogue("corpora"))
+        raise unknown("corpus (or file, or folder)", given, reader.entries("corpora"))
     return Sources([Local(path.absolute(), **local)]), None
 
 
 def listed() -> list[str]:
     """A line for each corpus, for the list of data."""
     lines = []
-    for name in reader.catalogue("corpora"):
+    for name in reader.entries("corpora"):
         found = entry(name)
         place = (
             "embedded" if found.embedded else "from the hub" if found.hub else "under --data-dir"

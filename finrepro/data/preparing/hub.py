@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finrepro.data.hub_client import reason_of
 from finrepro.data.preparing.documents import Document, Fault
 from finrepro.data.preparing.sources import missing
 from finrepro.errors import EnvironmentFault
@@ -43,8 +44,6 @@ class Hub:
         """(address, document); a row's number counts from 1. Raises `EnvironmentFault` when the
         hub cannot be had.
         """
-        from finrepro.data.fetch import without_secrets
-
         where = f"hf://datasets/{self.id}@{self.revision or 'main'}, split {self.split}"
         try:
             rows = self._stream()
@@ -55,7 +54,7 @@ class Hub:
         except (
             Exception
         ) as error:  # the hub's client and its transport raise errors that they do not export
-            raise EnvironmentFault(f"could not read {where}: {without_secrets(error)}") from None
+            raise EnvironmentFault(f"could not read {where}: {reason_of(error)}") from None
         number = 0
         while True:
             number += 1
@@ -65,7 +64,7 @@ class Hub:
                 return
             except Exception as error:
                 raise EnvironmentFault(
-                    f"could not read {where}, row {number}: {without_secrets(error)}; run the same command again to go on."
+                    f"could not read {where}, row {number}: {reason_of(error)}; run the same command again to go on."
                 ) from None
             text = row.get(self.field)
             if isinstance(text, str):

@@ -12,21 +12,31 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
-from finrepro.data.corpora.index import FORMAT, INDEX, Index, Split, dtype_for, read_index
+from finrepro.data.corpora.index import (
+    FORMAT,
+    INDEX,
+    Index,
+    Split,
+    dtype_for,
+    read_index,
+    write_record,
+)
 from finrepro.data.preparing.deduplicate import Seen, held_out, identity
 from finrepro.data.preparing.hub import Hub
 from finrepro.data.preparing.quarantine import Quarantine, check_choice
 from finrepro.data.preparing.sources import Local
 from finrepro.data.preparing.tokenizing import Encoder, encode_in_order
 from finrepro.data.preparing.underway import BEGUN, alone, begun
-from finrepro.data.preparing.writer import PREPARING, SplitWriter, disk_faults, write_durably
+from finrepro.data.preparing.writer import PREPARING, SplitWriter
 from finrepro.errors import UsageError
+from finrepro.evidence.files import disk_errors
 from finrepro.settings import Count, plain, settings
 
 Progress = Callable[[dict[str, int]], None]
@@ -101,9 +111,9 @@ def prepare(
         "source": sources.description,
         "options": plain(options),
     }
-    with disk_faults(folder):
+    with _disk_errors(folder):
         (folder / PREPARING).mkdir(parents=True, exist_ok=True)
-        with alone(folder), disk_faults(folder):
+        with alone(folder), _disk_errors(folder):
             try:
                 made = _begun(folder, identities)
                 keep()
@@ -123,6 +133,11 @@ def prepare(
                     shutil.rmtree(folder / PREPARING, ignore_errors=True)
 
 
+def _disk_errors(folder: Path) -> AbstractContextManager[None]:
+    kept = "whole shards are kept: make room and run the same command again"
+    return disk_errors(folder, kept, option="--out")
+
+
 def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
     """The finished index, or None after noting what is made here. Raises `UsageError` when it is
     something else.
@@ -139,7 +154,7 @@ def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
             raise UsageError(
                 f"{folder} is not empty (it holds {sorted(others)[0]}): choose another --out."
             )
-        write_durably(folder / PREPARING / BEGUN, here)
+        write_record(folder / PREPARING / BEGUN, here)
         return None
     differ = [key for key in here if here[key] != found[key]]
     if differ:
@@ -147,7 +162,18 @@ def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
         raise UsageError(
             f"{folder} holds a corpus of another {' and '.join(differ)}{state}: choose another --out, or delete it."
         )
+    if index is None:
+        _remove_partial(folder)
     return index
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed has left under hidden names."""
+    for path in folder.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _make(
@@ -172,8 +198,8 @@ def _make(
     def documents() -> Iterator[tuple[tuple[str, bytes, int], str | None]]:
         for name, key, size, text in _chosen(sources, options, quarantine, counts):
             ahead[name] += 1
-            known = ahead[name] <= writers[name].known
-            yield (name, key, size), None if known else text
+            on_disk = ahead[name] <= writers[name].documents_on_disk
+            yield (name, key, size), None if on_disk else text
 
     try:
         with contextlib.closing(encode_in_order(encoder, documents(), workers)) as encoded:
@@ -190,7 +216,7 @@ def _make(
         for writer in writers.values():
             writer.close()
         quarantine.close(ended)
-    write_durably(folder / INDEX, plain(index))
+    write_record(folder / INDEX, plain(index))
     return index
 
 

@@ -7,19 +7,17 @@ again is given the same documents from the first one on: those in whole shards i
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from finrepro.data.corpora.index import Shard, Split
+from finrepro.data.corpora.index import Shard, Split, write_record
 from finrepro.data.corpora.stream import Tokens
-from finrepro.errors import EnvironmentFault, FinreproError
+from finrepro.errors import EnvironmentFault
+from finrepro.evidence.files import flush
 from finrepro.settings import build, plain
 
 PREPARING = ".preparing"
@@ -40,9 +38,8 @@ class SplitWriter:
         self.shards, self._seals = _whole_shards(folder, name, capacity, self.dtype.itemsize)
         self._written = capacity * len(self.shards)
         begun = sum(shard.documents for shard in self.shards)
-        self.known = max(
-            0, begun - 1
-        )  # documents that lie in whole shards entirely: the last one begun may not
+        # Documents that lie in whole shards entirely: the last one that begins there may not.
+        self.documents_on_disk = max(0, begun - 1)
         self._position = _last_start(folder, self.shards, capacity)
         self.documents = self.bytes = 0
         self._chain = hashlib.sha256()
@@ -51,13 +48,9 @@ class SplitWriter:
         self._filled = 0
         self._digest = hashlib.sha256()
 
-    def passes_over(self) -> bool:
-        """Whether the next document is in whole shards already, so that `add` needs no ids."""
-        return self.documents < self.known
-
     def add(self, identity: bytes, size: int, ids: Tokens | None) -> None:
-        """The next document: what stands for its text, the text's bytes, its ids with the start
-        token first (None: `passes_over`).
+        """Add the next document: its identity, its text's size in bytes, and its ids, the start
+        token first; None for one of the first `documents_on_disk`, which are not written again.
         """
         self.documents += 1
         self.bytes += size
@@ -65,7 +58,7 @@ class SplitWriter:
         sealed = self._seals.get(self.documents)
         if sealed is not None and sealed != self._chain.hexdigest():
             self._changed()
-        if self.documents <= self.known:
+        if self.documents <= self.documents_on_disk:
             return
         assert ids is not None
         if self._position >= self._written:
@@ -146,7 +139,7 @@ class SplitWriter:
             sha256_starts=hashlib.sha256(starts).hexdigest(),
         )
         record = {"shard": plain(shard), "begun": self.documents, "seal": self._chain.hexdigest()}
-        write_durably(self.folder / PREPARING / f"{shard.name}.json", record)
+        write_record(self.folder / PREPARING / f"{shard.name}.json", record)
         self.shards.append(shard)
         self._starts, self._filled = [], 0
 
@@ -196,42 +189,3 @@ def _last_start(folder: Path, shards: list[Shard], capacity: int) -> int:
             starts = np.fromfile(folder / f"{shards[number].name}.starts", "<u4")
             return number * capacity + int(starts[-1])
     return 0
-
-
-def flush(file: BinaryIO) -> None:
-    """Onto the disk: a file system may report a full one only here."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_durably(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all, and onto the disk before anything that is done after."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-        flush(file)
-    partial.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk_faults(folder: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into one line."""
-    try:
-        yield
-    except FinreproError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EnvironmentFault(
-                f"no space left for {folder} ({os.strerror(error.errno)}); whole shards are kept: make room and run the same command again."
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise EnvironmentFault(
-                f"{folder} cannot be written ({os.strerror(error.errno)}); choose another with --out."
-            ) from None
-        raise

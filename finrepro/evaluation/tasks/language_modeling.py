@@ -42,7 +42,8 @@ class Config:
             raise ValueError("a corpus, and nothing else, needs an order: shuffled or arriving")
         if (self.block is None) == (self.order == "arriving"):
             raise ValueError(
-                "order: arriving, and nothing else, needs a block: how many windows are permuted among themselves"
+                "order: arriving, and nothing else, needs a block: "
+                "how many windows are permuted among themselves"
             )
 
 

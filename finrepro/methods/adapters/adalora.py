@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from finrepro.training.handle import Handle
+    from finrepro.methods.optimizer_view import OptimizerView
 
 PARTS = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
 
@@ -193,14 +193,14 @@ def extra_loss(model: "nn.Module", config: Config) -> "Tensor":
     return config.orth_reg_weight * mean_distance(pairs)
 
 
-def before_step(handle: "Handle", config: Config, step: int, max_steps: int) -> None:
+def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Measure the importance of every trained number, from its value and gradient before the step,
     until the budget has fallen.
 
     Raises `ValueError` where no step is left to prune in, `RuntimeError` when the step before was
     not allocated.
     """
-    model: Any = handle.model
+    model: Any = view.model
     first, last = phases(config, max_steps)
     if first >= last:
         raise ValueError(
@@ -214,19 +214,19 @@ def before_step(handle: "Handle", config: Config, step: int, max_steps: int) -> 
     told = model.peft_config["default"]  # what an exported file says of the schedule
     told.tinit, told.tfinal, told.total_step = first, max_steps - last, max_steps
     if step < last:
-        for name, parameter in handle.named.items():
-            value, gradient = handle.value(parameter), handle.gradient(parameter)
+        for name, parameter in view.named.items():
+            value, gradient = view.value(parameter), view.gradient(parameter)
             model.allocation.measure(name, value, gradient, config.beta1, config.beta2)
 
 
-def after_step(handle: "Handle", config: Config, step: int, max_steps: int) -> None:
+def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Every `deltaT` steps, and a last time when the budget has fallen, choose the triplets that
     stay; the Lambda of the others is zero.
 
     Between two choices it is free to grow again; after the last one it is not. Raises
     `RuntimeError` when the step was not measured.
     """
-    model: Any = handle.model
+    model: Any = view.model
     taken, (first, last) = step + 1, phases(config, max_steps)
     if not model.allocation.measured == model.allocation.allocated + 1 == taken:
         raise RuntimeError(
@@ -242,9 +242,9 @@ def after_step(handle: "Handle", config: Config, step: int, max_steps: int) -> N
         model.allocation.averages.clear()
     for name, kept in model.allocation.kept.items():
         if not kept.all():
-            parameter = handle.named[layers[name]["E"]]
-            value = handle.value(parameter)
-            handle.set(parameter, value * kept.to(value)[:, None])
+            parameter = view.named[layers[name]["E"]]
+            value = view.value(parameter)
+            view.set(parameter, value * kept.to(value)[:, None])
 
 
 def state(model: Any) -> dict[str, Any]:

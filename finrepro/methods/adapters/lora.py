@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, settings
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
     LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not
     the whole of it, or ZeRO-3 has taken it away by then, it is refused.
     """
-    if config.use_dora and (apart := getattr(quantizer.module("quantizers"), "KEPT_APART", None)):
+    if config.use_dora and (apart := quantizer_of(quantizer).KEPT_APART):
         return f"DoRA reads the base's weights, from which {quantizer.name} keeps {apart} apart"
     if config.use_dora and zero_stage == 3:
         return "DoRA reads the base's weights, which ZeRO-3 keeps in parts"

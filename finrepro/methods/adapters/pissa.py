@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.settings import Choice, Count, Positive, settings
 
@@ -125,14 +126,14 @@ def own_base(quantizer: Choice, config: Config) -> str | None:
     """Why the base of a run is not W as everybody stores it: it is q(W_res). None without
     rounding: W and the exported change.
     """
-    if quantizer.module("quantizers").linear is None:
+    if quantizer_of(quantizer).linear is None:
         return None
     return "it is what PiSSA's first stage has left of the weights, quantized"
 
 
-def on_own_base(weights: Path, folder: Path) -> None:
-    """Write the trained half of an exported file, a plain PEFT folder of rank r for the base
-    W_res.
+def on_own_base(weights: Path, folder: Path) -> Path:
+    """`folder`, with the trained half of an exported file in it: a PEFT folder of rank r for the
+    base W_res.
     """
     from safetensors.torch import load_file, save_file
 
@@ -151,6 +152,7 @@ def on_own_base(weights: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(
         json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )
+    return folder
 
 
 def _as_lora(config: Config) -> lora.Config:

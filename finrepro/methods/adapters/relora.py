@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from finrepro.methods.layers.relora import ReloraLinear
+    from finrepro.methods.optimizer_view import OptimizerView
 
 WHOLE_MODEL = True  # what is exported is a model by itself
 NOT_EXPORTED = {"peft": "ReLoRA changes every weight, which no adapter holds"}
@@ -120,23 +121,23 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     return model
 
 
-def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
+def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Merge and begin anew after every `reset_every` steps, but not after the last one. Step
     counts go on: a group has one.
     """
     every = period_of(config, max_steps)
     if (step + 1) % every or step + 1 >= max_steps:
         return
-    for layer in layers_of(handle.model):
-        a, b = handle.value(layer.lora_A), handle.value(layer.lora_B)
+    for layer in layers_of(view.model):
+        a, b = view.value(layer.lora_A), view.value(layer.lora_B)
         merged = layer.merged(a, b)
         if layer.exact is not None:
             layer.exact = merged.cpu()
-        handle.set_frozen(layer.base_layer.weight, layer.stored(merged))
-        handle.set(layer.lora_A, layer.drawn((step + 1) // every).to(a.device))
-        handle.set(layer.lora_B, b.zero_())
+        view.set_frozen(layer.base_layer.weight, layer.stored(merged))
+        view.set(layer.lora_A, layer.drawn((step + 1) // every).to(a.device))
+        view.set(layer.lora_B, b.zero_())
         for factor in (layer.lora_A, layer.lora_B):
-            handle.change_state(factor, lambda moments: largest(moments, config.keep_moments))
+            view.change_state(factor, lambda moments: largest(moments, config.keep_moments))
 
 
 def largest(moments: "dict[str, Tensor]", keep: float) -> "dict[str, Tensor]":

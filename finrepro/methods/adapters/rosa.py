@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from finrepro.methods.layers.rosa import Factors, Opened, RosaLinear
+    from finrepro.methods.optimizer_view import OptimizerView
 
 
 @settings
@@ -87,7 +88,7 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
     return model
 
 
-def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
+def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Open the next period after every `resample_every` steps, but not after the last one.
 
     The moments of A and B begin anew, their learning rate goes on.
@@ -96,19 +97,17 @@ def after_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
         return
     from finrepro.methods.layers.rosa import Factors, Period
 
-    layers = layers_of(handle.model)
+    layers = layers_of(view.model)
     trained = {
-        layer: Factors(handle.value(layer.lora_A), handle.value(layer.lora_B)) for layer in layers
+        layer: Factors(view.value(layer.lora_A), view.value(layer.lora_B)) for layer in layers
     }
     starts = _open(layers, lambda layer, frozen: layer.opened(frozen, trained[layer]))
     for layer, start in zip(layers, starts, strict=True):
         layer.history.append(Period(_started(layer), trained[layer].copy()))
         layer.start = start.copy()
-        handle.set(layer.lora_A, start.a)
-        handle.set(layer.lora_B, start.b)
-    handle.reset_state(
-        [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
-    )
+        view.set(layer.lora_A, start.a)
+        view.set(layer.lora_B, start.b)
+    view.reset_state([parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)])
 
 
 def state(model: "nn.Module") -> dict[str, Any]:

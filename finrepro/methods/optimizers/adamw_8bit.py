@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from finrepro.kinds import adapter_of
 from finrepro.methods.optimizers import adamw
 from finrepro.settings import settings
 
@@ -32,7 +33,7 @@ def supports(spec: Any, config: Config) -> str | None:
     """None where each parameter is stepped by itself, or why not."""
     if spec.train.zero_stage:
         return f"adamw_8bit rounds each parameter's moments by themselves, and ZeRO-{spec.train.zero_stage} steps flat pieces"
-    if getattr(spec.adapter.module("adapters"), "RESETS_MOMENTS", False):
+    if adapter_of(spec.adapter).RESETS_MOMENTS:
         return (
             f"{spec.adapter.name} begins moments anew, and nobody here knows how to in adamw_8bit's"
         )

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from finrepro.kinds import adapter_of
 from finrepro.methods.optimizers import adamw
 from finrepro.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from finrepro.methods.optimizer_view import OptimizerView
 
 state_bytes = adamw.state_bytes
 A, B = ".a.weight", ".b.weight"
@@ -36,7 +39,7 @@ class Config(adamw.Config):
 
 def supports(spec: Any, config: Config) -> str | None:
     """None for a low-rank model whose own weights are trained, or why not."""
-    trains_all = getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False)
+    trains_all = adapter_of(spec.adapter).WHOLE_MODEL
     if spec.model.low_rank is not None and trains_all:
         return None
     whose = (
@@ -66,16 +69,16 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, foreach=True)
 
 
-def before_step(handle: Any, config: Config, step: int, max_steps: int) -> None:
+def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Decay each pair at the learning rate of its factors. Every rank calls it, and reads both
     factors whole.
     """
-    for names in pairs(handle.named):
-        a, b = (handle.named[name] for name in names)
-        old_a, old_b = handle.value(a), handle.value(b)
+    for names in pairs(view.named):
+        a, b = (view.named[name] for name in names)
+        old_a, old_b = view.value(a), view.value(b)
         slope_a, slope_b = slopes(old_a, old_b)
-        handle.set(a, old_a - handle.rate(a) * config.frobenius_decay * slope_a)
-        handle.set(b, old_b - handle.rate(b) * config.frobenius_decay * slope_b)
+        view.set(a, old_a - view.rate(a) * config.frobenius_decay * slope_a)
+        view.set(b, old_b - view.rate(b) * config.frobenius_decay * slope_b)
 
 
 def slopes(a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from finrepro.kinds import adapter_of
 from finrepro.methods.optimizers import adamw
 from finrepro.settings import Positive, PositiveFloat, Share, settings
 
@@ -34,10 +35,10 @@ def supports(spec: Any, config: Config) -> str | None:
 
     if spec.train.zero_stage:
         return f"galore_adamw needs each matrix' whole gradient, and ZeRO-{spec.train.zero_stage} steps flat pieces"
-    module = spec.adapter.module("adapters")
+    adapter = adapter_of(spec.adapter)
     if spec.model.low_rank is not None:
         return f"galore_adamw steps dense weights in a subspace, and those of {spec.model.name} are factors"
-    if getattr(module, "RESETS_MOMENTS", False) or not getattr(module, "WHOLE_MODEL", False):
+    if adapter.RESETS_MOMENTS or not adapter.WHOLE_MODEL:
         return (
             f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
         )

@@ -1,29 +1,30 @@
-"""Table 1: what the models' sizes say - where the parameters and the operations are, bytes, and
-the memory to train. A column a model.
+"""Table 1: what follows from the models' sizes - shares of parameters and of FLOPs, bytes, and the
+memory to train. A column a model.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from finrepro.catalogue.published import Claim
+from finrepro.catalogue.reader import claims
+from finrepro.reporting import claim_notes
+from finrepro.reporting.claim_notes import GB, percent
 from finrepro.reporting.curves import Chart, Curve
 from finrepro.reporting.table import Line, Table
 
 Account = dict[str, Any]  # finrepro.sizes.account: every number of one model
-GB, GFLOP = 1e9, 1e9
-H1, H2 = (
-    0.80,
-    0.99,
-)  # FinGPT-HPC's abstract (arXiv 2402.13533): linear layers' share of the compute, and of the size
-CLAIMED = "gpt2_1_5b"  # what second-hand notes give as the model of its 2.64x and 1.3x
-PARTS = {"linear": "linear layers", "attention": "attention", "head": "output head"}
+Text = Callable[[Account], str]  # the text of a model's column
+GFLOP = 1e9
+TERMS = {"linear": "linear layers", "attention": "attention", "head": "output head"}
 
 
 def build(accounts: Sequence[Account], settings: Any) -> Table:
-    """The table of finished accounts, made for `settings` (finrepro.sizes.account.Computed)."""
+    """The table of finished accounts, computed for `settings` (finrepro.sizes.account.Computed)."""
+    published = claims(settings.claims)
     lines = [
-        *_size(accounts),
+        *_size(accounts, published),
         *_bytes(accounts),
-        *_compute(accounts, settings),
+        *_compute(accounts, settings, published),
         *_operations(accounts, settings),
         *_memory(accounts, settings),
     ]
@@ -31,142 +32,149 @@ def build(accounts: Sequence[Account], settings: Any) -> Table:
         name="table1",
         label="table1_paper",
         caption="The models: computed from their sizes, real ones",
-        columns=("Quantity", *(each["model"] for each in accounts)),
+        columns=("Quantity", *(account["model"] for account in accounts)),
         lines=tuple(lines),
-        notes=_notes(accounts, settings),
+        notes=_notes(accounts, settings, published),
     )
 
 
 def charts(accounts: Sequence[Account]) -> tuple[Chart, ...]:
-    """A chart a model: the shares of compute against the length of a sequence in training, with
-    causal attention.
+    """A chart a model: the shares of FLOPs against the sequence length in training, with causal
+    attention.
     """
     return tuple(
         Chart(
-            each["model"],
+            account["model"],
             "tokens in a sequence",
             "share of the operations",
-            tuple(Curve(name, *_points(each["curve"], part)) for part, name in PARTS.items()),
+            tuple(Curve(name, *_points(account["curve"], term)) for term, name in TERMS.items()),
             "log",
             (0.0, 1.0),
         )
-        for each in accounts
+        for account in accounts
     )
 
 
 def _points(
-    shares: dict[int, dict[str, float]], part: str
+    shares: dict[int, dict[str, float]], term: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(map(float, shares)), tuple(each[part] for each in shares.values())
+    """The shares of a term against the lengths."""
+    return tuple(map(float, shares)), tuple(by_term[term] for by_term in shares.values())
 
 
-def _line(
-    name: str, accounts: Sequence[Account], key: str, show: Callable[[Account], str], section: str
-) -> Line:
+def _line(name: str, accounts: Sequence[Account], key: str, text: Text, section: str) -> Line:
     """A quantity of every model; the evidence holds it unrounded."""
-    return Line(
-        (name, *map(show, accounts)),
-        section,
-        {key: {each["model"]: each[key] for each in accounts}},
-    )
+    values = {account["model"]: account[key] for account in accounts}
+    return Line((name, *map(text, accounts)), section, {key: values})
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _both(linear: float, with_head: float, claim: Callable[[float], bool] | None = None) -> str:
-    """A share, and in brackets the one with the head; or whether a claim holds for the one and
-    for the other.
+def _both(linear: float, with_head: float, holds: Callable[[float], bool] | None = None) -> str:
+    """The linear layers' share, and in brackets the one with the head; or for each of the two
+    whether a claim holds.
     """
     first, second = (
-        _percent(each) if claim is None else "yes" if claim(each) else "no"
-        for each in (linear, with_head)
+        percent(share) if holds is None else "yes" if holds(share) else "no"
+        for share in (linear, with_head)
     )
     return f"{first} ({second})"
 
 
-def _large(share: float) -> bool:
-    return round(share, 2) >= H2  # in whole percents, as it is claimed
+def _size(accounts: Sequence[Account], published: dict[str, Claim]) -> list[Line]:
+    claimed = published["linear_share_of_size"]
 
+    def holds(share: float) -> bool:
+        return round(share, 2) >= claimed.value  # in whole percents, as it is claimed
 
-def _busy(share: float) -> bool:
-    return share > H1
-
-
-def _size(accounts: Sequence[Account]) -> list[Line]:
-    def add(name: str, key: str, show: Callable[[Account], str]) -> Line:
-        return _line(name, accounts, key, show, "size")
-
-    return [
-        add("Parameters", "parameters", lambda each: f"{each['parameters']:,}"),
-        add(
+    texts: list[tuple[str, str, Text]] = [
+        ("Parameters", "parameters", lambda account: f"{account['parameters']:,}"),
+        (
             "In the blocks' linear layers",
             "linear_parameters",
-            lambda each: f"{each['linear_parameters']:,}",
+            lambda account: f"{account['linear_parameters']:,}",
         ),
-        add("Linear share of size", "linear_share", lambda each: _percent(each["linear_share"])),
-        add(
+        (
+            "Linear share of size",
+            "linear_share",
+            lambda account: percent(account["linear_share"]),
+        ),
+        (
             "with the output head",
             "linear_share_with_head",
-            lambda each: _percent(each["linear_share_with_head"]),
+            lambda account: percent(account["linear_share_with_head"]),
         ),
-        add(
+        (
             "without head and embeddings",
             "linear_share_without_tables",
-            lambda each: _percent(each["linear_share_without_tables"]),
+            lambda account: percent(account["linear_share_without_tables"]),
         ),
-        add(
-            "H2: 99 % of the size",
+        (
+            f"{claimed.hypothesis}: {100 * claimed.value:g} % of the size",
             "linear_share",
-            lambda each: _both(each["linear_share"], each["linear_share_with_head"], _large),
+            lambda account: _both(
+                account["linear_share"], account["linear_share_with_head"], holds
+            ),
         ),
     ]
+    return [_line(name, accounts, key, text, "size") for name, key, text in texts]
 
 
 def _bytes(accounts: Sequence[Account]) -> list[Line]:
-    def shown(name: str, bits: int) -> Callable[[Account], str]:
-        return lambda each: (
-            f"{each['bytes'][name] / GB:.3g}; {each['nominal_bytes'][bits] / GB:.3g}"
+    def stored(name: str, bits: int) -> Text:
+        return lambda account: (
+            f"{account['bytes'][name] / GB:.3g}; {account['nominal_bytes'][bits] / GB:.3g}"
         )
 
+    widths = ((16, "none", ""), (8, "int8", " (int8)"), (4, "nf4", " (nf4)"))
     lines = [
         _line(
-            f"{bits} bit{what}, stored; nominal [GB]", accounts, "bytes", shown(name, bits), "bytes"
+            f"{bits} bit{suffix}, stored; nominal [GB]",
+            accounts,
+            "bytes",
+            stored(name, bits),
+            "bytes",
         )
-        for bits, name, what in ((16, "none", ""), (8, "int8", " (int8)"), (4, "nf4", " (nf4)"))
+        for bits, name, suffix in widths
     ]
-    kept = _line(
+    key = "cache_bytes_per_token"
+    cache = _line(
         "Keys and values [KiB a token]",
         accounts,
-        "cache_bytes_per_token",
-        lambda each: f"{each['cache_bytes_per_token'] / 1024:g}",
+        key,
+        lambda account: f"{account[key] / 1024:g}",
         "bytes",
     )
-    return [*lines, kept]
+    return [*lines, cache]
 
 
-def _compute(accounts: Sequence[Account], settings: Any) -> list[Line]:
+def _compute(accounts: Sequence[Account], settings: Any, published: dict[str, Claim]) -> list[Line]:
     """Shares of the linear layers, in brackets with the output head counted among them."""
+    claimed = published["linear_share_of_compute"]
 
-    def shown(
-        key: str, length: int, claim: Callable[[float], bool] | None = None
-    ) -> Callable[[Account], str]:
-        def show(each: Account) -> str:
-            found = each[key].get(length)
-            return _both(found["linear"], found["linear"] + found["head"], claim) if found else "-"
+    def share(key: str, length: int, holds: Callable[[float], bool] | None = None) -> Text:
+        def text(account: Account) -> str:
+            shares = account[key].get(length)
+            if not shares:
+                return "-"
+            return _both(shares["linear"], shares["linear"] + shares["head"], holds)
 
-        return show
+        return text
 
     lines = [
         _line(
-            f"Linear share, {what}, {length:,} tokens", accounts, key, shown(key, length), "compute"
+            f"Linear share, {phase}, {length:,} tokens",
+            accounts,
+            key,
+            share(key, length),
+            "compute",
         )
-        for what, key in (("training", "training_shares"), ("generating", "serving_shares"))
+        for phase, key in (("training", "training_shares"), ("generating", "serving_shares"))
         for length in settings.lengths
     ]
-    judged = shown("training_shares", settings.tokens, _busy)
-    name = f"H1: > 80 % of the compute, training, {settings.tokens:,} tokens"
+    name = (
+        f"{claimed.hypothesis}: > {100 * claimed.value:g} % of the compute, training, "
+        f"{settings.tokens:,} tokens"
+    )
+    judged = share("training_shares", settings.tokens, lambda linear: linear > claimed.value)
     return [*lines, _line(name, accounts, "training_shares", judged, "compute")]
 
 
@@ -179,46 +187,34 @@ def _operations(accounts: Sequence[Account], settings: Any) -> list[Line]:
         "lora_checkpointed": f"LoRA, r {settings.rank}, checkpointed",
     }
 
-    def cost(key: str) -> Callable[[Account], str]:
-        return lambda each: f"{each['flops'][key] / GFLOP:.3g}"
+    def cost(key: str) -> Text:
+        return lambda account: f"{account['flops'][key] / GFLOP:.3g}"
 
-    def low_rank(each: Account) -> str:
-        found = each["low_rank"]["linear"]
-        return f"{found['full'] / GFLOP:.3g} (r {found['rank']})" if found["rank"] else "-"
+    def low_rank(account: Account) -> str:
+        layers = account["low_rank"]["linear"]
+        return f"{layers['full'] / GFLOP:.3g} (r {layers['rank']})" if layers["rank"] else "-"
 
-    def bound(whole: str) -> Callable[[Account], str]:
-        def show(each: Account) -> str:
-            found = each["low_rank"][whole]
-            return f"{found['speed_up_bound']:.2f}x (r {found['rank']})" if found["rank"] else "-"
+    def bound(goal: str) -> Text:
+        def text(account: Account) -> str:
+            model = account["low_rank"][goal]
+            return f"{model['speed_up_bound']:.2f}x (r {model['rank']})" if model["rank"] else "-"
 
-        return show
+        return text
 
     ratio = f"{settings.compression:g}"
+    low_rank_texts = {
+        f"Pretraining, linear layers / {ratio} [GFLOP a token]": low_rank,
+        f"Most speed-up, linear layers / {ratio}": bound("linear"),
+        f"Most speed-up, model / {ratio}": bound("whole_model"),
+    }
     return [
         *(
             _line(f"{name} [GFLOP a token]", accounts, "flops", cost(key), "operations")
             for key, name in names.items()
         ),
-        _line(
-            f"Pretraining, linear layers / {ratio} [GFLOP a token]",
-            accounts,
-            "low_rank",
-            low_rank,
-            "operations",
-        ),
-        _line(
-            f"Most speed-up, linear layers / {ratio}",
-            accounts,
-            "low_rank",
-            bound("linear"),
-            "operations",
-        ),
-        _line(
-            f"Most speed-up, model / {ratio}",
-            accounts,
-            "low_rank",
-            bound("whole_model"),
-            "operations",
+        *(
+            _line(name, accounts, "low_rank", text, "operations")
+            for name, text in low_rank_texts.items()
         ),
     ]
 
@@ -230,73 +226,44 @@ def _memory(accounts: Sequence[Account], settings: Any) -> list[Line]:
         "qlora": f"LoRA r {settings.rank}, nf4",
     }
 
-    def shown(key: str) -> Callable[[Account], str]:
-        return lambda each: (
-            f"{each['memory'][key]['total'] / GB:,.{0 if each['memory'][key]['total'] > 100 * GB else 1}f}"
-        )
+    def total(key: str) -> Text:
+        def text(account: Account) -> str:
+            size = account["memory"][key]["total"]
+            return f"{size / GB:,.{0 if size > 100 * GB else 1}f}"
+
+        return text
 
     return [
-        _line(f"{name} [GB, estimated]", accounts, "memory", shown(key), "memory")
+        _line(f"{name} [GB, estimated]", accounts, "memory", total(key), "memory")
         for key, name in names.items()
     ]
 
 
-def _notes(accounts: Sequence[Account], settings: Any) -> tuple[str, ...]:
-    """How it is counted, then the published claims put to the test on the model they were made
-    for.
-    """
+def _notes(
+    accounts: Sequence[Account], settings: Any, published: dict[str, Claim]
+) -> tuple[str, ...]:
+    """How it is counted, then the published claims, tested on the model they were made of."""
     tokens = f"{settings.tokens:,}"
-    notes = [
+    hypotheses = ", ".join(claim.hypothesis for claim in published.values() if claim.hypothesis)
+    source = next(iter(published.values())).source
+    notes = (
         "Computed from the architecture alone; parameters, stored bytes and operations are exact. "
         "A multiply-add is two operations; only matrix products count.",
-        "Linear layers: those of the blocks. In brackets: with the output head counted as one of them. "
-        "GPT-2's head is its input embedding, counted once. H1, H2: FinGPT-HPC's abstract (arXiv 2402.13533).",
-        "Stored: with the scales of 8 and 4 bit (LLM.int8; NF4 with double quantization), embeddings, norms and head in 16 bit. "
+        "Linear layers: those of the blocks. In brackets: with the output head counted as one of "
+        "them. GPT-2's head is its input embedding, counted once. "
+        f"{hypotheses}: {source}.",
+        "Stored: with the scales of 8 and 4 bit (LLM.int8; NF4 with double quantization), "
+        "embeddings, norms and head in 16 bit. "
         "Nominal: parameters times bits. 1 GB = 10^9 bytes, 1 KiB = 1024.",
-        "Shares in training: causal attention (half of all pairs); backward costs twice forward in every part. "
-        "Generating: one token after as many others whose keys and values are kept. '-': the model has no positions for it.",
-        f"Operations: sequences of {tokens} tokens, attention in full. LoRA: on all linear layers; no gradients of frozen weights. "
-        "Checkpointing: the blocks run forward twice but for each one's last product, before which torch stops.",
-        f"Memory: one sequence of {tokens} tokens, each block's input kept; 16 bytes a trained parameter; "
-        "without fragments, driver and communication. An estimate.",
-        f"/ {settings.compression:g}: one rank for all linear layers, the nearest to that compression; "
-        "a layer in which it saves nothing stays dense.",
-    ]
-    published = next((each for each in accounts if each["model"] == CLAIMED), None)
-    return (
-        *notes,
-        *(
-            _claims(published, settings.compression)
-            if published and settings.compression == REPORTED
-            else ()
-        ),
+        "Shares in training: causal attention (half of all pairs); backward costs twice forward in "
+        "every part. Generating: one token after as many others whose keys and values are kept. "
+        "'-': the model has no positions for it.",
+        f"Operations: sequences of {tokens} tokens, attention in full. LoRA: on all linear layers; "
+        "no gradients of frozen weights. Checkpointing: the blocks run forward twice but for each "
+        "one's last product, before which torch stops.",
+        f"Memory: one sequence of {tokens} tokens, each block's input kept; 16 bytes a trained "
+        "parameter; without fragments, driver and communication. An estimate.",
+        f"/ {settings.compression:g}: one rank for all linear layers, the nearest to that "
+        "compression; a layer in which it saves nothing stays dense.",
     )
-
-
-REPORTED = 2.64  # FinGPT-HPC's abstract (arXiv 2402.13533)
-
-
-def _claims(each: Account, ratio: float) -> list[str]:
-    """FinGPT-HPC's 2.64x, 0.59 GB and 1.3x, which its abstract gives together."""
-    whole, linear, share = (
-        each["low_rank"]["whole_model"],
-        each["low_rank"]["linear"],
-        each["linear_share"],
-    )
-    if not whole["rank"]:
-        return []
-    diluted, meant = (1 / (1 - part + part / ratio) for part in (share, H2))
-    size = {name: f"{value / GB:.2f} GB" for name, value in whole["bytes"].items()}
-    return [
-        f"FinGPT-HPC reports {ratio:g}x compression, models smaller than 0.59 GB and 1.3x faster pretraining. "
-        f"Of the whole {each['model']}, {ratio:g}x is r {whole['rank']} and {whole['parameters'] / 1e6:,.1f} M parameters: "
-        f"{whole['parameters'] / GB:.2f} GB at a nominal byte each, but {size['int8']} as LLM.int8 stores them "
-        f"and {size['nf4']} as NF4 would, which takes ranks that 64 divides. "
-        "At 8 bit 0.59 GB is a nominal size.",
-        f"Of its linear layers alone, {ratio:g}x is r {linear['rank']} and {linear['parameters'] / 1e6:,.1f} M parameters, "
-        f"{linear['parameters'] / GB:.2f} GB at a nominal byte: not smaller than 0.59 GB. There it is {diluted:.2f}x of the model; "
-        f"were linear layers 99 % of the size, as reported, it would be {meant:.2f}x. Their share is {_percent(share)}: "
-        "not all of these numbers are of this model.",
-        f"At r {whole['rank']} the operations allow {whole['speed_up_bound']:.2f}x, at r {linear['rank']} {linear['speed_up_bound']:.2f}x; "
-        f"1.3x is {_percent(1.3 / whole['speed_up_bound'])} of the first.",
-    ]
+    return notes + claim_notes.low_rank_claims(accounts, settings.compression, published)

@@ -1,5 +1,5 @@
-"""Table 2: pretraining - dense models, low-rank ones, and dense ones of the same size, compared
-at equal tokens, time and parameters.
+"""Table 2: pretraining - dense models, low-rank ones, and dense ones of the same size, compared at
+equal tokens, time and parameters.
 """
 
 import math
@@ -8,8 +8,17 @@ from statistics import mean
 from typing import Any
 
 from finrepro.catalogue.published import Published
+from finrepro.reporting.cell_result import CellResult
 from finrepro.reporting.curves import Chart, Curve
-from finrepro.reporting.grouping import Row, evidence, grouped, marks, reasons
+from finrepro.reporting.grouping import (
+    SHORT_NOTE,
+    caption,
+    evidence,
+    grouped,
+    grouped_by,
+    marks,
+    reasons,
+)
 from finrepro.reporting.loss_curve import LossCurve, loss_curve
 from finrepro.reporting.table import Line, Table
 from finrepro.statistics.equivalence import Estimate, estimate
@@ -30,18 +39,16 @@ COLUMNS = (
     "Bits a byte",
     "In int8 / nf4",
 )
-KNOWN = 5  # columns that need no run
+COMPUTED = 5  # columns that need no run
 
 
-def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """The table of the rows. Nothing published is set beside it: no perplexity of FinGPT-HPC
-    could be read.
+def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published] = ()) -> Table:
+    """The table of the rows, without published values: no perplexity of FinGPT-HPC could be
+    read.
     """
     done = [row for row in rows if row["costs"]]
     lines = []
-    for (reference,), family in grouped(
-        [{**row, "reference": row["pretraining"]["reference"]} for row in done], "reference"
-    ):
+    for reference, family in grouped_by(done, _reference):
         moment = equal_time(family)
         speeds = [row["costs"]["tokens_per_second"] for row in family if _is_reference(row)]
         for _, group in grouped(family, *LINE):
@@ -50,27 +57,22 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
         [row for row in rows if not row["costs"]], "model", "state", "reason"
     ):
         lines += [_without(model, state, same) for _, same in grouped(group, *LINE)]
-    smoke = (
-        " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
-    )
     return Table(
         name="table2",
         label=f"table2_{scale}",
-        caption="Pretraining with low-rank layers" + smoke,
+        caption=caption("Pretraining with low-rank layers", scale),
         columns=COLUMNS,
         lines=tuple(lines),
         notes=_notes(rows, done),
     )
 
 
-def charts(rows: Sequence[Row]) -> tuple[Chart, ...]:
-    """The training loss by tokens and by time, a chart each a family, a line a configuration
-    (its first seed).
+def charts(rows: Sequence[CellResult]) -> tuple[Chart, ...]:
+    """The training loss by tokens and by time: for each family a chart of both, a line a
+    configuration (its first seed).
     """
-    found = []
-    for (reference,), family in grouped(
-        [{**row, "reference": row["pretraining"]["reference"]} for row in rows], "reference"
-    ):
+    panels = []
+    for reference, family in grouped_by(rows, _reference):
         drawn = [
             (group[0], _curve(group[0]))
             for _, group in grouped(family, *LINE)
@@ -78,46 +80,46 @@ def charts(rows: Sequence[Row]) -> tuple[Chart, ...]:
         ]
         for axis, name in (("tokens", "tokens"), ("seconds", "seconds of training")):
             traces = tuple(
-                Curve(_called(row), getattr(each, axis), each.losses) for row, each in drawn
+                Curve(_legend(row), getattr(curve, axis), curve.losses) for row, curve in drawn
             )
             if traces:
-                found.append(
-                    Chart(f"{reference} and what stands beside it", name, "training loss", traces)
-                )
-    return tuple(found)
+                title = f"{reference} and what stands beside it"
+                panels.append(Chart(title, name, "training loss", traces))
+    return tuple(panels)
 
 
-def equal_time(rows: Sequence[Row]) -> float | None:
-    """The training time of the fastest configuration, at which every other's curve can be read."""
+def _reference(row: CellResult) -> str:
+    """The dense model that a cell is compared with."""
+    return str(row["pretraining"]["reference"])
+
+
+def equal_time(rows: Sequence[CellResult]) -> float | None:
+    """Seconds of training of the fastest configuration: every other's curve reaches them."""
     times = [
         mean(row["costs"]["train_seconds"] for row in group) for _, group in grouped(rows, *LINE)
     ]
     return min(times) if len(times) > 1 else None
 
 
-def loss(row: Row, suffix: str = "") -> tuple[float, float, float] | None:
-    """Nats a token on the scored text, with its interval over the text; `suffix` names the
-    quantizer that the model was stored by.
+def loss(row: CellResult, suffix: str = "") -> tuple[float, float, float] | None:
+    """Nats a token on the scored text, with its interval over the text; None where it was not
+    scored. `suffix`: `.int8` for the model stored as int8.
     """
     tasks = [task + suffix for task in row["tasks"]]
-    found = next(
-        (s for s in row["scores"] if s["metric"] == "perplexity" and s["task"] in tasks), None
-    )
-    return (
-        (math.log(found["value"]), math.log(found["low"]), math.log(found["high"]))
-        if found
-        else None
-    )
+    for score in row["scores"]:
+        if score["metric"] == "perplexity" and score["task"] in tasks:
+            return math.log(score["value"]), math.log(score["low"]), math.log(score["high"])
+    return None
 
 
 def _line(
-    rows: Sequence[Row], reference: str, moment: float | None, dense_speed: float | None
+    rows: Sequence[CellResult], reference: str, moment: float | None, dense_speed: float | None
 ) -> Line:
     """A configuration over its seeds."""
     facts = rows[0]["pretraining"]
     speed = mean(row["costs"]["tokens_per_second"] for row in rows)
     steps = [row["costs"]["step_seconds"] for row in rows if row["costs"].get("step_seconds")]
-    then = [
+    at_equal_time = [
         value
         for row in rows
         if moment and (value := _curve(row).at(min(moment, _last(row)))) is not None
@@ -136,11 +138,11 @@ def _line(
     )
     plain = estimates[""]
     stored = [
-        f"{each.value - plain.value:+.3f}" if each and plain else "-"
-        for each in (estimates[".int8"], estimates[".nf4"])
+        f"{quantized.value - plain.value:+.3f}" if quantized and plain else "-"
+        for quantized in (estimates[".int8"], estimates[".nf4"])
     ]
     texts = (
-        *_named(rows[0]),
+        *_computed(rows[0]),
         faster,
         f"{speed:,.0f} ({1000 * mean(steps):,.0f})" if steps else f"{speed:,.0f}",
         _mfu(rows, facts, speed),
@@ -148,7 +150,7 @@ def _line(
         f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}] ({len(rows)}){marks(rows)}"
         if plain
         else "-",
-        f"{mean(then):.3f}" if then else "-",
+        f"{mean(at_equal_time):.3f}" if at_equal_time else "-",
         f"{mean(bits):.3f}" if bits else "-",
         " / ".join(stored),
     )
@@ -157,18 +159,18 @@ def _line(
     )
 
 
-def _without(model: str, state: str, rows: Sequence[Row]) -> Line:
-    """A configuration without a result: what arithmetic says of it, and its state."""
-    rest = (f"- ({state})", *[""] * (len(COLUMNS) - KNOWN - 1))
+def _without(model: str, state: str, rows: Sequence[CellResult]) -> Line:
+    """A configuration without a result: its computed columns, and its state."""
+    rest = (f"- ({state})", *[""] * (len(COLUMNS) - COMPUTED - 1))
     return Line(
-        (*_named(rows[0]), *rest),
+        (*_computed(rows[0]), *rest),
         f"without result: {model}",
         evidence(rows) | {"pretraining": rows[0]["pretraining"]},
     )
 
 
-def _named(row: Row) -> tuple[str, ...]:
-    """What is known before a run."""
+def _computed(row: CellResult) -> tuple[str, ...]:
+    """The columns that need no run."""
     facts = row["pretraining"]
     stored = " / ".join(map(_megabytes, facts["stored_bytes"].values()))
     rank = f" (rank {facts['rank']})" if facts["rank"] else ""
@@ -177,18 +179,18 @@ def _named(row: Row) -> tuple[str, ...]:
 
 
 def _megabytes(size: int | None) -> str:
-    """In three digits; None is what a quantizer cannot hold."""
+    """Three digits of 10^6 bytes; "-" where the quantizer cannot store the model."""
     if size is None:
         return "-"
     return f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}"
 
 
-def _method(row: Row) -> str:
-    """What is trained, and how it is stepped where that is not AdamW."""
+def _method(row: CellResult) -> str:
+    """The trained parameters' adapter, and the optimizer where that is not AdamW."""
     return row["adapter"] + (f", {row['optimizer']}" if row["optimizer"] != "adamw" else "")
 
 
-def _is_reference(row: Row) -> bool:
+def _is_reference(row: CellResult) -> bool:
     """The dense model itself, trained plainly."""
     return bool(
         row["model"] == row["pretraining"]["reference"]
@@ -197,65 +199,68 @@ def _is_reference(row: Row) -> bool:
     )
 
 
-def _estimate(rows: Sequence[Row], suffix: str) -> Estimate | None:
-    found = [(each, row) for row in rows if (each := loss(row, suffix))]
-    if not found:
+def _estimate(rows: Sequence[CellResult], suffix: str) -> Estimate | None:
+    """The loss over the seeds; None where no seed was scored."""
+    scored = [(bounds, row) for row in rows if (bounds := loss(row, suffix))]
+    if not scored:
         return None
-    n = next(s["n"] for s in found[0][1]["scores"] if s["metric"] == "perplexity")
-    values, lows, highs = zip(*(each for each, _ in found), strict=True)
+    n = next(s["n"] for s in scored[0][1]["scores"] if s["metric"] == "perplexity")
+    values, lows, highs = zip(*(bounds for bounds, _ in scored), strict=True)
     return estimate(values, lows, highs, n)
 
 
-def _mfu(rows: Sequence[Row], facts: dict[str, Any], speed: float) -> str:
-    """Of the device's own measured matmul rate, by both conventions."""
+def _mfu(rows: Sequence[CellResult], facts: dict[str, Any], speed: float) -> str:
+    """MFU of the device's own measured matmul rate, by both conventions."""
     rates = [row["costs"]["matmul_flops"] for row in rows if row["costs"].get("matmul_flops")]
     if not rates:
         return "-"
     peak = mean(rates) * rows[0]["devices"]
-    return (
-        " / ".join(f"{100 * speed * each / peak:.0f}" for each in facts["flops_per_token"].values())
-        + " %"
-    )
+    shares = [speed * flops / peak for flops in facts["flops_per_token"].values()]
+    return " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
-def _curve(row: Row) -> LossCurve:
+def _curve(row: CellResult) -> LossCurve:
     return loss_curve(row["curve"], row["costs"]["train_tokens"])
 
 
-def _last(row: Row) -> float:
+def _last(row: CellResult) -> float:
     return float(row["curve"][-1]["seconds"]) if row["curve"] else 0.0
 
 
-def _called(row: Row) -> str:
+def _legend(row: CellResult) -> str:
     method = _method(row).removeprefix("full").removeprefix(", ")
     return f"{row['model']}, {method}" if method else str(row["model"])
 
 
-def _notes(rows: Sequence[Row], done: Sequence[Row]) -> tuple[str, ...]:
-    """How to read the table, then every reason."""
+def _notes(rows: Sequence[CellResult], done: Sequence[CellResult]) -> tuple[str, ...]:
+    """How to read the table, then the reasons."""
     notes = [
-        "Loss: nats a token on text that was not trained on, after the same number of tokens; interval: bootstrap over articles, "
-        "over several seeds with the spread between runs (Student's t). Bits a byte do not depend on the tokenizer.",
-        "At equal time: the training loss (mean of ten steps, each text seen once, constant learning rate) when the fastest line of its "
-        "group was done; it has other texts than the column Loss, and compares within its group alone.",
-        "Equal parameters: the dense line of the same group whose parameters are those of a low-rank line.",
-        "Fewer: parameters of the whole model against the group's dense one. MB: stored bytes (10^6) with scales, embeddings and "
-        "head in 16 bit. In int8 / nf4: what the loss gains when the trained model is stored so; rows that 64 does not divide have no nf4, "
-        "runs on several devices neither.",
-        "Peak: on a GPU what the allocator held at most; on a CPU the whole process, libraries and what earlier cells left included, so "
-        "that small models do not differ there.",
-        "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times fewer FLOPs a token takes. Cells that run "
-        "side by side (--jobs) slow one another: times are to be compared between runs of --jobs 1.",
+        "Loss: nats a token on text that was not trained on, after the same number of tokens; "
+        "interval: bootstrap over articles, over several seeds with the spread between runs "
+        "(Student's t). Bits a byte do not depend on the tokenizer.",
+        "At equal time: the training loss (mean of ten steps, each text seen once, constant "
+        "learning rate) when the fastest line of its group was done; it has other texts than the "
+        "column Loss, and compares within its group alone.",
+        "Equal parameters: the dense line of the same group whose parameters are those of a "
+        "low-rank line.",
+        "Fewer: parameters of the whole model against the group's dense one. MB: stored bytes "
+        "(10^6) with scales, embeddings and head in 16 bit. In int8 / nf4: what the loss gains "
+        "when the trained model is stored so; rows that 64 does not divide have no nf4, runs on "
+        "several devices neither.",
+        "Peak: on a GPU what the allocator held at most; on a CPU the whole process, libraries and "
+        "what earlier cells left included, so that small models do not differ there.",
+        "Speed-up: tokens/s against the dense model trained plainly; the bound is how many times "
+        "fewer FLOPs a token takes. Cells that run side by side (--jobs) slow one another: times "
+        "are to be compared between runs of --jobs 1.",
     ]
     if any(row["costs"].get("matmul_flops") for row in done):
         notes.append(
-            "MFU: model FLOPs of PaLM's convention / with causal attention, as a share of the matmul rate that the same device reached in "
-            "the same run (in the model's dtype): no hardware peak is assumed."
+            "MFU: model FLOPs of PaLM's convention / with causal attention, as a share of the "
+            "matmul rate that the same device reached in the same run (in the model's dtype): no "
+            "hardware peak is assumed."
         )
     if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(done, *LINE)):
         notes.append("Loss (1): a single seed says nothing about the spread between runs.")
     if any(row["short"] for row in done):
-        notes.append(
-            "(short): trained for too few steps to show quality; the cell proves that its path works."
-        )
+        notes.append(SHORT_NOTE)
     return (*notes, *reasons(rows))

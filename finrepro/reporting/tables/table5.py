@@ -8,8 +8,9 @@ from typing import Any
 
 from finrepro.catalogue.published import Published
 from finrepro.reporting.beside import Beside, published_evidence
-from finrepro.reporting.grouping import Row, evidence, grouped, reasons
-from finrepro.reporting.table import Line, Table
+from finrepro.reporting.cell_result import CellResult
+from finrepro.reporting.grouping import axis, caption, evidence, grouped, reasons
+from finrepro.reporting.table import Line, Table, without_columns
 
 MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
     "Trainable": ("trainable_params", lambda value: f"{value:,.0f}"),
@@ -23,20 +24,17 @@ MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
 NAMES = ("Model", "Quantizer", "Adapter", "Trained on", "Batch", "Devices")
 LINE = ("model", "quantizer", "adapter", "train_on", "batch", "devices")
 BESIDE = ("Published [GB]", "Comparable")
-PUBLISHED = (
-    "peak_memory_gb",
-    "trainable_params",
-    "base_bytes",
-)  # the first in the column, the others as evidence
+# The first in the column, the others as evidence.
+PUBLISHED = ("peak_memory_gb", "trainable_params", "base_bytes")
 
 
-def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) -> Table:
-    """One line a configuration, seeds averaged; a run that two tables share counts once. What has
-    no result comes last, gathered, at paper scale after what its architecture alone says, a line a
-    configuration.
+def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published] = ()) -> Table:
+    """One line a configuration, seeds averaged; a run that two tables share counts once. Cells
+    without a result come last, a line a reason; at paper scale each configuration has a line of
+    computed sizes before them.
 
-    Published memory stands beside cells at paper scale only, and never gets a verdict: nothing is
-    known about its spread.
+    Published memory stands beside cells at paper scale only, and has no verdict: its spread is not
+    known.
     """
     rows = list({row["run_id"]: row for row in rows}.values())
     beside = Beside(published if scale == "paper" else ())
@@ -45,14 +43,14 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
     for (model,), of_model in grouped(measured, "model"):
         lines += [_line(model, group, beside) for _, group in grouped(of_model, *LINE)]
     without = [row for row in rows if not row["costs"]]
-    known = [row for row in without if scale == "paper" and row.get("sizes")]
+    computed = [row for row in without if scale == "paper" and row.get("sizes")]
     lines += [
         _computed(model, group)
-        for (model, *_), group in grouped(known, "model", "quantizer", "adapter")
+        for (model, *_), group in grouped(computed, "model", "quantizer", "adapter")
     ]
     for (model, state, _), group in grouped(without, "model", "state", "reason"):
         count = f"{len(group)} cells - {state}" if len(group) > 1 else f"- ({state})"
-        names = (model, *(_some(group, axis) for axis in LINE[1:]))
+        names = (model, *(_some(group, name) for name in LINE[1:]))
         lines.append(
             Line(
                 (*names, count, *[""] * (len(MEASURED) - 1), "", ""),
@@ -64,23 +62,18 @@ def build(rows: Sequence[Row], scale: str, published: Sequence[Published] = ()) 
     dropped = set() if beside.notes else set(BESIDE)
     if len({row["train_on"] for row in rows}) <= 1:
         dropped.add("Trained on")
-    kept = [i for i, column in enumerate(columns) if column not in dropped]
-    smoke = (
-        " - SMOKE: miniatures, never to be set against published values" if scale == "smoke" else ""
-    )
-    return Table(
+    table = Table(
         name="table5",
         label=f"table5_{scale}",
-        caption="Cost of fine-tuning" + smoke,
-        columns=tuple(columns[i] for i in kept),
-        lines=tuple(
-            Line(tuple(line.texts[i] for i in kept), line.section, line.evidence) for line in lines
-        ),
+        caption=caption("Cost of fine-tuning", scale),
+        columns=columns,
+        lines=tuple(lines),
         notes=_notes(rows, beside),
     )
+    return without_columns(table, {columns.index(column) for column in dropped})
 
 
-def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
+def _line(model: str, rows: Sequence[CellResult], beside: Beside) -> Line:
     """The line of one configuration over its seeds."""
     done = [row for row in rows if row["state"] in ("done", "stale")] or list(rows)
     texts = []
@@ -92,7 +85,7 @@ def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
     peaks = any(value.measure.ours == PUBLISHED[0] for value, _ in pairs)
     value, _ = beside.texts(pairs, {}) if peaks else ("", "")
     level = pairs[0][1].level if peaks else ""
-    names = tuple(str(rows[0][axis]) for axis in LINE)
+    names = tuple(str(axis(rows[0], name)) for name in LINE)
     return Line(
         (*names, *texts, value, level),
         model,
@@ -100,33 +93,35 @@ def _line(model: str, rows: Sequence[Row], beside: Beside) -> Line:
     )
 
 
-def _computed(model: str, rows: Sequence[Row]) -> Line:
-    """The line of cells that have not run: sizes that need no run."""
+def _computed(model: str, rows: Sequence[CellResult]) -> Line:
+    """The line of a configuration that has not run: the sizes that need no run."""
     sizes = rows[0]["sizes"]
     texts = [show(sizes[key]) if key in sizes else "-" for key, show in MEASURED.values()]
-    names = (model, *(_some(rows, axis) for axis in LINE[1:]))
-    told = evidence(rows) | {"sizes": {row["label"]: row["sizes"] for row in rows}}
-    return Line((*names, *texts, "", ""), "computed, not run", told)
+    names = (model, *(_some(rows, name) for name in LINE[1:]))
+    cells = evidence(rows) | {"sizes": {row["label"]: row["sizes"] for row in rows}}
+    return Line((*names, *texts, "", ""), "computed, not run", cells)
 
 
-def _some(rows: Sequence[Row], axis: str) -> str:
-    """An axis value that all the rows share, or how many there are."""
-    values: dict[Any, None] = dict.fromkeys(row[axis] for row in rows)
+def _some(rows: Sequence[CellResult], name: str) -> str:
+    """One or two values of the rows on an axis, or their number."""
+    values: dict[Any, None] = dict.fromkeys(axis(row, name) for row in rows)
     return ", ".join(map(str, values)) if len(values) <= 2 else f"{len(values)} values"
 
 
-def _notes(rows: Sequence[Row], beside: Beside) -> tuple[str, ...]:
-    """What is measured, and every reason."""
+def _notes(rows: Sequence[CellResult], beside: Beside) -> tuple[str, ...]:
+    """How to read the table, then the reasons."""
     notes = [
-        "Base: the model's bytes as they lie in memory, quantization constants included (1 GB = 10^9 bytes). "
-        "Adapter file: what training writes (1 MB = 10^6).",
-        "Peak memory (1 GiB = 2^30 bytes): on a GPU what the allocator held at most, on a CPU the whole process, libraries included.",
-        "Batch: examples a step, over all devices. Tokens/s: trained tokens without padding, over all devices. "
-        "Useful tokens: the share that is not padding.",
+        "Base: the model's bytes as they lie in memory, quantization constants included "
+        "(1 GB = 10^9 bytes). Adapter file: what training writes (1 MB = 10^6).",
+        "Peak memory (1 GiB = 2^30 bytes): on a GPU what the allocator held at most, on a CPU the "
+        "whole process, libraries included.",
+        "Batch: examples a step, over all devices. Tokens/s: trained tokens without padding, over "
+        "all devices. Useful tokens: the share that is not padding.",
     ]
     if any(row.get("sizes") for row in rows):
         notes.append(
-            "Computed, not run: from the architecture, exact; of the adapter file the numbers without the file's header."
+            "Computed, not run: from the architecture, exact; of the adapter file the numbers "
+            "without the file's header."
         )
     if any(row["short"] for row in rows):
         notes.append("Most cells are trained for a few steps: training seconds are of those steps.")

@@ -43,4 +43,4 @@ class Engine(Protocol):
         """Take up what `save` wrote; its `state`."""
 
     def close(self) -> None:
-        """Let go of the model, which keeps what was learned; at ZeRO stage 3 it stays in parts."""
+        """Let go of the model, which keeps what was learned; at ZeRO stage 3 it stays sharded."""

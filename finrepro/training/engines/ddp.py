@@ -27,7 +27,8 @@ class PlainDDP:
     ) -> None:
         if any(parameter.dtype != torch.float32 for _, parameter in named):
             raise UsageError(
-                "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or engine 'deepspeed'."
+                "engine 'ddp' trains float32 parameters only: use an adapter, dtype float32, or "
+                "engine 'deepspeed'."
             )
         self.named, self.optimizer, self.device = named, optimizer, device
         self.stepped_by = optimizer
@@ -64,16 +65,16 @@ class PlainDDP:
         if ranks.current().is_main:
             (folder / tag).mkdir(parents=True, exist_ok=True)
             weights = {name: parameter.detach() for name, parameter in self.named}
-            whole = {"weights": weights, "optimizer": self.optimizer.state_dict(), "state": state}
-            torch.save(whole, folder / tag / "ddp.pt")
+            content = {"weights": weights, "optimizer": self.optimizer.state_dict(), "state": state}
+            torch.save(content, folder / tag / "ddp.pt")
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:  # noqa: D102
-        whole = torch.load(folder / tag / "ddp.pt", map_location=self.device, weights_only=True)
+        content = torch.load(folder / tag / "ddp.pt", map_location=self.device, weights_only=True)
         with torch.no_grad():
             for name, parameter in self.named:
-                parameter.copy_(whole["weights"][name])
-        self.optimizer.load_state_dict(whole["optimizer"])
-        return dict(whole["state"])
+                parameter.copy_(content["weights"][name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        return dict(content["state"])
 
     def close(self) -> None:  # noqa: D102
         self.optimizer.zero_grad()

@@ -68,7 +68,8 @@ class DeepSpeed:
             norm = self.engine.get_global_grad_norm()
         if norm is None:
             raise CellFailed(
-                "DeepSpeed reports no gradient norm: a diverging run could not be told from a good one."
+                "DeepSpeed reports no gradient norm: a diverging run could not be told from a good "
+                "one."
             )
         return norm
 
@@ -116,10 +117,10 @@ def is_sharded(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def inference(model: nn.Module, settings: Train, device: torch.device) -> Iterator[None]:
-    """Inside, the model can be called whichever way its parameters lie; with ZeRO-3 on several
-    ranks they lie in parts.
+    """Inside, the model can be called, also where its parameters are sharded over the ranks
+    (ZeRO-3).
 
-    There every layer's parameters are gathered for its own computation and dropped after it, so
+    Then every layer's parameters are gathered for its own computation and dropped after it, so
     that no rank ever holds the whole model, and all ranks have to make the same calls.
     """
     if not is_sharded(model) and not (settings.zero_stage == 3 and ranks.current().world_size > 1):
@@ -145,9 +146,7 @@ def inference(model: nn.Module, settings: Train, device: torch.device) -> Iterat
 
 
 def make_whole(model: nn.Module) -> None:
-    """Gather every parameter on every rank, and leave a model that knows nothing of ZeRO's
-    parts.
-    """
+    """Gather every parameter on every rank, and remove what ZeRO has attached to it."""
     for parameter in is_sharded(model):
         parameter.data = _gathered(parameter, parameter.device)
         for name in [name for name in vars(parameter) if name.startswith("ds_")]:
@@ -158,7 +157,7 @@ def collect_trained(model: nn.Module) -> None:
     """Gather the trained parameters in rank 0's host memory, one at a time, for it to export; all
     ranks call it.
 
-    Nothing to do where they do not lie in parts. The model cannot be computed with afterwards.
+    Nothing to do where they are not sharded. The model cannot be computed with afterwards.
     """
     host = torch.device("cpu") if ranks.current().is_main else None
     for parameter in is_sharded(model):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from finrepro.catalogue.spec import Train
+from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import ExtraLoss, SupervisedLM
 from finrepro.runtime import ranks
 from finrepro.training import rates
@@ -36,9 +37,7 @@ def start_engine(
     named = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
-    optimizer = settings.optimizer.module("optimizers").build(
-        named, settings.lr, settings.optimizer.config
-    )
-    rates.split(optimizer, named, lr_scale)
+    optimizer = optimizer_of(settings.optimizer).build(named, settings.lr)
+    rates.split_groups(optimizer, named, lr_scale)
     kind = PlainDDP if settings.engine == "ddp" else DeepSpeed
     return kind(SupervisedLM(model, extra_loss), named, optimizer, settings, device)

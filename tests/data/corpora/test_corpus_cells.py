@@ -12,7 +12,7 @@ import pytest
 from finrepro.catalogue import cells, reader, resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.corpora.place import folder_of, missing_reason
+from finrepro.data.corpora.folders import folder_of, unprepared_reason
 from finrepro.data.corpora.windows import Windows
 from finrepro.data.preparing import command, entries
 from finrepro.data.tokens import train_tokenizer
@@ -37,18 +37,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(TEXTS, "gpt2", 300).save_pretrained(folder / "tokenizer")
     out = folder_of(NAME, folder)
     assert out is not None
-    code = command.make(
+    command.prepare_corpus(
         str(folder / "text.txt"),
         folder / "tokenizer",
         out,
-        None,
-        workers="1",
-        on_error="stop",
-        field="",
+        workers=1,
         documents="lines",
-        validation="0.1",
+        validation=0.1,
     )
-    assert code == 0
     claim(out)
     return folder
 
@@ -77,7 +73,7 @@ def copied(prepared: Path, tmp_path: Path) -> Path:
 
 
 def cell() -> RunSpec:
-    found = resolve.find(
+    found = resolve.spec_of_label(
         Selection(table="2", full=True), "paper", f"gpt2_127m-none-full-{NAME}-adamw-s0"
     )
     return dataclasses.replace(found, train=dataclasses.replace(found.train, max_seq_len=32))
@@ -103,13 +99,13 @@ def test_the_scored_dataset_is_read_and_its_training_split_is_not(prepared: Path
 
 def test_without_the_corpus_the_cell_is_skipped_with_the_command_that_makes_it(tmp_path: Path):
     place = Place(open_store(tmp_path), tmp_path, None)
-    reason = availability.data_of(cell(), place)
+    reason = availability.missing_data(cell(), place)
     assert str(reason).startswith(
-        f"{missing_reason(NAME, tmp_path)}, or put the tokenizer of"
+        f"{unprepared_reason(NAME, tmp_path)}, or put the tokenizer of"
     ) and "invoke data --prepare openwebtext" in str(reason)
     with pytest.raises(Unavailable, match="is not prepared"):
         base.open_base(cell(), place)
-    assert "--data-dir" in str(missing_reason(NAME, None))
+    assert "--data-dir" in str(unprepared_reason(NAME, None))
 
 
 def test_a_corpus_of_more_tokens_than_the_model_has_rows_is_refused(prepared: Path, tmp_path: Path):
@@ -172,24 +168,6 @@ def test_what_makes_no_sense_from_scratch_is_refused(
         cells.expand(Selection(table="2", **changed), "smoke")  # type: ignore[arg-type]
 
 
-def test_two_commands_at_once_and_a_folder_without_a_name_are_refused():
-    for prepare, verify in (("wikitext2", "folder"), ("", "")):
-        with pytest.raises(UsageError, match="--verify"):
-            command.one_of(prepare, verify)
-    command.one_of("wikitext2", None)
-    command.one_of("", "folder")
-
-
 def test_a_corpus_is_not_made_inside_of_its_own_source(prepared: Path):
     with pytest.raises(UsageError, match="inside of its own source"):
-        command.make(
-            str(prepared),
-            prepared / "tokenizer",
-            prepared / "more",
-            None,
-            workers="1",
-            on_error="stop",
-            field="",
-            documents="",
-            validation="",
-        )
+        command.prepare_corpus(str(prepared), prepared / "tokenizer", prepared / "more", workers=1)

@@ -21,11 +21,13 @@ from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.windows import Piece, Window, Windows
 from finrepro.data.tokens import Encoded
 from finrepro.errors import Interrupted, UsageError
+from finrepro.kinds import optimizer_of
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import build
 from finrepro.runtime import process
-from finrepro.training.checkpoint import Control, Trained
+from finrepro.training.checkpoint import Control
 from finrepro.training.loop import train
+from finrepro.training.progress import Trained
 from finrepro.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
@@ -80,9 +82,7 @@ def training_is_on_the_pieces(losses: Sequence[float], windows: Windows) -> None
     model = build(spec, None, CPU).model
     lm, settings = SupervisedLM(model), spec.train
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = settings.optimizer.module("optimizers").build(
-        named, settings.lr, settings.optimizer.config
-    )
+    optimizer = optimizer_of(settings.optimizer).build(named, settings.lr)
     expected = []
     for step in range(STEPS):
         for group in optimizer.param_groups:

@@ -23,20 +23,20 @@ from fixtures.process import environment, one_line
 from numpy.typing import NDArray
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import reader as catalogue
-from finrepro.catalogue.reader import resolve
+from finrepro.catalogue import reader as catalogue
+from finrepro.catalogue import resolve
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, TrainSet
+from finrepro.data import packing
 from finrepro.data.arriving import growing
 from finrepro.data.arriving.arriving import ArrivingWindows
 from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
-from finrepro.data.corpora.index import Begun, read_index
+from finrepro.data.corpora.folders import copy_tokenizer, folder_of, unprepared_reason
+from finrepro.data.corpora.index import Begun, read_index, write_record
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.order import permute
-from finrepro.data.corpora.place import folder_of, keep_tokenizer, missing_reason
 from finrepro.data.corpora.stream import Corpus
 from finrepro.data.corpora.windows import Windows
-from finrepro.data.files import packing
 from finrepro.data.preparing import prepare, underway, writer
 from finrepro.data.preparing.entries import sources_of
 from finrepro.data.preparing.prepare import Options, Sources
@@ -51,7 +51,7 @@ from finrepro.planning import availability
 from finrepro.running import feeding
 from finrepro.running.cell import run_cell
 from finrepro.running.text import open_corpora, while_waiting
-from finrepro.runtime.process import ranks
+from finrepro.runtime import ranks
 from finrepro.settings import build, plain
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
@@ -65,7 +65,7 @@ PREPARING = """
 import json, sys
 from pathlib import Path
 from finrepro.data.preparing import writer
-from finrepro.data.corpora.place import keep_tokenizer
+from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
 from finrepro.data.preparing.sources import Local
 from finrepro.data.preparing.tokenizing import Encoder
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     writer.SplitWriter._close_shard = slowly
     try:
         prepare(Sources([Local(lines, "lines")]), Encoder(**json.loads(encoder)), out, Options(validation=0.1, shard_tokens=900),
-                workers=int(workers), keep=lambda: keep_tokenizer(tokenizer, out))
+                workers=int(workers), keep=lambda: copy_tokenizer(tokenizer, out))
     except FinreproError as error:
         sys.exit(error.exit_code)
 """
@@ -134,7 +134,7 @@ def finished(
 def prepared(lines: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
     sources = Sources([Local(lines, "lines")])
     prepare.prepare(
-        sources, encoder, folder, OPTIONS, keep=lambda: keep_tokenizer(tokenizer, folder)
+        sources, encoder, folder, OPTIONS, keep=lambda: copy_tokenizer(tokenizer, folder)
     )
 
 
@@ -440,7 +440,7 @@ def test_only_the_first_rank_gives_up(tmp_path: Path, monkeypatch: pytest.Monkey
     """It ends the others when it ends; what it has begun is not seen by them before the folder
     is held.
     """
-    monkeypatch.setattr(growing.runtime, "ranks", lambda: ranks.Ranks(1, 2, 1))
+    monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(1, 2, 1))
     watch = growing.Watch(tmp_path)
     for _ in range(5):
         watch.pause("text")
@@ -536,7 +536,7 @@ def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Pat
 def cell(**changes: Any) -> RunSpec:
     """A miniature that is trained on WikiText-2 as it arrives."""
     label = "gpt2_1_5b_deep_mini-none-full-wikitext2_text-adamw-s0"
-    found = resolve.find(Selection(table="2"), "smoke", label)
+    found = resolve.spec_of_label(Selection(table="2"), "smoke", label)
     part = found.train_on.parts[0]
     config = dataclasses.replace(
         part.task.task.config, **{"corpus": "wikitext2", "order": "arriving", "block": 32} | changes
@@ -595,8 +595,8 @@ def begun_with(tokenizer: Path, data_dir: Path, shard_tokens: int) -> Path:
         source=sources_of("wikitext2", None).description,
         options=plain(options),
     )
-    writer.write_durably(folder / writer.PREPARING / underway.BEGUN, plain(note))
-    keep_tokenizer(tokenizer, folder)
+    write_record(folder / writer.PREPARING / underway.BEGUN, plain(note))
+    copy_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -604,31 +604,33 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
-    reason = missing_reason("wikitext2", tmp_path)
-    said = str(availability.data_of(spec, place))
+    reason = unprepared_reason("wikitext2", tmp_path)
+    said = str(availability.missing_data(spec, place))
     assert said.startswith(str(reason)) and said.endswith(
         "under --models-dir: the cell then prepares it itself"
     )
     assert "invoke data --prepare wikitext2" in said
     assert "--data-dir" in str(
-        availability.data_of(spec, dataclasses.replace(place, data_dir=None))
+        availability.missing_data(spec, dataclasses.replace(place, data_dir=None))
     )
     real = dataclasses.replace(spec, model=catalogue.model("gpt2_127m_equal"))
-    keep_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
-    assert availability.data_of(real, place) is None, "of the model that it is compared with"
+    copy_tokenizer_of("gpt2_127m", tokenizer, tmp_path)
+    assert availability.missing_data(real, place) is None, "of the model that it is compared with"
     shuffled = cell(order="shuffled", block=None)
-    assert availability.data_of(dataclasses.replace(shuffled, model=real.model), place) == reason
+    assert (
+        availability.missing_data(dataclasses.replace(shuffled, model=real.model), place) == reason
+    )
     twice = dataclasses.replace(real, train_on=TrainSet(name="two", parts=real.train_on.parts * 2))
-    assert availability.data_of(twice, place) == reason, (
+    assert availability.missing_data(twice, place) == reason, (
         "corpora that are mixed have to be finished"
     )
     begun_with(tokenizer, tmp_path, 900)
-    assert availability.data_of(spec, place) is None, "its own tokenizer lies there"
+    assert availability.missing_data(spec, place) is None, "its own tokenizer lies there"
     with pytest.raises(Unavailable, match="is not prepared"):
         open_corpora(twice, dataclasses.replace(place, data_dir=tmp_path / "elsewhere"))
 
 
-def keep_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
+def copy_tokenizer_of(model: str, tokenizer: Path, folder: Path) -> None:
     (folder / "models").mkdir()
     (folder / "models" / model).symlink_to(tokenizer)
 
@@ -639,9 +641,9 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
 ) -> None:
     place = Place(open_store(tmp_path / "store"), tmp_path)
     folder = begun_with(tokenizer, tmp_path, 900)
-    with feeding.fed(cell(), place) as tend:
+    with feeding.preparing_corpus(cell(), place) as keep_alive:
         for _ in range(600):
-            assert tend()
+            assert keep_alive()
             if underway.held(folder):
                 break
             time.sleep(0.05)
@@ -650,38 +652,38 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
         with pytest.raises(
             EnvironmentFault, match=r"its process ended with SIGKILL .* run the same command again"
         ) as caught:
-            while tend():
+            while keep_alive():
                 time.sleep(0.02)
         one_line(caught.value)
     first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
-    assert first.tend()
+    assert first.keep_alive()
     while not underway.held(folder):
-        assert first.tend()
+        assert first.keep_alive()
         time.sleep(0.02)
-    assert not second.tend() and second.process is None, "somebody is at work already"
+    assert not second.keep_alive() and second.process is None, "somebody is at work already"
     child = feeder_pid()
     first.end()
     assert not Path(f"/proc/{child}").exists() and not underway.held(folder)
-    assert second.tend() and second.process is not None, (
+    assert second.keep_alive() and second.process is not None, (
         "a cell that goes on takes over from one that has ended"
     )
     second.end()
     first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
-    assert first.tend() and second.tend() and second.process is not None, (
+    assert first.keep_alive() and second.keep_alive() and second.process is not None, (
         "both begin at once: one is there first"
     )
     loser, winner = (first, second) if second_is_there(first, second) else (second, first)
     winner.end()
-    assert loser.tend() and loser.process is not None and loser.process.poll() is None, (
+    assert loser.keep_alive() and loser.process is not None and loser.process.poll() is None, (
         "the other one takes over"
     )
     loser.end()
     (folder / writer.PREPARING / underway.BEGUN).write_text("{")
     with (
-        feeding.fed(cell(), place) as tend,
+        feeding.preparing_corpus(cell(), place) as keep_alive,
         pytest.raises(EnvironmentFault, match="is damaged: delete"),
     ):
-        while tend():
+        while keep_alive():
             time.sleep(0.02)
 
 
@@ -701,7 +703,7 @@ from finrepro.running import feeding
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
 folder = Path(sys.argv[1])
-with feeding.fed(cell(), Place(open_store(folder / "store"), folder)):
+with feeding.preparing_corpus(cell(), Place(open_store(folder / "store"), folder)):
     print(feeder_pid(), flush=True)
     time.sleep(100)
 """
@@ -774,8 +776,8 @@ def test_a_cell_is_trained_on_a_corpus_that_it_prepares_meanwhile(tmp_path: Path
         place = Place(open_store(tmp_path / f"{name}_store"), tmp_path / name)
         events: list[dict[str, Any]] = []
         if name == "whole":
-            with feeding.fed(spec, place) as tend:
-                while tend():
+            with feeding.preparing_corpus(spec, place) as keep_alive:
+                while keep_alive():
                     time.sleep(0.05)
             assert underway.is_finished(folder)
         if name == "cut":

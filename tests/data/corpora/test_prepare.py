@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from finrepro.data.preparing.prepare import Options, Sources
 from finrepro.data.preparing.sources import Local
 from finrepro.data.preparing.tokenizing import Encoder, load_encoder
 from finrepro.data.tokens import train_tokenizer
-from finrepro.errors import EnvironmentFault, FinreproError, UsageError
+from finrepro.errors import EnvironmentFault, FinreproError
 
 WORDS = [
     "the",
@@ -228,7 +229,7 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
 
     def forgets_the_cut_document(self: writer.SplitWriter, *arguments: object) -> None:
         plain(self, *arguments)  # type: ignore[arg-type]
-        self.known += 1
+        self.documents_on_disk += 1
 
     monkeypatch.setattr(writer.SplitWriter, "__init__", forgets_the_cut_document)
     broken(resumes_to_the_same_bytes, lines, encoder, tmp_path / "out2", wanted)
@@ -237,6 +238,7 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
 from finrepro.data.preparing import writer
 from finrepro.data.preparing.sources import Local
@@ -359,9 +361,7 @@ def test_a_folder_is_gone_on_with_only_for_the_same_corpus(
         "is not empty",
         lambda: prepare.prepare(sources_of(lines), encoder, tmp_path / "full", OPTIONS),
     )
-    refused(
-        "cannot be written", lambda: prepare.prepare(sources_of(lines), encoder, lines, OPTIONS)
-    )
+    refused("is not writable", lambda: prepare.prepare(sources_of(lines), encoder, lines, OPTIONS))
     assert images(out) == before
 
 
@@ -447,7 +447,9 @@ def damaged(
     corpus: Path, change: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
 ) -> str:
     change(corpus)
-    assert command.verify(corpus) == 4
+    checked = command.verify_corpus(corpus)
+    assert checked.damaged
+    checked.show()
     return capsys.readouterr().out
 
 
@@ -483,7 +485,7 @@ def test_a_wrong_shard_is_named(
     corpus: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert command.verify(corpus) == 0
+    command.verify_corpus(corpus).show()
     assert "0 damaged" in capsys.readouterr().out
     assert f"damaged: {said}" in damaged(corpus, change, capsys)
     if opened:
@@ -581,16 +583,17 @@ def test_a_validation_split_of_its_own_keeps_its_documents_from_the_training_spl
 # The command.
 
 
-def made(tokenizer: Path, given: str, out: Path, **options: str) -> Index:
-    plain = {"workers": "1", "on_error": "stop", "field": "", "documents": "", "validation": ""}
-    assert command.make(given, tokenizer, out, None, **(plain | options)) == 0
-    return read_index(out)
+def made(tokenizer: Path, given: str, out: Path, **options: Any) -> Index:
+    corpus = command.prepare_corpus(given, tokenizer, out, **({"workers": 1} | options))
+    corpus.show()
+    assert corpus.index == read_index(out)
+    return corpus.index
 
 
 def test_the_command_prepares_a_file_and_says_what_it_made(
     lines: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = made(tokenizer, str(lines), tmp_path / "out", documents="lines", validation="0.1")
+    index = made(tokenizer, str(lines), tmp_path / "out", documents="lines", validation=0.1)
     assert index.options["validation"] == 0.1
     out = capsys.readouterr().out
     assert (
@@ -598,9 +601,8 @@ def test_the_command_prepares_a_file_and_says_what_it_made(
         and "left out: 11 duplicates" in out
     )
     for options, said in (
-        ({"workers": "0"}, "--workers '0'"),
-        ({"validation": "x"}, "--validation 'x'"),
-        ({"validation": "1"}, "--validation.validation"),
+        ({"workers": 0}, "--workers '0'"),
+        ({"validation": 1.0}, "--validation '1.0'"),
         ({"documents": "words"}, "unknown rule for documents 'words'"),
         ({"on_error": "ski"}, "Did you mean 'skip'"),
     ):
@@ -608,25 +610,13 @@ def test_the_command_prepares_a_file_and_says_what_it_made(
             said, lambda options=options: made(tokenizer, str(lines), tmp_path / "o2", **options)
         )
     assert (
-        command._workers("", sources_of(lines)) == 1
-        and command._workers("3", sources_of(lines)) == 3
+        command.worker_count(None, sources_of(lines)) == 1
+        and command.worker_count(3, sources_of(lines)) == 3
     )
     refused(
         "goes with files of your own",
         lambda: made(tokenizer, "wikitext2", tmp_path / "o2", documents="lines"),
     )
-    with pytest.raises(UsageError, match="--prepare needs --tokenizer"):
-        command.make(
-            "wikitext2",
-            None,
-            None,
-            None,
-            workers="",
-            on_error="stop",
-            field="",
-            documents="",
-            validation="",
-        )
 
 
 @pytest.mark.slow

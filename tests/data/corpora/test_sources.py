@@ -242,7 +242,7 @@ def test_a_hub_that_cannot_be_had_is_one_line(
     with pytest.raises(EnvironmentFault) as caught:
         gather(Hub("owner/name", "abc", "train"))
     assert one_line(caught.value) == (
-        "could not read hf://datasets/owner/name@abc, split train: Couldn't reach it with hf_***"
+        "could not read hf://datasets/owner/name@abc, split train: Couldn't reach it with [token]"
     )
 
     def cut_off(*_: object, **__: object) -> object:

@@ -35,12 +35,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from finrepro import PROJECT
+from finrepro.data import packing
 from finrepro.data.batches import Batch, end_to_end, side_by_side
 from finrepro.data.corpora import order
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.stream import open_corpus
 from finrepro.data.corpora.windows import Lengths, Window, Windows
-from finrepro.data.files import packing
 from finrepro.data.tokens import IGNORE, Encoded
 from finrepro.errors import UsageError
 from finrepro.methods.layers.supervised import SupervisedLM

@@ -40,7 +40,7 @@ from finrepro.methods.layers.triplets import Allocation, mean_distance
 from finrepro.models.build import configuration, load
 from finrepro.runtime import process as runtime
 from finrepro.settings import build
-from finrepro.training.handle import Handle
+from finrepro.training.engine_view import EngineView
 
 IDS = tuple(random_examples(11, count=1, longest=30)[0].ids) * 3
 LAYERS = 14  # of the tiny Llama
@@ -211,7 +211,7 @@ def test_the_regulariser_is_in_no_loss_that_is_recorded_or_evaluated(
 
 
 class Numbers:
-    """The importance in NumPy, in double precision, from what the handle read: equations 7 to
+    """The importance in NumPy, in double precision, from what the view read: equations 7 to
     11.
     """
 
@@ -247,19 +247,19 @@ def watched(cell: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     numbers, seen = Numbers(cell.adapter.config), []
     before, after = adalora.before_step, adalora.after_step
 
-    def read(handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        for name, parameter in handle.named.items():
+    def read(view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        for name, parameter in view.named.items():
             numbers.measure(
                 name,
-                handle.value(parameter).double().numpy(),
-                handle.gradient(parameter).double().numpy(),
+                view.value(parameter).double().numpy(),
+                view.gradient(parameter).double().numpy(),
             )
-        before(handle, config, step, max_steps)
+        before(view, config, step, max_steps)
 
-    def compare(handle: Handle, config: Any, step: int, max_steps: int) -> None:
-        after(handle, config, step, max_steps)
+    def compare(view: EngineView, config: Any, step: int, max_steps: int) -> None:
+        after(view, config, step, max_steps)
         budget = adalora.budget(config, LAYERS, step + 1, max_steps)
-        allocation: Allocation = handle.model.allocation
+        allocation: Allocation = view.model.allocation
         kept = {
             (f"{name}.lora_E.default", k)
             for name, each in allocation.kept.items()
@@ -267,9 +267,9 @@ def watched(cell: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         }
         lambdas = {
             (n, k)
-            for n, p in handle.named.items()
+            for n, p in view.named.items()
             if "lora_E" in n
-            for k in handle.value(p)[:, 0].nonzero().flatten().tolist()
+            for k in view.value(p)[:, 0].nonzero().flatten().tolist()
         }
         seen.append([step + 1, numbers.best(budget), kept, lambdas])
 
@@ -315,7 +315,7 @@ def test_the_law_finds_another_score_and_a_regrown_triplet(
         patch.setattr(Allocation, "scores", mean_only)
         broken(chooses_as_numpy, spec(), tmp_path / "scores", patch)
     with monkeypatch.context() as patch:
-        patch.setattr(Handle, "set", lambda *_: None)
+        patch.setattr(EngineView, "set", lambda *_: None)
         broken(chooses_as_numpy, spec(), tmp_path / "set", patch)
 
 

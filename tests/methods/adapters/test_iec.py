@@ -27,6 +27,7 @@ from fixtures.model import (
 from torch import Tensor, nn
 
 from finrepro.errors import Interrupted
+from finrepro.kinds import adapter_of, kind_module
 from finrepro.methods.layers import iec
 from finrepro.methods.layers.iec import IECLinear, mean_matrix, pool_and_repeat
 from finrepro.methods.layers.supervised import backbone_and_head
@@ -222,7 +223,11 @@ def test_the_scalars_start_at_zero_are_trained_and_do_not_decay() -> None:
     assert all(not each.any() and each.requires_grad for each in scalars(model))
     decaying = dataclasses.replace(spec.train.optimizer.config, weight_decay=0.5)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = spec.train.optimizer.module("optimizers").build(named, 1e-2, decaying).param_groups
+    groups = (
+        kind_module("optimizers", spec.train.optimizer.kind)
+        .build(named, 1e-2, decaying)
+        .param_groups
+    )
     spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     assert spared == {id(each) for each in scalars(model)}
 
@@ -289,7 +294,7 @@ def test_the_exported_settings_are_those_of_plain_lora(tmp_path: Path) -> None:
     for adapter in ("iec_r8", "lora_r8"):
         spec = spec_of(MINIATURES[0], adapter, "nf4")
         (tmp_path / adapter).mkdir()
-        spec.adapter.module("adapters").export(make(spec).model, tmp_path / adapter)
+        adapter_of(spec.adapter).export(make(spec).model, tmp_path / adapter)
         files.append(json.loads((tmp_path / adapter / "adapter_config.json").read_text()))
     assert files[0] == files[1]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
+from finrepro.kinds import kind_module
 from finrepro.methods.adapters import loftq, lora
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import load
@@ -37,7 +38,7 @@ def settings(**changes: Any) -> loftq.Config:
 def rounding(name: str) -> Callable[[Tensor], Tensor]:
     """Decode after encode of a catalogue entry."""
     choice = reader.quantizer(name, "float32")
-    module = choice.module("quantizers")
+    module = kind_module("quantizers", choice.kind)
     return lambda matrix: module.decode(module.encode(matrix.contiguous(), choice.config))
 
 
@@ -130,7 +131,7 @@ def stores_what_was_compensated(model: Any, dense: Any, choice: Choice) -> None:
     """In every layer codes and factors are the last iteration's; without a second quantization
     rounding the base again moves no code.
     """
-    module, quantized = choice.module("quantizers"), rounding(choice.name)
+    module, quantized = kind_module("quantizers", choice.kind), rounding(choice.name)
     for name, layer in linear_layers(dense).items():
         weight = upright(layer).contiguous()
         target, state = loftq.prepare(name, weight, quantized, settings(), 0)

@@ -31,6 +31,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
+from finrepro.kinds import kind_module, optimizer_of
 from finrepro.methods.adapters import lora
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models.build import configuration, load
@@ -62,9 +63,7 @@ def trajectory(spec: RunSpec) -> dict[str, Tensor]:
     """The adapter's parameters after three steps."""
     model = make(spec).model
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = spec.train.optimizer.module("optimizers").build(
-        named, 1e-2, spec.train.optimizer.config
-    )
+    optimizer = optimizer_of(spec.train.optimizer).build(named, 1e-2)
     for step in range(3):
         (-answer_log_likelihood(model, random_examples(step, count=1)[0])).backward()
         optimizer.step()
@@ -238,7 +237,7 @@ def with_the_rounded_weights(spec: RunSpec) -> nn.Module:
     """The cell's adapter on a base in full precision whose weights are what the quantizer makes
     of them.
     """
-    quantizer = spec.quantizer.module("quantizers")
+    quantizer = kind_module("quantizers", spec.quantizer.kind)
     plain = load(
         dataclasses.replace(spec, quantizer=reader.quantizer("none", spec.model.dtype)), None
     )
@@ -370,7 +369,7 @@ def test_named_targets_alone_are_counted() -> None:
     )
 
 
-@pytest.mark.parametrize("name", list(reader.catalogue("models")))
+@pytest.mark.parametrize("name", list(reader.entries("models")))
 def test_the_sizes_of_the_layers_are_those_of_the_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 

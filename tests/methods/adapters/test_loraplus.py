@@ -17,6 +17,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
 from finrepro.errors import Interrupted, UsageError
+from finrepro.kinds import adapter_of, kind_module, optimizer_of
 from finrepro.methods.adapters import iec, lora
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import process as runtime
@@ -63,11 +64,9 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, each) for name, each in model.named_parameters() if each.requires_grad]
 
 
-def optimizer_of(spec: RunSpec, model: nn.Module, scale: Callable[[str], float]) -> Any:
-    optimizer = spec.train.optimizer.module("optimizers").build(
-        named(model), 1.0, spec.train.optimizer.config
-    )
-    rates.split(optimizer, named(model), scale)
+def stepped_by(spec: RunSpec, model: nn.Module, scale: Callable[[str], float]) -> Any:
+    optimizer = optimizer_of(spec.train.optimizer).build(named(model), 1.0)
+    rates.split_groups(optimizer, named(model), scale)
     return optimizer
 
 
@@ -135,7 +134,7 @@ def test_every_engine_equals_a_plain_loop_with_two_rates(
     """
     method: str | Choice = {"dora": plus(use_dora=True), "iec": iec_plus()}.get(adapter, adapter)
     spec = spec_with(method, quantizer=quantizer, engine=engine, zero_stage=stage)
-    if spec.adapter.module("adapters").supports(
+    if kind_module("adapters", spec.adapter.kind).supports(
         spec.model, spec.quantizer, stage, spec.adapter.config
     ):
         assert (adapter, stage) == ("dora", 3)
@@ -180,7 +179,7 @@ def test_the_groups_hold_every_trained_parameter_once_at_its_rate(adapter: str) 
     method: str | Choice = {"dora": plus(use_dora=True), "iec": iec_plus()}.get(adapter, adapter)
     spec = spec_with(method)
     model = make(spec).model
-    optimizer = optimizer_of(spec, model, rates.scale_of(spec.adapter))
+    optimizer = stepped_by(spec, model, adapter_of(spec.adapter).lr_scale)
     held = [id(each) for group in optimizer.param_groups for each in group["params"]]
     assert sorted(held) == sorted(id(each) for _, each in named(model))
     factor = {
@@ -204,7 +203,7 @@ def test_splitting_changes_no_bit_where_the_rates_are_equal() -> None:
     for scale in (lambda _: 1.0, lambda name: 2.0 if "lora_B" in name else 1.0):
         spec = spec_with("lora_r8")
         model = make(spec).model
-        optimizer = optimizer_of(spec, model, scale)
+        optimizer = stepped_by(spec, model, scale)
         lm = SupervisedLM(model)
         for step in range(3):
             for group in optimizer.param_groups:
@@ -227,7 +226,7 @@ def test_weight_decay_reaches_a_and_b_at_their_own_rates_and_no_magnitude() -> N
     with torch.no_grad():
         for _, each in named(model):
             each.fill_(1.0)
-    optimizer = optimizer_of(spec, model, rates.scale_of(spec.adapter))
+    optimizer = stepped_by(spec, model, adapter_of(spec.adapter).lr_scale)
     rates.set_rate(optimizer.param_groups, 1e-2)
     for _, each in named(model):
         each.grad = torch.zeros_like(each)
@@ -243,7 +242,7 @@ def test_any_optimizer_is_split_eight_bit_ones_too() -> None:
 
     weights = [nn.Parameter(torch.ones(64, 128)) for _ in "ab"]
     optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=1e-3, weight_decay=0.0)
-    rates.split(
+    rates.split_groups(
         optimizer, zip(("a", "b"), weights, strict=True), {"a": 1.0, "b": RATIO}.__getitem__
     )
     rates.set_rate(optimizer.param_groups, 1e-4)

@@ -24,17 +24,18 @@ from fixtures.model import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finrepro.campaigns.campaign import choose_scale
+from finrepro.campaigns.preview import choose_scale
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
+from finrepro.kinds import adapter_of, choose
 from finrepro.methods.adapters import peft_folder
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import load
-from finrepro.settings import Choice, choose
+from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
 IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
@@ -55,7 +56,7 @@ def exported(name: str, quantizer: str, folder: Path) -> tuple[Path, nn.Module]:
     spec = spec_of(name, "lora_r4", quantizer)
     model = stir(make(spec).model)
     folder.mkdir()
-    spec.adapter.module("adapters").export(model, folder)
+    adapter_of(spec.adapter).export(model, folder)
     return folder, model
 
 
@@ -318,4 +319,4 @@ def test_the_cells_of_an_adapter_are_those_of_its_base_and_the_scale_is_where_th
 
 def catalogue_name(base: str) -> str:
     """The catalogue's name of a base."""
-    return base if base in reader.catalogue("models") else "llama3_1_8b"
+    return base if base in reader.entries("models") else "llama3_1_8b"

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import UsageError
+from finrepro.kinds import kind_module
 from finrepro.methods.adapters import lora, pissa
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models.build import load
@@ -99,7 +100,7 @@ def test_it_is_pefts_pissa(alpha: int) -> None:
 @pytest.mark.parametrize("quantizer", ["nf4", "nf4_single", "fp4", "icq", "int8"])
 def test_the_rest_is_rounded_with_less_error_than_the_weight(quantizer: str) -> None:
     choice, weight = reader.quantizer(quantizer, "float32"), decaying(256, 128)
-    module = choice.module("quantizers")
+    module = kind_module("quantizers", choice.kind)
 
     def error(matrix: Tensor) -> float:
         return float((matrix - module.decode(module.encode(matrix, choice.config))).norm())
@@ -269,14 +270,16 @@ def test_a_rank_that_does_not_fit_is_refused_and_no_quantizer_is(stage: int) -> 
     assert reason is not None and reason.startswith(
         "rank 1025 is more than llama3_1_8b can have in self_attn.k_proj"
     )
-    for quantizer in reader.catalogue("quantizers"):
+    for quantizer in reader.entries("quantizers"):
         if stage < 3 or quantizer != "int8":  # which ZeRO-3 cannot divide, whatever the adapter
             assert refusal(spec_of(model, "pissa_r8", quantizer, zero_stage=stage)) is None
 
 
 @pytest.mark.parametrize("adapter", ["pissa_r8", "loftq_r8"])
 def test_the_closed_form_is_loras(adapter: str) -> None:
-    count: Callable[..., int] = reader.adapter(adapter).module("adapters").trainable_parameters
+    count: Callable[..., int] = kind_module(
+        "adapters", reader.adapter(adapter).kind
+    ).trainable_parameters
     for name, per_rank in (
         ("gpt2_127m", 147_456),
         ("llama2_13b", 3_911_680),

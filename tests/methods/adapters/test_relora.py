@@ -38,13 +38,14 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.data.batches import COLLATE
 from finrepro.errors import Interrupted
+from finrepro.kinds import kind_module
 from finrepro.methods.adapters import relora as method
 from finrepro.methods.layers.relora import ReloraLinear
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.models.build import configuration, load
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
-from finrepro.training.handle import Handle
+from finrepro.training.engine_view import EngineView
 from finrepro.training.schedule import learning_rate
 from finrepro.training.steps import steps_from
 
@@ -91,7 +92,7 @@ def expected(name: str) -> dict[str, Any]:
         if each.removesuffix(".weight") not in layers
     }
     named |= {f"{each}.a": p for each, p in a.items()} | {f"{each}.b": p for each, p in b.items()}
-    optimizer = settings.optimizer.module("optimizers").build(
+    optimizer = kind_module("optimizers", settings.optimizer.kind).build(
         list(named.items()), 1.0, settings.optimizer.config
     )
     for step, rows in steps_from(0, [len(each.ids) for each in examples], settings, spec.seed):
@@ -155,21 +156,21 @@ def test_a_run_is_the_plain_loop(name: str, engine: Any, stage: int, tmp_path: P
     is_the_plain_loop(run_relora(relora(engine, stage, name), tmp_path), name)
 
 
-def forgets_nothing(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def forgets_nothing(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant."""
-    handle.change_state = lambda *_: None  # type: ignore[method-assign]
-    AFTER_STEP(handle, config, step, max_steps)
+    view.change_state = lambda *_: None  # type: ignore[method-assign]
+    AFTER_STEP(view, config, step, max_steps)
 
 
-def sets_the_model_alone(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def sets_the_model_alone(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the engine's own copies of A and B are forgotten."""
-    handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
-    AFTER_STEP(handle, config, step, max_steps)
+    view.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
+    AFTER_STEP(view, config, step, max_steps)
 
 
-def one_step_late(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def one_step_late(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant."""
-    AFTER_STEP(handle, config, step - 1, max_steps)
+    AFTER_STEP(view, config, step - 1, max_steps)
 
 
 def never(*_: Any) -> None:
@@ -284,8 +285,8 @@ def logits(model: nn.Module) -> Tensor:
 def a_reset_changes_the_parts_and_not_the_sum(model: nn.Module, config: Any, reset: Any) -> None:
     """The same logits; A another, B zero, all else as it was."""
     before, parts = logits(model), images(model.named_parameters())
-    handle = Bare(model)
-    reset(handle, config, 2, 100)
+    view = Bare(model)
+    reset(view, config, 2, 100)
     assert_close(logits(model), before, 1e-5)
     after = images(model.named_parameters())
     moved = {name for name in parts if parts[name] != after[name]}
@@ -294,7 +295,7 @@ def a_reset_changes_the_parts_and_not_the_sum(model: nn.Module, config: Any, res
     assert all(
         not layer.lora_B.any() and torch.equal(layer.lora_A, layer.drawn(1)) for layer in layers
     )
-    assert handle.changed == 2 * len(layers)
+    assert view.changed == 2 * len(layers)
 
 
 @pytest.mark.parametrize("name", MINIATURES)
@@ -305,10 +306,10 @@ def test_a_reset_changes_the_parts_and_not_the_sum(name: str) -> None:
     )
     twice = stir(make(spec).model)
 
-    def half(handle: Bare, *rest: Any) -> None:
-        for layer in method.layers_of(handle.model):
+    def half(view: Bare, *rest: Any) -> None:
+        for layer in method.layers_of(view.model):
             layer.scale = 0.5
-        AFTER_STEP(handle, *rest)
+        AFTER_STEP(view, *rest)
 
     broken(a_reset_changes_the_parts_and_not_the_sum, twice, spec.adapter.config, half)
 

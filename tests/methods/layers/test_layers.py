@@ -32,9 +32,10 @@ from finrepro.methods.layers import isolated_attention as ours
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.supervised import SupervisedLM, backbone_and_head
 from finrepro.models.build import configuration
+from finrepro.running.seal import attention_used
 
 MODELS = tuple(
-    name for name in reader.catalogue("models") if reader.model(name).low_rank is None
+    name for name in reader.entries("models") if reader.model(name).low_rank is None
 )  # test_low_rank.py has the others
 HEADS = ((4, 4), (4, 2), (8, 1))  # multi-head, grouped-query, one key-value head
 
@@ -183,7 +184,7 @@ def what_is_recorded_is_what_is_called(
 
 
 def recorded_header(spec: Any) -> Any:
-    return header(spec, "done", None, 0.0, "cpu")
+    return {"cell": {"attention": attention_used(spec, "cpu")}}
 
 
 @pytest.mark.parametrize("layout", list(COLLATE))
@@ -228,10 +229,7 @@ def test_the_recorded_implementation_decides(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_was_not_computed_has_no_implementation() -> None:
     spec = spec_of("gpt2_127m_mini", "lora_r8", max_steps=0)
-    assert header(spec, "done", None, 0.0, "cpu")["cell"]["attention"] == {
-        "train": None,
-        "evaluate": "sdpa",
-    }
+    assert attention_used(spec, "cpu") == {"train": None, "evaluate": "sdpa"}
     assert header(spec, "failed", "a reason", 0.0)["cell"]["attention"] is None
 
 

@@ -33,6 +33,7 @@ from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.spec import Model
 from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.kinds import adapter_of, kind_module
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.methods.layers.low_rank import (
     LowRankLinear,
@@ -49,7 +50,7 @@ from finrepro.sizes.low_rank import LowRank, break_even, factor_sizes, solve
 from finrepro.sizes.shapes import block_sizes, dense_sizes, depth, other_parameters, rank
 
 GPT2, LLAMA = "gpt2_127m_mini", "llama3_1_8b_mini"
-LOW_RANK = tuple(name for name in reader.catalogue("models") if reader.model(name).low_rank)
+LOW_RANK = tuple(name for name in reader.entries("models") if reader.model(name).low_rank)
 IDS = list(range(30, 60))
 
 
@@ -230,7 +231,7 @@ def test_one_seed_is_one_model() -> None:
 
 def saved(model: nn.Module, folder: Path) -> Path:
     """The checkpoint that a run of the whole model leaves."""
-    reader.adapter("full").module("adapters").export(model, folder)
+    adapter_of(reader.adapter("full")).export(model, folder)
     return folder
 
 
@@ -541,7 +542,7 @@ PLAIN = {
 def test_settings_that_cannot_be_are_one_line(
     changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = reader.catalogue("models")
+    entries = reader.entries("models")
     entry = {**entries["gpt2_127m_lr_r256"], "low_rank": {**PLAIN, **changes}}
     monkeypatch.setitem(entries, "x", entry)
     with pytest.raises(UsageError, match=says) as refused:
@@ -631,7 +632,9 @@ def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter:
         pytest.skip(str(refusal(spec)))
     built = make(spec)
     assert built.trainable_parameters == footprint.sizes(spec)["trainable_params"]
-    if adapter == "base" or getattr(spec.adapter.module("adapters"), "WHOLE_MODEL", False):
+    if adapter == "base" or getattr(
+        kind_module("adapters", spec.adapter.kind), "WHOLE_MODEL", False
+    ):
         return
     built.model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()
     learn = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.model import broken, make, process, spec_of  # noqa: F401
+from fixtures.planted import plant
 from optimizers_program import (
     ADAMW,
     EIGHT_BITS,
@@ -36,11 +37,12 @@ from torch import Tensor, nn
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.errors import Interrupted
+from finrepro.kinds import kind_module, optimizer_of
 from finrepro.methods.adapters import full
 from finrepro.methods.optimizers import adamw, adamw_8bit, adamw_frobenius
 from finrepro.runtime import process as runtime
 from finrepro.runtime import zero3
-from finrepro.training.handle import Handle
+from finrepro.training.engine_view import EngineView
 from finrepro.training.schedule import learning_rate
 
 EVERYWHERE = [
@@ -58,11 +60,11 @@ def begins_at_its_beginning(engine: Any, stage: int, dtype: str, folder: Path) -
     spec = cell(chosen(PLAIN, **STILL), engine, stage, dtype=dtype, max_steps=1, warmup_steps=0)
     counts, name = [], "model.layers.0.mlp.up_proj.weight"
 
-    def after(handle: Handle, *_: Any) -> None:
-        counts.extend(float(state["step"]) for state in handle._base.state.values())
+    def after(view: EngineView, *_: Any) -> None:
+        counts.extend(float(state["step"]) for state in view._base.state.values())
         before = dict(make(spec).model.named_parameters())[name].detach().float()
         decayed = before * (1 - spec.train.lr * ADAMW["weight_decay"])
-        assert (handle.value(handle.named[name]) - decayed).norm() <= 1e-6 * decayed.norm()
+        assert (view.value(view.named[name]) - decayed).norm() <= 1e-6 * decayed.norm()
 
     full.after_step = after  # type: ignore[attr-defined]
     try:
@@ -239,32 +241,32 @@ def test_a_run_with_frobenius_decay_is_the_loop_by_hand(
     is_the_loop_by_hand(run(cell(chosen(FROBENIUS), engine, stage), tmp_path), expected())
 
 
-def only_the_model(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def only_the_model(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the engine's own copies are forgotten."""
-    handle.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
-    DECAY(handle, config, step, max_steps)
+    view.set = lambda parameter, value: zero3.fill(parameter, value)  # type: ignore[method-assign]
+    DECAY(view, config, step, max_steps)
 
 
-def one_after_the_other(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def one_after_the_other(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: B is decayed by the new A."""
-    for names in adamw_frobenius.pairs(handle.named):
-        a, b = (handle.named[name] for name in names)
-        shrink = handle.rate(a) * config.frobenius_decay
-        handle.set(
+    for names in adamw_frobenius.pairs(view.named):
+        a, b = (view.named[name] for name in names)
+        shrink = view.rate(a) * config.frobenius_decay
+        view.set(
             a,
-            handle.value(a) - shrink * adamw_frobenius.slopes(handle.value(a), handle.value(b))[0],
+            view.value(a) - shrink * adamw_frobenius.slopes(view.value(a), view.value(b))[0],
         )
-        handle.set(
+        view.set(
             b,
-            handle.value(b) - shrink * adamw_frobenius.slopes(handle.value(a), handle.value(b))[1],
+            view.value(b) - shrink * adamw_frobenius.slopes(view.value(a), view.value(b))[1],
         )
 
 
-def plain_l2(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def plain_l2(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: each factor by itself."""
-    for name in factor_names(handle.named):
-        each = handle.named[name]
-        handle.set(each, handle.value(each) * (1 - handle.rate(each) * config.frobenius_decay))
+    for name in factor_names(view.named):
+        each = view.named[name]
+        view.set(each, view.value(each) * (1 - view.rate(each) * config.frobenius_decay))
 
 
 DECAY = adamw_frobenius.before_step
@@ -278,12 +280,10 @@ def decays_alone(engine: Any, stage: int, dtype: str, folder: Path) -> None:
     seen: dict[str, Tensor] = {}
     decay = adamw_frobenius.before_step
 
-    def watched(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+    def watched(view: EngineView, config: Any, step: int, max_steps: int) -> None:
         if step == max_steps - 1:  # all but the last decay
-            seen.update(
-                (name, handle.value(handle.named[name])) for name in factor_names(handle.named)
-            )
-        decay(handle, config, step, max_steps)
+            seen.update((name, view.value(view.named[name])) for name in factor_names(view.named))
+        decay(view, config, step, max_steps)
 
     adamw_frobenius.before_step = watched
     try:
@@ -344,15 +344,15 @@ def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for decay in (0.0, 0.5):
 
-        def after(handle: Handle, *_: Any) -> None:
+        def after(view: EngineView, step: int, max_steps: int) -> None:
             found.append(
                 (
-                    dict(handle._base.state),
-                    {name: handle.value(p) for name, p in handle.named.items()},
+                    dict(view._base.state),
+                    {name: view.value(p) for name, p in view.named.items()},
                 )
             )
 
-        monkeypatch.setattr(adamw_frobenius, "after_step", after, raising=False)
+        plant(monkeypatch, adamw_frobenius, after_step=after)
         run(
             cell(chosen(FROBENIUS, frobenius_decay=decay), max_steps=1, warmup_steps=0),
             folder / f"{decay}",
@@ -365,11 +365,11 @@ def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     } == factor_names(before)
 
 
-def through_the_moments(handle: Handle, config: Any, step: int, max_steps: int) -> None:
+def through_the_moments(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the decay is added to the gradient, as the authors have it for SGD."""
-    for names in adamw_frobenius.pairs(handle.named):
-        pair = [handle.named[name] for name in names]
-        for each, slope in zip(pair, adamw_frobenius.slopes(*map(handle.value, pair)), strict=True):
+    for names in adamw_frobenius.pairs(view.named):
+        pair = [view.named[name] for name in names]
+        for each, slope in zip(pair, adamw_frobenius.slopes(*map(view.value, pair)), strict=True):
             each.grad += config.frobenius_decay * slope
 
 
@@ -448,7 +448,7 @@ def problem(
     generator = torch.Generator().manual_seed(3)
     target, weight = torch.randn(size, generator=generator), nn.Parameter(torch.zeros(size))
     settings = chosen(EIGHT_BITS if bits == 8 else PLAIN, weight_decay=0.0)
-    optimizer = settings.module("optimizers").build([("x.0.weight", weight)], 1e-2, settings.config)
+    optimizer = optimizer_of(settings).build([("x.0.weight", weight)], 1e-2)
     scale, first = (
         torch.logspace(-3, 0, size[0])[:, None],
         torch.zeros(0),
@@ -527,7 +527,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(
     same_bits(interrupted(spec, tmp_path / "cut"), whole)
     if engine == "ddp":
         module = type(
-            spec.train.optimizer.module("optimizers").build(
+            kind_module("optimizers", spec.train.optimizer.kind).build(
                 [("x.0.w", nn.Parameter(torch.ones(2, 2)))], 1.0, spec.train.optimizer.config
             )
         )
@@ -571,9 +571,9 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(
             reason in found and f"ZeRO-{stage}" in found and kind in found and "\n" not in found
         )
 
-    def after(handle: Handle, *_: Any) -> None:
+    def after(view: EngineView, *_: Any) -> None:
         with pytest.raises(TypeError, match="begin it anew"):
-            handle.reset_state(handle.named.values())
+            view.reset_state(view.named.values())
 
     full.after_step = after  # type: ignore[attr-defined]
     try:

@@ -1,0 +1,23 @@
+"""What a call of `reproduce` gives back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finrepro.campaigns.display import Display
+from finrepro.reporting.table import Table
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A finished table. `states` are those of its cells by label, without the refused ones; a
+    table that is computed from sizes has none. `folder` is where its files lie.
+    """
+
+    table: Table
+    scale: str
+    folder: Path
+    states: dict[str, str] = field(default_factory=dict)
+
+    def show(self) -> None:
+        """Print the table, and where it lies."""
+        Display().table(self.table, self.folder, runs=bool(self.states))

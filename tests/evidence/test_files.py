@@ -1,0 +1,86 @@
+"""Law: a write ends whole or leaves what was there, and nothing beside it."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from fixtures.process import one_line
+
+from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.evidence.files import disk_errors, new_folder, write_bytes, write_json
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_has_the_old_content_or_the_new(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a"
+    write_bytes(path, b"old", durable=durable)
+    write_bytes(path, b"new", durable=durable)
+    assert path.read_bytes() == b"new"
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="full"):
+        write_bytes(path, b"newer", durable=durable)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a", b"new")]
+
+
+def test_only_a_durable_write_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_json(tmp_path / "a.json", {"ü": 1})
+    assert synced == []
+    write_json(tmp_path / "a.json", {"ü": 1}, indent=1, durable=True)
+    assert len(synced) == 2, "the file, and the folder that holds its name"
+    assert (tmp_path / "a.json").read_bytes() == '{\n "ü": 1\n}\n'.encode()
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": 1}
+
+
+def test_a_folder_comes_whole_or_not_at_all(tmp_path: Path):
+    target = tmp_path / "folder"
+    with new_folder(target) as folder:
+        (folder / "first").touch()
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), new_folder(target) as folder:
+        (folder / "second").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "first"]
+    with new_folder(target) as folder:
+        (folder / "third").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "third"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_that_says_what_is_kept(number: int, tmp_path: Path):
+    with (
+        pytest.raises(EnvironmentFault, match=r"no space left.*; whole shards are kept") as refused,
+        disk_errors(tmp_path, "whole shards are kept"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert str(tmp_path) in one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST]
+)
+def test_a_place_that_cannot_be_written_is_one_line_with_the_option(number: int, tmp_path: Path):
+    with (
+        pytest.raises(
+            EnvironmentFault, match=r"not writable.*choose another with --out"
+        ) as refused,
+        disk_errors(tmp_path, option="--out"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in one_line(refused.value)
+
+
+@pytest.mark.parametrize("error", [UsageError("database or disk is full"), ValueError("x")])
+def test_other_errors_pass(error: Exception, tmp_path: Path):
+    with pytest.raises(type(error)) as raised, disk_errors(tmp_path):
+        raise error
+    assert raised.value is error

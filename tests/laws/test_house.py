@@ -1,0 +1,105 @@
+"""Law: the house stays one that can be read: folders, arrows, words, lines and names of types."""
+
+import ast
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from finrepro import PROJECT
+
+PACKAGE = PROJECT / "finrepro"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROSE = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("findings/*.md")])
+# Words that name nothing: a binding is called by what it is.
+ALL_PURPOSE = frozenset(
+    re.findall(
+        r"\w+",
+        "asked chosen done each every found given held here kept known left made mine named needed "
+        "other others right said seen shown taken theirs told wanted what whole wrong",
+    )
+)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def bindings(module: ast.AST) -> list[str]:
+    """Every name that the source binds: variables, loop variables, parameters."""
+    return [
+        node.id if isinstance(node, ast.Name) else node.arg
+        for node in ast.walk(module)
+        if isinstance(node, ast.arg)
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    ]
+
+
+def arrows() -> list[tuple[Path, Path]]:
+    """Who imports whom, file by file."""
+    files = {".".join(path.relative_to(PROJECT).with_suffix("").parts): path for path in SOURCES}
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {(path, files[name]) for name in [*names, node.module] if name in files}
+    return sorted((start, end) for start, end in found if start != end)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def test_the_package_has_few_rooms():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert len(folders) <= 18 and len(files) <= 6, (folders, files)
+
+
+def test_a_third_of_the_imports_stay_inside_a_room():
+    every = arrows()
+    inside = sum(room(start) == room(end) for start, end in every)
+    assert len(every) > 500, "the scan of imports is broken"
+    assert inside / len(every) >= 0.35, f"{inside} of {len(every)}"
+
+
+def test_bindings_are_called_by_what_they_are():
+    counted = Counter(name for path in SOURCES for name in bindings(tree(path)))
+    empty = sum(counted[word] for word in ALL_PURPOSE)
+    assert counted.total() > 5000, "the scan of names is broken"
+    assert empty / counted.total() < 0.01, {word: counted[word] for word in ALL_PURPOSE}
+
+
+def test_the_scan_of_names_sees_variables_loops_and_parameters():
+    """The planted mutant of the law above."""
+    source = "def f(each, *, kept=1):\n    found = [said for said in each]\n    return kept.other"
+    assert Counter(bindings(ast.parse(source))) == Counter(["each", "kept", "found", "said"])
+
+
+def test_no_two_public_types_have_one_name():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    twice = {name: paths for name, paths in places.items() if len(paths) > 1 and name != "Config"}
+    assert twice == {}
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_prose_has_lines_of_at_most_a_hundred_columns(path: Path):
+    fenced, wide = False, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= line.lstrip().startswith("```")
+        if len(line) > 100 and not line.startswith("|") and not re.search(r"\]\(|^\S+$", line):
+            wide.append(number)
+    assert wide == []
+
+
+def test_no_line_is_kept_from_the_formatter():
+    skipped = [path for path in SOURCES if "fmt: skip" in path.read_text(encoding="utf-8")]
+    assert skipped == []
