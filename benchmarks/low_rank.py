@@ -7,8 +7,8 @@ the bound stands for: the layers alone show what the factors do. 416 stands besi
 the paper's compression, because matrix kernels like multiples of 16. Candidates run in turn on one
 thread, whose processor time is counted: the one clock that does not count a machine's other work. A
 CPU computes slowly next to its memory and cannot show where a GPU's memory becomes the limit, so
-the roofline ceiling of two GPUs stands beside each rank (finrepro/budgeting/roofline.py), and whether
-they follow.
+the roofline ceiling of two GPUs stands beside each rank (finrepro/budgeting/roofline.py), and
+whether they follow.
 """
 
 import statistics

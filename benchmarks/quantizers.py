@@ -128,7 +128,8 @@ def main() -> None:
         for drawn, title in DISTRIBUTIONS.items()
         for measure, axis in MEASURES.items()
     ]
-    caption = f"4-bit quantizers on {ROWS * COLUMNS // BLOCK:,} blocks of {BLOCK} weights: the mean, and where 9 of 10 blocks lie"
+    blocks = f"{ROWS * COLUMNS // BLOCK:,} blocks of {BLOCK} weights"
+    caption = f"4-bit quantizers on {blocks}: the mean, and where 9 of 10 blocks lie"
     (folder / "quantizers.svg").write_text(to_svg(draw(panels, caption)))
 
 

@@ -173,6 +173,7 @@ def fetch(model: Model) -> Path:
         raise EnvironmentFault(f"could not fetch {model.hub.id}: {reason}{gate}") from None
     if model.hub.revision and Path(folder).name != model.hub.revision:
         raise EnvironmentFault(
-            f"{model.hub.id}: the hub gave commit {Path(folder).name}, pinned is {model.hub.revision}."
+            f"{model.hub.id}: the hub gave commit {Path(folder).name}, "
+            f"pinned is {model.hub.revision}."
         )
     return Path(folder)

@@ -229,7 +229,8 @@ class Checkpoint:
         if found:
             extra = min(found)
             raise EnvironmentFault(
-                f"the checkpoint in {folder} is not {name}: unexpected tensor {extra} of shape {list(found[extra].shape)}."
+                f"the checkpoint in {folder} is not {name}: "
+                f"unexpected tensor {extra} of shape {list(found[extra].shape)}."
             )
 
     def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:
@@ -267,7 +268,8 @@ class Checkpoint:
         """
         if entry.shape != other.shape or not torch.equal(_read(entry, key), _read(other, twin)):
             raise EnvironmentFault(
-                f"the checkpoint in {self._folder} is not {self._name}: {key} and {twin} differ, {self._name} ties them."
+                f"the checkpoint in {self._folder} is not {self._name}: "
+                f"{key} and {twin} differ, {self._name} ties them."
             )
 
 

@@ -102,7 +102,10 @@ def without_weights(folder: Path) -> str:
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if not pickles:
         return f"no weights: neither {WHOLE} nor {INDEX} is there"
-    return f"only pickled weights ({pickles[0].name}), which are never read: a safetensors version of them is needed"
+    return (
+        f"only pickled weights ({pickles[0].name}), which are never read: "
+        "a safetensors version of them is needed"
+    )
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -220,7 +223,8 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
         return
     else:
         raise EnvironmentFault(
-            f"{folder}: the checkpoint of {name} lacks its tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
+            f"{folder}: the checkpoint of {name} lacks its tokenizer: "
+            "tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
         )
     if not ids or not all(isinstance(each, int) for each in ids):
         raise EnvironmentFault(f"{folder}: the tokenizer of {name} has no tokens.")
@@ -228,7 +232,8 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
         raise too_many_tokens(folder, name, max(ids) + 1, rows)
     if len(set(ids)) < FILLED * rows:
         raise EnvironmentFault(
-            f"{folder}: the tokenizer has {len(set(ids))} tokens, the embedding of {name} has {rows} rows: it is another model's."
+            f"{folder}: the tokenizer has {len(set(ids))} tokens, "
+            f"the embedding of {name} has {rows} rows: it is another model's."
         )
 
 

@@ -94,7 +94,8 @@ class EngineView:
         """
         if not self._gradients:
             raise RuntimeError(
-                "a gradient can be read in before_step only: earlier it is not whole, later it is gone."
+                "a gradient can be read in before_step only: "
+                "earlier it is not whole, later it is gone."
             )
         found = self._engine.gradient(parameter)
         return (
@@ -202,7 +203,8 @@ class EngineView:
         for key, each in found.items():
             if not (key in MOMENTS and each.shape == owner.shape and each.is_floating_point()):
                 raise TypeError(
-                    f"{type(self._base).__name__} keeps '{key}', and nobody here knows how to begin it anew."
+                    f"{type(self._base).__name__} keeps '{key}', "
+                    "and nobody here knows how to begin it anew."
                 )
         return found
 
@@ -237,7 +239,8 @@ class EngineView:
         for name, parameter in self.named.items():
             if id(parameter) not in shares and self._share(parameter).unit in units:
                 raise ValueError(
-                    f"one step count may serve a whole group of the optimizer: {name} has to be reset as well, or none's steps."
+                    "one step count may serve a whole group of the optimizer: "
+                    f"{name} has to be reset as well, or none's steps."
                 )
 
 
@@ -265,5 +268,6 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 def _expect_shape(parameter: nn.Parameter, value: Tensor) -> None:
     if value.shape != _shape(parameter):
         raise ValueError(
-            f"a value of shape {list(value.shape)} for a parameter of shape {list(_shape(parameter))}."
+            f"a value of shape {list(value.shape)} for a parameter of shape "
+            f"{list(_shape(parameter))}."
         )

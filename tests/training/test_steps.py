@@ -213,10 +213,10 @@ def test_what_a_handle_refuses(tmp_path: Path) -> None:
     refused: list[str] = []
 
     class Wrong:
-        def before_step(self, view: EngineView, step: int, max_steps: int) -> None:
+        def before_step(self, view: EngineView, *_: int) -> None:
             view.gradient(view.named[MATRIX])
 
-        def after_step(self, view: EngineView, step: int, max_steps: int) -> None:
+        def after_step(self, view: EngineView, *_: int) -> None:
             matrix, scalar = view.named[MATRIX], view.named[SCALAR]
             base = view.model.get_parameter("model.norm.weight")
             for error, wrong in (

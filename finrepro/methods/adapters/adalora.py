@@ -63,7 +63,8 @@ class Config:
         """Raises `ValueError` for a budget that grows."""
         if self.target_r > self.init_r:
             raise ValueError(
-                f"target_r {self.target_r} is more than init_r {self.init_r}: triplets are taken away, never added"
+                f"target_r {self.target_r} is more than init_r {self.init_r}: "
+                "triplets are taken away, never added"
             )
 
 
@@ -80,8 +81,8 @@ def supports_training(train: Any, config: Config) -> str | None:
     if not train.max_steps or first < last:
         return None
     return (
-        f"AdaLoRA's tinit {config.tinit} and tfinal {config.tfinal} leave none of {train.max_steps} steps to prune in: "
-        "their sum has to be less"
+        f"AdaLoRA's tinit {config.tinit} and tfinal {config.tfinal} leave none of "
+        f"{train.max_steps} steps to prune in: their sum has to be less"
     )
 
 
@@ -204,7 +205,8 @@ def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int
     first, last = phases(config, max_steps)
     if first >= last:
         raise ValueError(
-            f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps to prune in"
+            f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps "
+            "to prune in"
         )
     if not model.allocation.measured == model.allocation.allocated == step:
         raise RuntimeError(

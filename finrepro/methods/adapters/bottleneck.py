@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOT_EXPORTED = {
-    "peft": "PEFT has no bottleneck adapters (the run's weights/ is read by finrepro.methods.adapters.bottleneck alone)",
+    "peft": "PEFT has no bottleneck adapters (the run's weights/ is read by "
+    "finrepro.methods.adapters.bottleneck alone)",
     "merged": "a bottleneck is not linear, and nothing folds it into the weights",
 }
 SETTINGS, WEIGHTS, FORMAT = "bottleneck.json", "bottleneck.safetensors", "finrepro bottleneck 1"

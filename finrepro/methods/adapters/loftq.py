@@ -37,7 +37,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.lora_alpha != self.r:
             raise ValueError(
-                f"LoftQ's scaling must be 1: lora_alpha is {self.lora_alpha}, it has to be r, which is {self.r}"
+                f"LoftQ's scaling must be 1: lora_alpha is {self.lora_alpha}, "
+                f"it has to be r, which is {self.r}"
             )
 
 
@@ -50,7 +51,10 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
     """
     unfit = {"none": "takes nothing", "bnb_int8": "rounds every input as well"}
     if quantizer.kind in unfit:
-        return f"LoftQ makes up for what a quantizer takes from the weights; {quantizer.name} {unfit[quantizer.kind]}"
+        return (
+            "LoftQ makes up for what a quantizer takes from the weights; "
+            f"{quantizer.name} {unfit[quantizer.kind]}"
+        )
     return lora.misfit(model, config.r, config.target_modules)
 
 

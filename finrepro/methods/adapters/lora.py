@@ -75,7 +75,10 @@ def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | N
         return reason
     for name, (inputs, outputs) in targeted(sizes, target_modules).items():
         if r > min(inputs, outputs):
-            return f"rank {r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
+            return (
+                f"rank {r} is more than {model.name} can have in {name}, "
+                f"{inputs} in and {outputs} out"
+            )
     return None
 
 
@@ -142,9 +145,10 @@ def apply_from(
     layers = targeted_or_fail(linear_layers(model), config.target_modules)
     missing = [name for name in layers if name not in prepared]
     if missing:
-        what = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
+        base = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
         raise ValueError(
-            f"{method} on a {what} without the first stage: {missing[0]} and {len(missing) - 1} more"
+            f"{method} on a {base} without the first stage: "
+            f"{missing[0]} and {len(missing) - 1} more"
         )
     adapted: Any = apply(model, config, seed)
     with torch.no_grad():

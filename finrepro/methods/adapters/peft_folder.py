@@ -61,11 +61,13 @@ def from_folder(path: Path) -> dict[str, Any]:
     )
     if kind != "LORA":
         raise EnvironmentFault(
-            f"{path}: an adapter of type {kind!r}; only LORA (with its variants) can be scored here."
+            f"{path}: an adapter of type {kind!r}; "
+            "only LORA (with its variants) can be scored here."
         )
     if not isinstance(base, str) or not base:
         raise EnvironmentFault(
-            f"{path / SETTINGS}: base_model_name_or_path is empty: write the hub id of the model that the adapter was trained on."
+            f"{path / SETTINGS}: base_model_name_or_path is empty: "
+            "write the hub id of the model that the adapter was trained on."
         )
     _check_weights(path)
     return {"path": str(path.resolve()), "sha256": _digest(path), "base_model": base}
@@ -80,7 +82,8 @@ def _check_weights(path: Path) -> None:
     if not (path / WEIGHTS).is_file():
         if (path / PICKLE).is_file():
             raise EnvironmentFault(
-                f"{path}: holds only a pickle ({PICKLE}), which runs code when it is read: save it again with PEFT, which writes {WEIGHTS}."
+                f"{path}: holds only a pickle ({PICKLE}), which runs code when it is read: "
+                f"save it again with PEFT, which writes {WEIGHTS}."
             )
         raise EnvironmentFault(f"{path}: not a PEFT folder: it has no {WEIGHTS}.")
     try:
@@ -93,7 +96,8 @@ def _check_weights(path: Path) -> None:
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         raise EnvironmentFault(
-            f"{path / WEIGHTS}: {empty[0] if empty else 'the file'} is empty: was it saved under ZeRO-3 without gathering?"
+            f"{path / WEIGHTS}: {empty[0] if empty else 'the file'} is empty: "
+            "was it saved under ZeRO-3 without gathering?"
         )
 
 
@@ -114,10 +118,10 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
     names = [model.name, *([model.hub.id, _last(model.hub.id)] if model.hub else [])]
     if config.base_model in names or _last(config.base_model) in names:
         return None
-    known = model.hub.id if model.hub else model.name
+    base = model.hub.id if model.hub else model.name
     return (
-        f"the adapter '{Path(config.path).name}' is for {config.base_model}, not for {known}; if they are the same model, write "
-        f"{known} into base_model_name_or_path of its {SETTINGS}"
+        f"the adapter '{Path(config.path).name}' is for {config.base_model}, not for {base}; "
+        f"if they are the same model, write {base} into base_model_name_or_path of its {SETTINGS}"
     )
 
 

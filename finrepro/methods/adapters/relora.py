@@ -53,9 +53,12 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def supports_training(train: Any, config: Config) -> str | None:
     """Why these training settings do not go with the resets, or None."""
-    every = period_of(config, train.max_steps)
-    if train.max_steps > every and warmup_of(config, train.max_steps) >= every:
-        return f"ReLoRA's restart_warmup {config.restart_warmup} leaves no step at the full rate between resets every {every} steps"
+    period = period_of(config, train.max_steps)
+    if train.max_steps > period and warmup_of(config, train.max_steps) >= period:
+        return (
+            f"ReLoRA's restart_warmup {config.restart_warmup} leaves no step at the full rate "
+            f"between resets every {period} steps"
+        )
     return None
 
 

@@ -32,7 +32,10 @@ class Config(adamw.Config):
 def supports(spec: Any, config: Config) -> str | None:
     """None where each parameter is stepped by itself, or why not."""
     if spec.train.zero_stage:
-        return f"adamw_8bit rounds each parameter's moments by themselves, and ZeRO-{spec.train.zero_stage} steps flat pieces"
+        return (
+            "adamw_8bit rounds each parameter's moments by themselves, and "
+            f"ZeRO-{spec.train.zero_stage} steps flat pieces"
+        )
     if adapter_of(spec.adapter).RESETS_MOMENTS:
         return (
             f"{spec.adapter.name} begins moments anew, and nobody here knows how to in adamw_8bit's"

@@ -34,17 +34,26 @@ def supports(spec: Any, config: Config) -> str | None:
     from finrepro.sizes.shapes import block_sizes
 
     if spec.train.zero_stage:
-        return f"galore_adamw needs each matrix' whole gradient, and ZeRO-{spec.train.zero_stage} steps flat pieces"
+        return (
+            "galore_adamw needs each matrix' whole gradient, and "
+            f"ZeRO-{spec.train.zero_stage} steps flat pieces"
+        )
     adapter = adapter_of(spec.adapter)
     if spec.model.low_rank is not None:
-        return f"galore_adamw steps dense weights in a subspace, and those of {spec.model.name} are factors"
+        return (
+            "galore_adamw steps dense weights in a subspace, and those of "
+            f"{spec.model.name} are factors"
+        )
     if adapter.RESETS_MOMENTS or not adapter.WHOLE_MODEL:
         return (
             f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
         )
     for name, sides in block_sizes(spec.model).items():
         if config.rank > min(sides):
-            return f"galore_adamw: rank {config.rank} is more than {spec.model.name} can have in {name}, {sides[0]} in and {sides[1]} out"
+            return (
+                f"galore_adamw: rank {config.rank} is more than {spec.model.name} can have in "
+                f"{name}, {sides[0]} in and {sides[1]} out"
+            )
     return None
 
 

@@ -341,7 +341,8 @@ def test_a_loop_that_forgets_one_of_the_two_calls_is_told_so(
     monkeypatch.delattr(adalora, forgotten)
     with pytest.raises(
         RuntimeError,
-        match=r"AdaLoRA is (at step 1, and has allocated after 0|after step 0, and has measured 0) steps",
+        match=r"AdaLoRA is (at step 1, and has allocated after 0|"
+        r"after step 0, and has measured 0) steps",
     ):
         trained(spec(), tmp_path)
 

@@ -515,7 +515,8 @@ PLAIN = {
         ({"rank": 48, "multiple_of": 64}, "rank 48 is no multiple of 64"),
         (
             {"rank": 384},
-            r"rank 384 saves nothing in attn.c_proj \(768 in, 768 out\): its break-even rank is 384",
+            r"rank 384 saves nothing in attn.c_proj \(768 in, 768 out\): "
+            r"its break-even rank is 384",
         ),
         (
             {"rank": None, "compression": 4.0},
