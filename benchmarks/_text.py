@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.data.preparing.entries import sources_of
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.sources import LocalFiles
 
 
-def paragraphs() -> list[Local]:
+def paragraphs() -> list[LocalFiles]:
     """WikiText-2's files, both splits, a paragraph a document."""
     entry = sources_of("wikitext2", None)
-    return [Local(each.path, "paragraphs") for each in (*entry.train, *entry.validation)]  # type: ignore[union-attr]
+    return [LocalFiles(each.path, "paragraphs") for each in (*entry.train, *entry.validation)]  # type: ignore[union-attr]
 
 
 def bare(folder: Path) -> Any:

@@ -120,7 +120,7 @@ class Training:
         settings = dataclasses.replace(
             spec.train, engine="ddp"
         )  # the one that leaves the optimizer's state where it can be counted
-        self.hooks = Hooks(spec.adapter, built.model, settings.max_steps)
+        self.hooks = Hooks(spec.adapter, settings.optimizer, built.model, settings.max_steps)
         scale = adapter_of(spec.adapter).lr_scale
         self.engine: Engine = start_engine(
             built.model, settings, self.device, scale, self.hooks.extra_loss

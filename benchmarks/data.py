@@ -36,7 +36,7 @@ from finrepro.data.corpora.stream import open_corpus  # noqa: E402
 from finrepro.data.corpora.windows import Windows  # noqa: E402
 from finrepro.data.preparing import tokenizing  # noqa: E402
 from finrepro.data.preparing.entries import sources_of  # noqa: E402
-from finrepro.data.preparing.prepare import Options, Sources, prepare  # noqa: E402
+from finrepro.data.preparing.prepare import PrepareOptions, Sources, prepare  # noqa: E402
 from finrepro.data.preparing.writer import PREPARING, SplitWriter  # noqa: E402
 from finrepro.data.tokens import encode, train_tokenizer  # noqa: E402
 from finrepro.settings import plain  # noqa: E402
@@ -169,9 +169,9 @@ def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
 
     def whole() -> None:
         tokenizing.tokenizer_of(
-            encoder.rules
+            encoder.definition
         ).model._clear_cache()  # no word is known from the round before
-        prepare(sources, encoder, folder / f"c{next(fresh)}", Options())
+        prepare(sources, encoder, folder / f"c{next(fresh)}", PrepareOptions())
 
     runs = {
         "bare_tokenizer": lambda: tokenizer(texts, add_special_tokens=False)["input_ids"],

@@ -35,10 +35,10 @@ from finrepro import PROJECT  # noqa: E402
 from finrepro.data.arriving.arriving import ArrivingWindows  # noqa: E402
 from finrepro.data.arriving.growing import open_arriving  # noqa: E402
 from finrepro.data.batches import end_to_end  # noqa: E402
-from finrepro.data.corpora.index import FORMAT, Begun, write_record  # noqa: E402
+from finrepro.data.corpora.index import FORMAT, Unfinished, write_record  # noqa: E402
 from finrepro.data.preparing import underway  # noqa: E402
-from finrepro.data.preparing.prepare import Options, Sources  # noqa: E402
-from finrepro.data.preparing.sources import Local  # noqa: E402
+from finrepro.data.preparing.prepare import PrepareOptions, Sources  # noqa: E402
+from finrepro.data.preparing.sources import LocalFiles  # noqa: E402
 from finrepro.data.preparing.tokenizing import load_encoder  # noqa: E402
 from finrepro.data.preparing.writer import PREPARING  # noqa: E402
 from finrepro.data.tokens import train_tokenizer  # noqa: E402
@@ -83,15 +83,15 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
     processes prepares them.
     """
     (folder / PREPARING).mkdir(parents=True)
-    encoder, sources = load_encoder(tokenizer), Sources([Local(source)])
-    note = Begun(
+    encoder, sources = load_encoder(tokenizer), Sources([LocalFiles(source)])
+    note = Unfinished(
         format=FORMAT,
         tokenizer=encoder.digest,
         vocabulary=encoder.vocabulary,
         source=sources.description,
-        options=plain(Options(validation=0.0, shard_tokens=SHARD)),
+        options=plain(PrepareOptions(validation=0.0, shard_tokens=SHARD)),
     )
-    write_record(folder / PREPARING / underway.BEGUN, plain(note))
+    write_record(folder / PREPARING / underway.OPTIONS, plain(note))
     command = [
         sys.executable,
         "-m",

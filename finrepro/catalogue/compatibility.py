@@ -7,9 +7,9 @@ from finrepro.kinds import adapter_of, optimizer_of, quantizer_of
 from finrepro.settings import Choice
 
 
-def unstorable(stored_model: Model, chosen: Choice, zero_stage: int) -> str | None:
+def unstorable(stored_model: Model, quantizer: Choice, zero_stage: int) -> str | None:
     """Why a quantizer cannot hold a model at a ZeRO stage, None if it can."""
-    return quantizer_of(chosen).supports(stored_model, chosen, zero_stage)
+    return quantizer_of(quantizer).supports(stored_model, quantizer, zero_stage)
 
 
 def refusal(spec: RunSpec) -> str | None:

@@ -40,11 +40,11 @@ def entries(name: str) -> dict[str, Any]:
     return read_yaml(CONFIGS / f"{name}.yaml")
 
 
-def entry(name: str, key: str, what: str) -> dict[str, Any]:
+def entry(name: str, key: str, noun: str) -> dict[str, Any]:
     """One raw entry. Raises `UsageError` that names the nearest and all of them."""
     by_name = entries(name)
     if key not in by_name:
-        raise unknown(what, key, by_name)
+        raise unknown(noun, key, by_name)
     if not isinstance(by_name[key], dict):
         raise UsageError(f"{name}.{key}: expected a mapping of settings.")
     return by_name[key]

@@ -1,4 +1,4 @@
-"""Micro-batches as tensors: examples side by side with padding, or one after the other in a bin."""
+"""Micro-batches as tensors: padded examples side by side, or concatenated ones in a bin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from finrepro.data.tokens import IGNORE, Encoded
 from finrepro.errors import UsageError
 
 Sample = Encoded | Window
-Rows = NDArray[np.int64] | list[list[int]]
+TokenMatrix = NDArray[np.int64] | list[list[int]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass. `positions` are the supervised positions in the flattened batch, `targets`
-    the ids to predict there.
+    """The input of one forward pass. `positions` are the supervised positions in the flattened
+    batch, `targets` the ids to predict there.
 
-    Padding stands on the right, where causal attention cannot see it, so no mask is needed. In a
-    bin, `segment_lengths` gives the pieces' lengths: attention is confined to each
-    (finrepro.methods.layers.isolated_attention) and `position_ids` start again at 0.
+    Padding is on the right, where causal attention does not see it, so there is no mask. In a bin
+    `segment_lengths` are the pieces' lengths: attention stays inside each
+    (finrepro.methods.layers.isolated_attention), and `position_ids` start at 0 in each.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -45,20 +45,26 @@ class Batch:
 
 
 def _finish(
-    input_ids: Rows, targets: Rows, positions: Tensor, segments: tuple[int, ...] | None
+    input_ids: TokenMatrix,
+    targets: TokenMatrix,
+    position_ids: Tensor,
+    segments: tuple[int, ...] | None,
 ) -> Batch:
     flat = np.asarray(targets, np.int64).reshape(-1)
     supervised = np.flatnonzero(flat != IGNORE)  # NumPy takes a fifth of torch's time for these two
-    chosen = torch.from_numpy(flat[supervised])
     return Batch(
-        torch.as_tensor(input_ids), positions, torch.from_numpy(supervised), chosen, segments
+        torch.as_tensor(input_ids),
+        position_ids,
+        torch.from_numpy(supervised),
+        torch.from_numpy(flat[supervised]),
+        segments,
     )
 
 
 def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
-    """Rows of equal length, padded on the right with `pad_id`, whose value cannot matter.
+    """Rows of equal length, padded on the right with `pad_id`, whose value has no effect.
 
-    Raises `UsageError` for a window of several documents: side by side they would see one another.
+    Raises `UsageError` for a window of several documents: in one row they would see one another.
     """
     if any(len(example.pieces) > 1 for example in examples):
         raise UsageError(
@@ -76,7 +82,7 @@ def side_by_side(examples: Sequence[Sample], pad_id: int = 0) -> Batch:
 
 
 def end_to_end(examples: Sequence[Sample]) -> Batch:
-    """One row that holds the examples' pieces one after the other."""
+    """One row: the examples' pieces, concatenated."""
     ids = np.concatenate([example.ids for example in examples], dtype=np.int64)
     targets = np.concatenate([example.targets() for example in examples])
     lengths = tuple(length for example in examples for length in example.piece_lengths)
@@ -86,8 +92,8 @@ def end_to_end(examples: Sequence[Sample]) -> Batch:
 
 
 def empty() -> Batch:
-    """A batch without a supervised position: a rank that has run out of examples still joins the
-    collective calls.
+    """A batch without a supervised position, for a rank without examples, which still has to join
+    the collective calls.
     """
     return side_by_side([Encoded((0, 0), 2)])
 

@@ -1,6 +1,4 @@
-"""An example, a split of examples, and what can be said about them without a model: fingerprint,
-duplicates, overlap.
-"""
+"""An example, the splits of a dataset, and their fingerprints, duplicates and overlaps."""
 
 import hashlib
 import json
@@ -15,8 +13,7 @@ from finrepro.settings import settings
 class Example:
     """One item of a dataset. `id` is stable: dataset, file role and row, as `tfns/test/17`.
 
-    `source` says what the text is taken from, where the dataset tells: "tweet" or "news", or which
-    document.
+    `source` is where the text is from, if the dataset states it: "tweet" or "news", or a document.
     """
 
     id: str
@@ -29,8 +26,8 @@ Splits = dict[str, tuple[Example, ...]]  # "train", "development", "test"
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 over the examples in their order, ids, texts, labels and sources: the data that a
-    run really saw.
+    """sha256 over the examples in their order, with ids, texts, labels and sources: the identity of
+    the data that a run read.
     """
     return _fingerprint(tuple(examples))
 
@@ -52,18 +49,17 @@ def _fingerprint(examples: tuple[Example, ...]) -> str:
 
 
 def normalized(text: str) -> str:
-    """Letters only, lower case: two texts that differ in digits, case or punctuation are
+    """The text's letters in lower case: texts that differ only in digits, case or punctuation are
     near-duplicates.
     """
     return "".join(character for character in text.lower() if character.isalpha())
 
 
 def overlap(splits: Splits) -> dict[str, int]:
-    """Duplicates inside each split and examples of one split that stand in another, exactly and
-    nearly.
+    """Numbers of duplicates inside each split, and of examples of one split with an exact or a near
+    duplicate in another.
 
-    Reported beside the scores, never silently removed: a published split is scored as it was
-    published.
+    They are reported beside the scores and never removed: a published split is scored as published.
     """
     return dict(_overlap(tuple(splits.items())))
 
@@ -75,13 +71,15 @@ def _overlap(named: tuple[tuple[str, tuple[Example, ...]], ...]) -> dict[str, in
     for name, examples in splits.items():
         counts = Counter(example.text for example in examples)
         report[f"{name}/duplicates"] = sum(count - 1 for count in counts.values())
-    seen = {name: {example.text for example in examples} for name, examples in splits.items()}
-    near = {name: {normalized(text) for text in texts} for name, texts in seen.items()}
-    for name in ("development", "test"):
-        others = [other for other in splits if other != name and other in ("train", "development")]
-        for other in others if name in splits else ():
-            report[f"{name}/also_in_{other}"] = sum(e.text in seen[other] for e in splits[name])
-            report[f"{name}/nearly_in_{other}"] = sum(
-                normalized(e.text) in near[other] for e in splits[name]
+    exact = {name: {example.text for example in examples} for name, examples in splits.items()}
+    near = {name: {normalized(text) for text in texts} for name, texts in exact.items()}
+    for scored in ("development", "test"):
+        for trained in splits if scored in splits else ():
+            if trained == scored or trained not in ("train", "development"):
+                continue
+            texts = [example.text for example in splits[scored]]
+            report[f"{scored}/also_in_{trained}"] = sum(text in exact[trained] for text in texts)
+            report[f"{scored}/nearly_in_{trained}"] = sum(
+                normalized(text) in near[trained] for text in texts
             )
     return report

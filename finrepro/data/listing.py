@@ -1,5 +1,5 @@
-"""The list of datasets for a terminal: what each is, where it comes from, what of it is here,
-and the one step that fetches the rest.
+"""The list of datasets for a terminal: title, sources, which files are on this machine, and the
+command that fetches the missing ones.
 """
 
 import textwrap
@@ -20,11 +20,11 @@ def datasets(data_dir: Path | None) -> list[str]:
     """
     lines: list[str] = []
     for name in reader.entries("datasets"):
-        lines += [*_entry(reader.dataset(name), data_dir), ""]
+        lines += [*_description(reader.dataset(name), data_dir), ""]
     return lines[:-1]
 
 
-def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
+def _description(dataset: Choice, data_dir: Path | None) -> list[str]:
     config = dataset.config
     tasks = [
         name
@@ -53,30 +53,28 @@ def _entry(dataset: Choice, data_dir: Path | None) -> list[str]:
 
 
 def sources(dataset: Choice) -> list[str]:
-    """The places that the files come from: a hub dataset with its revision, repositories with
-    their commits.
-    """
-    config = dataset.config
-    found = {_repository(file.url): None for file in config.files.values() if file.url}
+    """Where the files come from: a hub dataset with its revision, repositories with commits."""
+    config, names = dataset.config, []
     if config.hub:
         revision = f"@{config.hub.revision}" if config.hub.revision else ", revision not pinned"
-        found = {f"hub {config.hub.id}{revision}": None, **found}
-    return list(found)
+        names.append(f"hub {config.hub.id}{revision}")
+    names += [_repository(file.url) for file in config.files.values() if file.url]
+    return list(dict.fromkeys(names))
 
 
 def _repository(url: str) -> str:
     """`owner/name@commit` of a raw file at GitHub, else the host."""
-    parts = urlsplit(url)
-    owner, name, commit, *_ = [*parts.path.strip("/").split("/"), "", "", ""]
-    return (
-        f"{owner}/{name}@{commit}" if parts.netloc == "raw.githubusercontent.com" else parts.netloc
-    )
+    address = urlsplit(url)
+    owner, name, commit, *_ = [*address.path.strip("/").split("/"), "", "", ""]
+    if address.netloc == "raw.githubusercontent.com":
+        return f"{owner}/{name}@{commit}"
+    return address.netloc
 
 
 def where(dataset: Choice, role: str, data_dir: Path | None) -> str:
     """Where a file is on this machine, in words."""
-    found = files.find(dataset, role, data_dir)
-    return f"here ({found[0]})" if found else "not here"
+    location = files.find(dataset, role, data_dir)
+    return f"here ({location[0]})" if location else "not here"
 
 
 def can_fetch(dataset: Choice, roles: list[str]) -> bool:

@@ -1,9 +1,9 @@
-"""Which examples make an optimizer step, and how a step is laid out in micro-batches. Numbers only:
-no tensors, no tokens.
+"""Which examples make an optimizer step, and how a step is laid out in micro-batches: indices and
+lengths only, no tokens.
 
-The order decides what is learned and depends on the seed alone; the layout decides only how fast,
-and every layout of the same step gives the same loss and gradients (tested). So neither the device,
-nor the number of ranks, nor the layout changes the experiment.
+The order of the examples depends on the seed alone. The layout decides only the speed: every layout
+of the same step gives the same loss and gradients (tested). So neither the device, nor the number
+of ranks, nor the layout changes the experiment.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -12,24 +12,23 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-Rows = list[int]  # indices of examples
+ExampleIndices = list[int]
 
 
 def steps_of_epoch(
     lengths: Sequence[int], global_batch_size: int, sort_window: int, seed: int, epoch: int
-) -> list[Rows]:
-    """The optimizer steps of one epoch, each a list of example indices; every example occurs
-    exactly once.
+) -> list[ExampleIndices]:
+    """The optimizer steps of one epoch as lists of examples, each of which occurs exactly once.
 
-    Examples are shuffled, sorted by length inside windows of `sort_window` steps and cut; then the
-    steps are shuffled. Neighbours in length share a step, so that padding is rare, while the
-    composition still changes from epoch to epoch. The last step may be shorter.
+    Examples are shuffled, sorted by length within windows of `sort_window` steps, and cut into
+    steps, which are shuffled. So examples of a step have similar lengths and little padding, and
+    the composition still changes from epoch to epoch. The last step may be shorter.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
     size = np.asarray(lengths)
     window = global_batch_size * sort_window
-    steps: list[Rows] = []
+    steps: list[ExampleIndices] = []
     for start in range(0, len(order), window):
         block = order[start : start + window]
         if sort_window > 1:
@@ -48,20 +47,21 @@ def num_steps(num_examples: int, global_batch_size: int, sort_window: int) -> in
     return full * sort_window + -(-rest // global_batch_size)
 
 
-def rank_rows(rows: Rows, lengths: Sequence[int], rank: int, world_size: int) -> Rows:
-    """This rank's part of a step: dealt out in order of length, so that ranks get equal work."""
+def rank_rows(
+    rows: ExampleIndices, lengths: Sequence[int], rank: int, world_size: int
+) -> ExampleIndices:
+    """This rank's share of a step: examples are dealt out in order of length, for equal work."""
     dealt = sorted(rows, key=lambda row: (-lengths[row], row))
     return dealt[rank::world_size]
 
 
-def padded(rows: Rows, lengths: Sequence[int], max_tokens: int) -> list[Rows]:
-    """Cut rows into micro-batches, sorted by length, whose size with padding stays within
-    `max_tokens`.
+def padded(rows: ExampleIndices, lengths: Sequence[int], max_tokens: int) -> list[ExampleIndices]:
+    """Micro-batches of rows sorted by length, each of at most `max_tokens` tokens with padding.
 
     A single row longer than `max_tokens` makes a micro-batch of its own: no example is dropped.
     """
-    batches: list[Rows] = []
-    current: Rows = []
+    batches: list[ExampleIndices] = []
+    current: ExampleIndices = []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         if current and lengths[current[0]] * (len(current) + 1) > max_tokens:
             batches.append(current)
@@ -70,106 +70,97 @@ def padded(rows: Rows, lengths: Sequence[int], max_tokens: int) -> list[Rows]:
     return [*batches, current] if current else batches
 
 
-def bins(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
-    """Best-fit decreasing; where its bins are more than the tokens need by over one in a thousand,
-    `closed_by_pairs` if that takes fewer.
+def bins(rows: ExampleIndices, lengths: Sequence[int], capacity: int) -> list[ExampleIndices]:
+    """Bins of at most `capacity` tokens: `best_fit`, or `closed_by_pairs` where that takes fewer.
 
-    O(n log n); the second way n times the number of different lengths. A row longer than `capacity`
-    gets a bin of its own: no example is dropped or cut.
+    The second is tried only where the first takes over one in a thousand bins more than the tokens
+    need: in an epoch of FiQA, as one step, it fills 99.7 % of the room in place of 95.2 %
+    (docs/data.md). A row longer than `capacity` gets a bin of its own: no example is dropped or
+    cut. O(n log n), and for the second way O(n) for each different length.
     """
-    found = best_fit(rows, lengths, capacity)
-    needed = -(-sum(min(lengths[row], capacity) for row in rows) // capacity)
-    if (
-        len(found) - needed <= len(found) // 1000
-    ):  # of a million rows, a bin or two are not worth the time
-        return found
-    return min(found, closed_by_pairs(rows, lengths, capacity), key=len)
+    packed = best_fit(rows, lengths, capacity)
+    fewest = -(-sum(min(lengths[row], capacity) for row in rows) // capacity)
+    if len(packed) - fewest <= len(packed) // 1000:
+        return packed
+    return min(packed, closed_by_pairs(rows, lengths, capacity), key=len)
 
 
-def closed_by_pairs(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
-    """One bin after the other: the longest row, then rows of the commonest length, and as soon as
-    two rows fill it to the brim, those two.
+def closed_by_pairs(
+    rows: ExampleIndices, lengths: Sequence[int], capacity: int
+) -> list[ExampleIndices]:
+    """Fill one bin after the other: the longest row, then rows of the commonest length, until two
+    rows fill the bin exactly.
 
-    To fill a bin as well as may be before the next is begun is the idea of "minimum bin slack"
+    To fill each bin as well as possible before the next is begun is the idea of "minimum bin slack"
     (Gupta and Ho, 1999), which tries every set of rows. Here a pair is found in one operation on
-    sets of lengths, the bits of a number; taking from the commonest leaves every length for the
-    last bins, which are then as easily filled.
+    sets of lengths, the bits of an integer. Taking the commonest length leaves every length for
+    the last bins, which are then as easily filled.
     """
-    left: dict[int, Rows] = {}  # length -> the rows that have it
+    unpacked: dict[int, ExampleIndices] = {}  # length -> the rows that have it
     for row in sorted(rows, reverse=True):
-        left.setdefault(int(min(lengths[row], capacity)), []).append(row)
-    sizes = sorted(left)
-    counts = np.array([len(left[length]) for length in sizes])
-    here, mirrored = (
-        sum(1 << length for length in sizes),
-        sum(1 << (capacity - length) for length in sizes),
-    )
-    content: list[Rows] = []
-    while here:
+        unpacked.setdefault(int(min(lengths[row], capacity)), []).append(row)
+    sizes = sorted(unpacked)
+    counts = np.array([len(unpacked[length]) for length in sizes])
+    present = sum(1 << length for length in sizes)
+    mirrored = sum(1 << (capacity - length) for length in sizes)
+    content: list[ExampleIndices] = []
+    while present:
         room = capacity
         content.append([])
-        while fitting := here & ((2 << room) - 1):
+        while fitting := present & ((2 << room) - 1):
             longest = fitting.bit_length() - 1
-            pairs = fitting & (
-                mirrored >> (capacity - room)
-            )  # lengths for which the rest of the room is a length, too
+            # Lengths for which there is also a row that fills the rest of the room.
+            pairs = fitting & (mirrored >> (capacity - room))
             first = pairs.bit_length() - 1
             if longest == room or not content[-1]:
-                chosen = [longest]
-            elif pairs and (2 * first != room or len(left[first]) > 1):
-                chosen = [first, room - first]
+                taken_lengths = [longest]
+            elif pairs and (2 * first != room or len(unpacked[first]) > 1):
+                taken_lengths = [first, room - first]
             else:
-                chosen = [sizes[counts[: bisect_right(sizes, room)].argmax()]]
-            for length in chosen:
-                content[-1].append(left[length].pop())
+                taken_lengths = [sizes[counts[: bisect_right(sizes, room)].argmax()]]
+            for length in taken_lengths:
+                content[-1].append(unpacked[length].pop())
                 counts[bisect_left(sizes, length)] -= 1
                 room -= length
-                if not left[length]:
-                    here, mirrored = here ^ 1 << length, mirrored ^ 1 << (capacity - length)
+                if not unpacked[length]:
+                    present, mirrored = present ^ 1 << length, mirrored ^ 1 << (capacity - length)
     return content
 
 
-def best_fit(rows: Rows, lengths: Sequence[int], capacity: int) -> list[Rows]:
-    """Best-fit decreasing: each row, longest first, goes into the fullest bin that still has
-    room for it.
-    """
-    with_room: dict[
-        int, list[int]
-    ] = {}  # room left -> the bins that have it, a heap: the first one made comes first
-    rooms: list[
-        int
-    ] = []  # the keys of those that are not empty, sorted: no more than there are different lengths
-    content: list[Rows] = []
+def best_fit(rows: ExampleIndices, lengths: Sequence[int], capacity: int) -> list[ExampleIndices]:
+    """Best-fit decreasing: each row, longest first, goes into the fullest bin with room for it."""
+    # Room -> a heap of the bins that have it, the oldest first.
+    with_room: dict[int, list[int]] = {}
+    # The keys of heaps that are not empty, sorted: at most as many as there are different lengths.
+    rooms: list[int] = []
+    content: list[ExampleIndices] = []
     sizes = [lengths[row] for row in rows]
-    for place in np.lexsort(
-        (np.array(rows), np.negative(sizes))
-    ).tolist():  # longest first, then in the order of the rows
-        row, length = rows[place], sizes[place]
-        position = bisect_left(rooms, length)
-        if position < len(rooms):
-            room = rooms[position]
-            index = heappop(with_room[room])
+    # Longest first, then in the order of the rows.
+    for position in np.lexsort((np.array(rows), np.negative(sizes))).tolist():
+        row, length = rows[position], sizes[position]
+        fullest = bisect_left(rooms, length)
+        if fullest < len(rooms):
+            room = rooms[fullest]
+            number = heappop(with_room[room])
             if not with_room[room]:
-                del rooms[position]
-            content[index].append(row)
+                del rooms[fullest]
+            content[number].append(row)
         else:
-            room, index = max(capacity, length), len(content)
+            room, number = max(capacity, length), len(content)
             content.append([row])
         if room > length:
-            bins_there = with_room.setdefault(room - length, [])
-            if not bins_there:
+            heap = with_room.setdefault(room - length, [])
+            if not heap:
                 insort(rooms, room - length)
-            heappush(bins_there, index)
+            heappush(heap, number)
     return content
 
 
 LAYOUTS = {"padded": padded, "bins": bins}
 
 
-def computed_tokens(batches: Sequence[Rows], lengths: Sequence[int], layout: str) -> int:
-    """Tokens that go through the model for these micro-batches: with padding, or in bins only
-    the real ones.
-    """
+def computed_tokens(batches: Sequence[ExampleIndices], lengths: Sequence[int], layout: str) -> int:
+    """The number of tokens that the model processes in these micro-batches, padding included."""
     if layout == "bins":
         return sum(lengths[row] for batch in batches for row in batch)
     return sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)

@@ -1,6 +1,4 @@
-"""Text to token ids: prompt and answer tokenized as one string, and the tokenizer that the
-miniatures are given.
-"""
+"""Text to token ids: prompt and answer tokenized as one string; and the miniatures' tokenizer."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,47 +11,44 @@ from finrepro.errors import CellFailed, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORE = (
-    -100
-)  # the target of a position that is not supervised; PyTorch's and Transformers' convention
+# The target of a position that is not supervised; PyTorch's and Transformers' convention.
+IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt and answer together; the answer begins at `answer_start`, which is at
-    least 1.
-    """
+    """Token ids of prompt and answer; the answer begins at `answer_start`, which is at least 1."""
 
     ids: tuple[int, ...]
     answer_start: int
 
     @property
     def pieces(self) -> "tuple[Encoded, ...]":
-        """What must not see one another: an example is one piece, a window of running text may
-        hold several documents.
+        """The parts between which there is no attention: an example is one piece, a window of
+        running text has a piece a document.
         """
         return (self,)
 
     @property
     def piece_lengths(self) -> tuple[int, ...]:
-        """How long each piece is."""
+        """The length of each piece."""
         return (len(self.ids),)
 
     @property
     def num_supervised(self) -> int:
-        """Tokens of the answer: the positions whose successor is learned or scored."""
+        """The number of tokens of the answer, which are learned or scored."""
         return len(self.ids) - self.answer_start
 
     def targets(self) -> list[int]:
-        """For each position the id to predict there, `IGNORE` over the prompt and at the last
-        position.
+        """For each position the id to predict there; `IGNORE` before the prompt's last position
+        and at the answer's last.
         """
         return [*[IGNORE] * (self.answer_start - 1), *self.ids[self.answer_start :], IGNORE]
 
 
 def cut(text: Encoded, max_seq_len: int) -> list[Encoded]:
-    """A text without a prompt cut to `max_seq_len` tokens: each token is still predicted once, the
-    first of a piece from the last one of the piece before it, which stands there as context.
+    """A text without a prompt, cut into sequences of at most `max_seq_len` tokens. Each begins with
+    the last token of the one before, as context, so that every token is predicted exactly once.
     """
     step = max_seq_len - 1
     starts = range(0, max(1, len(text.ids) - 1), step)
@@ -81,8 +76,8 @@ def encode(
     joint = tokenizer([prompt + answer for prompt, answer in pairs], return_attention_mask=False)[
         "input_ids"
     ]
-    # Answers to the same prompt leave the same of it, so that they can be compared: the longest one
-    # decides.
+    # Answers to the same prompt follow the same tokens of it, so that they can be compared: the
+    # longest answer decides how much of the prompt is dropped.
     longest = dict.fromkeys(unique, 0)
     for (prompt, _), ids in zip(pairs, joint, strict=True):
         longest[prompt] = max(longest[prompt], len(ids) - len(prompt_ids[prompt]))
@@ -109,7 +104,8 @@ def encode(
             keep = 1 if head[0] == start else 0
             if len(head) - keep - excess < 1 - keep:
                 raise CellFailed(
-                    f"an answer of {len(ids) - len(head)} tokens does not fit max_seq_len {max_seq_len}."
+                    f"an answer of {len(ids) - len(head)} tokens "
+                    f"does not fit max_seq_len {max_seq_len}."
                 )
             ids = ids[:keep] + ids[keep + excess :]
             head = head[:keep] + head[keep + excess :]
@@ -126,12 +122,10 @@ SPECIAL = {
 def train_tokenizer(
     texts: Iterable[str], family: str, vocab_size: int
 ) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, of the same kind as the family's
-    own.
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, like the family's own.
 
     Deterministic: the same texts in the same order give the same file. Llama's adds the
-    beginning-of-text token, GPT-2's does not. Raises `CellFailed` if the texts are too few for the
-    vocabulary.
+    beginning-of-text token, GPT-2's does not. Raises `CellFailed` if the texts give fewer tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -160,8 +154,8 @@ def train_tokenizer(
 
 
 def tokenizer_digest(folder: Path) -> str | None:
-    """sha256 of the tokenizer's own file in `folder`, or of vocabulary and merges one after the
-    other; None if there are none.
+    """sha256 of the tokenizer's file in `folder`, or of its vocabulary and merges, concatenated;
+    None if there is none.
     """
     for names in (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")):
         if all((folder / name).is_file() for name in names):

@@ -84,8 +84,8 @@ def answer(
         parts = [
             cut(text, max_seq_len) for text in encode(tokenizer, pairs, sys.maxsize, end=False)
         ]
-        every = [part for of in parts for part in of]
-        logprobs_of = iter(text_log_likelihoods(model, every, settings.max_tokens, progress))
+        all_parts = [part for of in parts for part in of]
+        logprobs_of = iter(text_log_likelihoods(model, all_parts, settings.max_tokens, progress))
         return [
             {
                 **row,
@@ -131,7 +131,7 @@ def _generated(
     assert new_tokens is not None
     pairs = [(family.prompt(example), "") for example in examples]
     room = max_seq_len - min(new_tokens, max_seq_len // 2)
-    prompts = [each.ids for each in encode_once(tokenizer, pairs, room, end=False)]
+    prompts = [prompt.ids for prompt in encode_once(tokenizer, pairs, room, end=False)]
     limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
     answers = generate(
         model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress
@@ -159,9 +159,9 @@ def score_rows(
     tally = family.tally(rows)
     constants = {}
     for reply in family.constant_answers():
-        said = [family.constant(reply, e) for e in examples]
+        predictions = [family.constant(reply, e) for e in examples]
         constants[reply] = family.tally(
-            [{**row, "prediction": p} for row, p in zip(rows, said, strict=True)]
+            [{**row, "prediction": p} for row, p in zip(rows, predictions, strict=True)]
         )
     gains: dict[str, dict[str, Interval]] = {}  # over each constant answer that is some best one
     scores = []

@@ -39,7 +39,7 @@ def generate(
     together = in_step(model)
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
 
-    def compute(rows: packing.Rows) -> list[Tokens]:
+    def compute(rows: packing.ExampleIndices) -> list[Tokens]:
         return _continue(
             model,
             [prompts[row] for row in rows],
@@ -78,7 +78,7 @@ def _continue(
     depth = torch.tensor(
         [len(prompt) for prompt in prompts], device=device
     )  # the position of the next token
-    seen = _prompt_positions(width, depth)
+    visible = _prompt_positions(width, depth)
     going: list[int | None] = list(
         range(len(prompts))
     )  # whose row it is, in the order of the cache; None: nobody's any more
@@ -87,25 +87,25 @@ def _continue(
     hidden = backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     last = hidden[torch.arange(len(prompts), device=device), depth - 1]
     while True:
-        chosen = head(last).float().argmax(-1)
-        kept = []
-        for place, (row, token) in enumerate(zip(going, chosen.tolist(), strict=True)):
+        next_tokens = head(last).float().argmax(-1)
+        unfinished = []
+        for place, (row, token) in enumerate(zip(going, next_tokens.tolist(), strict=True)):
             if row is not None and token != end:
                 answers[row].append(token)
                 if len(answers[row]) < limits[row]:
-                    kept.append(place)
-        if not (ranks.any_rank(bool(kept), device) if together else kept):
+                    unfinished.append(place)
+        if not (ranks.any_rank(bool(unfinished), device) if together else unfinished):
             return [tuple(answer) for answer in answers]
-        going = [going[place] for place in kept] or [None]
-        if len(going) < len(chosen):
-            keep = torch.tensor(kept or [0], device=device)
+        going = [going[place] for place in unfinished] or [None]
+        if len(going) < len(next_tokens):
+            keep = torch.tensor(unfinished or [0], device=device)
             cache.batch_select_indices(keep)
-            chosen, depth, seen = chosen[keep], depth[keep], seen[keep]
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+            next_tokens, depth, visible = next_tokens[keep], depth[keep], visible[keep]
+        visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=1)
         hidden = backbone(
-            input_ids=chosen[:, None],
+            input_ids=next_tokens[:, None],
             position_ids=depth[:, None],
-            attention_mask=seen[:, None, None],
+            attention_mask=visible[:, None, None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

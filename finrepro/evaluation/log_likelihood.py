@@ -32,10 +32,10 @@ def text_log_likelihoods(
     _, head = backbone_and_head(model)
     lengths = [len(text.ids) for text in texts]
 
-    def compute(rows: packing.Rows) -> list[float]:
+    def compute(rows: packing.ExampleIndices) -> list[float]:
         batch = side_by_side([texts[row] for row in rows]).to(device)
-        each = log_likelihood(head, hidden_states(model, batch)[batch.positions], batch.targets)
-        parts = each.double().cpu().split([texts[row].num_supervised for row in rows])
+        logprobs = log_likelihood(head, hidden_states(model, batch)[batch.positions], batch.targets)
+        parts = logprobs.double().cpu().split([texts[row].num_supervised for row in rows])
         return [float(part.sum()) for part in parts]
 
     batches = packing.padded(list(range(len(texts))), lengths, max_tokens)
@@ -65,7 +65,7 @@ def choice_log_likelihoods(
         for rest, choices in zip(rests, answers, strict=True)
     ]
 
-    def compute(rows: packing.Rows) -> list[list[float]]:
+    def compute(rows: packing.ExampleIndices) -> list[list[float]]:
         layout = [_branches(rests[row], answers[row], len(prefix)) for row in rows]
         return _one_pass(backbone, head, layout, len(prefix), cache, device)
 
@@ -160,9 +160,9 @@ def _mask(layout: Sequence[_Row], width: int, prefix: int) -> Bool[Tensor, "rows
     for index, row in enumerate(layout):
         owner[index, : len(row.owner)] = torch.tensor(row.owner)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
-    mine = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
-    seen = torch.ones(len(layout), width, prefix, dtype=torch.bool)
-    return torch.cat([seen, mine & causal], dim=-1)[:, None]
+    own_branch = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    visible = torch.ones(len(layout), width, prefix, dtype=torch.bool)
+    return torch.cat([visible, own_branch & causal], dim=-1)[:, None]
 
 
 def _one_pass(
@@ -197,8 +197,8 @@ def _one_pass(
         for reader, token in pick
     ]
     rows, readers, tokens = torch.tensor(flat, device=device).T
-    needed, inverse = torch.unique(rows * width + readers, return_inverse=True)
-    logits: Float[Tensor, "needed vocab"] = head(hidden.flatten(0, 1)[needed]).float()
-    each = (logits[inverse, tokens] - logits.logsumexp(-1)[inverse]).double().cpu()
-    values = iter(each.tolist())
+    positions, inverse = torch.unique(rows * width + readers, return_inverse=True)
+    logits: Float[Tensor, "needed vocab"] = head(hidden.flatten(0, 1)[positions]).float()
+    logprobs = (logits[inverse, tokens] - logits.logsumexp(-1)[inverse]).double().cpu()
+    values = iter(logprobs.tolist())
     return [[sum(next(values) for _ in pick) for pick in row.picks] for row in layout]

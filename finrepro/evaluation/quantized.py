@@ -30,8 +30,8 @@ def possible(spec: RunSpec) -> list[Choice]:
     """Those of the cell's `stored_as` that can hold its model; none on several ranks, where only
     the first has the files.
     """
-    chosen = spec.stored_as if spec.world_size == 1 else ()
-    return [each for each in chosen if unstorable(spec.model, each, 0) is None]
+    quantizers = spec.stored_as if spec.world_size == 1 else ()
+    return [quantizer for quantizer in quantizers if unstorable(spec.model, quantizer, 0) is None]
 
 
 def scores(
@@ -55,14 +55,14 @@ def scores(
         stored_as=(),
     )
     built = build(loaded, folder, device)
-    found = []
-    for each in spec.tasks:
-        examples = datasets[each.dataset.name].splits[spec.evaluation.split]
+    all_scores = []
+    for task in spec.tasks:
+        examples = datasets[task.dataset.name].splits[spec.evaluation.split]
         evaluated = evaluate(
-            built.model, tokenizer, each, examples, spec.evaluation, spec.train.max_seq_len
+            built.model, tokenizer, task, examples, spec.evaluation, spec.train.max_seq_len
         )
-        found += [
-            score | {"task": task_name(each.task.name, quantizer.name)}
+        all_scores += [
+            score | {"task": task_name(task.task.name, quantizer.name)}
             for score in evaluated.scores
         ]
-    return found, built.base_bytes
+    return all_scores, built.base_bytes

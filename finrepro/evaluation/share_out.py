@@ -26,8 +26,8 @@ def in_step(model: nn.Module) -> bool:
 
 
 def share_out(
-    batches: Sequence[packing.Rows],
-    compute: Callable[[packing.Rows], Sequence[Result]],
+    batches: Sequence[packing.ExampleIndices],
+    compute: Callable[[packing.ExampleIndices], Sequence[Result]],
     *,
     together: bool,
     progress: Progress | None = None,
@@ -38,20 +38,20 @@ def share_out(
     batches computes one again and throws the results away, so that all ranks call `compute` equally
     often. Progress counts what all ranks have done, if they are equally fast.
     """
-    here = ranks.current()
+    rank = ranks.current()
     total = sum(map(len, batches))
-    found: dict[int, Result] = {}
-    for first in range(0, len(batches), here.world_size):
-        idle = first + here.rank >= len(batches)
+    results_by_row: dict[int, Result] = {}
+    for first in range(0, len(batches), rank.world_size):
+        idle = first + rank.rank >= len(batches)
         if not idle or together:
-            rows = batches[-1 if idle else first + here.rank]
+            rows = batches[-1 if idle else first + rank.rank]
             results = compute(rows)
             if not idle:
-                found.update(zip(rows, results, strict=True))
+                results_by_row.update(zip(rows, results, strict=True))
         if progress:
-            progress(sum(map(len, batches[: first + here.world_size])), total)
-    if here.world_size > 1:
-        parts: list[Any] = [None] * here.world_size
-        dist.all_gather_object(parts, found)
-        found = {row: result for part in parts for row, result in part.items()}
-    return [found[row] for row in range(total)]
+            progress(sum(map(len, batches[: first + rank.world_size])), total)
+    if rank.world_size > 1:
+        parts: list[Any] = [None] * rank.world_size
+        dist.all_gather_object(parts, results_by_row)
+        results_by_row = {row: result for part in parts for row, result in part.items()}
+    return [results_by_row[row] for row in range(total)]

@@ -34,8 +34,8 @@ def disk_errors(
             raise EnvironmentFault(f"no space left for {place}{reason}; {kept}.") from None
         if number in REFUSED:
             raise EnvironmentFault(
-                f"{place} is not writable ({os.strerror(number or 0)}); choose another with "
-                f"{option}."
+                f"{place} is not writable ({os.strerror(number or 0)}); "
+                f"choose another with {option}."
             ) from None
         raise
 

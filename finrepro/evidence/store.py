@@ -69,7 +69,7 @@ class Store:
         """`state` of a result that is here."""
         if result["status"] != DONE:
             return str(result["status"])
-        here = (provenance.source_digest(), provenance.lock_digest())
+        digests = (provenance.source_digest(), provenance.lock_digest())
         base = result["data"].get("base") or {}
         makers = [result["environment"], *([base] if "source_digest" in base else [])]
         same_base = "run_id" not in base or self.weights_digest(base["run_id"]) in (
@@ -77,7 +77,7 @@ class Store:
             base["weights"],
         )
         same_makers = all(
-            (maker["source_digest"], maker["lock_digest"]) == here for maker in makers
+            (maker["source_digest"], maker["lock_digest"]) == digests for maker in makers
         )
         return DONE if same_makers and same_base else STALE
 

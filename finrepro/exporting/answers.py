@@ -13,7 +13,7 @@ from finrepro.errors import UsageError
 from finrepro.evaluation.evaluate import answer
 from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
-from finrepro.exporting.recorded import Recorded
+from finrepro.exporting.recorded import RecordedRun
 from finrepro.exporting.verify import NotEqual
 from finrepro.settings import plain, without
 
@@ -27,16 +27,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "bnb_int8": 0.1}
 
 
 def check(
-    recorded: Recorded, place: Place, model: Any, tokenizer: "PreTrainedTokenizerFast"
+    recorded: RecordedRun, place: Place, model: Any, tokenizer: "PreTrainedTokenizerFast"
 ) -> str:
-    """What was found, in a line. Raises `NotEqual` when the model gives other log-probabilities
-    than the run recorded.
+    """Whether the model gives the log-probabilities that the run recorded, in a line.
+
+    Raises `NotEqual` when it gives others.
     """
     spec = recorded.spec
-    kept = [row for row in read_lines(recorded.folder / "predictions.jsonl") if _logprobs(row)]
-    if not kept:
+    answered = [row for row in read_lines(recorded.folder / "predictions.jsonl") if _logprobs(row)]
+    if not answered:
         return "not held against recorded answers: the run has none with log-probabilities"
-    rows = [row for row in kept if row["task"] == kept[0]["task"]][:SAMPLE]
+    rows = [row for row in answered if row["task"] == answered[0]["task"]][:SAMPLE]
     task = _task(recorded, rows[0]["task"])
     if task is None:
         return f"not held against recorded answers: the task {rows[0]['task']} is another by now"
@@ -49,7 +50,7 @@ def check(
     ):
         return f"not held against recorded answers: {name} is not what it was"
     examples = {example.id: example for example in loaded.splits[split]}
-    again = answer(
+    recomputed = answer(
         model,
         tokenizer,
         task,
@@ -59,18 +60,22 @@ def check(
     )
     pairs = [
         pair
-        for one, other in zip(rows, again, strict=True)
-        for pair in zip(_logprobs(one), _logprobs(other), strict=True)
+        for row, new_row in zip(rows, recomputed, strict=True)
+        for pair in zip(_logprobs(row), _logprobs(new_row), strict=True)
     ]
-    worst = max(abs(one - other) / max(1.0, abs(one)) for one, other in pairs)
+    worst = max(abs(before - now) / max(1.0, abs(before)) for before, now in pairs)
     allowed = max(TOLERANCE.get(spec.quantizer.kind, 0.0), TOLERANCE[spec.model.dtype])
     if not worst <= allowed:
         raise NotEqual(
-            f"the model made again is not the one that run {recorded.run_id} scored: log-probabilities of recorded answers differ by up to "
+            f"the model made again is not the one that run {recorded.run_id} scored: "
+            "log-probabilities of recorded answers differ by up to "
             f"{worst:.3g}, allowed is {allowed:g}; use the version that made it (commit "
             f"{recorded.result['environment'].get('git_commit') or 'not recorded'})."
         )
-    return f"the model made again gives the log-probabilities of {len(rows)} recorded answers, to {worst:.2g}"
+    return (
+        f"the model made again gives the log-probabilities of {len(rows)} recorded answers, "
+        f"to {worst:.2g}"
+    )
 
 
 def _logprobs(row: dict[str, Any]) -> list[float]:
@@ -84,7 +89,7 @@ def _logprobs(row: dict[str, Any]) -> list[float]:
     )
 
 
-def _task(recorded: Recorded, name: str) -> TaskSpec | None:
+def _task(recorded: RecordedRun, name: str) -> TaskSpec | None:
     """The task that the run was scored on; None when the catalogue's is another."""
     for values in recorded.result["spec"]["tasks"]:
         try:
@@ -93,7 +98,7 @@ def _task(recorded: Recorded, name: str) -> TaskSpec | None:
             )
         except UsageError:
             return None
-        for each in scored:
-            if each.task.name == name and without(plain(each), DESCRIPTIVE) == values:
-                return each
+        for candidate in scored:
+            if candidate.task.name == name and without(plain(candidate), DESCRIPTIVE) == values:
+                return candidate
     return None

@@ -10,7 +10,7 @@ from finrepro.kinds import adapter_of, quantizer_of
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """The folders within an export; `.` is the export itself, None that there is no such thing
     in it.
     """
@@ -27,22 +27,26 @@ class Layout:
         return self.base is None
 
 
-def layout(spec: RunSpec, wanted: str) -> Layout:
-    """The folders of a run's export in the format `wanted`."""
-    if wanted == "merged":
-        return Layout(wanted, base=".")
-    shifted = bool(quantizer_of(spec.quantizer).BESIDE)
+def layout_of(spec: RunSpec, export_format: str) -> ExportLayout:
+    """The folders of a run's export in the format `export_format`."""
+    if export_format == "merged":
+        return ExportLayout(export_format, base=".")
+    has_shift = bool(quantizer_of(spec.quantizer).BESIDE)
     why = own_base(spec)
-    if wanted == "base":
+    if export_format == "base":
         return (
-            Layout(wanted, base="base", shift="shift", why_own=why)
-            if shifted
-            else Layout(wanted, base=".")
+            ExportLayout(export_format, base="base", shift="shift", why_own=why)
+            if has_shift
+            else ExportLayout(export_format, base=".")
         )
     if why is None:
-        return Layout(wanted, adapter=".")
-    return Layout(
-        wanted, adapter="adapter", base="base", shift="shift" if shifted else None, why_own=why
+        return ExportLayout(export_format, adapter=".")
+    return ExportLayout(
+        export_format,
+        adapter="adapter",
+        base="base",
+        shift="shift" if has_shift else None,
+        why_own=why,
     )
 
 

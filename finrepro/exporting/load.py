@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence.place import Place
-from finrepro.exporting.recorded import find
+from finrepro.exporting.recorded import find_run
 from finrepro.kinds import adapter_of
 from finrepro.runtime import process
 
@@ -29,7 +29,7 @@ def load_run(run_id: str, place: Place) -> tuple[Any, "PreTrainedTokenizerFast"]
             f"run {run_id} ({result['label']}) scored an adapter made elsewhere: load its own "
             "folder with PEFT."
         )
-    recorded = find(place.store, run_id, None)
+    recorded = find_run(place.store, run_id, None)
     spec = recorded.spec
     has_weights = any(recorded.weights.glob("*.safetensors"))
     if adapter_of(spec.adapter).trainable_parameters(spec.model) and not has_weights:
@@ -41,7 +41,7 @@ def load_run(run_id: str, place: Place) -> tuple[Any, "PreTrainedTokenizerFast"]
     from finrepro.exporting import rebuild
 
     with rebuild.on_its_base(recorded) as run:
-        begun = rebuild.start(run, place, "peft" if has_weights else "base")
-        base = None if run.is_whole_model else rebuild.base_model(run, begun, device)
+        start = rebuild.starting_point(run, place, "peft" if has_weights else "base")
+        base = None if run.is_whole_model else rebuild.base_model(run, start, device)
         model = rebuild.trained_model(run, base, device) if has_weights else base
-    return model, begun.tokenizer
+    return model, start.tokenizer

@@ -19,7 +19,7 @@ from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
-from finrepro.exporting.recorded import Recorded
+from finrepro.exporting.recorded import RecordedRun
 from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPTS = (
-    "What is the sentiment of this news? Operating profit rose to EUR 13.1 mn from EUR 8.7 mn in the same quarter a year ago.",
+    "What is the sentiment of this news? Operating profit rose to EUR 13.1 mn from EUR 8.7 mn in "
+    "the same quarter a year ago.",
     "$TSLA shares fall 4 % in early trading; analysts cut their price target.\nSentiment:",
     "The",
 )
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What a run started from: the folder of its base (None: weights from its seed, or none
     needed), and its tokenizer.
     """
@@ -47,7 +48,7 @@ class Start:
     tokenizer: "PreTrainedTokenizerFast"
 
 
-def start(recorded: Recorded, place: Place, wanted: str) -> Start:
+def starting_point(recorded: RecordedRun, place: Place, export_format: str) -> StartingPoint:
     """Find the base as for training, and hold it against what the run recorded of it.
 
     A run that has trained a whole model needs its base for the tokenizer alone, and not where the
@@ -55,26 +56,26 @@ def start(recorded: Recorded, place: Place, wanted: str) -> Start:
     what the run was trained on.
     """
     spec, data = recorded.spec, recorded.result["data"]
-    if recorded.is_whole_model and wanted != "base" and tokenizer_digest(recorded.weights):
-        return Start(None, load_tokenizer(recorded.weights))
+    if recorded.is_whole_model and export_format != "base" and tokenizer_digest(recorded.weights):
+        return StartingPoint(None, load_tokenizer(recorded.weights))
     folder, tokenizer, _ = open_base(spec, place)
-    facts, known = base_facts(spec, place, folder), data.get("base") or {}
+    facts, recorded_facts = base_facts(spec, place, folder), data.get("base") or {}
     for key in ("run_id", "weights", "files"):
-        if key in known and facts.get(key) != known[key]:
+        if key in recorded_facts and facts.get(key) != recorded_facts[key]:
             raise EnvironmentFault(
-                f"run {recorded.run_id} was trained on another base than the one that is here ({folder}): "
-                f"'{key}' is not what its result.json says."
+                f"run {recorded.run_id} was trained on another base than the one that is here "
+                f"({folder}): '{key}' is not what its result.json says."
             )
     digest = (data.get("tokenizer") or {}).get("sha256")
     if folder is not None and digest and tokenizer_digest(folder) != digest:
         raise EnvironmentFault(
             f"{folder}: the tokenizer is not the one that run {recorded.run_id} used."
         )
-    return Start(folder, tokenizer)
+    return StartingPoint(folder, tokenizer)
 
 
 @contextmanager
-def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
+def on_its_base(recorded: RecordedRun) -> Iterator[RecordedRun]:
     """The run with its adapter as it stands on the base that it was trained on, where its file
     is for another one.
     """
@@ -86,19 +87,19 @@ def on_its_base(recorded: Recorded) -> Iterator[Recorded]:
         yield dataclasses.replace(recorded, elsewhere=weights)
 
 
-def base_model(recorded: Recorded, begun: Start, device: torch.device) -> Any:
+def base_model(recorded: RecordedRun, start: StartingPoint, device: torch.device) -> Any:
     """The frozen base, as the run stored it; of a run that has trained a whole model, the
     untrained one.
     """
     spec = recorded.spec
     if changed_base(spec):
-        return stripped(build(spec, begun.folder, device).model)
+        return stripped(build(spec, start.folder, device).model)
     model = skeleton(spec)
-    loading.stream(model, source(spec, model, begun.folder), spec.quantizer, device)
+    loading.stream(model, source(spec, model, start.folder), spec.quantizer, device)
     return model.requires_grad_(False).eval()
 
 
-def trained_model(recorded: Recorded, base: Any, device: torch.device) -> Any:
+def trained_model(recorded: RecordedRun, base: Any, device: torch.device) -> Any:
     """The run's model: `base` with the run's adapter on it, or the whole model that the run has
     trained (`base` is not looked at).
     """
@@ -172,8 +173,11 @@ def densify(spec: RunSpec, model: Any) -> Any:
             weight_of(layer).to(getattr(torch, spec.model.dtype)),
             plain.get_submodule(name),
         )
-        kept = {"weight": weight.T.contiguous() if is_conv1d(dense) else weight, "bias": layer.bias}
-        for key, value in kept.items():
+        tensors = {
+            "weight": weight.T.contiguous() if is_conv1d(dense) else weight,
+            "bias": layer.bias,
+        }
+        for key, value in tensors.items():
             setattr(
                 dense,
                 key,
@@ -192,8 +196,8 @@ def encoded_prompts(tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
 def logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits of every position of each prompt, (tokens, vocabulary), in float32 on the CPU."""
     device = next(model.parameters()).device
-    found = [
+    outputs = [
         model.eval()(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
         for ids in prompts
     ]
-    return [each.logits[0].float().cpu() for each in found]
+    return [output.logits[0].float().cpu() for output in outputs]

@@ -13,9 +13,8 @@ from typing import Any
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
 from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
-from finrepro.evidence import store
 from finrepro.evidence.manifest import damaged_files
-from finrepro.evidence.store import Store
+from finrepro.evidence.store import DONE, Store
 from finrepro.kinds import adapter_of, choose, implementation
 from finrepro.settings import build, plain, without
 from finrepro.sizes.low_rank import not_exported
@@ -29,7 +28,7 @@ class Damaged(FinreproError):
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """A finished run: its result.json, its folder, and its spec without the tasks, which no model
     is made of.
 
@@ -57,50 +56,51 @@ class Recorded:
         return adapter_of(self.spec.adapter).WHOLE_MODEL
 
 
-def find(place: Store, run_id: str, wanted: str | None) -> Recorded:
-    """The run of that id, to be exported in the format `wanted`, or with None to be loaded.
+def find_run(store: Store, run_id: str, export_format: str | None) -> RecordedRun:
+    """The run of that id, to be exported in the format `export_format`, or with None to be loaded.
 
     Raises `UsageError` when there is none (with the nearest id), when it is not done, or does not
     go into the format; `EnvironmentFault` when its weights are missing or its settings are another
     version's; `Damaged` when a file is not the one that was sealed.
     """
-    done = sorted(
-        path.name for path in (place.results / "runs").iterdir() if RUN_ID.fullmatch(path.name)
+    run_ids = sorted(
+        path.name for path in (store.results / "runs").iterdir() if RUN_ID.fullmatch(path.name)
     )
-    if run_id not in done:
-        if not done:
-            raise UsageError(f"unknown run '{run_id}': there is no run in {place.root}.")
-        raise unknown("run", run_id, done) if len(done) <= 20 else _nearest(run_id, done)
-    folder, result = place.run_folder(run_id), place.result(run_id)
-    wrong = damaged_files(folder)
-    if wrong:
+    if run_id not in run_ids:
+        if not run_ids:
+            raise UsageError(f"unknown run '{run_id}': there is no run in {store.root}.")
+        raise unknown("run", run_id, run_ids) if len(run_ids) <= 20 else _nearest(run_id, run_ids)
+    folder, result = store.run_folder(run_id), store.result(run_id)
+    damaged = damaged_files(folder)
+    if damaged:
         raise Damaged(
-            f"run {run_id} is damaged, and is not exported: {', '.join(wrong)} differ from its manifest."
+            f"run {run_id} is damaged, and is not exported: {', '.join(damaged)} differ from its "
+            "manifest."
         )
     if result is None:
         raise Damaged(f"run {run_id} has no result.json that can be read.")
-    if result["status"] != store.DONE:
+    if result["status"] != DONE:
         raise UsageError(
             f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."
         )
-    if wanted and (reason := refusal(result["spec"], wanted)):
+    if export_format and (reason := refusal(result["spec"], export_format)):
         raise UsageError(
-            f"run {run_id} ({result['label']}) cannot be exported as {wanted}: {reason}."
+            f"run {run_id} ({result['label']}) cannot be exported as {export_format}: {reason}."
         )
-    if wanted not in (None, "base") and not any((folder / "weights").glob("*.safetensors")):
+    if export_format not in (None, "base") and not any((folder / "weights").glob("*.safetensors")):
         raise EnvironmentFault(
             f"run {run_id} ({result['label']}) has no weights in {folder / 'weights'}."
         )
-    return Recorded(result, folder, specified(result))
+    return RecordedRun(result, folder, specified(result))
 
 
-def _nearest(run_id: str, known: list[str]) -> UsageError:
+def _nearest(run_id: str, run_ids: list[str]) -> UsageError:
     """As `unknown`, without the list: a store may hold hundreds of runs."""
-    text = str(unknown("run", run_id, known)).partition(" Allowed:")[0]
-    return UsageError(f"{text} `invoke cells` lists the ids of {len(known)} runs.")
+    text = str(unknown("run", run_id, run_ids)).partition(" Allowed:")[0]
+    return UsageError(f"{text} `invoke cells` lists the ids of {len(run_ids)} runs.")
 
 
-def refusal(spec: dict[str, Any], wanted: str) -> str | None:
+def refusal(spec: dict[str, Any], export_format: str) -> str | None:
     """Why a run's model, adapter or quantizer does not go into a format, with the formats that
     are possible; None if it does.
     """
@@ -111,10 +111,10 @@ def refusal(spec: dict[str, Any], wanted: str) -> str | None:
     refused = not_exported(spec["quantizer"]["kind"]) if spec["model"].get("low_rank") else {}
     for method in methods:
         refused = method.NOT_EXPORTED | refused
-    if wanted not in refused:
+    if export_format not in refused:
         return None
-    possible = [each for each in FORMATS if each not in refused]
-    return f"{refused[wanted]}; possible: {' or '.join(possible) or 'nothing'}"
+    possible = [name for name in FORMATS if name not in refused]
+    return f"{refused[export_format]}; possible: {' or '.join(possible) or 'nothing'}"
 
 
 def specified(result: dict[str, Any]) -> RunSpec:
@@ -134,8 +134,9 @@ def specified(result: dict[str, Any]) -> RunSpec:
         ) from None
     if without(plain(model), DESCRIPTIVE) != values["model"]:
         raise EnvironmentFault(
-            f"run {result['run_id']} was made with another '{model.name}' than the catalogue's: use the version that made it "
-            f"(commit {result['environment'].get('git_commit') or 'not recorded'})."
+            f"run {result['run_id']} was made with another '{model.name}' than the catalogue's: "
+            "use the version that made it (commit "
+            f"{result['environment'].get('git_commit') or 'not recorded'})."
         )
     names = ("weights", "base_checkpoint", "base_run", "seed", "threads", "world_size")
     return RunSpec(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import FinreproError
-from finrepro.exporting.layout import Layout, loading_settings
+from finrepro.exporting.layout import ExportLayout, loading_settings
 from finrepro.exporting.rebuild import logits, quiet_peft
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the logits' length
@@ -35,7 +35,7 @@ class Difference:
 def reload(
     spec: RunSpec,
     written: Path,
-    layout: Layout,
+    layout: ExportLayout,
     base: Path | None,
     device: torch.device,
     prompts: Sequence[Sequence[int]],
@@ -48,14 +48,15 @@ def reload(
     except FinreproError:
         raise
     except Exception as error:  # whatever they raise: the export is of no use to anybody
-        said = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         raise NotEqual(
-            f"Transformers and PEFT cannot use what was written, nothing is kept: {type(error).__name__}: {said[0]}"
+            "Transformers and PEFT cannot use what was written, nothing is kept: "
+            f"{type(error).__name__}: {lines[0]}"
         ) from error
 
 
 def load(
-    spec: RunSpec, written: Path, layout: Layout, base: Path | None, device: torch.device
+    spec: RunSpec, written: Path, layout: ExportLayout, base: Path | None, device: torch.device
 ) -> Any:
     """The exported model through the public loaders; `base` is where the hub's checkpoint lies, for
     an export without one.
@@ -68,14 +69,19 @@ def load(
     options: dict[str, Any] = {"dtype": getattr(torch, spec.model.dtype), "device_map": str(device)}
     if layout.base_is_elsewhere and (settings := loading_settings(spec)):
         options["quantization_config"] = BitsAndBytesConfig(**settings)
-    place = base if layout.base is None else written / layout.base
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+    checkpoint = base if layout.base is None else written / layout.base
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
     )
-    for what in ("missing_keys", "mismatched_keys") if layout.base_is_elsewhere else loaded:
-        if loaded.get(what):
+    for kind in ("missing_keys", "mismatched_keys") if layout.base_is_elsewhere else loading_info:
+        if loading_info.get(kind):
             raise NotEqual(
-                f"Transformers reports {what.replace('_', ' ')}: {sorted(map(str, loaded[what]))[:2]}."
+                f"Transformers reports {kind.replace('_', ' ')}: "
+                f"{sorted(map(str, loading_info[kind]))[:2]}."
             )
     with quiet_peft():
         if layout.shift:
@@ -95,24 +101,25 @@ def load(
     return model.eval()
 
 
-def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
+def difference(expected: Sequence[Tensor], computed: Sequence[Tensor]) -> Difference:
     """Between the logits of the same prompts."""
     largest, relative = 0.0, 0.0
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape or not torch.isfinite(other).all():
+    for reference, exported in zip(expected, computed, strict=True):
+        if reference.shape != exported.shape or not torch.isfinite(exported).all():
             return Difference(float("inf"), float("inf"))
-        apart = (one - other).double()
-        largest = max(largest, float(apart.abs().max()))
-        relative = max(relative, float(apart.norm() / one.double().norm()))
+        error = (reference - exported).double()
+        largest = max(largest, float(error.abs().max()))
+        relative = max(relative, float(error.norm() / reference.double().norm()))
     return Difference(largest, relative)
 
 
-def check(spec: RunSpec, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
+def check(spec: RunSpec, expected: Sequence[Tensor], computed: Sequence[Tensor]) -> Difference:
     """The difference; raises `NotEqual` when it is more than the run's dtype explains."""
-    apart, allowed = difference(expected, found), TOLERANCE[spec.model.dtype]
-    if not apart.relative <= allowed:
+    distance, allowed = difference(expected, computed), TOLERANCE[spec.model.dtype]
+    if not distance.relative <= allowed:
         raise NotEqual(
-            f"what was written does not compute what the run computes: logits differ by up to {apart.largest:.3g}, "
-            f"{apart.relative:.3g} of their length, allowed is {allowed:g}; nothing is kept."
+            "what was written does not compute what the run computes: logits differ by up to "
+            f"{distance.largest:.3g}, {distance.relative:.3g} of their length, allowed is "
+            f"{allowed:g}; nothing is kept."
         )
-    return apart
+    return distance

@@ -11,9 +11,9 @@ import torch
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.exporting.layout import Layout, loading_settings
-from finrepro.exporting.rebuild import Start, densify, read_peft, stripped
-from finrepro.exporting.recorded import Recorded
+from finrepro.exporting.layout import ExportLayout, loading_settings
+from finrepro.exporting.rebuild import StartingPoint, densify, read_peft, stripped
+from finrepro.exporting.recorded import RecordedRun
 from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.methods.layers.linear import linear_layers
@@ -24,7 +24,7 @@ SHARD = "5GB"
 SETTINGS = "adapter_config.json"
 
 
-def write_adapter(recorded: Recorded, folder: Path) -> None:
+def write_adapter(recorded: RecordedRun, folder: Path) -> None:
     """Copy what the run has trained, a PEFT folder already; what it calls its base is the
     model's name.
     """
@@ -33,22 +33,21 @@ def write_adapter(recorded: Recorded, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     values, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), recorded.spec.model
     name = model.hub.id if model.hub else model.name
-    if (
-        values["base_model_name_or_path"] != name
-    ):  # a path on the machine that trained it means nothing to anybody
+    # A path on the machine that trained it means nothing to anybody.
+    if values["base_model_name_or_path"] != name:
         text = json.dumps(values | {"base_model_name_or_path": name}, indent=2, sort_keys=True)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
-def check_adapter(recorded: Recorded, layout: Layout) -> None:
+def check_adapter(recorded: RecordedRun, layout: ExportLayout) -> None:
     """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that
     belongs to its base.
     """
     kind = json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
     if layout.shift and kind != "LORA":
         raise UsageError(
-            f"run {recorded.run_id} cannot be exported as peft: PEFT does not put {kind} beside a LoRA, and the base needs one "
-            f"for its shifts; possible: merged or base."
+            f"run {recorded.run_id} cannot be exported as peft: PEFT does not put {kind} beside a "
+            "LoRA, and the base needs one for its shifts; possible: merged or base."
         )
 
 
@@ -96,7 +95,7 @@ def write_shift(model: Any, folder: Path) -> None:
     lora.export_factors(model, folder, factors, rank, rank, rank_pattern=ranks, alpha_pattern=ranks)
 
 
-def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> None:
+def write_merged(recorded: RecordedRun, start: StartingPoint, model: Any, folder: Path) -> None:
     """A dense checkpoint in the run's dtype: the base's weights, dequantized where they were
     quantized, plus what was trained.
 
@@ -105,7 +104,7 @@ def write_merged(recorded: Recorded, begun: Start, model: Any, folder: Path) -> 
     spec = recorded.spec
     if not recorded.is_whole_model:
         model = merge_peft(densify(spec, stripped(model)), recorded.weights)
-    _save(model, begun.tokenizer, folder, spec)
+    _save(model, start.tokenizer, folder, spec)
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ def missing_corpus(spec: RunSpec, task: TaskSpec, place: Place) -> str | None:
     folder = corpora.folder_of(name, place.data_dir) if name else None
     if reason is None or folder is None or not is_fed(spec, task):
         return reason
-    if underway.held(folder):
+    if underway.is_locked(folder):
         return None
     if tokenizer_for(spec, folder, place.models_dir) is None:
         return (

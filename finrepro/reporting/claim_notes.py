@@ -24,7 +24,7 @@ def low_rank_claims(
     """
     compression, size = claims["compression"], claims["model_bytes"]
     speed_up, linear_share = claims["speed_up"], claims["linear_share_of_size"]
-    account = next((each for each in accounts if each["model"] == compression.model), None)
+    account = next((entry for entry in accounts if entry["model"] == compression.model), None)
     if account is None or ratio != compression.value:
         return ()
     model, layers = account["low_rank"]["whole_model"], account["low_rank"]["linear"]

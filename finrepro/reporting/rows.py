@@ -69,7 +69,7 @@ def with_neighbours(
     beside = table(selection.table).beside
     if beside is None:
         return rows(cells, place)
-    other = dataclasses.replace(selection, table=beside.removeprefix("table"), only=None)
+    neighbour = dataclasses.replace(selection, table=beside.removeprefix("table"), only=None)
     return rows(cells, place) + [
-        row for row in rows(expand(other, scale), place) if row["state"] == store.DONE
+        row for row in rows(expand(neighbour, scale), place) if row["state"] == store.DONE
     ]

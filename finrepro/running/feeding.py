@@ -65,7 +65,7 @@ class Feeder:
         if underway.is_finished(self.folder):
             return False
         if self.process is None:
-            if underway.held(self.folder):
+            if underway.is_locked(self.folder):
                 return False
             self._start()
             return True
@@ -76,9 +76,9 @@ class Feeder:
         with ended.stdout:
             reason = ended.stdout.read().strip()
         code = ended.returncode
-        if code == underway.HELD:  # another one was there first, and may have gone meanwhile
+        if code == underway.LOCKED:  # another one was there first, and may have gone meanwhile
             return self.keep_alive()
-        if underway.is_finished(self.folder) or underway.held(self.folder):
+        if underway.is_finished(self.folder) or underway.is_locked(self.folder):
             return False
         if not reason:
             end = f"exit status {code}"

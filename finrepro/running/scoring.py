@@ -103,6 +103,6 @@ def evaluate_quantized(
     return result
 
 
-def emit_progress(emit: Emit, done: int, total: int) -> None:
+def emit_progress(emit: Emit, count: int, total: int) -> None:
     """Say how far an evaluation is, in examples."""
-    emit_phase(emit, f"evaluate {done}/{total}")
+    emit_phase(emit, f"evaluate {count}/{total}")

@@ -36,7 +36,7 @@ def open_corpora(
     """
     from finrepro.data.arriving.growing import open_arriving
     from finrepro.data.corpora.stream import open_corpus
-    from finrepro.data.preparing.entries import unlike
+    from finrepro.data.preparing.entries import mismatch
 
     corpora: dict[str, Corpus | GrowingCorpus] = {}
     for part in spec.train_on.parts if spec.train.max_steps else ():
@@ -52,7 +52,7 @@ def open_corpora(
                     corpus = open_corpus(
                         folder, tokenizer_digest(folder / TOKENIZER) or "none", rows
                     )
-                if difference := unlike(name, corpus.index):
+                if difference := mismatch(name, corpus.index):
                     raise EnvironmentFault(f"{folder}: {difference}")
                 corpus.stream()  # every shard is there, and as long as it was
                 corpora[part.task.task.name] = corpus

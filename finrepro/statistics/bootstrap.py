@@ -96,7 +96,7 @@ def paired_differences(
     """Each metric's difference first - second on the same rows, resampled together."""
     one, two = score(first.sum(0)), score(second.sum(0))
     sums = resampled_sums([first, second], clusters, resamples, seed)
-    samples = [score(each) for each in sums]
+    samples = [score(sums_of_sample) for sums_of_sample in sums]
     return {
         name: _interval(
             float(one[name] - two[name]), samples[0][name] - samples[1][name], confidence

@@ -136,13 +136,17 @@ class MlflowView:
         if result is None or result["status"] == SKIPPED:
             return
         digest = result_digest(self.store, run_id)
-        shown = {str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")}
-        parents = {key: run.data.tags["mlflow.parentRunId"] for key, run in shown.items()}
+        runs_by_experiment = {
+            str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")
+        }
+        parents = {
+            key: run.data.tags["mlflow.parentRunId"] for key, run in runs_by_experiment.items()
+        }
         parents |= {self.experiment(campaign["table"], campaign["scale"]): parent}
         tables = self._tables(parents)
         for experiment, mlflow_parent in parents.items():
             tags = {"mlflow.parentRunId": mlflow_parent, "tables": " ".join(tables)}
-            run = shown.get(experiment)
+            run = runs_by_experiment.get(experiment)
             if run is None or run.data.tags.get("result_digest") != digest:
                 if run is not None:
                     self.client.delete_run(run.info.run_id)

@@ -9,7 +9,7 @@ from finrepro.data.batches import COLLATE, Batch, Sample, empty
 from finrepro.runtime import ranks
 
 # Step, global batch size and seed -> the indices of the step's examples.
-Order = Callable[[int, int, int], packing.Rows]
+Order = Callable[[int, int, int], packing.ExampleIndices]
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class OrderedSamples(Protocol):
     def lengths(self) -> Sequence[int]:
         """Of every example."""
 
-    def rows(self, step: int, global_batch_size: int, seed: int) -> packing.Rows:
+    def rows(self, step: int, global_batch_size: int, seed: int) -> packing.ExampleIndices:
         """The indices of the examples of a step."""
 
 
@@ -38,7 +38,7 @@ def order_of(data: Sequence[Sample]) -> Order | None:
 
 def steps_from(
     first: int, lengths: Sequence[int], settings: Train, seed: int, order: Order | None = None
-) -> Iterator[tuple[int, packing.Rows]]:
+) -> Iterator[tuple[int, packing.ExampleIndices]]:
     """(step, example indices) from step `first` to the last: any step can be reached without
     replaying those before it.
 
@@ -60,7 +60,7 @@ def steps_from(
 
 
 def micro_batches(
-    rows: packing.Rows,
+    rows: packing.ExampleIndices,
     data: Sequence[Sample],
     lengths: Sequence[int],
     settings: Train,
@@ -81,7 +81,7 @@ def micro_batches(
 
 
 def computed_tokens(
-    rows: packing.Rows, lengths: Sequence[int], settings: Train, world_size: int
+    rows: packing.ExampleIndices, lengths: Sequence[int], settings: Train, world_size: int
 ) -> int:
     """Tokens of a step that go through the model, padding included, over all ranks."""
     lay_out = packing.LAYOUTS[settings.layout]

@@ -12,12 +12,12 @@ from fixtures.process import one_line
 
 from finrepro.budgeting import roofline
 from finrepro.budgeting.hardware import NUMBERS, Gpu, gpu
-from finrepro.catalogue.reader import catalogue
+from finrepro.catalogue.reader import entries
 from finrepro.errors import UsageError
 from finrepro.runtime import matmul
 from finrepro.settings import build
 
-GPUS = tuple(catalogue("hardware"))
+GPUS = tuple(entries("hardware"))
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -35,7 +35,7 @@ def test_every_number_has_a_source_and_nothing_else_has(name: str):
     "changed", [{"price": None}, {"sources": {}}, {"price": 3.0, "sources": {"peak_bf16": "read"}}]
 )
 def test_a_number_without_its_source_is_refused(changed: dict[str, Any]):
-    values = {"name": "h100", **catalogue("hardware")["h100"]}
+    values = {"name": "h100", **entries("hardware")["h100"]}
     build(Gpu, values, "hardware.h100")
     with pytest.raises(UsageError) as raised:
         build(Gpu, values | changed, "hardware.h100")

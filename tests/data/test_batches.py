@@ -85,17 +85,17 @@ def every_supervised_token_is_kept(examples: Sequence[Encoded], parts: Sequence[
     """The multiset of (token read, token to predict) is that of the examples, and so are the
     real tokens.
     """
-    wanted = Counter(
+    expected = Counter(
         (example.ids[t - 1], example.ids[t])
         for example in examples
         for t in range(example.answer_start, len(example.ids))
     )
-    found: Counter[tuple[int, int]] = Counter()
+    actual: Counter[tuple[int, int]] = Counter()
     for batch in parts:
         read = batch.input_ids.flatten()[batch.positions].tolist()
-        found.update(zip(read, batch.targets.tolist(), strict=True))
-    assert found == wanted
-    assert sum(wanted.values()) == sum(example.num_supervised for example in examples)
+        actual.update(zip(read, batch.targets.tolist(), strict=True))
+    assert actual == expected
+    assert sum(expected.values()) == sum(example.num_supervised for example in examples)
 
 
 def test_every_layout_can_be_planned_and_made_and_both_are_there() -> None:
@@ -216,12 +216,12 @@ def test_transformers_own_packing_leaks_with_a_cache_and_ours_does_not(name: str
     batch = end_to_end(examples)
     spec = spec_of(name)
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(
+    reference = AutoModelForCausalLM.from_config(
         configuration(spec.model), attn_implementation="sdpa"
     ).eval()
-    alone = torch.cat([all_logits(theirs, example.ids) for example in examples])
+    alone = torch.cat([all_logits(reference, example.ids) for example in examples])
     packed = {
-        cache: theirs(
+        cache: reference(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=cache
         ).logits[0]
         for cache in (False, True)
@@ -230,7 +230,7 @@ def test_transformers_own_packing_leaks_with_a_cache_and_ours_does_not(name: str
     assert (packed[True] - alone).abs().max() > 0.01, "fixed upstream: drop this half of the test"
 
     ours = make(spec).model.eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(reference.state_dict())
     backbone, head = backbone_and_head(ours)
     for cache in (False, True):
         hidden = backbone(
@@ -285,11 +285,11 @@ def test_only_needed_positions_go_through_the_head_in_scoring(
         ]
         for prompt in examples
     ]
-    needed = len(items) * (
+    expected_bytes = len(items) * (
         1 + 1 + 1 + 2
     )  # the prompt's last token for all choices, then each answer's but its last
-    head_sees(model, needed, lambda: choice_log_likelihoods(model, items, 256))
-    head_sees(model, needed, lambda: choice_log_likelihoods(model, items, 16))
+    head_sees(model, expected_bytes, lambda: choice_log_likelihoods(model, items, 256))
+    head_sees(model, expected_bytes, lambda: choice_log_likelihoods(model, items, 16))
     broken(
         head_sees,
         model,

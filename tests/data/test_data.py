@@ -27,7 +27,7 @@ from finrepro.settings import Choice
 DATASETS = tuple(reader.entries("datasets"))
 TFNS = reader.dataset("tfns")
 FPB = reader.dataset("fpb")
-CORPORA = [entry for entry in map(entries.entry, reader.entries("corpora")) if entry.files]
+CORPORA = [entry for entry in map(entries.corpus_entry, reader.entries("corpora")) if entry.files]
 WITH_FILES = [*(reader.dataset(name).config for name in DATASETS), *CORPORA]
 
 
@@ -44,15 +44,15 @@ def finlora(path: Path) -> list[tuple[str, str]]:
 
 def to_be_had(dataset: Choice, folder: Path | None) -> tuple[str, ...]:
     """Every split, or the test set alone where nobody has the training file."""
-    whole = data.dataset_missing_reason(dataset, folder) is None
-    return ("train", "development", "test") if whole else ("test",)
+    full = data.dataset_missing_reason(dataset, folder) is None
+    return ("train", "development", "test") if full else ("test",)
 
 
 def undivided(dataset: Choice, folder: Path | None) -> dict[str, tuple[Example, ...]]:
     """The published splits, before the development split is cut."""
-    found = data.locate(dataset, folder, to_be_had(dataset, folder))
-    assert found is not None
-    contents = {role: path.read_bytes() for role, (_, path) in found.items()}
+    locations = data.locate(dataset, folder, to_be_had(dataset, folder))
+    assert locations is not None
+    contents = {role: path.read_bytes() for role, (_, path) in locations.items()}
     return format_of(dataset).read(contents, dataset.name)
 
 
@@ -72,27 +72,27 @@ def test_tfns_labels_mean_what_the_tweets_say():
     assert Counter(downgrades).most_common(1)[0][0] == "negative"
 
 
-def swaps(gold: list[str], other: list[str]) -> dict[tuple[str, str], int]:
+def swaps(gold: list[str], predicted: list[str]) -> dict[tuple[str, str], int]:
     """(our label, their label) -> rows, where they differ."""
-    return dict(Counter(pair for pair in zip(gold, other, strict=True) if pair[0] != pair[1]))
+    return dict(Counter(pair for pair in zip(gold, predicted, strict=True) if pair[0] != pair[1]))
 
 
 def test_finlora_swaps_the_labels_of_tfns_and_we_do_not(data_dir: Path):
-    theirs = finlora(data_dir / "finlora" / "test" / "tfns_test.jsonl")
+    reference = finlora(data_dir / "finlora" / "test" / "tfns_test.jsonl")
     ours = undivided(TFNS, None)["test"]
-    assert len(theirs) == len(ours) == 2388
+    assert len(reference) == len(ours) == 2388
     labels = [example.label for example in ours]
-    assert swaps(labels, [label for _, label in theirs]) == {
+    assert swaps(labels, [label for _, label in reference]) == {
         ("neutral", "positive"): 1566,
         ("positive", "neutral"): 475,
     }
     # The planted mutant: TFNS read with FPB's order of labels is FinLoRA's file, and the detector
     # sees it.
-    wrong = dataclasses.replace(
+    damaged = dataclasses.replace(
         TFNS.config, labels={"0": "negative", "1": "neutral", "2": "positive"}
     )
-    mutant = undivided(dataclasses.replace(TFNS, config=wrong), None)["test"]
-    assert swaps([example.label for example in mutant], [label for _, label in theirs]) == {}
+    mutant = undivided(dataclasses.replace(TFNS, config=damaged), None)["test"]
+    assert swaps([example.label for example in mutant], [label for _, label in reference]) == {}
 
 
 def test_the_embedded_tfns_is_the_file_of_the_data_folder_byte_for_byte(data_dir: Path):
@@ -101,10 +101,10 @@ def test_the_embedded_tfns_is_the_file_of_the_data_folder_byte_for_byte(data_dir
 
 
 def test_fpb_is_the_published_split_in_order_and_label(data_dir: Path):
-    theirs = finlora(data_dir / "finlora" / "test" / "fpb_test.jsonl")
+    reference = finlora(data_dir / "finlora" / "test" / "fpb_test.jsonl")
     splits = undivided(FPB, data_dir)
     assert [(example.text, example.label) for example in splits["test"]] == [
-        (t.strip(), label) for t, label in theirs
+        (t.strip(), label) for t, label in reference
     ]
     assert (len(splits["test"]), len(splits["train"])) == (1212, 3634)
     assert Counter(example.label for example in splits["test"]) == {
@@ -155,20 +155,20 @@ def test_the_development_split_is_cut_from_train_and_nothing_is_lost(
     name: str, request: pytest.FixtureRequest
 ):
     dataset, folder = reader.dataset(name), folder_of(name, request)
-    whole, loaded = (
+    full, loaded = (
         undivided(dataset, folder),
         data.load(dataset, folder, to_be_had(dataset, folder)),
     )
     splits = loaded.splits
-    assert splits["test"] == whole["test"], "the test set is never touched"
+    assert splits["test"] == full["test"], "the test set is never touched"
     assert data.load(dataset, folder, tuple(splits)).fingerprints == loaded.fingerprints
-    if "train" not in whole:
+    if "train" not in full:
         assert set(splits) == {"test"} and dataset.config.files["train"].sha256 is None
         return
     ids = {split: [example.id for example in rows] for split, rows in splits.items()}
     assert not set(ids["train"]) & set(ids["development"])
-    assert set(ids["train"]) | set(ids["development"]) == {example.id for example in whole["train"]}
-    order = [example.id for example in whole["train"]]
+    assert set(ids["train"]) | set(ids["development"]) == {example.id for example in full["train"]}
+    order = [example.id for example in full["train"]]
     assert ids["train"] == [key for key in order if key in set(ids["train"])], (
         "both keep the file's order"
     )
@@ -176,25 +176,25 @@ def test_the_development_split_is_cut_from_train_and_nothing_is_lost(
         map(len, splits.values())
     )
     rule = dataset.config.development
-    units = Counter(unit_of(example, rule.unit) for example in whole["train"])
-    held = {unit_of(example, rule.unit) for example in splits["development"]}
-    assert not held & {unit_of(example, rule.unit) for example in splits["train"]}, (
+    units = Counter(unit_of(example, rule.unit) for example in full["train"])
+    held_out = {unit_of(example, rule.unit) for example in splits["development"]}
+    assert not held_out & {unit_of(example, rule.unit) for example in splits["train"]}, (
         "what is drawn is never divided"
     )
-    wanted = round(len(whole["train"]) * rule.fraction)
-    assert wanted <= len(ids["development"]) < wanted + max(units[key] for key in held)
+    expected = round(len(full["train"]) * rule.fraction)
+    assert expected <= len(ids["development"]) < expected + max(units[key] for key in held_out)
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_another_seed_cuts_another_development_split(name: str, request: pytest.FixtureRequest):
     dataset, folder = reader.dataset(name), folder_of(name, request)
     rule = dataset.config.development
-    whole = undivided(dataset, folder)
+    full = undivided(dataset, folder)
     first, second = (
-        data.cut_development(whole, dataclasses.replace(rule, seed=seed)) for seed in (0, 1)
+        data.cut_development(full, dataclasses.replace(rule, seed=seed)) for seed in (0, 1)
     )
-    if "train" not in whole:
-        assert first == second == whole
+    if "train" not in full:
+        assert first == second == full
         return
     assert first["development"] != second["development"]
     assert rule.unit != "row" or len(first["development"]) == len(second["development"])
@@ -218,14 +218,15 @@ def test_rows_of_one_text_would_be_divided_by_drawing_rows(data_dir: Path):
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_part_of_a_dataset_is_the_same_part(name: str, request: pytest.FixtureRequest):
     dataset, folder = reader.dataset(name), folder_of(name, request)
-    whole = data.load(dataset, folder, to_be_had(dataset, folder))
-    for split, rows in whole.splits.items():
-        part = data.load(dataset, folder, (split,))
+    full = data.load(dataset, folder, to_be_had(dataset, folder))
+    for split, rows in full.splits.items():
+        partial = data.load(dataset, folder, (split,))
         assert (
-            part.splits == {split: rows} and part.fingerprints[split] == whole.fingerprints[split]
+            partial.splits == {split: rows}
+            and partial.fingerprints[split] == full.fingerprints[split]
         )
-        assert set(part.files) == set(data.roles(dataset, (split,)))
-    assert whole.files == {role: dataset.config.files[role].sha256 for role in whole.files}
+        assert set(partial.files) == set(data.roles(dataset, (split,)))
+    assert full.files == {role: dataset.config.files[role].sha256 for role in full.files}
 
 
 EXAMPLES = st.lists(
@@ -270,8 +271,8 @@ def test_the_fingerprint_sees_the_end_of_long_data_and_the_order():
 
 
 def test_the_fingerprint_keeps_fields_apart():
-    one, two = Example(id="a", text="bc", label="d"), Example(id="ab", text="c", label="d")
-    assert fingerprint([one]) != fingerprint([two])
+    first, second = Example(id="a", text="bc", label="d"), Example(id="ab", text="c", label="d")
+    assert fingerprint([first]) != fingerprint([second])
 
 
 def test_a_source_that_is_not_stated_leaves_the_fingerprint_as_it_was():
@@ -385,24 +386,24 @@ def test_a_fetched_file_is_found_and_still_checked(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_column_or_label_that_the_file_does_not_have_is_one_line(change: dict):
-    wrong = dataclasses.replace(TFNS, config=dataclasses.replace(TFNS.config, **change))
+    damaged = dataclasses.replace(TFNS, config=dataclasses.replace(TFNS.config, **change))
     with pytest.raises(EnvironmentFault) as refused:
-        data.load(wrong, None)
+        data.load(damaged, None)
     assert "tfns" in one_line(refused.value)
 
 
 def test_another_number_of_rows_is_one_line():
     files = TFNS.config.files
     fewer = files | {"test": dataclasses.replace(files["test"], rows=2387)}
-    wrong = dataclasses.replace(TFNS, config=dataclasses.replace(TFNS.config, files=fewer))
+    damaged = dataclasses.replace(TFNS, config=dataclasses.replace(TFNS.config, files=fewer))
     with pytest.raises(EnvironmentFault, match="2388 rows, expected 2387"):
-        data.load(wrong, None)
+        data.load(damaged, None)
 
 
 def test_the_csv_reader_keeps_line_breaks_inside_a_field():
-    found = data.locate(TFNS, None)
-    assert found is not None
-    with found["train"][1].open(encoding="utf-8", newline="") as file:
+    locations = data.locate(TFNS, None)
+    assert locations is not None
+    with locations["train"][1].open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     broken = [row[0] for row in rows if "\n" in row[0].strip()]
     assert broken, "the file holds texts of several lines"
@@ -417,9 +418,11 @@ def test_every_embedded_folder_belongs_to_a_dataset_that_may_be_embedded():
         for file in config.files.values()
         if config.embedded
     }
-    found = {path.relative_to(data.EMBEDDED) for path in data.EMBEDDED.rglob("*") if path.is_file()}
+    locations = {
+        path.relative_to(data.EMBEDDED) for path in data.EMBEDDED.rglob("*") if path.is_file()
+    }
     assert {
-        path for path in found if path.suffix not in (".md", "") and path.name != "LICENSE"
+        path for path in locations if path.suffix not in (".md", "") and path.name != "LICENSE"
     } == allowed
 
 

@@ -54,7 +54,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
-    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     signed = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -63,7 +63,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(here, critical=False)
+        .add_extension(address, critical=False)
         .sign(key, hashes.SHA256())
     )
     private = key.private_bytes(
@@ -76,11 +76,11 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        found = self.path.endswith("/test.jsonl")
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(CONTENT) if found else 0))
+        exists = self.path.endswith("/test.jsonl")
+        self.send_response(200 if exists else 404)
+        self.send_header("Content-Length", str(len(CONTENT) if exists else 0))
         self.end_headers()
-        self.wfile.write(CONTENT if found else b"")
+        self.wfile.write(CONTENT if exists else b"")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -114,10 +114,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def dataset(hub: Hub | None = None, **files: File) -> Choice:
     """NWGI from other places."""
-    known = reader.dataset("nwgi")
-    columns = dict.fromkeys(files, known.config.columns["train"])
+    nwgi = reader.dataset("nwgi")
+    columns = dict.fromkeys(files, nwgi.config.columns["train"])
     return dataclasses.replace(
-        known, config=dataclasses.replace(known.config, hub=hub, files=files, columns=columns)
+        nwgi, config=dataclasses.replace(nwgi.config, hub=hub, files=files, columns=columns)
     )
 
 
@@ -128,11 +128,11 @@ def served(url: str, sha256: str | None = hashlib.sha256(CONTENT).hexdigest()) -
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_file_at_an_address_is_fetched_and_found_again(site: str, pinned: bool):
     file = served(f"{site}/a/test.jsonl") if pinned else served(f"{site}/a/test.jsonl", None)
-    chosen = dataset(test=file)
-    assert data.dataset_missing_reason(chosen, None) is not None
-    (path,) = fetch(chosen)
-    assert path.read_bytes() == CONTENT and data.dataset_missing_reason(chosen, None) is None
-    loaded = data.load(chosen, None, ("test",))
+    nwgi_set = dataset(test=file)
+    assert data.dataset_missing_reason(nwgi_set, None) is not None
+    (path,) = fetch(nwgi_set)
+    assert path.read_bytes() == CONTENT and data.dataset_missing_reason(nwgi_set, None) is None
+    loaded = data.load(nwgi_set, None, ("test",))
     assert loaded.origin == {"test": "fetched"} and loaded.files == {
         "test": hashlib.sha256(CONTENT).hexdigest()
     }
@@ -146,13 +146,13 @@ def test_other_bytes_than_the_recorded_ones_never_take_the_files_place(site: str
 
 
 def test_one_file_that_is_not_there_does_not_keep_the_others_away(site: str):
-    chosen = dataset(train=served(f"{site}/gone.jsonl"), test=served(f"{site}/test.jsonl"))
+    nwgi_set = dataset(train=served(f"{site}/gone.jsonl"), test=served(f"{site}/test.jsonl"))
     with pytest.raises(
         EnvironmentFault, match=r"gone\.jsonl.*404.*1 of 2 files are here now"
     ) as refused:
-        fetch(chosen)
+        fetch(nwgi_set)
     assert refused.value.exit_code == 3 and one_line(refused.value)
-    assert data.dataset_missing_reason(chosen, None, ("test",)) is None
+    assert data.dataset_missing_reason(nwgi_set, None, ("test",)) is None
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,12 @@ def test_a_split_that_only_the_hubs_library_can_name_is_kept_as_json_lines(
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(CONTENT * 2)
     hub = Hub(id=str(tmp_path / "set"), revision=None, source="this test")
-    chosen = dataset(hub, train=File(path="nwgi/train.jsonl", sha256=None, rows=None))
-    (path,) = fetch(chosen)
+    nwgi_set = dataset(hub, train=File(path="nwgi/train.jsonl", sha256=None, rows=None))
+    (path,) = fetch(nwgi_set)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(CONTENT)] * 2
-    assert [e.label for e in data.load(chosen, None, ("train",)).splits["train"]] == ["neutral"] * 2
+    assert [e.label for e in data.load(nwgi_set, None, ("train",)).splits["train"]] == [
+        "neutral"
+    ] * 2
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -187,13 +189,15 @@ class HubHandler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        there = self.path == "/datasets/owner/set/resolve/main/files/a.zip"
-        self.send_response(200 if there else 404)
-        self.send_header("Content-Length", str(len(ARCHIVE) if there else 0))
+        exists = self.path == "/datasets/owner/set/resolve/main/files/a.zip"
+        self.send_response(200 if exists else 404)
+        self.send_header("Content-Length", str(len(ARCHIVE) if exists else 0))
+        if not exists:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("X-Repo-Commit", "c" * 40)
         self.send_header("ETag", '"' + hashlib.sha256(ARCHIVE).hexdigest() + '"')
         self.end_headers()
-        if there and self.command == "GET":
+        if exists and self.command == "GET":
             self.wfile.write(ARCHIVE)
 
     def log_message(self, *_: object) -> None:
@@ -235,8 +239,10 @@ def test_a_member_of_an_archive_on_the_hub_is_fetched(hub: str, cache: Path):
         environment = os.environ | {
             "HF_ENDPOINT": hub,
             "HF_HOME": str(cache),
+            "HF_HUB_ETAG_TIMEOUT": "120",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",
             "no_proxy": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         }
         command = [sys.executable, "-c", FETCHING, path]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -257,7 +263,7 @@ def test_a_file_in_the_place_of_the_cache_is_one_line(site: str, cache: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("text", "expected"),
     [
         ("401 for hf_AbCdEf012345 at hub", "401 for [token] at hub"),
         ("proxy https://me:secret@proxy:80 refused", "proxy https://***@proxy:80 refused"),
@@ -269,12 +275,12 @@ def test_a_file_in_the_place_of_the_cache_is_one_line(site: str, cache: Path):
     ],
 )
 def test_no_secret_stands_in_a_message(
-    text: str, left: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, expected: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_TOKEN", "my-own-token")
     cache.mkdir()
     (cache / "token").write_text("stored-secret\n")
-    assert reason_of(ValueError(text)) == left
+    assert reason_of(ValueError(text)) == expected
 
 
 @pytest.mark.parametrize("name", reader.entries("datasets"))

@@ -15,7 +15,7 @@ from finrepro.catalogue import reader
 from finrepro.data import files as data
 from finrepro.data.examples import Example
 from finrepro.data.formats import fiqa
-from finrepro.data.formats.jsonl_labels import asked
+from finrepro.data.formats.jsonl_labels import split_prompt
 from finrepro.errors import EnvironmentFault
 from finrepro.kinds import format_of, kind_module
 from finrepro.settings import Choice
@@ -24,9 +24,9 @@ FIQA, NWGI = reader.dataset("fiqa_sa"), reader.dataset("nwgi")
 
 
 def contents(dataset: Choice, folder: Path, splits: tuple[str, ...]) -> dict[str, bytes]:
-    found = data.locate(dataset, folder, splits)
-    assert found is not None
-    return {role: path.read_bytes() for role, (_, path) in found.items()}
+    locations = data.locate(dataset, folder, splits)
+    assert locations is not None
+    return {role: path.read_bytes() for role, (_, path) in locations.items()}
 
 
 def every_row(folder: Path) -> list[Example]:
@@ -71,13 +71,13 @@ def test_the_test_set_is_flares_in_order_and_its_rows_are_the_challenges(data_di
     path = (
         data_dir / "pixiu_fit" / "fiqasa_test.jsonl"
     )  # PIXIU's own file: each row with ten instructions
-    theirs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][::10]
-    texts = [row["text"].removeprefix("Text: ").strip() for row in theirs]
+    reference = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][::10]
+    texts = [row["text"].removeprefix("Text: ").strip() for row in reference]
     assert [(e.text, e.label) for e in test] == [
-        (t, row["label"].lower()) for t, row in zip(texts, theirs, strict=True)
+        (t, row["label"].lower()) for t, row in zip(texts, reference, strict=True)
     ]
-    known = {(row.text, row.label, row.source) for row in every_row(data_dir)}
-    assert all((e.text, e.label, e.source) in known for e in test), (
+    our_rows = {(row.text, row.label, row.source) for row in every_row(data_dir)}
+    assert all((e.text, e.label, e.source) in our_rows for e in test), (
         "label and source agree with the scores"
     )
     assert Counter(e.source for e in test) == {"tweet": 128, "news": 107}
@@ -88,7 +88,7 @@ def test_no_sentence_of_the_test_set_is_trained_on_which_pixius_split_does(data_
     held_out = {e.text for e in splits["test"]}
     assert not held_out & {e.text for name in ("train", "development") for e in splits[name]}
     assert sum(len(splits[name]) for name in ("train", "development")) == 915
-    theirs = set()
+    reference = set()
     for name in ("train", "valid"):
         lines = (
             (data_dir / "pixiu_fit" / f"fiqasa_{name}.jsonl")
@@ -96,10 +96,10 @@ def test_no_sentence_of_the_test_set_is_trained_on_which_pixius_split_does(data_
             .splitlines()
         )
         prompts = [json.loads(line)["conversations"][0]["value"] for line in lines]
-        theirs |= {
+        reference |= {
             prompt.partition("\nText: ")[2].rpartition("\nAnswer:")[0].strip() for prompt in prompts
         }
-    assert sum(e.text in theirs for e in splits["test"]) == 22
+    assert sum(e.text in reference for e in splits["test"]) == 22
 
 
 def test_fiqas_test_set_needs_no_other_file(data_dir: Path):
@@ -133,7 +133,7 @@ def test_nwgis_test_set_is_finloras_with_the_text_out_of_the_prompt(data_dir: Pa
 
 
 def test_a_prompt_is_taken_apart_at_its_own_marks():
-    assert asked("Instruction: i\nInput: a\nAnswer: b\nInput: c\nAnswer: ") == (
+    assert split_prompt("Instruction: i\nInput: a\nAnswer: b\nInput: c\nAnswer: ") == (
         "Instruction: i",
         "a\nAnswer: b\nInput: c",
     )

@@ -45,8 +45,8 @@ def test_every_dataset_says_what_it_is_and_how_it_is_had(name: str):
 def test_what_is_in_the_data_folder_needs_no_step(data_dir: Path):
     for name in NAMES:
         text = " ".join(entry(name, data_dir))
-        there = files.dataset_missing_reason(reader.dataset(name), data_dir) is None
-        assert ("to get it" not in text) == there
+        is_complete = files.dataset_missing_reason(reader.dataset(name), data_dir) is None
+        assert ("to get it" not in text) == is_complete
     assert "train:     not here" in "\n".join(entry("nwgi", data_dir))
     assert "test:      here (data directory)" in "\n".join(entry("nwgi", data_dir))
 

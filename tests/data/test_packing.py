@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finrepro.data import packing
 from finrepro.data.packing import (
     LAYOUTS,
-    Rows,
+    ExampleIndices,
     bins,
     computed_tokens,
     num_steps,
@@ -26,7 +26,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 BATCH, WINDOW, SEED = st.integers(1, 9), st.integers(1, 5), st.integers(0, 5)
 
 
-def flat(groups: list[Rows]) -> list[int]:
+def flat(groups: list[ExampleIndices]) -> list[int]:
     return sorted(row for group in groups for row in group)
 
 
@@ -55,11 +55,11 @@ def test_an_epoch_is_decided_by_its_seed_and_number(
 
 def test_epochs_and_seeds_differ_in_order_and_in_composition():
     lengths = np.random.default_rng(0).integers(5, 60, 500).tolist()
-    first, again, other = (
+    first, again, other_seed = (
         {frozenset(step) for step in steps_of_epoch(lengths, 8, 4, seed, epoch)}
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     )
-    assert len(first & again) < len(first) / 10 and len(first & other) < len(first) / 10
+    assert len(first & again) < len(first) / 10 and len(first & other_seed) < len(first) / 10
 
 
 def test_sorting_inside_windows_makes_padding_rare_without_changing_what_is_seen():
@@ -110,11 +110,11 @@ def test_a_bin_stays_within_its_capacity_unless_one_row_alone_is_longer(
 
 def next_fit(lengths: list[int], capacity: int) -> int:
     """Bins of next-fit decreasing, the simplest packing of sorted rows."""
-    used, count = capacity + 1, 0
+    filled, count = capacity + 1, 0
     for length in sorted(lengths, reverse=True):
-        if used + length > capacity:
-            used, count = 0, count + 1
-        used += length
+        if filled + length > capacity:
+            filled, count = 0, count + 1
+        filled += length
     return count
 
 
@@ -122,7 +122,7 @@ def best_fit(lengths: list[int], capacity: int) -> int:
     """Bins of best-fit decreasing, by looking at every bin."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
-        fits = [i for i, left in enumerate(room) if left >= length]
+        fits = [i for i, free in enumerate(room) if free >= length]
         if fits:
             room[min(fits, key=lambda i: room[i])] -= length
         else:
@@ -136,10 +136,10 @@ def test_best_fit_decreasing_makes_as_many_bins_as_its_definition_and_no_more_th
     lengths: list[int], capacity: int
 ):
     rows = list(range(len(lengths)))
-    plain, found = packing.best_fit(rows, lengths, capacity), bins(rows, lengths, capacity)
-    count = len(found)
+    plain, packed = packing.best_fit(rows, lengths, capacity), bins(rows, lengths, capacity)
+    count = len(packed)
     assert count <= len(plain) == best_fit(lengths, capacity) <= next_fit(lengths, capacity)
-    assert count < len(plain) or found == plain, (
+    assert count < len(plain) or packed == plain, (
         "another way to fill them is taken only where it saves a bin"
     )
     if max(lengths) <= capacity:
@@ -168,8 +168,8 @@ def test_bins_are_as_few_as_the_tokens_need_where_best_fit_decreasing_makes_one_
             -sum(lengths) % 2048 > 110
         ):  # as FiQA's training split: hardly a token of room in the fewest bins
             lengths.pop()
-        rows, needed = list(range(len(lengths))), -(-sum(lengths) // 2048)
-        assert len(bins(rows, lengths, 2048)) == needed < len(packing.best_fit(rows, lengths, 2048))
+        rows, fewest = list(range(len(lengths))), -(-sum(lengths) // 2048)
+        assert len(bins(rows, lengths, 2048)) == fewest < len(packing.best_fit(rows, lengths, 2048))
 
 
 def test_packing_grows_about_linearly_with_the_number_of_rows():
@@ -191,10 +191,10 @@ def test_packing_grows_about_linearly_with_the_number_of_rows():
 @given(LENGTHS, st.integers(1, 8))
 def test_ranks_share_a_step_without_gap_or_overlap(lengths: list[int], world_size: int):
     rows = list(range(len(lengths)))
-    parts = [rank_rows(rows, lengths, rank, world_size) for rank in range(world_size)]
-    assert flat(parts) == rows
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    work = [sum(lengths[row] for row in part) for part in parts]
+    shares = [rank_rows(rows, lengths, rank, world_size) for rank in range(world_size)]
+    assert flat(shares) == rows
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    work = [sum(lengths[row] for row in share) for share in shares]
     assert max(work) - min(work) <= max(lengths), "ranks get about equal work"
 
 
@@ -215,7 +215,7 @@ def test_a_ranks_part_depends_on_the_rows_and_not_on_their_order(
     [([[0, 1]], 20, 15), ([[0], [1]], 15, 15), ([[0, 1, 2]], 30, 25)],
 )
 def test_computed_tokens_count_padding_and_bins_have_none(
-    batches: list[Rows], padded_tokens: int, real: int
+    batches: list[ExampleIndices], padded_tokens: int, real: int
 ):
     assert computed_tokens(batches, [10, 5, 10], "padded") == padded_tokens
     assert computed_tokens(batches, [10, 5, 10], "bins") == real

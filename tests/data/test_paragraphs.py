@@ -22,33 +22,35 @@ TEXT = """
 
 
 def config(articles: int | None = None, **files: int | None) -> Config:
-    given = {name: {"path": name, "sha256": None, "rows": rows} for name, rows in files.items()}
+    files_of_splits = {
+        name: {"path": name, "sha256": None, "rows": rows} for name, rows in files.items()
+    }
     raw = reader.entry("datasets", "wikitext2", "dataset")
     choice = reader.choose(
-        "datasets", "text", raw | {"files": given, "articles": {"test": articles}}, "text"
+        "datasets", "text", raw | {"files": files_of_splits, "articles": {"test": articles}}, "text"
     )
     return choice.config
 
 
 def test_paragraphs_stand_in_order_with_their_article():
-    found = read({"test": TEXT.encode()}, "text", config(test=3))["test"]
-    assert [each.text for each in found] == [
+    examples = read({"test": TEXT.encode()}, "text", config(test=3))["test"]
+    assert [example.text for example in examples] == [
         "A paragraph = with signs = inside .",
         "Another one .",
         "The last .",
     ]
-    assert [each.source for each in found] == ["Nero", "Nero", "Manila ( city )"]
-    assert [each.id for each in found] == [f"text/test/{row}" for row in range(3)]
+    assert [example.source for example in examples] == ["Nero", "Nero", "Manila ( city )"]
+    assert [example.id for example in examples] == [f"text/test/{row}" for row in range(3)]
 
 
 def test_only_the_first_articles_are_taken_where_it_is_said_how_many():
-    found = read({"test": TEXT.encode()}, "text", config(articles=1, test=3))["test"]
-    assert [each.source for each in found] == ["Nero", "Nero"]
+    examples = read({"test": TEXT.encode()}, "text", config(articles=1, test=3))["test"]
+    assert [example.source for example in examples] == ["Nero", "Nero"]
 
 
 def test_a_file_without_its_headings_has_no_articles():
-    found = read({"train": TEXT.encode()}, "text", config(train=3))["train"]
-    assert [each.source for each in found] == [""] * 3
+    examples = read({"train": TEXT.encode()}, "text", config(train=3))["train"]
+    assert [example.source for example in examples] == [""] * 3
 
 
 def test_another_number_of_paragraphs_is_refused():

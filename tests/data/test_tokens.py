@@ -71,14 +71,16 @@ def questions(name: str, template: str, folder: Path | None) -> list[tuple[str, 
     """
     spec = reader.task(name, template)
     module, config = kind_module("tasks", spec.task.kind), spec.task.config
-    here = tuple(
+    available = tuple(
         name
         for name in ("development", "test")
         if files.dataset_missing_reason(spec.dataset, folder, (name,)) is None
     )
-    splits = files.load(spec.dataset, folder, here).splits
+    splits = files.load(spec.dataset, folder, available).splits
     examples = [
-        example for name in here for example in splits[name][: 60 if name == "development" else 240]
+        example
+        for name in available
+        for example in splits[name][: 60 if name == "development" else 240]
     ]
     examples += [
         type(examples[0])(id=f"x/{i}", text=text, label=examples[0].label)
@@ -95,13 +97,15 @@ def prompts_are_prefixes(tokens: Any, pairs: list[tuple[str, str]]) -> None:
     """The law, without `encode`: cut the joint tokens where the prompt's end and both halves
     read as they were written.
     """
-    for (prompt, answer), found in zip(pairs, encode(tokens, pairs, 10**6, end=False), strict=True):
+    for (prompt, answer), encoded in zip(
+        pairs, encode(tokens, pairs, 10**6, end=False), strict=True
+    ):
         head = tokens(prompt)["input_ids"] or [tokens.bos_token_id]
         joint = tokens(prompt + answer)["input_ids"]
-        assert list(found.ids[: found.answer_start]) == head
-        assert list(found.ids[len(found.ids) - len(joint) :]) == joint
+        assert list(encoded.ids[: encoded.answer_start]) == head
+        assert list(encoded.ids[len(encoded.ids) - len(joint) :]) == joint
         if prompt and answer:
-            assert tokens.decode(found.ids[found.answer_start :]) == answer
+            assert tokens.decode(encoded.ids[encoded.answer_start :]) == answer
 
 
 def folder_for(name: str, request: pytest.FixtureRequest) -> Path | None:
@@ -133,8 +137,8 @@ def test_a_prompts_tokens_are_a_prefix_with_gpt2s_real_tokenizer(
 
 def test_gpt2s_real_tokenizer_makes_one_token_of_each_label(real_gpt2: Any) -> None:
     labels = (" negative", " neutral", " positive")
-    found = encode(real_gpt2, [("Answer:", label) for label in labels], 64, end=True)
-    assert [example.ids for example in found] == [
+    encoded = encode(real_gpt2, [("Answer:", label) for label in labels], 64, end=True)
+    assert [example.ids for example in encoded] == [
         (33706, 25, token, 50256) for token in (4633, 8500, 3967)
     ]
 
@@ -160,60 +164,60 @@ def test_a_prompt_that_merges_with_its_answer_is_refused(family: str) -> None:
 @pytest.mark.parametrize("end", [True, False])
 def test_targets_stand_over_the_answer_alone(family: str, end: bool) -> None:
     tokens = tokenizer(family)
-    (found,) = encode(tokens, [("Shares fell.\nSentiment:", " negative")], 64, end=end)
+    (encoded,) = encode(tokens, [("Shares fell.\nSentiment:", " negative")], 64, end=end)
     answer = [
         *tokens(" negative", add_special_tokens=False)["input_ids"],
         *([tokens.eos_token_id] if end else []),
     ]
-    targets = found.targets()
-    assert len(targets) == len(found.ids)
-    assert targets[: found.answer_start - 1] == [IGNORE] * (found.answer_start - 1)
-    assert targets[found.answer_start - 1 : -1] == answer
+    targets = encoded.targets()
+    assert len(targets) == len(encoded.ids)
+    assert targets[: encoded.answer_start - 1] == [IGNORE] * (encoded.answer_start - 1)
+    assert targets[encoded.answer_start - 1 : -1] == answer
     assert targets[-1] == IGNORE
-    assert found.num_supervised == len(answer) == sum(target != IGNORE for target in targets)
+    assert encoded.num_supervised == len(answer) == sum(target != IGNORE for target in targets)
     assert all(
         following == target
-        for target, following in zip(targets, found.ids[1:], strict=False)
+        for target, following in zip(targets, encoded.ids[1:], strict=False)
         if target != IGNORE
     )
 
 
-def cut_is_lawful(whole: Encoded, cut: Encoded, limit: int, begin: int | None) -> None:
+def cut_is_lawful(full: Encoded, cut: Encoded, limit: int, begin: int | None) -> None:
     """At most `limit` tokens; the answer and the beginning-of-text token are there; the prompt's
     end is what is kept.
     """
-    assert len(cut.ids) == min(limit, len(whole.ids))
-    assert cut.ids[cut.answer_start :] == whole.ids[whole.answer_start :]
+    assert len(cut.ids) == min(limit, len(full.ids))
+    assert cut.ids[cut.answer_start :] == full.ids[full.answer_start :]
     head = cut.ids[: cut.answer_start]
     assert head
     if begin is not None:
         assert head[0] == begin
         head = head[1:]
-    assert not head or whole.ids[: whole.answer_start][-len(head) :] == head
+    assert not head or full.ids[: full.answer_start][-len(head) :] == head
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cutting_keeps_the_answer_and_the_beginning_of_text(family: str) -> None:
     tokens = tokenizer(family)
     pair = ("The company reported net sales of EUR 12 mn in the quarter.\nSentiment:", " positive")
-    (whole,) = encode(tokens, [pair], 10**6, end=True)
+    (full,) = encode(tokens, [pair], 10**6, end=True)
     begin = tokens.bos_token_id if family == "llama" else None
-    shortest = whole.num_supervised + 1
-    for limit in range(shortest, len(whole.ids) + 2):
+    shortest = full.num_supervised + 1
+    for limit in range(shortest, len(full.ids) + 2):
         (cut,) = encode(tokens, [pair], limit, end=True)
-        cut_is_lawful(whole, cut, limit, begin)
+        cut_is_lawful(full, cut, limit, begin)
     with pytest.raises(CellFailed, match=f"does not fit max_seq_len {shortest - 1}"):
         encode(tokens, [pair], shortest - 1, end=True)
-    limit = len(whole.ids) - 3
+    limit = len(full.ids) - 3
     for mutant in (
-        Encoded(whole.ids[:limit], whole.answer_start),  # cut at the end: the answer is lost
-        Encoded(whole.ids[3:], whole.answer_start - 3),  # cut at the beginning, with its token
-        whole,
+        Encoded(full.ids[:limit], full.answer_start),  # cut at the end: the answer is lost
+        Encoded(full.ids[3:], full.answer_start - 3),  # cut at the beginning, with its token
+        full,
     ):
-        if mutant is not whole and mutant.ids[0] == whole.ids[3] and begin is None:
+        if mutant is not full and mutant.ids[0] == full.ids[3] and begin is None:
             continue  # GPT-2 has no beginning-of-text token to lose
         with pytest.raises(AssertionError):
-            cut_is_lawful(whole, mutant, limit, begin)
+            cut_is_lawful(full, mutant, limit, begin)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,11 +226,11 @@ def test_with_an_empty_prompt_the_first_token_is_predicted_from_the_beginning_of
 ) -> None:
     tokens = tokenizer(family)
     text = "Oil prices rise."
-    (found,) = encode(tokens, [("", text)], 64, end=True)
+    (encoded,) = encode(tokens, [("", text)], 64, end=True)
     plain = tokens(text, add_special_tokens=False)["input_ids"]
-    assert found.ids == (tokens.bos_token_id, *plain, tokens.eos_token_id)
-    assert found.answer_start == 1
-    assert found.targets() == [*plain, tokens.eos_token_id, IGNORE]
+    assert encoded.ids == (tokens.bos_token_id, *plain, tokens.eos_token_id)
+    assert encoded.answer_start == 1
+    assert encoded.targets() == [*plain, tokens.eos_token_id, IGNORE]
 
 
 def test_llama_begins_a_text_with_its_token_and_gpt2_does_not() -> None:
@@ -261,7 +265,7 @@ DIGESTS = """
 import sys, tempfile
 from pathlib import Path
 from fixtures.model import texts
-from finrepro.data.tokens import SPECIAL; from finrepro.data.tokens import tokenizer_digest; from finrepro.data.tokens import train_tokenizer
+from finrepro.data.tokens import SPECIAL, tokenizer_digest, train_tokenizer
 for family in SPECIAL:
     folder = Path(tempfile.mkdtemp())
     train_tokenizer(texts(), family, 512).save_pretrained(folder)
@@ -272,8 +276,8 @@ for family in SPECIAL:
 def test_the_same_texts_give_the_same_tokenizer_file_in_every_process(tmp_path: Path) -> None:
     for family in FAMILIES:
         tokenizer(family).save_pretrained(tmp_path / family)
-    here = "".join(f"{family} {tokenizer_digest(tmp_path / family)}\n" for family in FAMILIES)
-    assert in_processes(DIGESTS, [(), ()], ["1", "2024"]) == [here, here]
+    available = "".join(f"{family} {tokenizer_digest(tmp_path / family)}\n" for family in FAMILIES)
+    assert in_processes(DIGESTS, [(), ()], ["1", "2024"]) == [available, available]
     assert len({tokenizer_digest(tmp_path / family) for family in FAMILIES}) == len(FAMILIES)
 
 

@@ -41,7 +41,7 @@ def scores(examples: tuple[Example, ...], predictions: list[str | None]) -> dict
 
 
 def right(example: Example) -> None:
-    assert TASK.parse(TASK.target(example, CONFIG), example, CONFIG) == TASK.written(
+    assert TASK.parse(TASK.target(example, CONFIG), example, CONFIG) == TASK.span_text(
         TASK.spans(example.label)
     )
 
@@ -178,7 +178,7 @@ def test_the_scores_are_seqevals(pairs: list[list[tuple[str, str]]]):
     gold = [[one for one, _ in each] for each in pairs]
     said = [[two for _, two in each] for each in pairs]
     examples = tuple(sentence(" ".join("w" for _ in tags), " ".join(tags)) for tags in gold)
-    ours = scores(examples, [TASK.written(TASK.spans(" ".join(tags))) for tags in said])
+    ours = scores(examples, [TASK.span_text(TASK.spans(" ".join(tags))) for tags in said])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is undefined: 0, here as there
         for name, law in (
@@ -249,7 +249,7 @@ def test_a_repeated_prompt_finds_nothing(template: str):
 def test_intervals_resample_sentences_and_the_gain_over_the_constant_is_paired():
     examples = SPLITS["test"]
     rows = [
-        {"gold": e.label, "prediction": TASK.written(TASK.spans(e.label)[:1])} for e in examples
+        {"gold": e.label, "prediction": TASK.span_text(TASK.spans(e.label)[:1])} for e in examples
     ]
     known = [
         {"gold": e.label, "prediction": TASK.constant(TASK.constant_answers(CONFIG)[1], e, CONFIG)}

@@ -81,7 +81,7 @@ def test_a_table_that_keeps_it_shows_its_scores(older: Place, cell: Cell) -> Non
 
 
 def test_it_is_exported(older: Place) -> None:
-    found = recorded.find(older.store, DONE, "peft")
+    found = recorded.find_run(older.store, DONE, "peft")
     assert found.run_id == DONE and found.spec.adapter.kind == "lora"
     assert [path.name for path in found.weights.glob("*.safetensors")] == [
         "adapter_model.safetensors"

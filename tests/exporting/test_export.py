@@ -38,8 +38,8 @@ from finrepro.evidence.result import header
 from finrepro.evidence.store import open_store
 from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
-from finrepro.exporting.layout import Layout, layout
-from finrepro.exporting.recorded import Damaged, find
+from finrepro.exporting.layout import ExportLayout, layout_of
+from finrepro.exporting.recorded import Damaged, find_run
 from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora
 from finrepro.models import checkpoints
@@ -131,12 +131,14 @@ sys.modules["finrepro"] = None  # whoever imports it fails
 {snippet}
 for module in model.modules():
     module.support_avx512bf16_for_cpu = False
+prompts = json.loads(sys.argv[1])
 with torch.no_grad():
-    found = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in json.loads(sys.argv[1])]
+    logits = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts]
 from safetensors.torch import save_file
-save_file({{str(i): each for i, each in enumerate(found)}}, sys.argv[2])
+save_file({{str(number): tensor for number, tensor in enumerate(logits)}}, sys.argv[2])
 assert not [name for name in sys.modules if name.startswith("finrepro.")]
-print(type(model).__name__, tokenizer.decode(tokenizer("a b")["input_ids"], skip_special_tokens=True))
+ids = tokenizer("a b")["input_ids"]
+print(type(model).__name__, tokenizer.decode(ids, skip_special_tokens=True))
 """
 
 
@@ -172,8 +174,8 @@ def run_logits(
     """Prompts, and the logits of the run's model made by training's own code and not by the
     export's.
     """
-    found = find(place.store, run_id, wanted)
-    start = rebuild.start(found, place, wanted)
+    found = find_run(place.store, run_id, wanted)
+    start = rebuild.starting_point(found, place, wanted)
     model = stir(make(found.spec, start.folder).model)
     prompts = rebuild.encoded_prompts(start.tokenizer)
     return prompts, rebuild.logits(model, prompts)
@@ -204,16 +206,16 @@ class Exported:
     """An export, and the run's own logits. Not to be changed: copy the folder."""
 
     spec: RunSpec
-    planned: Layout
+    planned: ExportLayout
     folder: Path
     prompts: list[list[int]]
     expected: list[torch.Tensor]
 
 
 def exported(place: Place, run_id: str, wanted: str, folder: Path) -> Exported:
-    spec = find(place.store, run_id, wanted).spec
+    spec = find_run(place.store, run_id, wanted).spec
     made = export(run_id, wanted, folder, place)
-    return Exported(spec, layout(spec, wanted), made, *run_logits(place, run_id, wanted))
+    return Exported(spec, layout_of(spec, wanted), made, *run_logits(place, run_id, wanted))
 
 
 @pytest.fixture(scope="module")
@@ -669,19 +671,23 @@ def test_a_base_that_a_method_changes_goes_along(
     assert "base" not in unchanged, (
         "without them it is not: the planted mutant of the comparison below"
     )
-    plant(monkeypatch, lora, own_base=lambda quantizer: "its codes are others")
+
+    def own_base(quantizer: Choice) -> str:
+        return "its codes are others"
+
+    plant(monkeypatch, lora, own_base=own_base)
     out = export(run_id, "peft", place.store.root / "with", place)
     safe(out)
     assert {"base", "adapter"} <= {path.name for path in out.iterdir()}
     assert "its codes are others" in (out / "README.md").read_text()
     prompts, expected = run_logits(place, run_id)
-    found = find(place.store, run_id, "peft")
-    planned = layout(found.spec, "peft")
+    found = find_run(place.store, run_id, "peft")
+    planned = layout_of(found.spec, "peft")
     equal(verify.reload(found.spec, out, planned, None, torch.device("cpu"), prompts), expected)
     again = verify.reload(
         found.spec,
         place.store.root / "exports" / f"{run_id}-peft",
-        Layout("peft", adapter="."),
+        ExportLayout("peft", adapter="."),
         folder,
         torch.device("cpu"),
         prompts,
@@ -714,12 +720,18 @@ def test_another_kind_of_peft_folder_needs_nothing_of_its_own(tmp_path: Path):
     broken(equal, rebuild.logits(load(spec, None), ids), expected)
 
 
-def test_the_card_says_what_the_result_says_and_nothing_else(begun: Place, tmp_path: Path):
+def test_the_card_says_what_the_scoredsays_and_nothing_else(begun: Place, tmp_path: Path):
     run_id = on_base(begun, LLAMA, "lora_r4", "nf4")
     text = (export(run_id, "peft", tmp_path / "out", begun) / "README.md").read_text()
     result = json.loads((begun.store.run_folder(run_id) / "result.json").read_text())
     _, front, body = text.split("---\n", 2)
     values = yaml.safe_load(front)
+    (model,) = values["model-index"]
+    (scored,) = model["results"]
+    (metric,) = scored["metrics"]
+    assert model["name"] == result["label"] and scored["dataset"]["split"] == "development"
+    assert (metric["type"], metric["value"]) == (SCORE["metric"], SCORE["value"])
+    assert metric["args"] == {"low": 0.55, "high": 0.7, "confidence": 0.95, "rows": 9}
     assert "The model made again gives the log-probabilities of 3 recorded answers" in body
     assert (
         values["library_name"] == "peft" and "license" not in values and "base_model" not in values

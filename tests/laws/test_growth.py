@@ -117,10 +117,10 @@ def test_a_new_quantizer_is_a_file_and_an_entry(copy: Path):
 
 
 def test_a_new_format_and_a_new_task_family_are_a_file_and_an_entry_each(copy: Path):
-    entry = reader.catalogue("datasets")["tfns"]
+    entry = reader.entries("datasets")["tfns"]
     entry = {key: entry[key] for key in ("version", "title", "licence", "embedded", "development")}
     files = {"train": {"path": "lines/train.txt", "sha256": None, "rows": 3}}
-    task = reader.catalogue("tasks")["tfns"] | {"kind": "sentiment", "dataset": "lines"}
+    task = reader.entries("tasks")["tfns"] | {"kind": "sentiment", "dataset": "lines"}
     added = {
         add_kind(copy, "datasets", "tabbed", FORMAT),
         add_entry(

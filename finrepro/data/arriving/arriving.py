@@ -1,24 +1,25 @@
 """Windows in the order in which their text arrives, so that training can begin before the corpus is
 finished.
 
-In the first epoch windows are taken block after block, a block being `block` windows that follow
-one another in the stream, permuted among themselves; later epochs are permutations of all windows,
-as ever. Which window a position has follows from the seed and the stream: a corpus that is finished
-gives the same ones as one that is being written, however slowly.
+In the first epoch windows are taken block by block: `block` consecutive windows of the stream,
+permuted among themselves. Later epochs are permutations of all windows. The window at a position
+follows from the seed and the stream alone: a finished corpus gives the same ones as a corpus that
+is being written, however slowly.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finrepro.data.corpora.lazy_sequence import LazySequence
 from finrepro.data.corpora.order import permute
-from finrepro.data.corpora.rows import Rows
 from finrepro.data.corpora.stream import TokenStream
 from finrepro.data.corpora.windows import Windows, check_length
 
 
-class ArrivingLengths(Rows[int]):
-    """The lengths of all windows. `len` counts those that are there so far, of which it waits
-    for the first: nothing that is learned may depend on it before the stream has ended."""
+class ArrivingLengths(LazySequence[int]):
+    """The lengths of all windows. `len` counts those that are there so far, after waiting for the
+    first: training may not depend on it before the stream has ended.
+    """
 
     def __init__(self, stream: TokenStream, size: int) -> None:
         self._stream, self._size = stream, size
@@ -31,19 +32,19 @@ class ArrivingLengths(Rows[int]):
         inputs = self._stream.available - 1
         return -(-inputs // self._size) if self._stream.finished else inputs // self._size
 
-    def has(self, row: int) -> bool:
-        """Whether there is such a window: one has at least a token and the one after it."""
-        return self._stream.reaches(row * self._size + 2)
+    def has(self, index: int) -> bool:
+        """Whether there is a window at `index`: it needs a token, and the one after it."""
+        return self._stream.reaches(index * self._size + 2)
 
-    def at(self, row: int) -> int:
-        """The length of a window; only the last one's is another."""
-        whole = self._stream.reaches((row + 1) * self._size + 1)
-        return self._size if whole else len(self._stream) - 1 - row * self._size
+    def at(self, index: int) -> int:
+        """The length of a window; only the last one may be shorter."""
+        is_full = self._stream.reaches((index + 1) * self._size + 1)
+        return self._size if is_full else len(self._stream) - 1 - index * self._size
 
 
 class ArrivingWindows(Windows):
-    """As `Windows`, over a stream that may still grow. Raises `UsageError` as that, when the
-    stream has ended.
+    """As `Windows`, over a stream that may still grow, in blocks of `block` windows. Raises
+    `UsageError` as `Windows`, once the stream has ended.
     """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, block: int) -> None:
@@ -52,27 +53,26 @@ class ArrivingWindows(Windows):
         self.max_seq_len, self.block = max_seq_len, block
         self.lengths = ArrivingLengths(stream, max_seq_len)
 
-    def has(self, row: int) -> bool:
-        """Whether there is such a window."""
-        return self.lengths.has(row)
+    def has(self, index: int) -> bool:
+        """Whether there is a window at `index`."""
+        return self.lengths.has(index)
 
-    def order(self, positions: NDArray[np.int64], seed: int, part: int = 0) -> NDArray[np.int64]:
-        """The windows at these positions; waits until the blocks of those in the first epoch are
-        there.
-        """
-        found = np.empty_like(positions)
+    def order(self, positions: NDArray[np.int64], seed: int, stream: int = 0) -> NDArray[np.int64]:
+        """The windows at these positions; waits for the blocks of those in the first epoch."""
+        indices = np.empty_like(positions)
         later = np.zeros(len(positions), bool)
-        blocks, places = np.divmod(positions, self.block)
+        blocks, offsets = np.divmod(positions, self.block)
         for block in np.unique(blocks).tolist():
-            begin, here = block * self.block, blocks == block
+            begin, in_block = block * self.block, blocks == block
             size = self.block
             # Where the stream has ended, its last block is a shorter one.
             if not self.stream.reaches((begin + size) * self.max_seq_len + 1):
                 size = min(self.block, max(0, len(self) - begin))
-                later |= here & (positions >= len(self))
-                here &= positions < len(self)
-            if here.any():
-                found[here] = begin + permute(places[here], size, (seed, part, 0, block))
+                later |= in_block & (positions >= len(self))
+                in_block &= positions < len(self)
+            if in_block.any():
+                key = (seed, stream, 0, block)
+                indices[in_block] = begin + permute(offsets[in_block], size, key)
         if later.any():
-            found[later] = super().order(positions[later], seed, part)
-        return found
+            indices[later] = super().order(positions[later], seed, stream)
+        return indices

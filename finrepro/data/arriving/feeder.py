@@ -1,9 +1,9 @@
-"""`python -m finrepro.data.arriving.feeder`: prepares a corpus for a cell that is trained on it
-meanwhile, and ends with that cell's process.
+"""`python -m finrepro.data.arriving.feeder`: prepares a corpus while a cell is trained on it, and
+ends with that cell's process.
 
-Options are the catalogue's, or those that the folder was begun with; the tokenizer is copied beside
-the shards before the first one. What happens goes to standard error, which is a log; the reason of
-a failure, in one line, to standard output.
+Options are those of the folder's unfinished preparation, else the catalogue's. The tokenizer is
+copied beside the shards before the first one is written. Standard error is a log; the reason of a
+failure, in one line, goes to standard output.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.preparing import command, underway
 from finrepro.data.preparing.entries import named_or_path
-from finrepro.data.preparing.prepare import Options, prepare
+from finrepro.data.preparing.prepare import PrepareOptions, prepare
 from finrepro.data.preparing.tokenizing import load_encoder
 from finrepro.errors import FinreproError
 from finrepro.runtime import process
@@ -24,15 +24,15 @@ from finrepro.settings import build
 
 
 def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: int) -> None:
-    """Prepare the corpus, or go on with it, with at most so many tokenizing processes."""
+    """Prepare the corpus, or resume, with at most `workers` tokenizing processes."""
     sources, held_out = named_or_path(name, data_dir)
-    begun = underway.begun(out)
+    unfinished = underway.unfinished(out)
     options = (
-        build(Options, begun.options, str(out))
-        if begun
+        build(PrepareOptions, unfinished.options, str(out))
+        if unfinished
         else command.default_options(sources, held_out)
     )
-    if sources.size is not None and sources.size < command.LITTLE:
+    if sources.size is not None and sources.size < command.ONE_WORKER_BELOW:
         workers = 1
     display = command.ProgressDisplay(sources.size)
     prepare(
@@ -42,7 +42,7 @@ def feed(name: str, tokenizer: Path, out: Path, data_dir: Path | None, workers: 
         options,
         workers=workers,
         progress=display.progress,
-        keep=lambda: copy_tokenizer(tokenizer, out),
+        before_writing=lambda: copy_tokenizer(tokenizer, out),
     )
 
 
@@ -58,24 +58,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True, help="the cell's process id")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     process.die_with_parent()
-    if os.getppid() != given.parent:  # it died before the kernel was told
+    if os.getppid() != options.parent:  # it died before the kernel was told
         return 1
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal sends it to everybody; the cell decides
+    # The terminal sends SIGINT to every process; the cell decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written shard
     os.nice(5)  # where cores are few, training goes first
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core: the rest is the training's
     try:
-        feed(given.corpus, given.tokenizer, given.out, given.data_dir, given.workers)
-    except underway.Held:
-        return underway.HELD
+        feed(options.corpus, options.tokenizer, options.out, options.data_dir, options.workers)
+    except underway.Locked:
+        return underway.LOCKED
     except FinreproError as error:
         print(" ".join(str(error).split()), flush=True)
         return error.exit_code
-    except Exception as error:  # a defect: all of it for the log, a line for the cell
+    except Exception as error:  # a defect: the traceback for the log, a line for the cell
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         return 4

@@ -1,9 +1,8 @@
-"""A corpus that is read while it is being written: the same tokens at the same positions as when it
-is finished, as soon as they are there.
+"""A corpus that is read while it is being written: the same tokens at the same positions as in the
+finished one, as soon as they are there.
 
-What is whole is told by the shards' records, and by the index once there is one. Asked for more,
-the stream waits; it never guesses. So what is read depends on the text alone, not on when it
-arrived.
+The shards' records, and the index once there is one, say which shards are complete. A read beyond
+them waits. So the tokens read depend on the text alone, not on when it arrived.
 """
 
 import sys
@@ -13,42 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.data.corpora.folders import TOKENIZER
-from finrepro.data.corpora.index import Begun, check_fits, dtype_for, read_index, split_of
+from finrepro.data.corpora.index import Unfinished, check_fits, dtype_for, read_index, split_of
 from finrepro.data.corpora.stream import Corpus, Tokens, TokenStream, open_corpus
 from finrepro.data.preparing import underway
-from finrepro.data.preparing.writer import whole_shard
+from finrepro.data.preparing.writer import complete_shard
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.runtime import ranks
 from finrepro.settings import plain
 
 PAUSE_SECONDS = 0.1
-PATIENCE_SECONDS = 60.0  # that nobody need be at work: who takes over has to start first
+PATIENCE_SECONDS = 60.0  # without a preparing process: the next one has to start first
 
-# Called with what is waited for. It may raise, in order to stop waiting, and says whether somebody
-# is about to go to work.
+# Called with a message that says what is waited for. It may raise, in order to stop waiting, and
+# returns whether a preparing process is about to start.
 Waiting = Callable[[str], bool]
 
 
 class Watch:
-    """Waits for those who prepare a folder; `seconds` in all."""
+    """Waits for the process that prepares a folder; `seconds` is the total so far."""
 
     def __init__(self, folder: Path, waiting: Waiting = lambda _: False) -> None:
         self.folder, self.seconds, self._waiting = folder, 0.0, waiting
         self._idle: float | None = None
 
-    def pause(self, what: str) -> None:
-        """Wait a moment. Raises `EnvironmentFault` when nobody has been at work for a minute,
-        with the reason that the last one left.
+    def pause(self, message: str) -> None:
+        """Wait a moment. Raises `EnvironmentFault` when no process has prepared the folder for a
+        minute, with the reason that the last one left.
         """
         began = time.monotonic()
-        if self._waiting(what) or underway.held(self.folder):
+        if self._waiting(message) or underway.is_locked(self.folder):
             self._idle = None
         else:
             self._idle = self._idle if self._idle is not None else began
-            # The first rank knows who is about to start, and ends the others when it ends.
-            given_up = began - self._idle >= PATIENCE_SECONDS and ranks.current().is_main
-            if given_up and not underway.is_finished(self.folder):
+            # The first rank knows who is about to start, and ends the other ranks when it ends.
+            expired = began - self._idle >= PATIENCE_SECONDS and ranks.current().is_main
+            if expired and not underway.is_finished(self.folder):
                 reason = (
                     underway.failure(self.folder)
                     or "it was killed, or never begun: invoke data --prepare goes on with it"
@@ -59,23 +58,21 @@ class Watch:
 
 
 class GrowingStream(TokenStream):
-    """A split of a corpus that need not be finished. Its length and number of documents are
-    known at the end alone: asking waits for it.
+    """A split of a corpus that may be unfinished. Its length and its number of documents are known
+    at the end: reading them waits for it.
     """
 
-    def __init__(self, folder: Path, begun: Begun, split: str, watch: Watch) -> None:
-        self._begin(folder, dtype_for(begun.vocabulary), int(begun.options["shard_tokens"]))
-        self.begun, self.split, self.watch = begun, split, watch
-        self.finished, self.read, self._length = (
-            False,
-            0,
-            0,
-        )  # `read`: the last token that was, and one
+    def __init__(self, folder: Path, unfinished: Unfinished, split: str, watch: Watch) -> None:
+        capacity = int(unfinished.options["shard_tokens"])
+        self._begin(folder, dtype_for(unfinished.vocabulary), capacity)
+        self.unfinished, self.split, self.watch = unfinished, split, watch
+        self.finished, self._length = False, 0
+        self.read_end = 0  # the position after the last token that was read
         self.look()
 
     def look(self) -> None:
-        """Map what has become whole. Raises `EnvironmentFault` where the finished corpus is not
-        the one that was begun.
+        """Map the shards that have been completed. Raises `EnvironmentFault` where the finished
+        corpus is another than the one that was begun.
         """
         if self.finished:
             return
@@ -83,16 +80,16 @@ class GrowingStream(TokenStream):
             self._finish()
             return
         id_bytes = self.dtype.itemsize
-        while found := whole_shard(
+        while complete := complete_shard(
             self.folder, f"{self.split}-{len(self.shards):05d}", self.capacity, id_bytes
         ):
-            self._add(found[0])
+            self._add(complete[0])
             self._length += self.capacity
 
     def _finish(self) -> None:
         index = read_index(self.folder)
         split = split_of(self.folder, index, self.split)
-        same = all(getattr(index, key) == value for key, value in plain(self.begun).items())
+        same = all(getattr(index, key) == value for key, value in plain(self.unfinished).items())
         if not same or list(split.shards[: len(self.shards)]) != self.shards:
             raise EnvironmentFault(
                 f"{self.folder}: the corpus was replaced by another one while it was read."
@@ -101,7 +98,7 @@ class GrowingStream(TokenStream):
         self.finished = True
 
     def reaches(self, count: int) -> bool:
-        """Whether there are so many tokens; waits until that is known."""
+        """Whether the stream has `count` tokens; waits until that is known."""
         while self._length < count and not self.finished:
             self.look()
             if self._length >= count or self.finished:
@@ -118,15 +115,14 @@ class GrowingStream(TokenStream):
                     break
                 if self.shards:
                     raise
-                raise Unavailable(
-                    str(error)
-                ) from None  # nothing was learned from it: the cell is skipped
+                # No step was trained on it: the cell is skipped.
+                raise Unavailable(str(error)) from None
         return count <= self._length
 
     def tokens(self, begin: int, end: int) -> Tokens:
         """Ids at positions [begin, end), as soon as they are there."""
         self.reaches(end)
-        self.read = max(self.read, min(end, self._length))
+        self.read_end = max(self.read_end, min(end, self._length))
         return super().tokens(begin, end)
 
     def __len__(self) -> int:
@@ -136,57 +132,59 @@ class GrowingStream(TokenStream):
 
 
 class GrowingCorpus:
-    """An opened corpus that was not finished when it was opened. As `stream.Corpus`, of the
-    training split alone.
+    """A corpus that was unfinished when it was opened. As `stream.Corpus`, of the training split
+    alone.
     """
 
-    def __init__(self, folder: Path, begun: Begun, waiting: Waiting) -> None:
-        self.folder, self.index = folder, begun
-        self._stream = GrowingStream(folder, begun, "train", Watch(folder, waiting))
+    def __init__(self, folder: Path, unfinished: Unfinished, waiting: Waiting) -> None:
+        self.folder, self.index = folder, unfinished
+        self._stream = GrowingStream(folder, unfinished, "train", Watch(folder, waiting))
 
     def stream(self) -> GrowingStream:
         """The tokens of the training split."""
         return self._stream
 
     def made_from(self) -> dict[str, Any]:
-        """What decides every byte of it."""
-        found: dict[str, Any] = plain(self.index)
-        return found
+        """What decides every byte of the corpus."""
+        values: dict[str, Any] = plain(self.index)
+        return values
 
     def facts(self, tokens: int | None = None) -> dict[str, Any]:
-        """What goes into a result: as of a finished corpus if it is one by now, else what it is
-        of and the sha256 of the shards that hold the first `tokens`; by default of what this
-        process has read."""
+        """What a result records: as of a finished corpus if it is one by now, else what it is made
+        from and the sha256 of the shards that hold the first `tokens` tokens; None: those that
+        this process has read.
+        """
         stream = self._stream
         stream.look()
-        waited = {"finished": stream.finished, "waited_seconds": round(stream.watch.seconds, 1)}
+        progress = {"finished": stream.finished, "waited_seconds": round(stream.watch.seconds, 1)}
         if stream.finished:
-            return Corpus(self.folder, read_index(self.folder)).facts() | waited
-        read = stream.shards[: -(-(stream.read if tokens is None else tokens) // stream.capacity)]
+            return Corpus(self.folder, read_index(self.folder)).facts() | progress
+        end = stream.read_end if tokens is None else tokens
+        shards = stream.shards[: -(-end // stream.capacity)]
         return {
             **self.made_from(),
-            "shards": [shard.sha256_tokens for shard in read],
-            "documents": sum(shard.documents for shard in read),
-            "tokens": sum(shard.tokens for shard in read),
-            **waited,
+            "shards": [shard.sha256_tokens for shard in shards],
+            "documents": sum(shard.documents for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+            **progress,
         }
 
 
 def open_arriving(
     folder: Path, rows: int | None = None, waiting: Waiting = lambda _: False
 ) -> Corpus | GrowingCorpus:
-    """Open a corpus for a model with so many embeddings, finished or not; waits until it is known
-    what it is, and its tokenizer is there.
+    """Open a corpus, finished or not, for a model with `rows` embeddings; waits until its options
+    and its tokenizer are there.
 
-    Raises as `stream.open_corpus`, and `EnvironmentFault` where nobody is at work.
+    Raises as `stream.open_corpus`, and `EnvironmentFault` where no process prepares it.
     """
     watch = Watch(folder, waiting)
     while True:
-        kept = tokenizer_digest(folder / TOKENIZER)
+        tokenizer = tokenizer_digest(folder / TOKENIZER)
         if underway.is_finished(folder):
-            return open_corpus(folder, kept or "none", rows)
-        begun = underway.begun(folder)
-        if begun is not None and kept is not None:
-            check_fits(folder, begun, kept, rows)
-            return GrowingCorpus(folder, begun, waiting)
+            return open_corpus(folder, tokenizer or "none", rows)
+        unfinished = underway.unfinished(folder)
+        if unfinished is not None and tokenizer is not None:
+            check_fits(folder, unfinished, tokenizer, rows)
+            return GrowingCorpus(folder, unfinished, waiting)
         watch.pause(f"waiting for the preparation of {folder.name}")

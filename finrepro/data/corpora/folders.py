@@ -1,5 +1,5 @@
-"""Where a prepared corpus lies for training, `corpora/NAME` in the data directory, and the
-tokenizer that is kept with it.
+"""The folder of a prepared corpus, `corpora/NAME` in the data directory, and the tokenizer beside
+its shards; which corpus a task is trained on.
 """
 
 import json
@@ -39,8 +39,8 @@ def corpus_of(task: TaskSpec) -> str | None:
 
 
 def block_of(task: TaskSpec) -> int | None:
-    """How many windows are permuted among themselves where a corpus is read as it arrives; None
-    where all of it is.
+    """How many consecutive windows are permuted among themselves where a corpus is read while it
+    is prepared; None where all of them are.
     """
     return getattr(task.task.config, "block", None)
 
@@ -53,22 +53,20 @@ def folder_of(name: str, data_dir: Path | None) -> Path | None:
 
 
 def unprepared_reason(name: str, data_dir: Path | None) -> str | None:
-    """Why the corpus cannot be trained on here, in one line that says what to do; None if it
-    can.
-    """
+    """Why the corpus cannot be trained on, in one line that says what to do; None if it can."""
     folder = folder_of(name, data_dir)
     if folder is not None and (folder / INDEX).is_file():
         return None
-    where = f"{folder}" if folder is not None else "corpora/" + name + " of a --data-dir"
+    where = f"corpora/{name} of a --data-dir, and give --data-dir" if folder is None else folder
     return (
-        f"corpus '{name}' is not prepared: invoke data --prepare {name} --tokenizer FOLDER --out {where}"
-        f"{'' if folder is not None else ', and give --data-dir'}"
+        f"corpus '{name}' is not prepared: "
+        f"invoke data --prepare {name} --tokenizer FOLDER --out {where}"
     )
 
 
 def copy_tokenizer(source: Path, corpus: Path) -> None:
-    """Copy the tokenizer's files beside a corpus' shards, all or none: a model trained on the shards
-    needs the tokenizer that made them. The same one is not copied again.
+    """Copy the tokenizer's files beside a corpus' shards, all or none: a model trained on them
+    needs the tokenizer that made them. The same tokenizer is not copied again.
 
     GPT-2's release is two files that no library recognizes by themselves; it gets a
     `tokenizer_config.json`.

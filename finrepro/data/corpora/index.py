@@ -1,10 +1,10 @@
-"""`index.json`: what a folder of token shards holds, and whether this program and this model can
-read it.
+"""`index.json`: what a folder of token shards holds, and whether this program can read it for this
+model.
 
 A split is one stream of tokens, document after document, each beginning with the start token. It is
 cut into shards of `shard_tokens` tokens wherever that falls; a shard is two files, `NAME.tokens`
 (little-endian, `dtype`) and `NAME.starts` (little-endian uint32: where in the shard a document
-begins). The index is written last: a folder without it is a preparation that has not ended.
+begins). The index is written last: a folder without it holds an unfinished preparation.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 @settings
 class Shard:
-    """One shard: `documents` of them begin in it; sha256 of both files."""
+    """One shard: its number of tokens, how many documents begin in it, and sha256 of both files."""
 
     name: str
     tokens: Positive
@@ -65,9 +65,9 @@ class Index:
 
 
 @settings
-class Begun:
-    """`.preparing/options.json`: what a preparation that has not ended is of. When it has, the
-    same stands in the index.
+class Unfinished:
+    """`.preparing/options.json`: what an unfinished preparation is made from. The index of the
+    finished one repeats it.
     """
 
     format: Positive
@@ -90,13 +90,10 @@ def read_index(folder: Path) -> Index:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        begun = (
-            " (a preparation was begun and has not ended: run it again)"
-            if (folder / ".preparing").is_dir()
-            else ""
-        )
+        unfinished = " (a preparation was begun and has not ended: run it again)"
+        hint = unfinished if (folder / ".preparing").is_dir() else ""
         raise EnvironmentFault(
-            f"{folder} holds no prepared corpus: it has no {INDEX}{begun}."
+            f"{folder} holds no prepared corpus: it has no {INDEX}{hint}."
         ) from None
     except OSError as error:
         raise EnvironmentFault(f"{path}: {error.strerror}.") from None
@@ -106,7 +103,8 @@ def read_index(folder: Path) -> Index:
         raise EnvironmentFault(f"{path} is damaged: not a JSON object; prepare the corpus again.")
     if values.get("format") != FORMAT:
         raise EnvironmentFault(
-            f"{path} is of format {values.get('format')}, this program reads {FORMAT}: prepare again."
+            f"{path} is of format {values.get('format')}, this program reads {FORMAT}: "
+            "prepare again."
         )
     try:
         return build(Index, values, str(path))
@@ -130,23 +128,26 @@ def index_digest(folder: Path) -> str:
     return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
 
 
-def check_fits(folder: Path, index: Index | Begun, tokenizer: str | None, rows: int | None) -> None:
-    """Raise `UsageError` where the tokenizer (its sha256) is another, or has ids that a model of
-    `rows` embeddings lacks.
+def check_fits(
+    folder: Path, index: Index | Unfinished, tokenizer: str | None, rows: int | None
+) -> None:
+    """Raise `UsageError` unless the corpus was made with this tokenizer (its sha256), and a model
+    of `rows` embeddings has one for each of its ids. None: not checked.
     """
     if tokenizer is not None and tokenizer != index.tokenizer:
         raise UsageError(
-            f"{folder} was made with another tokenizer (sha256 {index.tokenizer[:12]}..., the model's is {tokenizer[:12]}...): "
-            "prepare it again with the model's."
+            f"{folder} was made with another tokenizer (sha256 {index.tokenizer[:12]}..., "
+            f"the model's is {tokenizer[:12]}...): prepare it again with the model's."
         )
     if rows is not None and index.vocabulary > rows:
         raise UsageError(
-            f"{folder} holds ids up to {index.vocabulary - 1}, the model has only {rows} embeddings."
+            f"{folder} holds ids up to {index.vocabulary - 1}, "
+            f"the model has only {rows} embeddings."
         )
 
 
 def split_of(folder: Path, index: Index, name: str) -> Split:
-    """One split. Raises `UsageError` naming those that there are, or when it holds no text."""
+    """One split. Raises `UsageError` for an unknown one, naming the known, and for an empty one."""
     if name not in index.splits:
         raise unknown(f"split of {folder}", name, index.splits)
     if not index.splits[name].documents:

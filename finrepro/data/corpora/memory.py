@@ -1,4 +1,4 @@
-"""Token streams of texts that are small enough to be tokenized each time: the same windows as
+"""Token streams in memory, for texts small enough to be tokenized in each run: the same windows as
 from shards, without a folder.
 """
 
@@ -11,16 +11,16 @@ from finrepro.data.corpora.stream import Tokens
 
 
 class TextStream:
-    """Documents, each with its start token first, as one array. As `stream.TokenStream`, but for
-    `bytes`, which nobody asks for here.
+    """Documents, each with its start token first, as one array; otherwise as `TokenStream`,
+    without its count of `bytes`.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]]) -> None:
-        parts = [np.asarray(ids, np.uint32) for ids in documents]
-        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self._tokens = np.concatenate([np.empty(0, np.uint32), *parts])
-        self._starts = np.concatenate([np.zeros(min(1, len(parts)), np.int64), ends[:-1]])
-        self.documents = len(parts)
+        arrays = [np.asarray(ids, np.uint32) for ids in documents]
+        ends = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)
+        self._tokens = np.concatenate([np.empty(0, np.uint32), *arrays])
+        self._starts = np.concatenate([np.zeros(min(1, len(arrays)), np.int64), ends[:-1]])
+        self.documents = len(arrays)
 
     def __len__(self) -> int:
         """Tokens, start tokens included."""

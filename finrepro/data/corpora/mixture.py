@@ -1,8 +1,8 @@
 """Several corpora in given proportions, as one set of windows.
 
-Which corpus the p-th window of training comes from depends on p alone: of any first p windows, each
-corpus has its share to within as many windows as there are corpora. A corpus that is used up begins
-again in a new order, while the others go on.
+Which corpus the p-th window of training comes from depends on p alone. Among the first p windows
+each corpus has its share, to within as many windows as there are corpora. A corpus that is used up
+begins again in a new order, while the others go on.
 """
 
 from bisect import bisect_right
@@ -13,86 +13,93 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from finrepro.data.corpora.rows import Rows
+from finrepro.data.corpora.lazy_sequence import LazySequence
 from finrepro.data.corpora.windows import Window, Windows
 from finrepro.errors import UsageError
 
 
-class Mixture(Rows[Window]):
-    """Windows of several corpora: `mixture[row]` runs through them one after the other, `rows(step,
-    ...)` mixes them.
+class Mixture(LazySequence[Window]):
+    """Windows of several corpora: `mixture[index]` runs through them one after the other,
+    `rows(step, ...)` mixes them.
 
     `weights` are relative numbers of windows by name, as {"news": 3, "books": 1.5}. Raises
-    `UsageError` unless they are positive, and of the corpora that are there.
+    `UsageError` unless they are positive and name the corpora, all of them finished.
     """
 
     def __init__(self, corpora: Mapping[str, Windows], weights: Mapping[str, int | float]) -> None:
-        if not corpora or corpora.keys() != weights.keys():
-            raise UsageError(
-                f"a mixture needs one weight for each of its corpora: {', '.join(corpora) or 'none given'}."
-            )
-        for name, windows in corpora.items():
-            if not getattr(windows.stream, "finished", True):
-                raise UsageError(
-                    f"mixture: the corpus '{name}' is not finished, and its size decides the order: prepare it first."
-                )
-        for name, weight in weights.items():
-            if not 0 < weight < float("inf"):
-                raise UsageError(
-                    f"mixture: the weight of '{name}' is {weight}, expected a positive number."
-                )
-        self.names, self.parts = tuple(corpora), tuple(corpora.values())
+        _check(corpora, weights)
+        self.names, self.corpora = tuple(corpora), tuple(corpora.values())
         exact = [Fraction(str(weights[name])) for name in self.names]
-        rest = list(accumulate(reversed(exact)))[
-            ::-1
-        ]  # what is left before each corpus takes its share
-        self._shares = [weight / left for weight, left in zip(exact, rest, strict=True)]
-        self._ends = list(accumulate(len(part) for part in self.parts))
+        # The weight of each corpus together with all that come after it.
+        totals = list(accumulate(reversed(exact)))[::-1]
+        self._shares = [weight / total for weight, total in zip(exact, totals, strict=True)]
+        self._ends = list(accumulate(len(windows) for windows in self.corpora))
         self.lengths = MixedLengths(self)
 
-    def place(self, row: int) -> tuple[Windows, int]:
-        """The corpus of a row, and the row there."""
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        part = bisect_right(self._ends, row % len(self))
-        return self.parts[part], row % len(self) - (self._ends[part] - len(self.parts[part]))
+    def locate(self, index: int) -> tuple[Windows, int]:
+        """The corpus that a window is of, and the window's index there."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        position = index % len(self)
+        number = bisect_right(self._ends, position)
+        windows = self.corpora[number]
+        return windows, position - (self._ends[number] - len(windows))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def at(self, row: int) -> Window:
+    def at(self, index: int) -> Window:
         """A window."""
-        windows, inside = self.place(row)
-        return windows.at(inside)
+        windows, local = self.locate(index)
+        return windows.at(local)
 
     def drawn(self, position: int) -> tuple[int, int]:
-        """(corpus, how many of that corpus came before) at a position of training's order:
-        O(corpora), in exact numbers.
+        """(number of a corpus, windows of it that came before) at a position of training's order:
+        O(corpora), in exact arithmetic.
 
-        Each corpus in turn takes the positions, among those left over by the ones before it, at
-        which its share grows by a whole.
+        The corpora take positions in turn. Each takes, of the positions that the ones before it
+        leave, those at which the integer part of its share of them grows.
         """
-        for part, share in enumerate(self._shares[:-1]):
+        for number, share in enumerate(self._shares[:-1]):
             before = position * share.numerator // share.denominator
             if (position + 1) * share.numerator // share.denominator > before:
-                return part, before
+                return number, before
             position -= before
         return len(self._shares) - 1, position
 
     def rows(self, step: int, global_batch_size: int, seed: int) -> list[int]:
-        """The rows of optimizer step `step`, as `Windows.rows`."""
-        drawn = [self.drawn(step * global_batch_size + k) for k in range(global_batch_size)]
-        found: list[int] = [0] * global_batch_size
-        for part, windows in enumerate(self.parts):
-            here = [k for k, (which, _) in enumerate(drawn) if which == part]
-            places: NDArray[np.int64] = np.array([drawn[k][1] for k in here], np.int64)
-            offset = self._ends[part] - len(windows)
-            for k, row in zip(here, windows.order(places, seed, part).tolist(), strict=True):
-                found[k] = offset + row
-        return found
+        """The windows of optimizer step `step`, as `Windows.rows`."""
+        first = step * global_batch_size
+        draws = [self.drawn(first + k) for k in range(global_batch_size)]
+        indices: list[int] = [0] * global_batch_size
+        for number, windows in enumerate(self.corpora):
+            slots = [k for k, (corpus, _) in enumerate(draws) if corpus == number]
+            positions: NDArray[np.int64] = np.array([draws[k][1] for k in slots], np.int64)
+            offset = self._ends[number] - len(windows)
+            local_indices = windows.order(positions, seed, number).tolist()
+            for k, local in zip(slots, local_indices, strict=True):
+                indices[k] = offset + local
+        return indices
 
 
-class MixedLengths(Rows[int]):
+def _check(corpora: Mapping[str, Windows], weights: Mapping[str, int | float]) -> None:
+    if not corpora or corpora.keys() != weights.keys():
+        names = ", ".join(corpora) or "none given"
+        raise UsageError(f"a mixture needs one weight for each of its corpora: {names}.")
+    for name, windows in corpora.items():
+        if not getattr(windows.stream, "finished", True):
+            raise UsageError(
+                f"mixture: the corpus '{name}' is not finished, and its size decides the order: "
+                "prepare it first."
+            )
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise UsageError(
+                f"mixture: the weight of '{name}' is {weight}, expected a positive number."
+            )
+
+
+class MixedLengths(LazySequence[int]):
     """The lengths of a mixture's windows, without storing them."""
 
     def __init__(self, mixture: Mixture) -> None:
@@ -101,7 +108,7 @@ class MixedLengths(Rows[int]):
     def __len__(self) -> int:
         return len(self._mixture)
 
-    def at(self, row: int) -> int:
+    def at(self, index: int) -> int:
         """The length of a window."""
-        windows, inside = self._mixture.place(row)
-        return windows.lengths.at(inside)
+        windows, local = self._mixture.locate(index)
+        return windows.lengths.at(local)

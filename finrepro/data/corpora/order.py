@@ -19,18 +19,18 @@ Numbers = NDArray[np.uint64]
 
 
 def permute(positions: NDArray[np.int64], count: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Where the key's permutation of [0, count) sends each of `positions`, which lie in it;
-    hardly ever more than one walk.
+    """The images of `positions`, which lie in [0, count), under the key's permutation of it. More
+    than one walk is rare.
     """
     side = math.isqrt(max(count, 1) - 1) + 1  # a; then b is the smallest with a b >= count
     sides = (np.uint64(side), np.uint64(-(-count // side)))
     keys = _keys(key)
-    found = _network(positions.astype(np.uint64), sides, keys)
-    outside = found >= count
+    images = _network(positions.astype(np.uint64), sides, keys)
+    outside = images >= count
     while outside.any():
-        found[outside] = _network(found[outside], sides, keys)
-        outside = found >= count
-    return found.astype(np.int64)
+        images[outside] = _network(images[outside], sides, keys)
+        outside = images >= count
+    return images.astype(np.int64)
 
 
 def _keys(key: tuple[int, ...]) -> Numbers:
@@ -43,14 +43,14 @@ def _keys(key: tuple[int, ...]) -> Numbers:
 
 
 def _network(numbers: Numbers, sides: tuple[np.uint64, np.uint64], keys: Numbers) -> Numbers:
-    """Feistel rounds; on the pair of quotient and remainder by the second side."""
-    left, right = np.divmod(numbers, sides[1])
+    """Feistel rounds on the pair (l, r) of quotient and remainder by the second side."""
+    high, low = np.divmod(numbers, sides[1])
     for number, key in enumerate(keys):
         if number % 2:
-            right = (right + _mixed(left + key) % sides[1]) % sides[1]
+            low = (low + _mixed(high + key) % sides[1]) % sides[1]
         else:
-            left = (left + _mixed(right + key) % sides[0]) % sides[0]
-    return left * sides[1] + right
+            high = (high + _mixed(low + key) % sides[0]) % sides[0]
+    return high * sides[1] + low
 
 
 def _mixed(x: Numbers) -> Numbers:

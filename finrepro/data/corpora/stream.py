@@ -1,5 +1,5 @@
-"""A split's tokens as one long array, memory-mapped from its shards: reading costs what is read,
-wherever it stands.
+"""A split's tokens as one long array, memory-mapped from its shards: the cost of reading depends on
+the number of tokens read, not on their position.
 """
 
 from dataclasses import fields
@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finrepro.data.corpora.index import (
-    Begun,
     Index,
     Shard,
     Split,
+    Unfinished,
     check_fits,
     index_digest,
     read_index,
@@ -25,8 +25,8 @@ Tokens = NDArray[np.unsignedinteger]
 
 
 class TokenStream:
-    """`stream.tokens(a, b)` and `stream.starts(a, b)`: the ids from position a to before b, and
-    where documents begin there.
+    """`stream.tokens(a, b)`: the ids at positions [a, b). `stream.starts(a, b)`: the positions
+    among them at which a document begins.
     """
 
     finished = True
@@ -53,12 +53,12 @@ class TokenStream:
         self.shards.append(shard)
 
     def _complete(self, split: Split) -> None:
-        """Map the shards that are not mapped yet, the last ones."""
+        """Map the last shards, those that are not mapped yet, and check the counts."""
         folder = self.folder
         for shard in split.shards[len(self.shards) :]:
             self._add(shard)
         self.documents, self.bytes, self._length = split.documents, split.bytes, split.tokens
-        if [len(each) for each in self._tokens[:-1]] != [self.capacity] * (len(self._tokens) - 1):
+        if any(len(tokens) != self.capacity for tokens in self._tokens[:-1]):
             raise EnvironmentFault(
                 f"{folder}: a shard before the last one is not full; prepare the corpus again."
             )
@@ -67,12 +67,13 @@ class TokenStream:
             or sum(map(len, self._starts)) != self.documents
         ):
             raise EnvironmentFault(
-                f"{folder}: the shards do not add up to the index's counts; prepare the corpus again."
+                f"{folder}: the shards do not add up to the index's counts; "
+                "prepare the corpus again."
             )
 
     @property
     def available(self) -> int:
-        """Tokens that are there so far."""
+        """The number of tokens that are there so far."""
         return self._length
 
     def __len__(self) -> int:
@@ -80,25 +81,26 @@ class TokenStream:
         return self._length
 
     def reaches(self, count: int) -> bool:
-        """Whether there are so many tokens. A stream that grows waits until it can tell."""
+        """Whether the stream has `count` tokens. A growing one waits until that is known."""
         return count <= self._length
 
     def tokens(self, begin: int, end: int) -> Tokens:
         """Ids at positions [begin, end): a view where one shard holds them all."""
-        parts = [self._tokens[k][a:b] for k, a, b in self._cut(begin, end)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        views = [self._tokens[k][a:b] for k, a, b in self._cut(begin, end)]
+        return views[0] if len(views) == 1 else np.concatenate([np.empty(0, self.dtype), *views])
 
     def starts(self, begin: int, end: int) -> NDArray[np.int64]:
         """Positions in [begin, end) at which a document begins; a binary search in the shard's
         list.
         """
-        found = []
+        positions = []
         for k, a, b in self._cut(begin, end):
-            first, last = self._starts[k].searchsorted(
-                np.array((a, b), "<u4")
-            )  # another type would copy the list
-            found.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
-        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+            # Numbers of another type would copy the list.
+            first, last = self._starts[k].searchsorted(np.array((a, b), "<u4"))
+            positions.append(self._starts[k][first:last].astype(np.int64) + k * self.capacity)
+        if len(positions) == 1:
+            return positions[0]
+        return np.concatenate([np.empty(0, np.int64), *positions])
 
     def _cut(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """(shard, from, to) inside each shard that [begin, end) touches."""
@@ -108,12 +110,13 @@ class TokenStream:
 
 
 def _map(path: Path, dtype: "np.dtype[np.unsignedinteger]", count: int) -> Tokens:
-    """A file of `count` numbers, mapped; an empty one cannot be."""
+    """A memory map of a file of `count` numbers; an array for an empty file, which has no map."""
     try:
         size = path.stat().st_size
         if size != count * dtype.itemsize:
             raise EnvironmentFault(
-                f"{path} has {size} bytes, expected {count * dtype.itemsize}: it is damaged; prepare the corpus again."
+                f"{path} has {size} bytes, expected {count * dtype.itemsize}: it is damaged; "
+                "prepare the corpus again."
             )
         # A plain array over the map: indexing a memmap makes an object of a Python class each time.
         return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
@@ -124,16 +127,16 @@ def _map(path: Path, dtype: "np.dtype[np.unsignedinteger]", count: int) -> Token
 
 
 class Corpus:
-    """An opened corpus: `index`, `digest` (its identity, for a result's record) and a stream for
-    each split.
+    """An opened corpus: its `index`, its `digest` (the identity in a result's record), and a stream
+    for each split.
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index, self.digest = folder, index, index_digest(folder)
 
     def facts(self) -> dict[str, Any]:
-        """What goes into a result: the sha256 of the index, where the text came from, and how
-        much it is.
+        """What a result records: the sha256 of the index, the text's source, and the numbers of
+        documents and tokens.
         """
         train = self.index.splits["train"]
         return {
@@ -144,12 +147,12 @@ class Corpus:
         }
 
     def made_from(self) -> dict[str, Any]:
-        """What decides every byte of it, and is known before it is finished."""
-        return {field.name: getattr(self.index, field.name) for field in fields(Begun)}
+        """What decides every byte of the corpus, known before it is finished."""
+        return {field.name: getattr(self.index, field.name) for field in fields(Unfinished)}
 
     def stream(self, split: str = "train") -> TokenStream:
-        """The tokens of a split. Raises `UsageError` for one that there is not,
-        `EnvironmentFault` for a missing or cut shard.
+        """The tokens of a split. Raises `UsageError` for an unknown split, `EnvironmentFault` for
+        a missing or truncated shard.
         """
         return TokenStream(self.folder, self.index, split_of(self.folder, self.index, split))
 

@@ -3,9 +3,9 @@ is learned exactly once.
 
 Window i has as inputs the tokens [i L, (i + 1) L) of the stream, L = `max_seq_len` exactly (the
 last one may be shorter), cut into pieces where documents begin. Position t predicts token t + 1,
-also when that one stands in the next window: nothing is lost at a border and no token goes through
-the model twice. A document's first token follows nothing and is predicted nowhere, so that a stream
-of T tokens in D documents has T - D supervised ones, whatever L.
+also when that one stands in the next window: no prediction is lost at a border, and no token goes
+through the model twice. A document's first token is predicted nowhere, so that a stream of T tokens
+in D documents has T - D supervised ones, whatever L.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from finrepro.data.corpora.lazy_sequence import LazySequence
 from finrepro.data.corpora.order import permute
-from finrepro.data.corpora.rows import Rows
 from finrepro.data.corpora.stream import Tokens
 from finrepro.data.tokens import IGNORE
 from finrepro.errors import UsageError
@@ -23,8 +23,8 @@ from finrepro.errors import UsageError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A part of one document: `ids` go in; each predicts the next, the last one `successor`
-    (None: the document ends here).
+    """A part of one document: input `ids`, each of which predicts the next; the last one predicts
+    `successor` (None: the document ends here).
     """
 
     ids: Tokens
@@ -37,16 +37,16 @@ class Piece:
 
     def targets(self) -> NDArray[np.int64]:
         """For each position the id to predict there, `IGNORE` where there is none."""
-        found = np.empty(len(self.ids), np.int64)
-        found[:-1] = self.ids[1:]
-        found[-1] = IGNORE if self.successor is None else self.successor
-        return found
+        targets = np.empty(len(self.ids), np.int64)
+        targets[:-1] = self.ids[1:]
+        targets[-1] = IGNORE if self.successor is None else self.successor
+        return targets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """`ids` (inputs), the id after them, and `cuts`: where in the window, its end included,
-    another document begins (never 0).
+    """Input `ids`, the id `after` them, and `cuts`: the positions in the window, from 1 to its
+    length, at which another document begins.
     """
 
     ids: Tokens
@@ -55,20 +55,20 @@ class Window:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """One a document, in order; together they are the window."""
+        """The window cut into one piece a document, in order."""
         ids, length = self.ids, len(self.ids)
         if not self.cuts:
             return (Piece(ids, self.after),)
-        whole = [
+        ended = tuple(
             Piece(ids[begin:end], None)
             for begin, end in zip((0, *self.cuts[:-1]), self.cuts, strict=True)
-        ]
-        rest = self.cuts[-1]
-        return tuple(whole) if rest == length else (*whole, Piece(ids[rest:], self.after))
+        )
+        last = self.cuts[-1]
+        return ended if last == length else (*ended, Piece(ids[last:], self.after))
 
     @property
     def piece_lengths(self) -> tuple[int, ...]:
-        """How long each piece is, without making them."""
+        """The length of each piece, without making them."""
         ends = (
             self.cuts
             if self.cuts and self.cuts[-1] == len(self.ids)
@@ -78,12 +78,12 @@ class Window:
 
     def targets(self) -> NDArray[np.int64]:
         """The pieces' targets, one after the other."""
-        found = np.empty(len(self.ids), np.int64)
-        found[:-1] = self.ids[1:]
-        found[-1] = self.after
+        targets = np.empty(len(self.ids), np.int64)
+        targets[:-1] = self.ids[1:]
+        targets[-1] = self.after
         for cut in self.cuts:
-            found[cut - 1] = IGNORE
-        return found
+            targets[cut - 1] = IGNORE
+        return targets
 
     @property
     def num_supervised(self) -> int:
@@ -94,13 +94,13 @@ class Window:
 
 
 def check_length(max_seq_len: int) -> None:
-    """Raise `UsageError` for windows of a token."""
+    """Raise `UsageError` for windows of less than two tokens."""
     if max_seq_len < 2:
         raise UsageError(f"max_seq_len {max_seq_len}: windows of running text need at least 2.")
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths(Rows[int]):
+class Lengths(LazySequence[int]):
     """The lengths of all windows, without storing them: `number` of them, all `size` but the
     last.
     """
@@ -112,9 +112,9 @@ class Lengths(Rows[int]):
     def __len__(self) -> int:
         return self.number
 
-    def at(self, row: int) -> int:
+    def at(self, index: int) -> int:
         """The length of a window."""
-        return self.last if row == self.number - 1 else self.size
+        return self.last if index == self.number - 1 else self.size
 
 
 @runtime_checkable
@@ -131,9 +131,8 @@ class Stream(Protocol):
         """Positions in [begin, end) at which a document begins."""
 
 
-class Windows(Rows[Window]):
-    """A split's windows, each read when it is asked for, and the order in which training takes
-    them.
+class Windows(LazySequence[Window]):
+    """A split's windows, each read on access, and the order in which training takes them.
 
     Raises `UsageError` for a `max_seq_len` below 2 or a split without two tokens.
     """
@@ -141,13 +140,14 @@ class Windows(Rows[Window]):
     def __init__(self, stream: Stream, max_seq_len: int) -> None:
         check_length(max_seq_len)
         self.stream, self.max_seq_len = stream, max_seq_len
-        # The stream's very last token predicts nothing: it is a target only. So no window is
-        # without a supervised position.
+        # The stream's very last token is a target only: so every window has a supervised position.
         inputs = len(stream) - 1
         if inputs < 1:
             raise UsageError("the split holds no text to learn from.")
         count = -(-inputs // max_seq_len)
-        self.lengths: Rows[int] = Lengths(count, max_seq_len, inputs - (count - 1) * max_seq_len)
+        self.lengths: LazySequence[int] = Lengths(
+            count, max_seq_len, inputs - (count - 1) * max_seq_len
+        )
 
     @property
     def num_supervised(self) -> int:
@@ -157,27 +157,27 @@ class Windows(Rows[Window]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def at(self, row: int) -> Window:
+    def at(self, index: int) -> Window:
         """A window; O(1) in the length of the stream, but for a binary search."""
-        length, begin = self.lengths.at(row), row * self.max_seq_len
+        length, begin = self.lengths.at(index), index * self.max_seq_len
         read = self.stream.tokens(begin, begin + length + 1)
         cuts = self.stream.starts(begin + 1, begin + length + 1) - begin
         return Window(read[:-1], int(read[-1]), tuple(cuts.tolist()))
 
-    def order(self, positions: NDArray[np.int64], seed: int, part: int = 0) -> NDArray[np.int64]:
+    def order(self, positions: NDArray[np.int64], seed: int, stream: int = 0) -> NDArray[np.int64]:
         """The windows at these positions of training's endless order: every epoch is a
-        permutation of its own.
+        permutation of its own, keyed by (seed, number of the stream in a mixture, epoch).
         """
-        epochs, places = np.divmod(positions, len(self))
-        found = np.empty_like(positions)
+        epochs, offsets = np.divmod(positions, len(self))
+        indices = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            found[here] = permute(places[here], len(self), (seed, part, epoch))
-        return found
+            in_epoch = epochs == epoch
+            indices[in_epoch] = permute(offsets[in_epoch], len(self), (seed, stream, epoch))
+        return indices
 
     def rows(self, step: int, global_batch_size: int, seed: int) -> list[int]:
-        """The windows of optimizer step `step`, from nothing but its number: no state, whatever
-        the ranks or the workers.
+        """The windows of optimizer step `step`, from its number alone: there is no state, and
+        neither ranks nor workers change it.
         """
         first = step * global_batch_size
         return [int(row) for row in self.order(np.arange(first, first + global_batch_size), seed)]

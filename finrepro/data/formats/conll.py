@@ -5,9 +5,8 @@ Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are I
 person, `O` outside, so that two entities of one type side by side are one.
 """
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
+from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Count, settings
 
@@ -15,35 +14,23 @@ DOCUMENT = "-DOCSTART-"
 
 
 @settings
-class Config:
-    """`files` maps a split to its file; a tag's type is one of `types`, or one of `dropped` and
-    then read as outside.
+class Config(DatasetConfig):
+    """`files` maps a split to its file. A tag's type is one of `types`, or one of `dropped`, which
+    are read as outside.
     """
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     token_column: Count
     tag_column: Count
     types: tuple[str, ...]
     dropped: tuple[str, ...]
-    development: Development
-
-
-def needed(split: str, config: Config) -> tuple[str, ...]:
-    """The files that a split is made of: its own."""
-    return (split,)
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Split name -> sentences in file order, those without an entity too.
+    """Split name -> sentences in file order, those without an entity included.
 
     `text` is the tokens and `label` the tags, both joined by single spaces; `source` names the
-    document. Raises `EnvironmentFault` on a line or tag that is none, or another number of
-    sentences.
+    document. Raises `EnvironmentFault` on a malformed line, an unknown tag, or another number of
+    sentences than recorded.
     """
     splits: dict[str, tuple[Example, ...]] = {}
     for split, content in contents.items():
@@ -61,7 +48,8 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
                 tags = [_tag(fields[config.tag_column], config) for fields in lines]
             except (IndexError, KeyError) as error:
                 raise EnvironmentFault(
-                    f"dataset '{name}', split '{split}', sentence {len(examples)}: no such column or tag ({error})."
+                    f"dataset '{name}', split '{split}', sentence {len(examples)}: "
+                    f"no such column or tag ({error})."
                 ) from None
             examples.append(
                 Example(
@@ -77,7 +65,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
 
 
 def _tag(tag: str, config: Config) -> str:
-    """The tag, a dropped type's as `O`. Raises `KeyError` for another."""
+    """The tag, that of a dropped type as `O`. Raises `KeyError` for an unknown one."""
     prefix, _, kind = tag.partition("-")
     if tag == "O" or (prefix in ("I", "B") and kind in config.dropped):
         return "O"

@@ -3,38 +3,25 @@ Sentiment format.
 
 The label codes of two datasets can mean different things (0, 1, 2 is bearish, bullish, neutral here
 and negative, neutral, positive in Financial PhraseBank), so the map is part of the dataset's entry;
-FinLoRA's swapped file is what a shared map yields.
+FinLoRA's file with swapped labels is what one shared map leads to.
 """
 
 import csv
 import io
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
+from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 
 
 @settings
-class Config:
+class Config(DatasetConfig):
     """`files` maps a split to its file; `labels` maps the file's code to the label's name."""
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     text_column: str
     label_column: str
     labels: dict[str, str]
-    development: Development
-
-
-def needed(split: str, config: Config) -> tuple[str, ...]:
-    """The files that a split is made of: its own."""
-    return (split,)
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:

@@ -3,19 +3,18 @@ open challenge, task 1).
 
 The official test set has no scores, so everybody splits the training set again. Here the test set
 is FLARE's 235 rows, read from FinLoRA's copy: PIXIU made them by shuffling the rows of each class
-with a seed (The-FinAI/PIXIU@7923146, data/fiqasa/preprocess.py), but starting from files in an
-order that is not public, so that the rule alone does not give them back. The training set is what
-remains of the challenge's files, without any sentence of the test set; PIXIU divided rows and not
-sentences, so that 22 test rows have their sentence in its training or validation set as well.
+with a seed (The-FinAI/PIXIU@7923146, data/fiqasa/preprocess.py), but from files in an order that is
+not public, so that the rule alone does not reproduce them. The training set is the rest of the
+challenge's files, without any sentence of the test set. PIXIU divided rows, not sentences: 22 of
+its test rows have their sentence also in its training or validation set.
 """
 
 import json
 from typing import Any
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
-from finrepro.data.formats.jsonl_labels import asked, json_lines
+from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 
@@ -23,20 +22,13 @@ SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's pro
 
 
 @settings
-class Config:
+class Config(DatasetConfig):
     """Files `headline` and `post` of the challenge and `test`, in FinGPT's prompt form. Scores
     run from -1 to 1: below `low` is negative, from `low` and below `high` neutral, else
     positive."""
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     low: float
     high: float
-    development: Development
 
 
 def needed(split: str, config: Config) -> tuple[str, ...]:
@@ -54,7 +46,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     check_rows(name, "test", config.files["test"], len(rows))
     examples = []
     for row, line in enumerate(rows):
-        instruction, text = asked(str(line.get("context")))
+        instruction, text = split_prompt(str(line.get("context")))
         source = SCORED["post"] if SCORED["post"] in instruction else SCORED["headline"]
         examples.append(
             Example(

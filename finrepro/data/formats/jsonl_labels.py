@@ -1,12 +1,9 @@
-"""JSON lines with a text and a label by name, one file a split: news with labels that ChatGPT
-gave (NWGI).
-"""
+"""JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
 import json
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
+from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 
@@ -23,25 +20,11 @@ class Columns:
 
 
 @settings
-class Config:
-    """`files` and `columns` map a split to its file and its keys; `labels` are all that may
-    occur.
-    """
+class Config(DatasetConfig):
+    """`files` and `columns` map a split to its file and its keys; `labels` are the allowed ones."""
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     columns: dict[str, Columns]
     labels: tuple[str, ...]
-    development: Development
-
-
-def needed(split: str, config: Config) -> tuple[str, ...]:
-    """The files that a split is made of: its own."""
-    return (split,)
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
@@ -55,10 +38,11 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
             text, label = str(line.get(columns.text) or ""), str(line.get(columns.label)).strip()
             if columns.text not in line or label not in config.labels:
                 raise EnvironmentFault(
-                    f"dataset '{name}', split '{split}', line {row + 1}: no '{columns.text}', or '{columns.label}' is "
-                    f"{line.get(columns.label)!r} and not one of {', '.join(config.labels)}."
+                    f"dataset '{name}', split '{split}', line {row + 1}: "
+                    f"no '{columns.text}', or '{columns.label}' is {line.get(columns.label)!r} "
+                    f"and not one of {', '.join(config.labels)}."
                 )
-            text = asked(text)[1] if columns.prompted else text
+            text = split_prompt(text)[1] if columns.prompted else text
             examples.append(Example(id=f"{name}/{split}/{row}", text=text.strip(), label=label))
         check_rows(name, split, config.files[split], len(examples))
         splits[split] = tuple(examples)
@@ -66,8 +50,8 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
 
 
 def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
-    """The objects of a JSON lines file. Raises `EnvironmentFault` naming the line that is none."""
-    found = []
+    """The objects of a JSON lines file. Raises `EnvironmentFault` naming a line that is not one."""
+    rows = []
     for number, line in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"), 1):
         try:
             value = json.loads(line)
@@ -79,11 +63,11 @@ def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
             raise EnvironmentFault(
                 f"dataset '{name}', file '{role}', line {number}: not a JSON object."
             )
-        found.append(value)
-    return found
+        rows.append(value)
+    return rows
 
 
-def asked(prompt: str) -> tuple[str, str]:
+def split_prompt(prompt: str) -> tuple[str, str]:
     """(instruction, text) of a prompt in FinGPT's form, `Instruction: ...\\nInput: ...\\nAnswer:
     `.
     """

@@ -1,15 +1,13 @@
-"""Running text, one paragraph a line: the layout of WikiText, whose headings stand between equals
-signs.
+"""Running text, one paragraph a line, as WikiText: headings stand between equals signs.
 
-An example is a paragraph. Where a file has its headings, the article that a paragraph belongs to is
-its `source`: paragraphs of an article are one observation.
+An example is a paragraph. Where a file has headings, a paragraph's `source` is its article:
+paragraphs of an article are one observation.
 """
 
 import re
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
+from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Positive, settings
 
@@ -18,31 +16,19 @@ HEADING = re.compile(r"=.*=")
 
 
 @settings
-class Config:
+class Config(DatasetConfig):
     """`files` maps a split to its file, whose rows are its paragraphs.
 
     `articles` names the splits whose files have headings, with how many of their articles are taken
     (null: all).
     """
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     articles: dict[str, Positive | None]
-    development: Development
-
-
-def needed(split: str, config: Config) -> tuple[str, ...]:
-    """The files that a split is made of: its own."""
-    return (split,)
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Split name -> paragraphs in file order. Raises `EnvironmentFault` on a file that is no
-    UTF-8 text.
+    """Split name -> paragraphs in file order. Raises `EnvironmentFault` on bytes that are not
+    UTF-8.
     """
     splits = {}
     for split, content in contents.items():
@@ -55,8 +41,8 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
         examples: list[Example] = []
         article = ""
         for line in map(str.strip, lines):
-            if found := ARTICLE.fullmatch(line):
-                article = found[1] if split in config.articles else ""
+            if heading := ARTICLE.fullmatch(line):
+                article = heading[1] if split in config.articles else ""
             elif line and not HEADING.fullmatch(line):
                 examples.append(
                     Example(
@@ -64,6 +50,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
                     )
                 )
         check_rows(name, split, config.files[split], len(examples))
-        kept = list(dict.fromkeys(each.source for each in examples))[: config.articles.get(split)]
-        splits[split] = tuple(each for each in examples if each.source in kept)
+        sources = list(dict.fromkeys(example.source for example in examples))
+        selected = set(sources[: config.articles.get(split)])
+        splits[split] = tuple(example for example in examples if example.source in selected)
     return splits

@@ -1,20 +1,18 @@
 """Financial PhraseBank's `sentence@label` lines (Malo et al., 2014), split as FinGPT split it.
 
 The release has no split. FinGPT and FinLoRA score on `datasets.train_test_split(seed=42)`, a random
-quarter; the same 1,212 rows in the same order come from NumPy's generator alone, which is how
-`Split` says it.
+quarter; `RandomSplit` gives the same 1,212 rows in the same order by NumPy's generator alone.
 """
 
 import numpy as np
 
-from finrepro.catalogue.spec import Hub
 from finrepro.data.examples import Example, Splits
-from finrepro.data.files import Development, File, check_rows
+from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.settings import settings
 
 
 @settings
-class Split:
+class RandomSplit:
     """The first `test_rows` of `numpy.random.default_rng(seed).permutation(rows)` are the test
     set, the rest is train.
     """
@@ -24,18 +22,11 @@ class Split:
 
 
 @settings
-class Config:
+class Config(DatasetConfig):
     """One file, under the role `all`, with a fixed encoding."""
 
-    version: int
-    title: str
-    licence: str
-    embedded: bool
-    hub: Hub | None
-    files: dict[str, File]
     encoding: str
-    split: Split
-    development: Development
+    split: RandomSplit
 
 
 def needed(split: str, config: Config) -> tuple[str, ...]:

@@ -1,6 +1,4 @@
-"""What `invoke data --prepare` and `--verify` do: options checked, progress shown, the finished
-corpus described.
-"""
+"""`invoke data --prepare` and `--verify`: check the options, show progress, describe the corpus."""
 
 import sys
 import time
@@ -12,12 +10,19 @@ from finrepro.arguments import count, fraction
 from finrepro.data.corpora.folders import copy_tokenizer
 from finrepro.data.corpora.index import Index
 from finrepro.data.preparing.entries import HeldOut, named_or_path
-from finrepro.data.preparing.prepare import Options, Progress, Sources, default_workers, prepare
+from finrepro.data.preparing.prepare import (
+    PrepareOptions,
+    Progress,
+    Sources,
+    default_workers,
+    prepare,
+)
 from finrepro.data.preparing.tokenizing import load_encoder
-from finrepro.data.preparing.verify import wrong_shards
+from finrepro.data.preparing.verify import corpus_faults
 from finrepro.errors import UsageError
 
-LITTLE = 16_000_000  # bytes that one process has tokenized before several have begun
+# Bytes of text that one process has tokenized before several have started.
+ONE_WORKER_BELOW = 16_000_000
 VALIDATION = 0.005  # of the documents, by default
 LEFT_OUT = {
     "duplicates": "duplicates",
@@ -35,22 +40,22 @@ class PreparedCorpus:
 
     def show(self) -> None:
         """Print what it holds."""
-        print("\n".join(described(self.folder, self.index)))
+        print("\n".join(description(self.folder, self.index)))
 
 
 @dataclass(frozen=True)
 class CheckedCorpus:
-    """A corpus that was read, and a line for each thing that is wrong with it."""
+    """A corpus whose bytes were checked, and a line for each fault."""
 
     folder: Path
     index: Index
     damaged: tuple[str, ...]
 
     def show(self) -> None:
-        """Print what is wrong, what it holds, and how many shards were read."""
+        """Print the faults, what the corpus holds, and how many shards were read."""
         for line in self.damaged:
             print(f"damaged: {line}")
-        print("\n".join(described(self.folder, self.index)))
+        print("\n".join(description(self.folder, self.index)))
         shards = sum(len(split.shards) for split in self.index.splits.values())
         print(f"{shards} shards, {len(self.damaged)} damaged")
 
@@ -68,7 +73,7 @@ def prepare_corpus(
     validation: float | None = None,
 ) -> PreparedCorpus:
     """Tokenize `source`, a corpus of configs/corpora.yaml, a file or a folder, into shards in
-    `out`, or go on with it.
+    `out`, or resume.
 
     `tokenizer` is the folder of the model's; `workers` tokenize (by default a core each), which
     never changes a byte; `on_error` is `stop` at damaged text, or `skip` it into quarantine.jsonl.
@@ -89,7 +94,7 @@ def prepare_corpus(
         raise UsageError(f"--out {out} lies inside of its own source {source}: choose another.")
     options = default_options(sources, held_out)
     if validation is not None:
-        options = Options(validation=fraction("validation", validation), seed=options.seed)
+        options = PrepareOptions(validation=fraction("validation", validation), seed=options.seed)
     encoder = load_encoder(tokenizer)
     display = ProgressDisplay(sources.size)
     try:
@@ -101,7 +106,7 @@ def prepare_corpus(
             workers=worker_count(workers, sources),
             on_error=on_error,
             progress=display.progress,
-            keep=lambda: copy_tokenizer(tokenizer, out),
+            before_writing=lambda: copy_tokenizer(tokenizer, out),
         )
     finally:
         display.close()
@@ -110,27 +115,27 @@ def prepare_corpus(
 
 def verify_corpus(folder: Path) -> CheckedCorpus:
     """Check every byte against the index. Raises `EnvironmentFault` without an index."""
-    index, faults = wrong_shards(folder)
+    index, faults = corpus_faults(folder)
     return CheckedCorpus(folder, index, tuple(faults))
 
 
-def default_options(sources: Sources, held_out: HeldOut | None) -> Options:
+def default_options(sources: Sources, held_out: HeldOut | None) -> PrepareOptions:
     """The options where none are given: the catalogue's rule for held-out documents, if it has
     one.
     """
     share: float = held_out.fraction if held_out else 0.0 if sources.validation else VALIDATION
-    return Options(validation=share, seed=held_out.seed if held_out else 0)
+    return PrepareOptions(validation=share, seed=held_out.seed if held_out else 0)
 
 
 def worker_count(requested: int | None, sources: Sources) -> int:
     """How many processes tokenize. Raises `UsageError` for less than one."""
     if requested is not None:
         return count("workers", requested)
-    return 1 if sources.size is not None and sources.size < LITTLE else default_workers()
+    return 1 if sources.size is not None and sources.size < ONE_WORKER_BELOW else default_workers()
 
 
-def described(folder: Path, index: Index) -> list[str]:
-    """A finished corpus in lines."""
+def description(folder: Path, index: Index) -> list[str]:
+    """Lines that describe a finished corpus."""
     lines = [f"{folder}:"]
     for name, split in index.splits.items():
         ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
@@ -171,7 +176,7 @@ class ProgressDisplay:
 
     @property
     def progress(self) -> Progress:
-        """What `prepare` calls."""
+        """The callback for `prepare`."""
         return self._show
 
     def _show(self, counts: dict[str, int]) -> None:
@@ -191,6 +196,6 @@ class ProgressDisplay:
             print(f"preparing: {facts}{remaining}", file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bars is not None:
             self._bars.stop()

@@ -1,5 +1,5 @@
-"""What makes two documents the same, and which are held out: both follow from the text alone,
-whatever their order and place.
+"""When two documents are duplicates, and which are held out: both follow from the text alone, not
+from the documents' order or place.
 """
 
 import hashlib
@@ -7,37 +7,35 @@ import unicodedata
 
 
 def identity(text: str) -> bytes:
-    """16 bytes of BLAKE2b over the text in NFC with every run of white space as one space, without
-    any at the ends.
+    """16 bytes of BLAKE2b over the text in NFC, stripped, with every run of white space as one
+    space.
 
-    Two different documents of a billion share one with a probability below 1e-20.
+    The probability that two different documents of a billion collide is below 1e-20.
     """
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
 
 
-def held_out(document: bytes, fraction: float, seed: int) -> bool:
+def is_held_out(document: bytes, fraction: float, seed: int) -> bool:
     """Whether the document of this identity belongs to the validation split, which has about
     `fraction` of the documents.
 
-    The same document is on the same side in every corpus of that seed and fraction; a larger
-    fraction holds out the same ones and more.
+    A document is in the same split in every corpus of that seed and fraction; a larger fraction
+    holds out the same documents and more.
     """
-    drawn = hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(drawn, "big") < fraction * 2**64
+    number = hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(number, "big") < fraction * 2**64
 
 
-class Seen:
-    """The documents so far: `seen.before(identity)` is true from the second time on. About 80
-    bytes a document are kept.
-    """
+class DuplicateFilter:
+    """The identities of the documents so far; about 80 bytes of memory a document."""
 
     def __init__(self) -> None:
         self._identities: set[bytes] = set()
 
-    def before(self, document: bytes) -> bool:
-        """Note a document."""
-        known = len(self._identities)
+    def contains_or_add(self, document: bytes) -> bool:
+        """Whether the document came before; from now on it has."""
+        count = len(self._identities)
         self._identities.add(document)
-        return len(self._identities) == known
+        return len(self._identities) == count

@@ -1,6 +1,4 @@
-"""Where one document of a text file ends and the next begins. Only lines that are text: a
-damaged one costs its document, not the file.
-"""
+"""Rules that split a text file into documents. A damaged line costs its document, not the file."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,39 +13,39 @@ HEADING = re.compile(rb" = [^=\s].*[^=\s] = \s*|= [^=\s].*[^=\s] =\s*")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the line of the file that it begins in, from 1."""
+    """A text and the number of the line, from 1, that it begins in."""
 
     text: str
     line: int
 
 
 def split_file(rule: str, lines: Lines, name: str, fault: Fault) -> Iterator[Document]:
-    """The documents of a file by a named rule. Damaged ones go to `fault`; an empty one has only
-    white space and is left to the caller.
+    """The documents of a file by a named rule. Damaged ones are reported to `fault`; documents of
+    white space alone are left to the caller.
 
-    `file`: all of it. `articles`: WikiText's, each begins at its heading ` = Title = ` with a blank
-    line before. `lines`: each line. `paragraphs`: parted by blank lines. Raises `UsageError` for
-    another rule.
+    `file`: the file is one document. `articles`: WikiText's, each begins at its heading
+    ` = Title = ` after a blank line. `lines`: a document a line. `paragraphs`: separated by blank
+    lines. Raises `UsageError` for another rule.
     """
     if rule not in RULES:
         raise unknown("rule for documents", rule, RULES)
-    for line, parts in RULES[rule](lines):
-        document = _decoded(parts, line, name, fault)
+    for number, document_lines in RULES[rule](lines):
+        document = _decoded(document_lines, number, name, fault)
         if document is not None:
             yield document
 
 
-def _decoded(parts: list[bytes], line: int, name: str, fault: Fault) -> Document | None:
-    content = b"".join(parts)
-    if line == 1:
+def _decoded(lines: list[bytes], number: int, name: str, fault: Fault) -> Document | None:
+    content = b"".join(lines)
+    if number == 1:
         content = content.removeprefix(b"\xef\xbb\xbf")
     try:
         if b"\0" not in content:
-            return Document(content.decode(), line)
+            return Document(content.decode(), number)
         at, reason = content.index(b"\0"), "binary data (a NUL byte)"
     except UnicodeDecodeError as error:
         at, reason = error.start, f"not UTF-8 ({error.reason})"
-    fault(name, line + content.count(b"\n", 0, at), reason)
+    fault(name, number + content.count(b"\n", 0, at), reason)
     return None
 
 
@@ -55,34 +53,34 @@ def _file(lines: Lines) -> Iterator[tuple[int, list[bytes]]]:
     yield 1, list(lines)
 
 
-def _each_line(lines: Lines) -> Iterator[tuple[int, list[bytes]]]:
+def _one_a_line(lines: Lines) -> Iterator[tuple[int, list[bytes]]]:
     for number, line in enumerate(lines, 1):
         yield number, [line.rstrip(b"\r\n")]
 
 
 def _paragraphs(lines: Lines) -> Iterator[tuple[int, list[bytes]]]:
-    held: list[bytes] = []
+    paragraph: list[bytes] = []
     number = 0
     for number, line in enumerate(lines, 1):
         if line.strip():
-            held.append(line)
-        elif held:
-            yield number - len(held), held
-            held = []
-    if held:
-        yield number + 1 - len(held), held
+            paragraph.append(line)
+        elif paragraph:
+            yield number - len(paragraph), paragraph
+            paragraph = []
+    if paragraph:
+        yield number + 1 - len(paragraph), paragraph
 
 
 def _articles(lines: Lines) -> Iterator[tuple[int, list[bytes]]]:
-    held: list[bytes] = []
+    article: list[bytes] = []
     first = 1
     for number, line in enumerate(lines, 1):
-        if HEADING.fullmatch(line) and held and not held[-1].strip():
-            yield first, held
-            held, first = [], number
-        held.append(line)
-    if held:
-        yield first, held
+        if HEADING.fullmatch(line) and article and not article[-1].strip():
+            yield first, article
+            article, first = [], number
+        article.append(line)
+    if article:
+        yield first, article
 
 
-RULES = {"file": _file, "articles": _articles, "lines": _each_line, "paragraphs": _paragraphs}
+RULES = {"file": _file, "articles": _articles, "lines": _one_a_line, "paragraphs": _paragraphs}

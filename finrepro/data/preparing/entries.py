@@ -1,5 +1,5 @@
-"""configs/corpora.yaml: corpora that are known by name, where their text is and how it is cut
-into documents and splits.
+"""configs/corpora.yaml: the corpora by name, where their text is, and how it is cut into documents
+and splits.
 """
 
 from pathlib import Path
@@ -10,11 +10,11 @@ import pydantic
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Hub
 from finrepro.data import files as data
-from finrepro.data.corpora.index import Begun, Index
-from finrepro.data.preparing import hub
+from finrepro.data.corpora.index import Index, Unfinished
 from finrepro.data.preparing.documents import RULES
+from finrepro.data.preparing.hub import HubSplit
 from finrepro.data.preparing.prepare import Sources
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.errors import EnvironmentFault, unknown
 from finrepro.settings import Count, build, settings
 
@@ -30,12 +30,12 @@ class HeldOut:
 
 
 @settings
-class Entry:
+class CorpusEntry:
     """A corpus. Either `files` by split (train, and validation where the text comes with one), or
-    `hub` with its split and field.
+    `hub` with its `split` and `field`.
 
-    `documents` is the rule that cuts text files (finrepro.data.preparing.documents); `held_out` is
-    None where validation has files of its own.
+    `documents` is the rule that splits text files (finrepro.data.preparing.documents); `held_out`
+    is None where validation has a file.
     """
 
     title: str
@@ -60,84 +60,87 @@ class Entry:
                 raise ValueError("a validation split is either a file or 'held_out'")
 
 
-def entry(name: str) -> Entry:
-    """A checked entry. Raises `UsageError` naming the known ones."""
-    return build(Entry, reader.entry("corpora", name, "corpus"), f"corpora.{name}")
+def corpus_entry(name: str) -> CorpusEntry:
+    """A checked entry. Raises `UsageError` for an unknown name, with the nearest known one."""
+    return build(CorpusEntry, reader.entry("corpora", name, "corpus"), f"corpora.{name}")
 
 
 def sources_of(name: str, data_dir: Path | None) -> Sources:
     """Where the corpus's documents are read. Raises `EnvironmentFault` when a file is not here,
     or is not the recorded one.
     """
-    found = entry(name)
-    if found.hub is not None:
-        return Sources([hub.Hub(found.hub.id, found.hub.revision, found.split, found.field)])
-    assert found.files is not None and found.documents is not None
-    places: dict[str, list[Local]] = {"train": [], "validation": []}
-    for split, file in found.files.items():
+    corpus = corpus_entry(name)
+    if corpus.hub is not None:
+        return Sources([HubSplit(corpus.hub.id, corpus.hub.revision, corpus.split, corpus.field)])
+    assert corpus.files is not None and corpus.documents is not None
+    sources: dict[str, list[LocalFiles]] = {"train": [], "validation": []}
+    for split, file in corpus.files.items():
         candidates = [
             folder / file.path for folder in (data_dir, data.EMBEDDED) if folder is not None
         ]
-        path = next((each for each in candidates if each.is_file()), None)
+        path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            source = f"; its source is {file.url}" if file.url else ""
+            origin = f"; its source is {file.url}" if file.url else ""
             raise EnvironmentFault(
-                f"corpus '{name}' is not here: put {file.path} under --data-dir{source}."
+                f"corpus '{name}' is not here: put {file.path} under --data-dir{origin}."
             )
         try:
             data.digest_of(path.read_bytes(), file, path)
         except OSError as error:
             raise EnvironmentFault(f"{path}: {error.strerror}.") from None
-        places[split].append(Local(path, found.documents, found.field))
-    return Sources(places["train"], places["validation"])
+        sources[split].append(LocalFiles(path, corpus.documents, corpus.field))
+    return Sources(sources["train"], sources["validation"])
 
 
-def unlike(name: str, index: Index | Begun) -> str | None:
-    """Why a prepared corpus is not the one of this name, None if it is: made from another place,
-    revision or file than its entry says.
+def mismatch(name: str, index: Index | Unfinished) -> str | None:
+    """Why a prepared corpus is not the one of this name, None if it is: it was made from another
+    repository, revision or file than its entry names.
     """
-    found, made = entry(name), index.source.get("train", [])
-    if found.hub is not None:
-        wanted = {
-            "hub": found.hub.id,
-            "revision": found.hub.revision,
-            "split": found.split,
-            "field": found.field,
+    corpus, sources = corpus_entry(name), index.source.get("train", [])
+    if corpus.hub is not None:
+        expected = {
+            "hub": corpus.hub.id,
+            "revision": corpus.hub.revision,
+            "split": corpus.split,
+            "field": corpus.field,
         }
-        if len(made) == 1 and wanted.items() <= made[0].items():
+        if len(sources) == 1 and expected.items() <= sources[0].items():
             return None
-        return f"it is not {name}: it was not made from {found.hub.id} at the catalogue's revision (see `source` in its index.json)"
-    wanted_files = {Path(file.path).name for file in (found.files or {}).values()}
-    if all(each.get("files", {}).keys() <= wanted_files for each in made) and made:
+        return (
+            f"it is not {name}: it was not made from {corpus.hub.id} at the catalogue's revision "
+            "(see `source` in its index.json)"
+        )
+    file_names = {Path(file.path).name for file in (corpus.files or {}).values()}
+    if sources and all(source.get("files", {}).keys() <= file_names for source in sources):
         return None
     return f"it is not {name}: it was made from other files (see `source` in its index.json)"
 
 
 def named_or_path(
-    given: str, data_dir: Path | None, **local: Any
+    corpus: str, data_dir: Path | None, **file_options: Any
 ) -> tuple[Sources, HeldOut | None]:
     """The sources of a catalogue's entry, or of a file or folder; the entry's rule for held-out
     documents, if it has one.
 
-    Raises `UsageError` for what is neither.
+    Raises `UsageError` for a name that is neither.
     """
-    if given in reader.entries("corpora"):
-        return sources_of(given, data_dir), entry(given).held_out
-    path = Path(given).expanduser()
+    if corpus in reader.entries("corpora"):
+        return sources_of(corpus, data_dir), corpus_entry(corpus).held_out
+    path = Path(corpus).expanduser()
     if not path.exists():
-        raise unknown("corpus (or file, or folder)", given, reader.entries("corpora"))
-    return Sources([Local(path.absolute(), **local)]), None
+        raise unknown("corpus (or file, or folder)", corpus, reader.entries("corpora"))
+    return Sources([LocalFiles(path.absolute(), **file_options)]), None
 
 
 def listed() -> list[str]:
     """A line for each corpus, for the list of data."""
     lines = []
     for name in reader.entries("corpora"):
-        found = entry(name)
-        place = (
-            "embedded" if found.embedded else "from the hub" if found.hub else "under --data-dir"
+        corpus = corpus_entry(name)
+        origin = (
+            "embedded" if corpus.embedded else "from the hub" if corpus.hub else "under --data-dir"
         )
         lines.append(
-            f"{name}: {found.title} ({place}; {found.licence}): invoke data --prepare {name}"
+            f"{name}: {corpus.title} ({origin}; {corpus.licence}): invoke data --prepare {name}"
         )
     return lines

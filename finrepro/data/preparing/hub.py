@@ -1,6 +1,4 @@
-"""Documents from a dataset of the hub, streamed: nothing is stored but the shards that are made
-of them.
-"""
+"""Documents streamed from a dataset on the hub: only the shards made of them are stored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,14 +6,14 @@ from typing import Any
 
 from finrepro.data.hub_client import reason_of
 from finrepro.data.preparing.documents import Document, Fault
-from finrepro.data.preparing.sources import missing
+from finrepro.data.preparing.sources import no_text_reason
 from finrepro.errors import EnvironmentFault
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A split of a hub dataset at a revision (a commit; None: whatever is there, which the index
-    then says).
+class HubSplit:
+    """A split of a dataset on the hub. `revision` is a commit; None: the newest, and the index
+    records that none was pinned. `field` is the text's.
     """
 
     id: str
@@ -26,7 +24,7 @@ class Hub:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the index says of the source."""
+        """What the index records of the source."""
         return {
             "hub": self.id,
             "revision": self.revision,
@@ -37,12 +35,12 @@ class Hub:
 
     @property
     def size(self) -> None:
-        """Not known before."""
+        """None: the number of bytes is not known before."""
         return
 
     def read(self, fault: Fault) -> Iterator[tuple[str, Document]]:
-        """(address, document); a row's number counts from 1. Raises `EnvironmentFault` when the
-        hub cannot be had.
+        """(address, document); rows are numbered from 1. Raises `EnvironmentFault` when the hub
+        does not answer.
         """
         where = f"hf://datasets/{self.id}@{self.revision or 'main'}, split {self.split}"
         try:
@@ -51,9 +49,8 @@ class Hub:
             raise EnvironmentFault(
                 f"could not read {where}: the package '{error.name}' is not installed."
             ) from None
-        except (
-            Exception
-        ) as error:  # the hub's client and its transport raise errors that they do not export
+        # The hub's client and its transport raise errors that they do not export.
+        except Exception as error:
             raise EnvironmentFault(f"could not read {where}: {reason_of(error)}") from None
         number = 0
         while True:
@@ -64,13 +61,14 @@ class Hub:
                 return
             except Exception as error:
                 raise EnvironmentFault(
-                    f"could not read {where}, row {number}: {reason_of(error)}; run the same command again to go on."
+                    f"could not read {where}, row {number}: {reason_of(error)}; "
+                    "run the same command again to go on."
                 ) from None
             text = row.get(self.field)
             if isinstance(text, str):
                 yield where, Document(text, number)
             else:
-                fault(where, number, missing(self.field, row))
+                fault(where, number, no_text_reason(self.field, row))
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         import logging

@@ -1,9 +1,9 @@
-"""From sources to a corpus of token shards: read, set aside what is damaged, drop duplicates, hold
-out, tokenize, write.
+"""From sources to a corpus of token shards: read, quarantine damaged documents, drop duplicates,
+hold out, tokenize, write.
 
-All of it is a function of the documents in their order, so that a preparation that was cut short
-(killed, full disk) reads its sources again from the beginning, tokenizes only what is in no whole
-shard yet, and ends with the same bytes, whatever the number of workers.
+The result is a function of the documents in their order. A preparation that was interrupted
+(killed, full disk) reads its sources from the beginning, tokenizes only the documents that no
+complete shard holds, and ends with the same bytes, whatever the number of workers.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from finrepro.data.corpora.index import (
     read_index,
     write_record,
 )
-from finrepro.data.preparing.deduplicate import Seen, held_out, identity
-from finrepro.data.preparing.hub import Hub
+from finrepro.data.preparing import underway
+from finrepro.data.preparing.deduplicate import DuplicateFilter, identity, is_held_out
+from finrepro.data.preparing.hub import HubSplit
 from finrepro.data.preparing.quarantine import Quarantine, check_choice
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, encode_in_order
-from finrepro.data.preparing.underway import BEGUN, alone, begun
 from finrepro.data.preparing.writer import PREPARING, SplitWriter
 from finrepro.errors import UsageError
 from finrepro.evidence.files import disk_errors
@@ -41,15 +41,15 @@ from finrepro.settings import Count, plain, settings
 
 Progress = Callable[[dict[str, int]], None]
 SHARD_TOKENS = 2**26  # 128 MiB at 16 bits an id
-EVERY = 256  # documents between two reports of progress
+PROGRESS_EVERY = 256  # documents
 
 
 @settings
-class Options:
+class PrepareOptions:
     """What decides the bytes, beside the sources and the tokenizer.
 
-    `validation` is the fraction of documents that are held out by a hash of their text and `seed`;
-    0 where the sources name their own.
+    `validation` is the fraction of documents that are held out, by a hash of their text and `seed`;
+    0 where the sources have a validation split. `shard_tokens` is a shard's number of tokens.
     """
 
     validation: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.005
@@ -59,23 +59,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Sources:
-    """The documents, and those of a validation split of its own where there is one."""
+    """Where the documents of training are read, and those of validation where they have sources."""
 
-    train: Sequence[Local | Hub]
-    validation: Sequence[Local | Hub] = ()
+    train: Sequence[LocalFiles | HubSplit]
+    validation: Sequence[LocalFiles | HubSplit] = ()
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the index says of them."""
+        """What the index records of them."""
         return {
-            "train": [each.description for each in self.train],
-            "validation": [each.description for each in self.validation],
+            "train": [source.description for source in self.train],
+            "validation": [source.description for source in self.validation],
         }
 
     @property
     def size(self) -> int | None:
-        """Bytes of text, None if one does not know."""
-        sizes = [each.size for each in (*self.train, *self.validation)]
+        """Bytes of text, None where a source does not know."""
+        sizes = [source.size for source in (*self.train, *self.validation)]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
@@ -83,21 +83,21 @@ def prepare(
     sources: Sources,
     encoder: Encoder,
     folder: Path,
-    options: Options,
+    options: PrepareOptions,
     *,
     workers: int = 1,
     on_error: str = "stop",
     progress: Progress = lambda _: None,
-    keep: Callable[[], None] = lambda: None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Index:
-    """Make the corpus in `folder`, or go on making it; one that is made is left as it is.
+    """Prepare the corpus in `folder`, or resume; a finished one is left as it is.
 
-    `keep` is called before the first shard is written, to put beside the shards what those need who
-    follow them (the tokenizer).
+    `before_writing` is called before the first shard is written, to put beside the shards what
+    their readers need (the tokenizer). `progress` gets the numbers of documents, bytes and tokens.
 
     Raises `UsageError` when the folder holds another corpus, `EnvironmentFault` for a full disk,
-    damaged text (`on_error` stop), a hub that cannot be had, sources that changed between two
-    attempts, or when another process is at work there.
+    damaged text (`on_error` stop), a hub that does not answer, sources that changed between two
+    attempts, or when another process prepares the folder.
     """
     if sources.validation and options.validation:
         raise UsageError(
@@ -113,12 +113,12 @@ def prepare(
     }
     with _disk_errors(folder):
         (folder / PREPARING).mkdir(parents=True, exist_ok=True)
-        with alone(folder), _disk_errors(folder):
+        with underway.lock(folder), _disk_errors(folder):
             try:
-                made = _begun(folder, identities)
-                keep()
-                if made is None:
-                    made = _make(
+                index = _begin(folder, identities)
+                before_writing()
+                if index is None:
+                    index = _write(
                         sources,
                         encoder,
                         folder,
@@ -127,40 +127,43 @@ def prepare(
                         Quarantine(folder, on_error),
                         progress,
                     )
-                return made
-            finally:  # what is needed to go on stays; a folder that is finished, or not ours, is left as it was
-                if (folder / INDEX).exists() or not (folder / PREPARING / BEGUN).exists():
+                return index
+            finally:
+                # What resuming needs stays. A finished folder, or one that holds something else, is
+                # left as it was.
+                if (folder / INDEX).exists() or not (
+                    folder / PREPARING / underway.OPTIONS
+                ).exists():
                     shutil.rmtree(folder / PREPARING, ignore_errors=True)
 
 
 def _disk_errors(folder: Path) -> AbstractContextManager[None]:
-    kept = "whole shards are kept: make room and run the same command again"
-    return disk_errors(folder, kept, option="--out")
+    advice = "whole shards are kept: make room and run the same command again"
+    return disk_errors(folder, advice, option="--out")
 
 
-def _begun(folder: Path, identities: dict[str, Any]) -> Index | None:
-    """The finished index, or None after noting what is made here. Raises `UsageError` when it is
-    something else.
+def _begin(folder: Path, identities: dict[str, Any]) -> Index | None:
+    """The index of a finished corpus; None after recording, or finding recorded, that this corpus
+    is prepared here. Raises `UsageError` when the folder holds another.
     """
-    here = json.loads(json.dumps(identities))
+    requested = json.loads(json.dumps(identities))
     if (folder / INDEX).exists():
         index = read_index(folder)
-        found = {key: getattr(index, key) for key in here}
-    elif noted := begun(folder):
-        index, found = None, plain(noted)
+        recorded = {key: getattr(index, key) for key in requested}
+    elif unfinished := underway.unfinished(folder):
+        index, recorded = None, plain(unfinished)
     else:
-        others = [path.name for path in folder.iterdir() if path.name != PREPARING]
-        if others:
-            raise UsageError(
-                f"{folder} is not empty (it holds {sorted(others)[0]}): choose another --out."
-            )
-        write_record(folder / PREPARING / BEGUN, here)
+        names = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)
+        if names:
+            raise UsageError(f"{folder} is not empty (it holds {names[0]}): choose another --out.")
+        write_record(folder / PREPARING / underway.OPTIONS, requested)
         return None
-    differ = [key for key in here if here[key] != found[key]]
-    if differ:
+    differing = [key for key in requested if requested[key] != recorded[key]]
+    if differing:
         state = "" if index else " (not finished)"
         raise UsageError(
-            f"{folder} holds a corpus of another {' and '.join(differ)}{state}: choose another --out, or delete it."
+            f"{folder} holds a corpus of another {' and '.join(differing)}{state}: "
+            "choose another --out, or delete it."
         )
     if index is None:
         _remove_partial(folder)
@@ -176,11 +179,11 @@ def _remove_partial(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _make(
+def _write(
     sources: Sources,
     encoder: Encoder,
     folder: Path,
-    options: Options,
+    options: PrepareOptions,
     workers: int,
     quarantine: Quarantine,
     progress: Progress,
@@ -191,24 +194,25 @@ def _make(
         for name in ("train", "validation")
     }
     counts = Counter({"duplicates": 0, "empty": 0})
-    done = Counter({"documents": 0, "bytes": 0, "tokens": 0})
+    progress_counts = Counter({"documents": 0, "bytes": 0, "tokens": 0})
     ended = False
-    ahead: Counter[str] = Counter()  # documents that are on their way to each writer
+    submitted: Counter[str] = Counter()  # documents of each split that were given to the tokenizer
 
     def documents() -> Iterator[tuple[tuple[str, bytes, int], str | None]]:
-        for name, key, size, text in _chosen(sources, options, quarantine, counts):
-            ahead[name] += 1
-            on_disk = ahead[name] <= writers[name].documents_on_disk
+        for name, key, size, text in _selected(sources, options, quarantine, counts):
+            submitted[name] += 1
+            on_disk = submitted[name] <= writers[name].documents_on_disk
             yield (name, key, size), None if on_disk else text
 
     try:
         with contextlib.closing(encode_in_order(encoder, documents(), workers)) as encoded:
             for (name, key, size), ids in encoded:
                 writers[name].add(key, size, ids)
-                done.update(documents=1, bytes=size, tokens=0 if ids is None else len(ids))
-                if done["documents"] % EVERY == 0:
-                    progress(dict(done))
-        progress(dict(done))
+                tokens = 0 if ids is None else len(ids)
+                progress_counts.update(documents=1, bytes=size, tokens=tokens)
+                if progress_counts["documents"] % PROGRESS_EVERY == 0:
+                    progress(dict(progress_counts))
+        progress(dict(progress_counts))
         splits = {name: writer.finish() for name, writer in writers.items()}
         index = _index(encoder, dtype, options, sources, splits, counts, quarantine)
         ended = True
@@ -223,13 +227,13 @@ def _make(
 def _index(
     encoder: Encoder,
     dtype: Any,
-    options: Options,
+    options: PrepareOptions,
     sources: Sources,
     splits: dict[str, Split],
     counts: Counter[str],
-    aside: Quarantine,
+    quarantine: Quarantine,
 ) -> Index:
-    """The record of a finished preparation. Raises `UsageError` when there is nothing to record."""
+    """The index of a finished preparation. Raises `UsageError` without a document to train on."""
     if not splits["train"].documents:
         raise UsageError("the sources hold no document to train on.")
     return Index(
@@ -244,24 +248,25 @@ def _index(
         options=plain(options),
         counts={
             **counts,
-            "quarantined": aside.count,
-            "reasons": dict(sorted(aside.reasons.items())),
+            "quarantined": quarantine.count,
+            "reasons": dict(sorted(quarantine.reasons.items())),
         },
     )
 
 
-def _chosen(
-    sources: Sources, options: Options, quarantine: Quarantine, counts: Counter[str]
+def _selected(
+    sources: Sources, options: PrepareOptions, quarantine: Quarantine, counts: Counter[str]
 ) -> Iterator[tuple[str, bytes, int, str]]:
-    """(split, identity, UTF-8 bytes, text) of every document that is kept.
+    """(split, identity, UTF-8 bytes, text) of every document but the damaged, empty and duplicate
+    ones, which are counted.
 
-    The validation split's own sources come first: a training document that is also there is dropped
-    as their duplicate.
+    The validation split's sources come first, so that a training document that also stands there is
+    dropped as a duplicate.
     """
-    seen = Seen()
-    for own, source in [
-        *((True, each) for each in sources.validation),
-        *((False, each) for each in sources.train),
+    duplicates = DuplicateFilter()
+    for is_validation, source in [
+        *((True, source) for source in sources.validation),
+        *((False, source) for source in sources.train),
     ]:
         for name, document in source.read(quarantine.fault):
             try:
@@ -275,13 +280,13 @@ def _chosen(
                 counts["empty"] += 1
                 continue
             key = identity(document.text)
-            if seen.before(key):
+            if duplicates.contains_or_add(key):
                 counts["duplicates"] += 1
                 continue
-            held = own or held_out(key, options.validation, options.seed)
-            yield "validation" if held else "train", key, size, document.text
+            validation = is_validation or is_held_out(key, options.validation, options.seed)
+            yield "validation" if validation else "train", key, size, document.text
 
 
 def default_workers() -> int:
-    """A process a core that this one may run on."""
+    """One process for each core that this one may run on."""
     return len(os.sched_getaffinity(0))

@@ -1,6 +1,4 @@
-"""What could not be read, counted and listed with file, line and reason; or the first of it as
-the error that stops.
-"""
+"""Damaged documents: a list with file, line and reason, or the first one as an error."""
 
 import contextlib
 import json
@@ -14,14 +12,14 @@ CHOICES = ("stop", "skip")
 
 
 def check_choice(choice: str) -> None:
-    """Raises `UsageError` unless the choice is one."""
+    """Raise `UsageError` for an unknown choice."""
     if choice not in CHOICES:
         raise unknown("choice for --on-error", choice, CHOICES)
 
 
 class Quarantine:
-    """Gathers faults into `quarantine.jsonl` of the corpus, which is there only when it has a
-    line. `choice` is stop or skip.
+    """Collects faults in `quarantine.jsonl` of the corpus, which is there only where there are any.
+    `choice` is stop or skip.
     """
 
     def __init__(self, folder: Path, choice: str) -> None:
@@ -32,7 +30,7 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
 
     def fault(self, file: str, line: int, reason: str) -> None:
-        """One fault. Raises `EnvironmentFault` with it when faults stop."""
+        """Record a fault. Raises it as `EnvironmentFault` where the choice is to stop."""
         if self._file is None:
             where = f"{file}, line {line}" if line else file
             raise EnvironmentFault(
@@ -43,14 +41,14 @@ class Quarantine:
         row = {"file": file, "line": line, "reason": reason}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def close(self, whole: bool) -> None:
-        """Keep the list, if the preparation has come to its end."""
+    def close(self, finished: bool) -> None:
+        """Give the list its name if the preparation is finished, else remove it."""
         if self._file is not None:
-            with contextlib.nullcontext() if whole else contextlib.suppress(OSError):
+            with contextlib.nullcontext() if finished else contextlib.suppress(OSError):
                 self._file.close()
-        if whole and self.count:
+        if finished and self.count:
             self._partial.replace(self.path)
         else:
             self._partial.unlink(missing_ok=True)
-            if whole:
+            if finished:
                 self.path.unlink(missing_ok=True)

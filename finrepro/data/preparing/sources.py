@@ -1,8 +1,8 @@
-"""Documents from files on this machine: text and JSON lines, also compressed by gzip, Parquet, or
-folders of those by name.
+"""Documents from files on this machine: text, JSON lines (both also compressed by gzip), Parquet,
+and folders of them, in the order of their names.
 
-Nothing is skipped in silence: a damaged file, line or row is told to `fault`, which counts it and
-goes on, or stops.
+Nothing is skipped in silence: a damaged file, line or row is reported to `fault`, which counts it
+or raises.
 """
 
 import gzip
@@ -18,13 +18,13 @@ from finrepro.data.preparing.documents import RULES, Document, Fault, split_file
 from finrepro.errors import EnvironmentFault, unknown
 
 TEXT, JSONL, PARQUET = (".txt", ".text", ".raw", ".tokens"), (".jsonl", ".ndjson"), (".parquet",)
-KNOWN = TEXT + JSONL + PARQUET
+SUFFIXES = TEXT + JSONL + PARQUET
 
 
 @dataclass(frozen=True)
-class Local:
-    """A file or a folder. `documents` is the rule for text files, `field` the text's name in
-    JSON lines and Parquet.
+class LocalFiles:
+    """A file or a folder. `documents` is the rule that splits text files, `field` the text's name
+    in JSON lines and Parquet.
     """
 
     path: Path
@@ -41,30 +41,30 @@ class Local:
             raise EnvironmentFault(f"{self.path}: no such file or folder.")
         if not self.files:
             raise EnvironmentFault(
-                f"{self.path} holds no file of a known kind: {', '.join(KNOWN)}, or with .gz."
+                f"{self.path} holds no file of a known kind: {', '.join(SUFFIXES)}, or with .gz."
             )
 
     @property
     def files(self) -> list[Path]:
-        """The files, by name; of a folder only those of a known kind, hidden ones left out."""
+        """The files, by name; of a folder those of a known kind that are not hidden."""
         if not self.path.is_dir():
             return [self.path]
         inside = sorted(path for path in self.path.rglob("*") if path.is_file())
         return [
-            each
-            for each in inside
-            if kind_of(each) in KNOWN and not _hidden(each.relative_to(self.path))
+            path
+            for path in inside
+            if kind_of(path) in SUFFIXES and not _hidden(path.relative_to(self.path))
         ]
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the index says of the source, the same wherever it lies."""
+        """What the index records of the source, wherever it lies: its files' sizes in bytes."""
         sizes = {self._name(path): path.stat().st_size for path in self.files}
         return {"files": sizes, "documents": self.documents, "field": self.field}
 
     @property
     def size(self) -> int | None:
-        """Bytes of text to come, None where they are not known before (compressed)."""
+        """Bytes of text, None where they are not known before (compressed files)."""
         plain = all(kind_of(path) in TEXT and path.suffix != ".gz" for path in self.files)
         return sum(path.stat().st_size for path in self.files) if plain else None
 
@@ -77,12 +77,12 @@ class Local:
                     fault(name, 0, "the file is empty")
                     continue
                 if kind in PARQUET:
-                    found = _rows(path, name, self.field, fault)
+                    documents = _rows(path, name, self.field, fault)
                 elif kind in JSONL:
-                    found = _json_lines(path, name, self.field, fault)
+                    documents = _json_lines(path, name, self.field, fault)
                 else:
-                    found = _text(path, name, self.documents, fault)
-                for document in found:
+                    documents = _text(path, name, self.documents, fault)
+                for document in documents:
                     yield name, document
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 fault(name, 0, f"the compressed file is damaged or cut short ({error})")
@@ -94,15 +94,13 @@ class Local:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells the format, without .gz; a single file of no known kind is read as
-    text.
-    """
+    """The suffix that names the format, without .gz."""
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     return suffixes[-1].lower() if suffixes else ""
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(name.startswith(".") for name in path.parts)
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
@@ -111,9 +109,8 @@ def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
 
 def _text(path: Path, name: str, rule: str, fault: Fault) -> Iterator[Document]:
     with _opened(path) as file:
-        if b"\0" in file.read(
-            1 << 16
-        ):  # an archive or a picture: one fault, not one for each of its lines
+        # An archive or a picture is one fault, not one for each of its lines.
+        if b"\0" in file.read(1 << 16):
             fault(name, 1, "a binary file (it has NUL bytes)")
             return
         file.seek(0)
@@ -134,7 +131,7 @@ def _json_lines(path: Path, name: str, field: str, fault: Fault) -> Iterator[Doc
             if isinstance(text, str):
                 yield Document(text, number)
             else:
-                fault(name, number, missing(field, row))
+                fault(name, number, no_text_reason(field, row))
 
 
 def _rows(path: Path, name: str, field: str, fault: Fault) -> Iterator[Document]:
@@ -155,13 +152,13 @@ def _rows(path: Path, name: str, field: str, fault: Fault) -> Iterator[Document]
                     if isinstance(text, str):
                         yield Document(text, number)
                     else:
-                        fault(name, number, missing(field, {field: text}))
+                        fault(name, number, no_text_reason(field, {field: text}))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         fault(name, 0, f"not a Parquet file that can be read ({str(error).splitlines()[0]})")
 
 
-def missing(field: str, row: Any) -> str:
-    """Why a row gives no text."""
+def no_text_reason(field: str, row: Any) -> str:
+    """Why a row has no text in its `field`."""
     if not isinstance(row, dict):
         return f"expected an object with a field '{field}'"
     if field not in row:

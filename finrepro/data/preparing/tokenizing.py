@@ -1,8 +1,8 @@
-"""Text to ids, in this process or in several: the order and the ids are those of the documents,
-whatever the number of processes.
+"""Text to token ids, in this process or in several: the number of processes changes neither the ids
+nor their order.
 
-The only part that knows a tokenizer's library. Special tokens written in a text ("<|endoftext|>")
-are text here, not commands.
+The only module of a preparation that knows the tokenizer libraries. A special token written out in
+a text ("<|endoftext|>") is encoded as text.
 """
 
 import multiprocessing
@@ -27,9 +27,9 @@ from finrepro.errors import EnvironmentFault, UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 256  # what a process is given at a time
-# Whose ids are kept, 10 MB a process; the library keeps 10,000, half of the different words of a
-# megabyte of text.
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 256  # of a worker's task
+# Words whose ids are cached, 10 MB a process. The library's default, 10,000, is half of the
+# different words of a megabyte of text.
 CACHED_WORDS = 1 << 16
 Ids = list[NDArray[np.uint32]]
 T = TypeVar("T")
@@ -37,14 +37,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer as a preparation needs it: its file's sha256, its number of ids, the token
-    that begins a document, its rules as JSON.
+    """A tokenizer: its file's sha256 `digest`, its number of ids, the id that begins a document,
+    and its definition as JSON.
     """
 
     digest: str
     vocabulary: int
     start_id: int
-    rules: str
+    definition: str
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -57,7 +57,8 @@ def load_encoder(folder: Path) -> Encoder:
     digest = tokenizer_digest(folder)
     if digest is None:
         raise EnvironmentFault(
-            f"{folder} holds no tokenizer: no tokenizer.json, tokenizer.model, or vocab.json and merges.txt."
+            f"{folder} holds no tokenizer: no tokenizer.json, tokenizer.model, or vocab.json and "
+            "merges.txt."
         )
     import transformers
 
@@ -66,9 +67,9 @@ def load_encoder(folder: Path) -> Encoder:
     kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the libraries say of a damaged file
-        said = f"{type(error).__name__} {error}".splitlines()[0]
-        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {said}") from None
+    except Exception as error:  # the libraries' errors for a damaged file are many
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {reason}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"{folder}: the tokenizer has no fast form, which preparing a corpus needs."
@@ -82,60 +83,61 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 @lru_cache(maxsize=1)  # reading GPT-2's takes a quarter of a second
-def tokenizer_of(rules: str) -> "Tokenizer":
-    """The tokenizer that does the work: it cuts nothing off, pads nothing and takes special
-    tokens in a text for text.
-    """
+def tokenizer_of(definition: str) -> "Tokenizer":
+    """The tokenizer of a definition, without truncation, padding, or special tokens in a text."""
     from tokenizers import Tokenizer
 
-    made = Tokenizer.from_str(rules)
-    made.no_truncation()
-    made.no_padding()
-    made.encode_special_tokens = True
-    if hasattr(
-        made.model, "_resize_cache"
-    ):  # those of BPE and Unigram have one; it changes how fast, never which ids
-        made.model._resize_cache(CACHED_WORDS)
-    return made
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    # BPE and Unigram have a cache; it changes the speed, never the ids.
+    if hasattr(tokenizer.model, "_resize_cache"):
+        tokenizer.model._resize_cache(CACHED_WORDS)
+    return tokenizer
 
 
 def encode_texts(tokenizer: "Tokenizer", start: int, texts: list[str]) -> Ids:
-    """Each text's ids, the start token first. A text of which the tokenizer leaves nothing is
-    that token twice: no document is lost.
+    """Each text's ids, the start token first. A text without any id becomes that token twice: no
+    document is lost.
     """
-    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array([start, *(each.ids or [start])], np.uint32) for each in found]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array([start, *(encoding.ids or [start])], np.uint32) for encoding in encodings]
 
 
 def encode_in_order(
     encoder: Encoder, documents: Iterable[tuple[T, str | None]], workers: int
 ) -> Generator[tuple[T, NDArray[np.uint32] | None], None, None]:
-    """(what came with it, ids) of each document, in order; a text None stays None. `workers` 1 is
-    this process.
+    """(key, ids) of each (key, text), in order; a text None has ids None. `workers` 1: in this
+    process.
 
-    So much is in the making at a time that every process has a batch to go on with, and no more.
+    At most two batches a worker are pending, so that none has to wait and memory stays bounded.
     """
     if workers == 1:
-        tokenizer = tokenizer_of(encoder.rules)
-        for carried, texts in _batches(documents):
-            yield from _matched(carried, encode_texts(tokenizer, encoder.start_id, texts))
+        tokenizer = tokenizer_of(encoder.definition)
+        for keys, texts in _batches(documents):
+            yield from _matched(keys, encode_texts(tokenizer, encoder.start_id, texts))
         return
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin, (encoder.rules, encoder.start_id)
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (encoder.definition, encoder.start_id),
     )
     pending: deque[tuple[list[tuple[T, bool]], Future[Ids]]] = deque()
     try:
-        for carried, texts in _batches(documents):
-            pending.append((carried, pool.submit(_encode, texts)))
+        for keys, texts in _batches(documents):
+            pending.append((keys, pool.submit(_encode, texts)))
             if len(pending) > 2 * workers:
-                carried, future = pending.popleft()
-                yield from _matched(carried, future.result())
+                keys, future = pending.popleft()
+                yield from _matched(keys, future.result())
         while pending:
-            carried, future = pending.popleft()
-            yield from _matched(carried, future.result())
+            keys, future = pending.popleft()
+            yield from _matched(keys, future.result())
     except BrokenProcessPool:
         raise EnvironmentFault(
-            "a tokenizing process was killed (out of memory?): run the same command again to go on, with fewer --workers."
+            "a tokenizing process was killed (out of memory?): "
+            "run the same command again to go on, with fewer --workers."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -144,36 +146,35 @@ def encode_in_order(
 def _batches(
     documents: Iterable[tuple[T, str | None]],
 ) -> Iterator[tuple[list[tuple[T, bool]], list[str]]]:
-    """Batches of what is carried, each with whether it has a text, and the texts."""
-    carried: list[tuple[T, bool]] = []
+    """Batches: the documents' keys, each with whether it has a text, and the texts."""
+    keys: list[tuple[T, bool]] = []
     texts: list[str] = []
     size = 0
-    for what, text in documents:
-        carried.append((what, text is not None))
+    for key, text in documents:
+        keys.append((key, text is not None))
         if text is not None:
             texts.append(text)
             size += len(text)
-        if size >= BATCH_BYTES or len(carried) >= BATCH_DOCUMENTS:
-            yield carried, texts
-            carried, texts, size = [], [], 0
-    if carried:
-        yield carried, texts
+        if size >= BATCH_BYTES or len(keys) >= BATCH_DOCUMENTS:
+            yield keys, texts
+            keys, texts, size = [], [], 0
+    if keys:
+        yield keys, texts
 
 
-def _matched(
-    carried: list[tuple[T, bool]], ids: Ids
-) -> Iterator[tuple[T, NDArray[np.uint32] | None]]:
-    made = iter(ids)
-    for what, has_text in carried:
-        yield what, next(made) if has_text else None
+def _matched(keys: list[tuple[T, bool]], ids: Ids) -> Iterator[tuple[T, NDArray[np.uint32] | None]]:
+    """(key, ids) of a batch's documents; None for a document without a text."""
+    remaining = iter(ids)
+    for key, has_text in keys:
+        yield key, next(remaining) if has_text else None
 
 
 _state: dict[str, Any] = {}
 
 
-def _begin(rules: str, start: int) -> None:
-    """A process's beginning. It ends with its parent, also when that one is killed, and leaves
-    Ctrl-C to it.
+def _start_worker(definition: str, start: int) -> None:
+    """Set up a worker process. It ends with its parent, also when the parent is killed, and leaves
+    Ctrl-C to the parent.
     """
     import signal
 
@@ -182,12 +183,12 @@ def _begin(rules: str, start: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def end_with_parent() -> None:
         wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
-    _state.update(tokenizer=tokenizer_of(rules), start=start)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _state.update(tokenizer=tokenizer_of(definition), start=start)
 
 
 def _encode(texts: list[str]) -> Ids:

@@ -1,5 +1,5 @@
-"""What others see of a preparation that has not ended: what it is of, whether somebody is at
-work on it, and why it was given up.
+"""What other processes see of an unfinished preparation: what it is made from, whether a process is
+at work on it, and why the last one stopped.
 """
 
 import contextlib
@@ -9,16 +9,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from finrepro.data.corpora.index import INDEX, Begun
+from finrepro.data.corpora.index import INDEX, Unfinished
 from finrepro.data.preparing.writer import PREPARING
 from finrepro.errors import EnvironmentFault, FinreproError
 from finrepro.settings import build
 
-BEGUN, LOCK, FAILURE = "options.json", ".lock", "failure.txt"
+OPTIONS, LOCK, FAILURE = "options.json", ".lock", "failure.txt"
 TRIES, TRY_SECONDS = 10, 0.05
-HELD = (
-    75  # a feeder's exit status when another process is at work there (EX_TEMPFAIL of sysexits.h)
-)
+# A feeder's exit status when another process holds the lock (EX_TEMPFAIL of sysexits.h).
+LOCKED = 75
 
 
 def is_finished(folder: Path) -> bool:
@@ -26,13 +25,13 @@ def is_finished(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def begun(folder: Path) -> Begun | None:
-    """What a preparation that has not ended is of; None where none was begun. Raises
-    `EnvironmentFault` for a note that cannot be read.
+def unfinished(folder: Path) -> Unfinished | None:
+    """What an unfinished preparation is made from; None where there is none. Raises
+    `EnvironmentFault` where its options cannot be read.
     """
-    path = folder / PREPARING / BEGUN
+    path = folder / PREPARING / OPTIONS
     try:
-        return build(Begun, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
+        return build(Unfinished, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (FinreproError, ValueError, TypeError):
@@ -41,42 +40,43 @@ def begun(folder: Path) -> Begun | None:
         ) from None
 
 
-class Held(EnvironmentFault):
-    """Another process is at work there."""
+class Locked(EnvironmentFault):
+    """Another process prepares the folder."""
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when the process dies. A failure inside is noted
-    for those who wait for shards.
+def lock(folder: Path) -> Iterator[None]:
+    """Lock the folder; the system releases it when the process dies. An error inside is written
+    down for the processes that wait for shards.
 
-    Raises `Held` where another process is.
+    Raises `Locked` where another process has the lock.
     """
     with (folder / PREPARING / LOCK).open("a") as file:
-        for left in reversed(range(TRIES)):  # who only looks (`held`) has it for a moment, too
+        # `is_locked` takes a shared lock for a moment, so one failure does not decide.
+        for tries_left in reversed(range(TRIES)):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if not left:
-                    raise Held(
-                        f"another process is preparing {folder}; wait for it or choose another --out."
+                if not tries_left:
+                    raise Locked(
+                        f"another process is preparing {folder}; "
+                        "wait for it or choose another --out."
                     ) from None
                 time.sleep(TRY_SECONDS)
-        note = folder / PREPARING / FAILURE
-        note.unlink(missing_ok=True)
+        failure_file = folder / PREPARING / FAILURE
+        failure_file.unlink(missing_ok=True)
         try:
             yield
         except FinreproError as error:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk, or a folder that is not ours and was left as it was
-                note.write_text(" ".join(str(error).split()), encoding="utf-8")
+            # Not possible on a full disk, or in a folder that holds something else.
+            with contextlib.suppress(OSError):
+                failure_file.write_text(" ".join(str(error).split()), encoding="utf-8")
             raise
 
 
-def held(folder: Path) -> bool:
-    """Whether a process is at work there now."""
+def is_locked(folder: Path) -> bool:
+    """Whether a process prepares the folder now."""
     try:
         with (folder / PREPARING / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -88,7 +88,7 @@ def held(folder: Path) -> bool:
 
 
 def failure(folder: Path) -> str | None:
-    """Why the last one who was at work there gave up, None if that is not known."""
+    """Why the last preparing process stopped, None if that is not known."""
     try:
         return (folder / PREPARING / FAILURE).read_text(encoding="utf-8") or None
     except OSError:

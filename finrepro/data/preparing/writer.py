@@ -1,9 +1,9 @@
-"""Token shards on disk: a shard is whole or absent, and the same documents give the same bytes
-however often the writing was cut short.
+"""Token shards on disk: a shard is complete or absent, and the same documents give the same bytes
+however often the writing was interrupted.
 
-A shard's two files are written under hidden names, flushed to disk and renamed; then its record, in
-`.preparing/`, says that it is whole. What no record names does not count. A writer that begins
-again is given the same documents from the first one on: those in whole shards it passes over.
+A shard's two files are written under hidden names, flushed to disk and renamed; then its record is
+written to `.preparing/`. Files without a record do not count. A writer that resumes gets the same
+documents from the first one on, and skips those that complete shards hold.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ PREPARING = ".preparing"
 class SplitWriter:
     """Writes one split's documents, in order, into shards of `capacity` tokens.
 
-    Raises `EnvironmentFault` when the documents are not those that the whole shards were made from,
-    or the disk is full.
+    Raises `EnvironmentFault` when the documents differ from those that the complete shards were
+    made from.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str, capacity: int) -> None:
@@ -35,11 +35,10 @@ class SplitWriter:
             raise ValueError(f"a shard of {capacity} tokens")
         self.folder, self.name, self.capacity = folder, name, capacity
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.shards, self._seals = _whole_shards(folder, name, capacity, self.dtype.itemsize)
+        self.shards, self._seals = _complete_shards(folder, name, capacity, self.dtype.itemsize)
         self._written = capacity * len(self.shards)
-        begun = sum(shard.documents for shard in self.shards)
-        # Documents that lie in whole shards entirely: the last one that begins there may not.
-        self.documents_on_disk = max(0, begun - 1)
+        # Documents that complete shards hold to their ends: the last one may go on after them.
+        self.documents_on_disk = max(0, sum(shard.documents for shard in self.shards) - 1)
         self._position = _last_start(folder, self.shards, capacity)
         self.documents = self.bytes = 0
         self._chain = hashlib.sha256()
@@ -68,13 +67,14 @@ class SplitWriter:
         )
         self._position += len(ids)
         while len(rest):
-            part, rest = rest[: self.capacity - self._filled], rest[self.capacity - self._filled :]
-            self._append(part)
+            room = self.capacity - self._filled
+            self._append(rest[:room])
+            rest = rest[room:]
             if self._filled == self.capacity:
                 self._close_shard()
 
     def finish(self) -> Split:
-        """Write the last shard, which need not be full, and return what the index says of the
+        """Write the last shard, which need not be full, and return the index's record of the
         split.
         """
         if self.documents < max(self._seals, default=0):
@@ -89,11 +89,10 @@ class SplitWriter:
         )
 
     def close(self) -> None:
-        """Leave off: what is not a whole shard is taken away."""
+        """Stop, and remove the incomplete shard."""
         if self._open is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # what it still holds back may not fit on the disk either
+            # Its buffer may not fit on a full disk.
+            with contextlib.suppress(OSError):
                 self._open.close()
             self._open = None
             for kind in ("tokens", "starts"):
@@ -111,14 +110,14 @@ class SplitWriter:
     def _hidden(self, kind: str) -> Path:
         return self._file(kind).with_name(f".{self._file(kind).name}.partial")
 
-    def _append(self, part: Tokens) -> None:
+    def _append(self, tokens: Tokens) -> None:
         if self._open is None:
             self._open = self._hidden("tokens").open("wb")
             self._digest = hashlib.sha256()
-        content = part.tobytes()
+        content = tokens.tobytes()
         self._open.write(content)
         self._digest.update(content)
-        self._filled += len(part)
+        self._filled += len(tokens)
 
     def _close_shard(self) -> None:
         assert self._open is not None
@@ -144,28 +143,29 @@ class SplitWriter:
         self._starts, self._filled = [], 0
 
 
-def _whole_shards(
+def _complete_shards(
     folder: Path, name: str, capacity: int, id_bytes: int
 ) -> tuple[list[Shard], dict[int, str]]:
-    """The full shards that an earlier attempt has left, and by number of documents the seal over
-    their texts.
+    """The full shards of an earlier attempt, and by number of documents the digest over their
+    identities.
     """
     shards: list[Shard] = []
     seals: dict[int, str] = {}
-    while found := whole_shard(folder, f"{name}-{len(shards):05d}", capacity, id_bytes):
-        shards.append(found[0])
-        seals[found[1]["begun"]] = found[1]["seal"]
+    while complete := complete_shard(folder, f"{name}-{len(shards):05d}", capacity, id_bytes):
+        shard, record = complete
+        shards.append(shard)
+        seals[record["begun"]] = record["seal"]
     return shards, seals
 
 
-def whole_shard(
+def complete_shard(
     folder: Path, name: str, capacity: int, id_bytes: int
 ) -> tuple[Shard, dict[str, Any]] | None:
-    """A full shard of a preparation that has not ended, with its record; None if it is not there,
-    not full or not whole.
+    """A full shard of an unfinished preparation, with its record; None where it is absent, damaged
+    or not full.
 
-    The last one is written again: whether it is the last is not known yet. So is one that somebody
-    took away, with those after it.
+    A shard that is not full is written again, since more documents may follow; so is one that was
+    deleted, with those after it.
     """
     path = folder / PREPARING / f"{name}.json"
     try:
@@ -173,9 +173,9 @@ def whole_shard(
     except FileNotFoundError:
         return None
     shard = build(Shard, record["shard"], str(path))
-    there = [_size(folder / f"{shard.name}.{kind}") for kind in ("tokens", "starts")]
-    whole = shard.tokens == capacity and there == [capacity * id_bytes, shard.documents * 4]
-    return (shard, record) if whole else None
+    sizes = [_size(folder / f"{shard.name}.{kind}") for kind in ("tokens", "starts")]
+    is_complete = shard.tokens == capacity and sizes == [capacity * id_bytes, shard.documents * 4]
+    return (shard, record) if is_complete else None
 
 
 def _size(path: Path) -> int | None:
@@ -183,7 +183,7 @@ def _size(path: Path) -> int | None:
 
 
 def _last_start(folder: Path, shards: list[Shard], capacity: int) -> int:
-    """Where in the stream the last document begins that begins in these shards; 0 without any."""
+    """The position in the stream at which these shards' last document begins; 0 without any."""
     for number in reversed(range(len(shards))):
         if shards[number].documents:
             starts = np.fromfile(folder / f"{shards[number].name}.starts", "<u4")

@@ -1,5 +1,5 @@
-"""Choose one of a closed set of labels: sentiment and the like. Scored by the log-likelihood of
-each label after the prompt.
+"""Classification into a closed set of labels, as sentiment. The answer is the label with the
+highest log-likelihood after the prompt.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from finrepro.settings import settings
 @settings
 class Config:
     """`dataset` names an entry of datasets.yaml; `templates` maps a template's name to a string
-    with `{text}`, and `{source}` where the wording depends on what the text is. `label_map` says
-    which of `labels` each of the dataset's means; empty: they are the same."""
+    with `{text}`, and `{source}` where the wording depends on the text's source. `label_map` maps
+    the dataset's labels to `labels`; empty: they are the same.
+    """
 
     version: int
     dataset: str
@@ -29,16 +30,16 @@ class Config:
     template: str = ""  # chosen by the table; resolved before a cell is hashed
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a map to something that is no label of the task."""
-        wrong = sorted(set(self.label_map.values()) - set(self.labels))
-        if wrong:
+        """Raises `ValueError` for a map to an unknown label of the task."""
+        unknown = sorted(set(self.label_map.values()) - set(self.labels))
+        if unknown:
             raise ValueError(
-                f"label_map leads to {', '.join(wrong)}; labels are {', '.join(self.labels)}"
+                f"label_map leads to {', '.join(unknown)}; labels are {', '.join(self.labels)}"
             )
 
 
 def prompt(example: Example, config: Config) -> str:
-    """The template with the text put in. Plain replacement: other braces belong to the wording."""
+    """The template with text and source filled in; other braces belong to the wording."""
     return (
         config.templates[config.template]
         .replace("{source}", example.source)
@@ -47,58 +48,55 @@ def prompt(example: Example, config: Config) -> str:
 
 
 def answer_to(label: str, config: Config) -> str:
-    """The task's label for one of the dataset's. Raises `KeyError` for one that `label_map` does
-    not know.
+    """The task's label for a label of the dataset. Raises `KeyError` for one that is not in
+    `label_map`.
     """
     return config.label_map[label] if config.label_map else label
 
 
 def target(example: Example, config: Config) -> str:
-    """The answer to learn: a space and the label, so that prompt and answer are one natural
-    string.
-    """
+    """The supervised answer: a space and the label, so that prompt and answer join naturally."""
     return " " + answer_to(example.label, config)
 
 
 def choices(example: Example, config: Config) -> tuple[str, ...]:
-    """Every answer that is scored, in the order of `config.labels`."""
+    """The answers to score, in the order of `config.labels`."""
     return tuple(" " + label for label in config.labels)
 
 
 def parse(output: str, example: Example, config: Config) -> str | None:
-    """The label that generated text names, or None when it names none or several: counted, never
-    dropped.
+    """The label that generated text names; None, which is scored as a wrong answer, where it names
+    none or several.
 
-    Only the first line counts, and it must consist of one label (case and closing punctuation
-    aside). Neither silence, nor rambling, nor a repeated instruction that lists all the labels is
-    an answer.
+    Only the first line counts, and it must consist of one label (case and punctuation aside). An
+    empty output, further words, or a repeated instruction that lists all labels is no answer.
     """
     lines = output.strip().splitlines()
     words = re.findall(r"[\w-]+", lines[0].lower()) if lines else []
-    named = [label for label in config.labels if words == re.findall(r"[\w-]+", label.lower())]
-    return named[0] if len(named) == 1 else None
+    labels = [label for label in config.labels if words == re.findall(r"[\w-]+", label.lower())]
+    return labels[0] if len(labels) == 1 else None
 
 
 def cluster(example: Example) -> str:
-    """What the bootstrap resamples: equal texts are one observation."""
+    """The unit that the bootstrap resamples: equal texts are one observation."""
     return example.text
 
 
 def constant_answers(config: Config) -> tuple[str, ...]:
-    """The answers that need no model: one label, always."""
+    """The constant baselines: each label, for every example."""
     return config.labels
 
 
 def constant(answer: str, example: Example, config: Config) -> str:
-    """What a constant answer predicts for an example: itself."""
+    """The prediction of a constant baseline: the label itself."""
     return answer
 
 
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows cells"]:
-    """Each row's (gold, prediction) pair as a flattened one-hot confusion array; sums over rows are
-    all that `score` needs.
+    """Each row's (gold, prediction) pair as a flattened one-hot confusion matrix; `score` needs
+    only their sums.
 
-    `gold` is the dataset's label, which the map turns into the task's.
+    `gold` is the dataset's label, which `label_map` turns into the task's.
     """
     gold = [answer_to(row["gold"], config) for row in rows]
     pairs = pair_index(gold, [row["prediction"] for row in rows], config.labels)

@@ -1,12 +1,11 @@
-"""Name the entities of a sentence, one a line in their order: `Evergreen Solar Inc, ORG`; `none`
-where there are none. Scored by entity F1.
+"""Named entity recognition as text: one entity a line, in order, as `Evergreen Solar Inc, ORG`, or
+`none`. Scored by entity F1.
 
-A name alone does not say where in the sentence it stands, and FLARE's scorer labels every
-occurrence, so that the right answers score 0.98. Here a line means one place: the first occurrence
-of the name, on whole tokens, that begins after the entity of the line before it. Where an entity is
-not that one, its line says which occurrence it is, counted from the beginning of the sentence:
-`Lender, PER #3`. With that the right answers score 1. No sentence of FIN needs the number, so the
-prompts do not speak of it.
+A name does not say which of its occurrences is the entity. FLARE's scorer labels every occurrence,
+so that even the gold answers score 0.98. Here a line means one occurrence, on whole tokens: the
+first that begins after the entity of the line before. An entity at another occurrence has its
+number, counted from the beginning of the sentence: `Lender, PER #3`. So the gold answers score 1.
+No sentence of FIN needs the number, so the prompts do not mention it.
 """
 
 import re
@@ -21,19 +20,16 @@ from finrepro.data.examples import Example
 from finrepro.settings import Positive, settings
 
 NONE = "none"
-KIND = re.compile(
-    r"(?P<kind>[A-Za-z]+)(?:\s*#(?P<number>[1-9]\d{0,3}))?"
-)  # what follows a line's last comma
-UNREADABLE = "?"  # in a prediction: a line that names nothing
+# What follows a line's last comma.
+KIND = re.compile(r"(?P<kind>[A-Za-z]+)(?:\s*#(?P<number>[1-9]\d{0,3}))?")
+UNREADABLE = "?"  # in a prediction: a line that names no entity
 Span = tuple[int, int, str]  # first token, last token, type
 
 
 @settings
 class Config:
-    """`types` are the entity types; `max_new_tokens` is the most that an answer may have, at least
-    the longest right answer's.
-
-    `known` holds words that are always the same entity: what a constant answer knows.
+    """`types` are the entity types; `max_new_tokens` limits an answer, and is at least the length
+    of the longest gold answer. `known` maps words to their type, for a constant baseline.
     """
 
     version: int
@@ -46,22 +42,20 @@ class Config:
 
 
 def prompt(example: Example, config: Config) -> str:
-    """The template with the text put in. Plain replacement: other braces belong to the wording."""
+    """The template with the text filled in; other braces belong to the wording."""
     return config.templates[config.template].replace("{text}", example.text)
 
 
 def target(example: Example, config: Config) -> str:
-    """The answer to learn: a space, so that prompt and answer are one natural string, and the
-    lines.
-    """
-    tokens, lines, after = example.text.split(" "), [], -1
+    """The supervised answer: a space, so that prompt and answer join naturally, and the lines."""
+    tokens, lines, end = example.text.split(" "), [], -1
     for first, last, kind in spans(example.label):
         name = " ".join(tokens[first : last + 1])
-        places = occurrences(name, tokens)
-        number = places.index((first, last)) + 1
-        nearest = next(place for place in places if place[0] > after)
+        matches = occurrences(name, tokens)
+        number = matches.index((first, last)) + 1
+        nearest = next(match for match in matches if match[0] > end)
         lines.append(f"{name}, {kind}" + ("" if nearest == (first, last) else f" #{number}"))
-        after = last
+        end = last
     return " " + ("\n".join(lines) or NONE)
 
 
@@ -71,77 +65,73 @@ def choices(example: Example, config: Config) -> None:
 
 
 def new_tokens(config: Config) -> int:
-    """The most tokens that an answer may have."""
+    """The largest number of tokens of an answer."""
     return config.max_new_tokens
 
 
 def parse(output: str, example: Example, config: Config) -> str | None:
-    """What an answer says, as `written` gives it, or None when no line of it can be read: counted,
-    never dropped.
+    """The predicted entities in the form of `span_text`; None, which is scored as a wrong answer,
+    where no line can be read.
 
-    The answer is what stands before the first empty line. `none` alone means no entity. Every other
-    line is one claim: one that cannot be read, or whose name does not stand in the sentence
-    (there), or that repeats a place, is a wrong one, so that rambling costs precision. White space
-    is not compared; case and punctuation are.
+    The answer ends at the first empty line. `none` alone means no entity. Every other line is a
+    predicted entity. It is a false positive where it cannot be read, names no (such) occurrence, or
+    repeats a span, so that superfluous lines cost precision. White space is ignored, case and
+    punctuation are not.
     """
     lines = output.strip().split("\n\n")[0].splitlines()
     if len(lines) == 1 and re.sub(r"\W", "", lines[0]).lower() == NONE:
         return ""
-    claims = [_claim(line, config) for line in lines]
-    if not any(claims):
+    mentions = [_mention(line, config) for line in lines]
+    if not any(mentions):
         return None
-    tokens, after = example.text.split(" "), -1
-    said: list[str] = []
-    for claim in claims:
-        if claim is None:
-            said.append(UNREADABLE)
+    tokens, end = example.text.split(" "), -1
+    items: list[str] = []
+    for mention in mentions:
+        if mention is None:
+            items.append(UNREADABLE)
             continue
-        name, kind, number = claim
-        places = occurrences(name, tokens)
-        chosen = (
-            places[number - 1 : number]
-            if number
-            else [place for place in places if place[0] > after][:1]
-        )
-        item = written([(*chosen[0], kind)]) if chosen else ""
-        said.append(item if item and item not in said else f"{UNREADABLE}/{kind}")
-        after = chosen[0][1] if chosen else after
-    return " ".join(said)
+        name, kind, number = mention
+        matches = occurrences(name, tokens)
+        if number:
+            selected = matches[number - 1 : number]
+        else:
+            selected = [match for match in matches if match[0] > end][:1]
+        item = span_text([(*selected[0], kind)]) if selected else ""
+        items.append(item if item and item not in items else f"{UNREADABLE}/{kind}")
+        end = selected[0][1] if selected else end
+    return " ".join(items)
 
 
 def cluster(example: Example) -> str:
-    """What the bootstrap resamples: sentences; equal ones are one observation."""
+    """The unit that the bootstrap resamples: equal sentences are one observation."""
     return example.text
 
 
 def constant_answers(config: Config) -> tuple[str, ...]:
-    """The answers that need no model: nothing anywhere, or the known words wherever they stand."""
+    """The constant baselines: no entity, or the known words wherever they occur."""
     return NONE, *([", ".join(config.known)] if config.known else [])
 
 
 def constant(answer: str, example: Example, config: Config) -> str:
-    """What a constant answer predicts for an example."""
+    """The prediction of a constant baseline for an example."""
     if answer == NONE:
         return ""
-    words = [
-        (place, place, config.known.get(token))
-        for place, token in enumerate(example.text.split(" "))
-    ]
-    return written([(first, last, kind) for first, last, kind in words if kind])
+    kinds = [config.known.get(token) for token in example.text.split(" ")]
+    return span_text([(position, position, kind) for position, kind in enumerate(kinds) if kind])
 
 
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows cells"]:
-    """Each row's counts: for each type how many entities are right, predicted and there; unreadable
+    """Each row's counts: for each type true positives, predicted and gold entities; unreadable
     lines; 1 if unparsable; 1.
 
-    An unparsable answer is one unreadable line: where nothing is to be found, the answer is `none`
-    and not silence.
+    An unparsable answer counts as one unreadable line: also where there is no entity, the answer is
+    `none`, not silence.
     """
     table = np.zeros((len(rows), 3 * len(config.types) + 3))
     for row, counts in zip(rows, table, strict=True):
-        gold = set(written(spans(row["gold"])).split())
-        said = UNREADABLE if row["prediction"] is None else row["prediction"]
-        for item in said.split():
+        gold = set(span_text(spans(row["gold"])).split())
+        prediction = UNREADABLE if row["prediction"] is None else row["prediction"]
+        for item in prediction.split():
             if item == UNREADABLE:
                 counts[-3] += 1
             else:
@@ -156,27 +146,27 @@ def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "
 def score(
     sums: Float[np.ndarray, "*batch cells"], config: Config
 ) -> dict[str, Float[np.ndarray, "*batch"]]:
-    """Every metric from summed tallies: micro F1, precision and recall of whole entities as in
-    seqeval, each type's F1, unparsable rate.
+    """Every metric from summed tallies: micro F1, precision and recall of exact entities as in
+    seqeval, each type's F1, and the rate of unparsable answers.
     """
     by_type = sums[..., :-3].reshape(*sums.shape[:-1], len(config.types), 3)
-    right, predicted, there = (by_type[..., column] for column in range(3))
-    hits, claimed, wanted = right.sum(-1), predicted.sum(-1) + sums[..., -3], there.sum(-1)
-    found = {
-        "f1_entity": _share(2 * hits, claimed + wanted),
-        "precision_entity": _share(hits, claimed),
-        "recall_entity": _share(hits, wanted),
+    correct, predicted, gold = (by_type[..., column] for column in range(3))
+    hits, all_predicted, all_gold = correct.sum(-1), predicted.sum(-1) + sums[..., -3], gold.sum(-1)
+    metrics = {
+        "f1_entity": _ratio(2 * hits, all_predicted + all_gold),
+        "precision_entity": _ratio(hits, all_predicted),
+        "recall_entity": _ratio(hits, all_gold),
     }
     for position, kind in enumerate(config.types):
-        found[f"f1_{kind.lower()}"] = _share(
-            2 * right[..., position], (predicted + there)[..., position]
+        metrics[f"f1_{kind.lower()}"] = _ratio(
+            2 * correct[..., position], (predicted + gold)[..., position]
         )
-    return found | {"unparsable_rate": _share(sums[..., -2], sums[..., -1])}
+    return metrics | {"unparsable_rate": _ratio(sums[..., -2], sums[..., -1])}
 
 
 def spans(tags: str) -> list[Span]:
-    """The entities that tags joined by spaces mean, by seqeval's definition (chunks as in
-    conlleval), in their order.
+    """The entities of tags joined by spaces, in order, by seqeval's definition (chunks as in
+    conlleval).
     """
     return list(_spans(tags))
 
@@ -190,30 +180,30 @@ def _spans(tags: str) -> tuple[Span, ...]:
     )
 
 
-def written(entities: Sequence[Span]) -> str:
-    """Entities as text, `first-last/TYPE` joined by spaces: what a prediction is in a row."""
+def span_text(entities: Sequence[Span]) -> str:
+    """Entities as text, `first-last/TYPE` joined by spaces: the form of a prediction in a row."""
     return " ".join(f"{first}-{last}/{kind}" for first, last, kind in entities)
 
 
 def occurrences(name: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """(first, last) of every run of whole tokens that spells the name, white space aside, by its
-    first token.
+    """(first, last) token of every run of tokens that spells the name, white space aside, in
+    order.
     """
-    wanted = "".join(name.split())
-    found = []
+    letters = "".join(name.split())
+    runs = []
     for first in range(len(tokens)):
         spelled = ""
         for last in range(first, len(tokens)):
             spelled += tokens[last]
-            if spelled == wanted:
-                found.append((first, last))
-            if not wanted.startswith(spelled) or spelled == wanted:
+            if spelled == letters:
+                runs.append((first, last))
+            if not letters.startswith(spelled) or spelled == letters:
                 break
-    return found
+    return runs
 
 
-def _claim(line: str, config: Config) -> tuple[str, str, int] | None:
-    """(name, type, number of the occurrence or 0) of a line that has the form, else None."""
+def _mention(line: str, config: Config) -> tuple[str, str, int] | None:
+    """(name, type, number of the occurrence or 0) of a well-formed line, else None."""
     name, _, rest = line.strip().rpartition(",")
     match = KIND.fullmatch(rest.strip())
     if not name.strip() or match is None or match["kind"].upper() not in config.types:
@@ -225,6 +215,8 @@ def _index(item: str, config: Config) -> int:
     return config.types.index(item.rpartition("/")[2])
 
 
-def _share(part: Any, whole: Any) -> np.ndarray:
-    """part / whole, 0 where there is nothing, as in seqeval."""
-    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """numerator / denominator, 0 where the denominator is 0, as in seqeval."""
+    return np.divide(
+        numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0
+    )

@@ -1,5 +1,6 @@
-"""Predict the next token of plain text. Scored on text that was not trained on: perplexity per
-token, and bits per byte, which models with different tokenizers have in common."""
+"""Language modelling: predict the next token of plain text. Scored on held-out text by perplexity
+per token, and by bits per byte, which compares models with different tokenizers.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,16 +15,17 @@ from finrepro.settings import Positive, settings
 
 @settings
 class Config:
-    """`endings`: one of them follows each text, chosen by the example's id and so without regard to
-    its label.
+    """What is trained on and scored.
 
-    They let a miniature read and write the wording of a task it will be fine-tuned on, while it
-    learns nothing about the answers. `windows`: the texts are a corpus. Laid end to end they are
-    cut in windows of `max_seq_len` tokens, which `global_batch_size` counts. `corpus` names what is
-    trained on instead of the dataset: a corpus of configs/corpora.yaml; scored is the dataset.
-    `order` is that of a corpus' windows: `shuffled`, each epoch a permutation of all of them, or
-    `arriving`, for which the corpus need not be finished: in the first epoch `block` windows that
-    follow one another are permuted among themselves.
+    - `endings`: one of them follows each text, drawn by the example's id, hence independent of its
+      label. With them a miniature learns the wording of a task it will be fine-tuned on, and
+      nothing about the answers.
+    - `windows`: the texts are concatenated and cut into windows of `max_seq_len` tokens, which
+      `global_batch_size` counts.
+    - `corpus`: a corpus of configs/corpora.yaml to train on; the dataset is scored all the same.
+    - `order`: that of the corpus' windows. `shuffled`: each epoch is a permutation of all windows.
+      `arriving`: the corpus may be unfinished; in the first epoch each `block` of consecutive
+      windows is permuted within itself.
     """
 
     version: int
@@ -35,7 +37,9 @@ class Config:
     block: Positive | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a corpus that is not read in windows, or not in a given order."""
+        """Raises `ValueError` for a corpus without windows or an order, and for one of these
+        settings without the other that it needs.
+        """
         if self.corpus and not self.windows:
             raise ValueError("a corpus is read in windows: say windows: true")
         if (self.order is None) == bool(self.corpus):
@@ -48,18 +52,18 @@ class Config:
 
 
 def prompt(example: Example, config: Config) -> str:
-    """Nothing: every token of the text is predicted, the first from the beginning-of-text token."""
+    """Empty: every token of the text is predicted, the first from the beginning-of-text token."""
     return ""
 
 
 def target(example: Example, config: Config) -> str:
-    """The whole text and its ending."""
+    """The text and its ending."""
     number = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4])
     return example.text + config.endings[number % len(config.endings)]
 
 
 def choices(example: Example, config: Config) -> None:
-    """None: the text itself is scored, nothing is chosen."""
+    """None: there is no choice, the text itself is scored."""
     return
 
 
@@ -69,26 +73,22 @@ def parse(output: str, example: Example, config: Config) -> str:
 
 
 def cluster(example: Example) -> str:
-    """What the bootstrap resamples: the paragraphs of an article, or equal texts, are one
-    observation.
-    """
+    """The unit that the bootstrap resamples: the paragraphs of an article, or equal texts."""
     return example.source or example.text
 
 
 def constant_answers(config: Config) -> tuple[str, ...]:
-    """None: no constant text is an answer."""
+    """No constant baseline: no constant text is an answer."""
     return ()
 
 
 def constant(answer: str, example: Example, config: Config) -> str:
-    """What a constant answer predicts for an example: itself."""
+    """Unused, as there is no constant baseline."""
     return answer
 
 
 def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "rows 3"]:
-    """Each row's summed natural log-probability, its number of predicted tokens, and its bytes
-    of UTF-8.
-    """
+    """Each row's summed log-probability (nats), number of predicted tokens, and UTF-8 bytes."""
     return np.array(
         [[row["logprob"], row["tokens"], row["bytes"]] for row in rows], dtype=float
     ).reshape(-1, 3)

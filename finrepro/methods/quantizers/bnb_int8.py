@@ -61,7 +61,10 @@ def not_compiled(config: Config) -> str:
     """That torch.compile would cut every layer into pieces at bitsandbytes' operators for
     outliers.
     """
-    return "int8 has operators whose results' sizes depend on the values, which torch.compile does not take"
+    return (
+        "int8 has operators whose results' sizes depend on the values, "
+        "which torch.compile does not take"
+    )
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
@@ -123,7 +126,10 @@ def note(device_type: str) -> str | None:
     """What a reader must know of this quantizer on this device."""
     if device_type == "cuda":
         return None
-    return f"int8 on a {device_type} is LLM.int8's arithmetic without its kernels: no speed of LLM.int8"
+    return (
+        f"int8 on a {device_type} is LLM.int8's arithmetic without its kernels: "
+        "no speed of LLM.int8"
+    )
 
 
 def _dequantized(codes: "Tensor", scales: "Tensor", dtype: "dtype") -> "Tensor":
@@ -169,8 +175,9 @@ def _layer_class() -> Any:
 
         @staticmethod
         def backward(ctx: Any, *upstream: "Tensor") -> tuple["Tensor", None]:
-            slope, layer = upstream[0], ctx.layer
-            return slope @ _dequantized(layer.weight.data, layer.weight.SCB, slope.dtype), None
+            gradient, layer = upstream[0], ctx.layer
+            weight = _dequantized(layer.weight.data, layer.weight.SCB, gradient.dtype)
+            return gradient @ weight, None
 
     class Int8Linear(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
         def forward(self, x: "Tensor") -> "Tensor":

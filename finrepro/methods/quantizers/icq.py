@@ -29,9 +29,6 @@ from finrepro.settings import Choice, Positive, PositiveFloat, settings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its
-# last level is 1
-SIGMA = 0.5410872
 KEPT_APART = "the shifts of its blocks"  # what a method that reads a layer's weight would miss
 BESIDE = (
     "icq_tau_code",
@@ -43,8 +40,8 @@ AT_ONCE = 2**20  # candidates that are looked at together: about 100 MB, however
 
 @settings
 class Config(bnb_4bit.Config):
-    """bitsandbytes' settings and the search's: 2 n + 1 factors f from -range_factor SIGMA to
-    +range_factor SIGMA (the paper's lambda).
+    """bitsandbytes' settings and the search's: 2 n + 1 factors f from -range_factor sigma to
+    +range_factor sigma (the paper's lambda), with sigma that of NormalFloat4 (0.541).
 
     With `objective: mse` tau is that of the least squared error: the control at the same storage.
     """
@@ -113,13 +110,14 @@ def with_tau(weight: "Tensor", tau: "Tensor", config: Config) -> Stored:
     if config.fallback:
         pairs = zip(parts, rounded(), strict=True)
         better = [
-            _quality(part, each, config) > _quality(part, each * 0, config) for part, each in pairs
+            _quality(part, shift, config) > _quality(part, shift * 0, config)
+            for part, shift in pairs
         ]
         codes[~torch.cat(better)] = zero
     moved = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     targets = moved.view(-1, config.block_size).split(_blocks_at_once(config))
-    for target, part, each in zip(targets, parts, rounded(), strict=True):
-        target.copy_(_moved(part, each))
+    for target, part, shift in zip(targets, parts, rounded(), strict=True):
+        target.copy_(_moved(part, shift))
     shape = weight.shape[0], weight.shape[1] // config.block_size
     return Stored(bnb_4bit.encode(moved, config), codes.view(shape), scales, levels, config)
 
@@ -185,71 +183,10 @@ def search(blocks: "Tensor", config: Config) -> "Tensor":
     The objective is that of the levels nearest to (w - tau) / absmax(w - tau), with absmax not
     rounded.
     """
-    import torch
+    from finrepro.methods.calibration.search import Candidates, best_tau
 
-    half = config.range_factor * SIGMA
-    factors = [half * step / config.n for step in range(-config.n, config.n + 1)]
-    ordered = blocks.sort(1).values
-    median = ordered[:, (blocks.shape[1] - 1) // 2, None]  # the lower of the two, as torch's
-    ordered = ordered - median
-    steps = torch.tensor(factors, device=blocks.device) * _largest(
-        ordered, torch.zeros_like(median)
-    )
-    tau = steps + median
-    if config.fallback:
-        steps, tau = torch.cat([-median, steps], 1), torch.cat([torch.zeros_like(median), tau], 1)
-    scores = _scores(ordered, steps, config)
-    best = scores == scores.amax(1, keepdim=True)
-    order = tau.abs() if config.tie_break == "smallest" else torch.zeros_like(tau)
-    chosen = order.masked_fill(~best, math.inf).argmin(1, keepdim=True)  # the first of equals
-    return tau.gather(1, chosen).squeeze(1)
-
-
-def _scores(ordered: "Tensor", steps: "Tensor", config: Config) -> "Tensor":
-    """How good each step is, (blocks, steps), up to a number a block. `ordered` are the blocks'
-    weights in ascending order.
-
-    Codes are not written out: how many weights of a sorted block lie below each of the 15 middles
-    says how often each level occurs.
-    """
-    import torch
-    from bitsandbytes import functional
-    from torch.nn.functional import pad
-
-    size, device = ordered.shape[1], ordered.device
-    levels = functional.get_4bit_type(config.quant_type, device=device).sort().values
-    middles, scales, table = (
-        (levels[1:] + levels[:-1]) / 2,
-        _largest(ordered, steps),
-        _count_logs(size, device),
-    )
-    below = torch.zeros(steps.shape, dtype=torch.int64, device=device)
-    if config.objective == "entropy":
-        total = torch.zeros_like(below)
-    else:
-        total = torch.zeros(steps.shape, dtype=torch.float64, device=device)
-        # A matrix product, for torch's cumsum is not deterministic on CUDA.
-        sums = pad(
-            ordered.double() @ torch.ones(size, size, dtype=torch.float64, device=device).triu(),
-            (1, 0),
-        )
-        sum_below = sums[:, :1]
-    for index, level in enumerate(levels):
-        bounds = (
-            scales * middles[index] + steps
-            if index < len(middles)
-            else torch.full_like(steps, math.inf)
-        )
-        upto = torch.searchsorted(ordered, bounds)
-        count = upto - below
-        if config.objective == "entropy":
-            total -= table[count]
-        else:  # sum (w - v)^2 over a level's weights, v its value, is sum w^2 - 2 v sum w + count v^2: the first is the same for every step
-            value, sum_upto = (scales * level + steps).double(), sums.gather(1, upto)
-            total += value * (2 * (sum_upto - sum_below) - count * value)
-            sum_below = sum_upto
-        below = upto
-    return total
+    names = (field.name for field in dataclasses.fields(Candidates))
+    return best_tau(blocks, Candidates(**{name: getattr(config, name) for name in names}))
 
 
 def _quality(blocks: "Tensor", tau: "Tensor", config: Config) -> "Tensor":
@@ -258,6 +195,10 @@ def _quality(blocks: "Tensor", tau: "Tensor", config: Config) -> "Tensor":
     """
     import torch
 
+    from finrepro.methods.calibration import objectives, stored_codes
+
+    if config.objective == "entropy" and blocks.device.type == "cpu":
+        return stored_codes.entropy_scores(blocks, tau, config.quant_type)
     moved = _moved(blocks, tau).float()
     stored = bnb_4bit.encode(
         moved, dataclasses.replace(config, double_quant=False, quant_storage="uint8")
@@ -267,7 +208,7 @@ def _quality(blocks: "Tensor", tau: "Tensor", config: Config) -> "Tensor":
     codes = stored.codes.view(len(blocks), -1)
     codes = torch.cat([codes >> 4, codes & 15], 1)
     counts = torch.stack([(codes == code).sum(1) for code in range(16)], 1)
-    return -_count_logs(blocks.shape[1], blocks.device)[counts].sum(1)
+    return -objectives.count_logs(blocks.shape[1], blocks.device)[counts].sum(1)
 
 
 def _moved(blocks: "Tensor", tau: "Tensor") -> "Tensor":
@@ -275,31 +216,8 @@ def _moved(blocks: "Tensor", tau: "Tensor") -> "Tensor":
     return (blocks.float() - tau[:, None]).to(blocks.dtype)
 
 
-def _largest(ordered: "Tensor", steps: "Tensor") -> "Tensor":
-    """absmax(w - step) of sorted blocks."""
-    import torch
-
-    return torch.maximum(ordered[:, -1:] - steps, steps - ordered[:, :1])
-
-
 def _blocks_at_once(config: Config) -> int:
     return max(1, AT_ONCE // (2 * config.n + 2))
-
-
-@cache
-def _count_logs(size: int, device: Any) -> "Tensor":
-    """count log2(count) for 0 ... size, in units of 2^-32 and as whole numbers, so that equal
-    entropies are equal in whatever order they are summed. Logarithms are summed over prime
-    factors: 2 * 3 log 3 + 3 * 2 log 2 is 6 log 6, and must be here."""
-    import torch
-
-    logs = [0, 0]
-    for count in range(2, size + 1):
-        prime = next(factor for factor in range(2, count + 1) if count % factor == 0)
-        logs.append(
-            logs[prime] + logs[count // prime] if prime < count else round(2**32 * math.log2(prime))
-        )
-    return torch.tensor([count * log for count, log in enumerate(logs)], device=device)
 
 
 @cache

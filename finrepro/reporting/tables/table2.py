@@ -46,9 +46,9 @@ def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published]
     """The table of the rows, without published values: no perplexity of FinGPT-HPC could be
     read.
     """
-    done = [row for row in rows if row["costs"]]
+    finished = [row for row in rows if row["costs"]]
     lines = []
-    for reference, family in grouped_by(done, _reference):
+    for reference, family in grouped_by(finished, _reference):
         moment = equal_time(family)
         speeds = [row["costs"]["tokens_per_second"] for row in family if _is_reference(row)]
         for _, group in grouped(family, *LINE):
@@ -63,7 +63,7 @@ def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published]
         caption=caption("Pretraining with low-rank layers", scale),
         columns=COLUMNS,
         lines=tuple(lines),
-        notes=_notes(rows, done),
+        notes=_notes(rows, finished),
     )
 
 
@@ -232,7 +232,7 @@ def _legend(row: CellResult) -> str:
     return f"{row['model']}, {method}" if method else str(row["model"])
 
 
-def _notes(rows: Sequence[CellResult], done: Sequence[CellResult]) -> tuple[str, ...]:
+def _notes(rows: Sequence[CellResult], finished: Sequence[CellResult]) -> tuple[str, ...]:
     """How to read the table, then the reasons."""
     notes = [
         "Loss: nats a token on text that was not trained on, after the same number of tokens; "
@@ -253,14 +253,14 @@ def _notes(rows: Sequence[CellResult], done: Sequence[CellResult]) -> tuple[str,
         "fewer FLOPs a token takes. Cells that run side by side (--jobs) slow one another: times "
         "are to be compared between runs of --jobs 1.",
     ]
-    if any(row["costs"].get("matmul_flops") for row in done):
+    if any(row["costs"].get("matmul_flops") for row in finished):
         notes.append(
             "MFU: model FLOPs of PaLM's convention / with causal attention, as a share of the "
             "matmul rate that the same device reached in the same run (in the model's dtype): no "
             "hardware peak is assumed."
         )
-    if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(done, *LINE)):
+    if any(len({row["seed"] for row in group}) == 1 for _, group in grouped(finished, *LINE)):
         notes.append("Loss (1): a single seed says nothing about the spread between runs.")
-    if any(row["short"] for row in done):
+    if any(row["short"] for row in finished):
         notes.append(SHORT_NOTE)
     return (*notes, *reasons(rows))

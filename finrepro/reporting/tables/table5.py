@@ -75,12 +75,12 @@ def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published]
 
 def _line(model: str, rows: Sequence[CellResult], beside: Beside) -> Line:
     """The line of one configuration over its seeds."""
-    done = [row for row in rows if row["state"] in ("done", "stale")] or list(rows)
+    finished = [row for row in rows if row["state"] in ("done", "stale")] or list(rows)
     texts = []
     for key, show in MEASURED.values():
-        values = [row["costs"][key] for row in done if row["costs"].get(key) is not None]
+        values = [row["costs"][key] for row in finished if row["costs"].get(key) is not None]
         texts.append(show(mean(values)) if values else "-")
-    texts[0] += " *" if any(row["state"] == "stale" for row in done) else ""
+    texts[0] += " *" if any(row["state"] == "stale" for row in finished) else ""
     pairs = beside.find(rows[0], None, PUBLISHED)
     peaks = any(value.measure.ours == PUBLISHED[0] for value, _ in pairs)
     value, _ = beside.texts(pairs, {}) if peaks else ("", "")

@@ -53,7 +53,7 @@ def claim(out: Path) -> None:
     """Have the corpus say that it was made from what the catalogue names: the hub is out of
     reach here.
     """
-    path, entry = out / "index.json", entries.entry(NAME)
+    path, entry = out / "index.json", entries.corpus_entry(NAME)
     index = json.loads(path.read_text())
     assert entry.hub is not None
     hub = {
@@ -73,10 +73,12 @@ def copied(prepared: Path, tmp_path: Path) -> Path:
 
 
 def cell() -> RunSpec:
-    found = resolve.spec_of_label(
+    spec_of_cell = resolve.spec_of_label(
         Selection(table="2", full=True), "paper", f"gpt2_127m-none-full-{NAME}-adamw-s0"
     )
-    return dataclasses.replace(found, train=dataclasses.replace(found.train, max_seq_len=32))
+    return dataclasses.replace(
+        spec_of_cell, train=dataclasses.replace(spec_of_cell.train, max_seq_len=32)
+    )
 
 
 def test_windows_and_tokenizer_are_those_of_the_prepared_corpus(prepared: Path, tmp_path: Path):

@@ -81,19 +81,19 @@ def training_is_on_the_pieces(losses: Sequence[float], windows: Windows) -> None
     spec = spec_of()
     model = build(spec, None, CPU).model
     lm, settings = SupervisedLM(model), spec.train
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = optimizer_of(settings.optimizer).build(named, settings.lr)
+    trainable = [(name, p) for name, p in model.trainable_parameters() if p.requires_grad]
+    optimizer = optimizer_of(settings.optimizer).build(trainable, settings.lr)
     expected = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        chosen = [windows[row] for row in windows.rows(step, 4, spec.seed)]
-        examples = [alone(piece) for window in chosen for piece in window.pieces]
-        supervised = sum(window.num_supervised for window in chosen)
+        examples_of_step = [windows[row] for row in windows.rows(step, 4, spec.seed)]
+        examples = [alone(piece) for window in examples_of_step for piece in window.pieces]
+        supervised = sum(window.num_supervised for window in examples_of_step)
         loss = sum(lm(side_by_side([each])) for each in examples if each) / supervised
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_([p for _, p in trainable], settings.max_grad_norm)
         optimizer.step()
         expected.append(float(loss.detach()))
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(losses, expected, strict=True)), (
@@ -105,15 +105,17 @@ def training_is_on_the_pieces(losses: Sequence[float], windows: Windows) -> None
 def test_the_loop_trains_on_the_pieces_and_goes_on_where_it_was(
     windows: Windows, tmp_path: Path
 ) -> None:
-    whole = trained_on(windows, tmp_path / "a")
-    losses = [row["loss"] for row in whole.losses]
+    uninterrupted = trained_on(windows, tmp_path / "a")
+    losses = [row["loss"] for row in uninterrupted.losses]
     training_is_on_the_pieces(losses, windows)
     broken(training_is_on_the_pieces, losses[::-1], windows)
     rows = [row for step in range(STEPS) for row in windows.rows(step, 4, 0)]
-    assert whole.supervised_tokens == sum(windows[row].num_supervised for row in rows)
-    assert whole.tokens == whole.computed_tokens == sum(windows.lengths[row] for row in rows), (
-        "no padding"
-    )
+    assert uninterrupted.supervised_tokens == sum(windows[row].num_supervised for row in rows)
+    assert (
+        uninterrupted.tokens
+        == uninterrupted.computed_tokens
+        == sum(windows.lengths[row] for row in rows)
+    ), "no padding"
     with pytest.raises(Interrupted):
         trained_on(windows, tmp_path / "b", stop=lambda: True)
     again = trained_on(windows, tmp_path / "b")

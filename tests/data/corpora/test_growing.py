@@ -32,15 +32,15 @@ from finrepro.data.arriving import growing
 from finrepro.data.arriving.arriving import ArrivingWindows
 from finrepro.data.arriving.growing import GrowingCorpus, Waiting, open_arriving
 from finrepro.data.corpora.folders import copy_tokenizer, folder_of, unprepared_reason
-from finrepro.data.corpora.index import Begun, read_index, write_record
+from finrepro.data.corpora.index import Unfinished, read_index, write_record
 from finrepro.data.corpora.mixture import Mixture
 from finrepro.data.corpora.order import permute
 from finrepro.data.corpora.stream import Corpus
 from finrepro.data.corpora.windows import Windows
 from finrepro.data.preparing import prepare, underway, writer
 from finrepro.data.preparing.entries import sources_of
-from finrepro.data.preparing.prepare import Options, Sources
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.prepare import PrepareOptions, Sources
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, load_encoder
 from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import EnvironmentFault, Interrupted, Unavailable, UsageError
@@ -55,7 +55,7 @@ from finrepro.runtime import ranks
 from finrepro.settings import build, plain
 
 CAPACITY, LENGTH, BLOCK, BATCH = 900, 16, 20, 8
-OPTIONS = Options(validation=0.1, shard_tokens=CAPACITY)
+OPTIONS = PrepareOptions(validation=0.1, shard_tokens=CAPACITY)
 TEXTS = [
     f"document {k} says {' and '.join(str(k * n * 7919) for n in range(1, 2 + k % 13))} ."
     for k in range(300)
@@ -66,8 +66,8 @@ import json, sys
 from pathlib import Path
 from finrepro.data.preparing import writer
 from finrepro.data.corpora.folders import copy_tokenizer
-from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.prepare import PrepareOptions, Sources, prepare
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder
 from finrepro.errors import FinreproError
 if __name__ == "__main__":
@@ -81,8 +81,9 @@ if __name__ == "__main__":
         plain(self)
     writer.SplitWriter._close_shard = slowly
     try:
-        prepare(Sources([Local(lines, "lines")]), Encoder(**json.loads(encoder)), out, Options(validation=0.1, shard_tokens=900),
-                workers=int(workers), keep=lambda: copy_tokenizer(tokenizer, out))
+        prepare(Sources([LocalFiles(lines, "lines")]), Encoder(**json.loads(encoder)), out,
+                PrepareOptions(validation=0.1, shard_tokens=900), workers=int(workers),
+                before_writing=lambda: copy_tokenizer(tokenizer, out))
     except FinreproError as error:
         sys.exit(error.exit_code)
 """
@@ -117,7 +118,7 @@ def encoder(tokenizer: Path) -> Encoder:
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("in") / "lines.txt"
-    path.write_text("".join(each + "\n" for each in TEXTS))
+    path.write_text("".join(text + "\n" for text in TEXTS))
     return path
 
 
@@ -132,9 +133,9 @@ def finished(
 
 
 def prepared(lines: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
-    sources = Sources([Local(lines, "lines")])
+    sources = Sources([LocalFiles(lines, "lines")])
     prepare.prepare(
-        sources, encoder, folder, OPTIONS, keep=lambda: copy_tokenizer(tokenizer, folder)
+        sources, encoder, folder, OPTIONS, before_writing=lambda: copy_tokenizer(tokenizer, folder)
     )
 
 
@@ -161,7 +162,7 @@ class Writer:
 
     def start(self) -> None:
         lines, tokenizer, encoder = self.arguments
-        given = [
+        arguments = [
             json.dumps(vars(encoder)),
             tokenizer,
             lines,
@@ -175,7 +176,7 @@ class Writer:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
 
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PREPARING, *map(str, given)],
+            [sys.executable, "-c", PREPARING, *map(str, arguments)],
             env=environment(PYTHONPATH=str(PROJECT)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -201,15 +202,15 @@ class Writer:
 @pytest.fixture
 def writing(lines: Path, tokenizer: Path, encoder: Encoder) -> Iterator[Callable[..., Writer]]:
     """`writing(folder, ...)`: a `Writer` that does not outlive the test."""
-    made: list[Writer] = []
+    writers: list[Writer] = []
 
     def begin(folder: Path, **options: Any) -> Writer:
-        made.append(Writer((lines, tokenizer, encoder), folder, **options))
-        return made[-1]
+        writers.append(Writer((lines, tokenizer, encoder), folder, **options))
+        return writers[-1]
 
     yield begin
-    for each in made:
-        each.kill()
+    for started in writers:
+        started.kill()
 
 
 def windows_of(
@@ -220,18 +221,18 @@ def windows_of(
 
 def learned(windows: Windows, steps: int, first: int = 0, world_size: int = 1) -> str:
     """sha256 of what is learned from, put back in a step's order from each rank's part."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for step in range(first, steps):
-        wanted = windows.rows(step, BATCH, 3)
-        parts = [
-            packing.rank_rows(wanted, windows.lengths, rank, world_size)
+        expected = windows.rows(step, BATCH, 3)
+        shares = [
+            packing.rank_rows(expected, windows.lengths, rank, world_size)
             for rank in range(world_size)
         ]
-        held = {row: windows[row] for part in parts for row in part}
-        assert all(len(held[row].ids) == windows.lengths[row] for row in wanted)
-        for row in wanted:
-            seen.update(held[row].ids.tobytes() + repr(held[row].cuts).encode())
-    return seen.hexdigest()
+        by_row = {row: windows[row] for share in shares for row in share}
+        assert all(len(by_row[row].ids) == windows.lengths[row] for row in expected)
+        for row in expected:
+            digest.update(by_row[row].ids.tobytes() + repr(by_row[row].cuts).encode())
+    return digest.hexdigest()
 
 
 def steps_of(folder: Path, epochs: float = 1.4) -> int:
@@ -247,8 +248,8 @@ class OfWhatIsThere(ArrivingWindows):
 
     def order(self, positions: NDArray[np.int64], seed: int, part: int = 0) -> NDArray[np.int64]:
         self.stream.reaches(int(positions.max() + 1) * LENGTH + 1)
-        there = (self.stream._length - 1) // LENGTH
-        return permute(positions % there, there, (seed, part, 0))
+        available = (self.stream._length - 1) // LENGTH
+        return permute(positions % available, available, (seed, part, 0))
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -256,10 +257,10 @@ def test_what_is_learned_is_the_same_from_a_finished_corpus_and_from_one_that_is
     workers: int, finished: Path, writing: Callable[..., Writer], tmp_path: Path
 ) -> None:
     steps = steps_of(finished)
-    wanted = learned(windows_of(finished), steps)
+    expected = learned(windows_of(finished), steps)
     writer = writing(tmp_path / "c", workers=workers)
     windows = windows_of(tmp_path / "c", writer.release)
-    assert learned(windows, steps) == wanted
+    assert learned(windows, steps) == expected
     shards = len(read_index(tmp_path / "c").splits["train"].shards)
     assert shards > 5 and writer.waits >= shards, "the law needs a reader that is ahead"
     assert windows.stream.watch.seconds > 0  # type: ignore[attr-defined]
@@ -320,8 +321,8 @@ def test_two_readers_follow_one_writer(
         for _ in range(2)
     ]
     writing(tmp_path / "c", slow=False)
-    said = [reader.communicate(timeout=100)[0].strip() for reader in readers]
-    assert said == [learned(windows_of(finished), steps)] * 2
+    messages = [reader.communicate(timeout=100)[0].strip() for reader in readers]
+    assert messages == [learned(windows_of(finished), steps)] * 2
 
 
 def test_a_late_step_is_there_at_once_and_asks_for_no_more_than_its_block(
@@ -340,7 +341,7 @@ def test_a_late_step_is_there_at_once_and_asks_for_no_more_than_its_block(
     assert len(read) == BATCH
     assert (
         not windows.stream.finished
-        and windows.stream.read <= (step * BATCH // BLOCK + 2) * BLOCK * LENGTH + 1
+        and windows.stream.read_end <= (step * BATCH // BLOCK + 2) * BLOCK * LENGTH + 1
     )  # type: ignore[attr-defined]
     assert not underway.is_finished(tmp_path / "c")
 
@@ -367,7 +368,9 @@ def test_the_first_epoch_goes_through_blocks_and_later_ones_through_all_windows(
         list(windows.lengths) == list(plain_windows.lengths)
         and windows.num_supervised == plain_windows.num_supervised
     )
-    assert [each.ids.tolist() for each in windows] == [each.ids.tolist() for each in plain_windows]
+    assert [window.ids.tolist() for window in windows] == [
+        window.ids.tolist() for window in plain_windows
+    ]
     for row in (count, -count - 1):
         with pytest.raises(IndexError):
             windows[row]
@@ -419,12 +422,12 @@ def test_the_last_shard_counts_when_the_corpus_is_finished(
     )
     prepared(lines, tokenizer, encoder, tmp_path / "c")
     assert len(opened.stream()) == read_index(finished).splits["train"].tokens
-    whole = open_arriving(tmp_path / "c")
-    assert isinstance(whole, Corpus) and opened.facts() == whole.facts() | {
+    finished_windows = open_arriving(tmp_path / "c")
+    assert isinstance(finished_windows, Corpus) and opened.facts() == finished_windows.facts() | {
         "finished": True,
         "waited_seconds": 0.0,
     }
-    assert opened.made_from() == whole.made_from()
+    assert opened.made_from() == finished_windows.made_from()
 
 
 # Waiting in vain.
@@ -516,17 +519,20 @@ def test_a_corpus_that_is_replaced_or_mixed_while_it_is_written_is_refused(
         (tmp_path / "c" / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(EnvironmentFault, match="was replaced by another one"):
             len(windows.stream)
-    whole = windows_of(finished)
-    assert len(Mixture({"a": whole, "b": whole}, {"a": 1, "b": 1}).rows(0, 4, 0)) == 4
+    finished_windows = windows_of(finished)
+    assert (
+        len(Mixture({"a": finished_windows, "b": finished_windows}, {"a": 1, "b": 1}).rows(0, 4, 0))
+        == 4
+    )
 
 
 def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / writer.PREPARING).mkdir()
-    assert underway.begun(tmp_path / "elsewhere") is None
+    assert underway.unfinished(tmp_path / "elsewhere") is None
     for content in ("{", "[]", '{"format": 1}'):
-        (tmp_path / writer.PREPARING / underway.BEGUN).write_text(content)
+        (tmp_path / writer.PREPARING / underway.OPTIONS).write_text(content)
         with pytest.raises(EnvironmentFault, match="is damaged: delete") as caught:
-            underway.begun(tmp_path)
+            underway.unfinished(tmp_path)
         one_line(caught.value)
 
 
@@ -536,29 +542,31 @@ def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Pat
 def cell(**changes: Any) -> RunSpec:
     """A miniature that is trained on WikiText-2 as it arrives."""
     label = "gpt2_1_5b_deep_mini-none-full-wikitext2_text-adamw-s0"
-    found = resolve.spec_of_label(Selection(table="2"), "smoke", label)
-    part = found.train_on.parts[0]
+    spec_of_cell = resolve.spec_of_label(Selection(table="2"), "smoke", label)
+    part = spec_of_cell.train_on.parts[0]
     config = dataclasses.replace(
         part.task.task.config, **{"corpus": "wikitext2", "order": "arriving", "block": 32} | changes
     )
     task = dataclasses.replace(part.task, task=dataclasses.replace(part.task.task, config=config))
     few = dataclasses.replace(
-        found.train,
+        spec_of_cell.train,
         max_steps=6,
         warmup_steps=1,
         global_batch_size=8,
         max_seq_len=128,
         max_tokens=512,
     )
-    train_on = TrainSet(name=found.train_on.name, parts=(dataclasses.replace(part, task=task),))
-    evaluation = dataclasses.replace(found.evaluation, resamples=10)
+    train_on = TrainSet(
+        name=spec_of_cell.train_on.name, parts=(dataclasses.replace(part, task=task),)
+    )
+    evaluation = dataclasses.replace(spec_of_cell.evaluation, resamples=10)
     return dataclasses.replace(
-        found, train_on=train_on, train=few, evaluation=evaluation, stored_as=()
+        spec_of_cell, train_on=train_on, train=few, evaluation=evaluation, stored_as=()
     )
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"corpus": "wikitext2", "windows": True}, "needs an order: shuffled or arriving"),
         ({"order": "shuffled", "windows": True}, "a corpus, and nothing else, needs an order"),
@@ -575,9 +583,9 @@ def cell(**changes: Any) -> RunSpec:
     ],
 )
 def test_an_order_is_said_for_a_corpus_and_for_nothing_else(
-    values: dict[str, Any], said: str
+    values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         build(Config, {"version": 1, "dataset": "wikitext2"} | values, "tasks.it")
     one_line(caught.value)
 
@@ -587,15 +595,18 @@ def begun_with(tokenizer: Path, data_dir: Path, shard_tokens: int) -> Path:
     folder = folder_of("wikitext2", data_dir)
     assert folder is not None
     (folder / writer.PREPARING).mkdir(parents=True)
-    encoder, options = load_encoder(tokenizer), Options(validation=0.0, shard_tokens=shard_tokens)
-    note = Begun(
+    encoder, options = (
+        load_encoder(tokenizer),
+        PrepareOptions(validation=0.0, shard_tokens=shard_tokens),
+    )
+    note = Unfinished(
         format=1,
         tokenizer=encoder.digest,
         vocabulary=encoder.vocabulary,
         source=sources_of("wikitext2", None).description,
         options=plain(options),
     )
-    write_record(folder / writer.PREPARING / underway.BEGUN, plain(note))
+    write_record(folder / writer.PREPARING / underway.OPTIONS, plain(note))
     copy_tokenizer(tokenizer, folder)
     return folder
 
@@ -605,11 +616,11 @@ def test_a_corpus_that_the_cell_can_prepare_itself_is_not_missing(
 ) -> None:
     spec, place = cell(), Place(open_store(tmp_path / "store"), tmp_path, tmp_path / "models")
     reason = unprepared_reason("wikitext2", tmp_path)
-    said = str(availability.missing_data(spec, place))
-    assert said.startswith(str(reason)) and said.endswith(
+    message = str(availability.missing_data(spec, place))
+    assert message.startswith(str(reason)) and message.endswith(
         "under --models-dir: the cell then prepares it itself"
     )
-    assert "invoke data --prepare wikitext2" in said
+    assert "invoke data --prepare wikitext2" in message
     assert "--data-dir" in str(
         availability.missing_data(spec, dataclasses.replace(place, data_dir=None))
     )
@@ -644,7 +655,7 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
     with feeding.preparing_corpus(cell(), place) as keep_alive:
         for _ in range(600):
             assert keep_alive()
-            if underway.held(folder):
+            if underway.is_locked(folder):
                 break
             time.sleep(0.05)
         child = feeder_pid()
@@ -657,13 +668,13 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
         one_line(caught.value)
     first, second = (feeding.Feeder("wikitext2", cell(), place) for _ in range(2))
     assert first.keep_alive()
-    while not underway.held(folder):
+    while not underway.is_locked(folder):
         assert first.keep_alive()
         time.sleep(0.02)
     assert not second.keep_alive() and second.process is None, "somebody is at work already"
     child = feeder_pid()
     first.end()
-    assert not Path(f"/proc/{child}").exists() and not underway.held(folder)
+    assert not Path(f"/proc/{child}").exists() and not underway.is_locked(folder)
     assert second.keep_alive() and second.process is not None, (
         "a cell that goes on takes over from one that has ended"
     )
@@ -678,7 +689,7 @@ def test_a_cell_ends_its_feeder_and_is_told_why_one_has_ended(
         "the other one takes over"
     )
     loser.end()
-    (folder / writer.PREPARING / underway.BEGUN).write_text("{")
+    (folder / writer.PREPARING / underway.OPTIONS).write_text("{")
     with (
         feeding.preparing_corpus(cell(), place) as keep_alive,
         pytest.raises(EnvironmentFault, match="is damaged: delete"),
@@ -722,13 +733,13 @@ def test_a_feeder_does_not_outlive_a_cell_that_is_killed(tokenizer: Path, tmp_pa
     assert killed.stdout is not None
     child = int(killed.stdout.readline())
     for _ in range(1000):
-        if underway.held(folder):
+        if underway.is_locked(folder):
             break
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     for _ in range(500):
-        if not Path(f"/proc/{child}").exists() and not underway.held(folder):
+        if not Path(f"/proc/{child}").exists() and not underway.is_locked(folder):
             return
         time.sleep(0.02)
     raise AssertionError("the feeder goes on without its cell")
@@ -745,16 +756,16 @@ def feeder_pid() -> int:
 
 
 def test_asked_to_stop_a_cell_does_not_wait_on_and_says_once_what_it_waits_for() -> None:
-    said: list[dict[str, Any]] = []
-    waiting = while_waiting(said.append, lambda: False, lambda: True)
+    messages: list[dict[str, Any]] = []
+    waiting = while_waiting(messages.append, lambda: False, lambda: True)
     assert (
         waiting("waiting for shard 1")
         and waiting("waiting for shard 1")
         and waiting("waiting for shard 2")
     )
-    assert said == [{"event": "phase", "phase": f"waiting for shard {k}"} for k in (1, 2)]
+    assert messages == [{"event": "phase", "phase": f"waiting for shard {k}"} for k in (1, 2)]
     with pytest.raises(Interrupted, match="goes on from its last checkpoint"):
-        while_waiting(said.append, lambda: True, lambda: True)("waiting for shard 3")
+        while_waiting(messages.append, lambda: True, lambda: True)("waiting for shard 3")
 
 
 @pytest.mark.slow
@@ -764,8 +775,8 @@ def test_a_cell_is_trained_on_a_corpus_that_it_prepares_meanwhile(tmp_path: Path
     """
     texts = [
         text.text
-        for each in sources_of("wikitext2", None).train
-        for _, text in each.read(lambda *_: None)
+        for source in sources_of("wikitext2", None).train
+        for _, text in source.read(lambda *_: None)
     ]
     train_tokenizer([text[:20000] for text in texts], "gpt2", 1024).save_pretrained(
         tmp_path / "tokenizer"
@@ -786,12 +797,12 @@ def test_a_cell_is_trained_on_a_corpus_that_it_prepares_meanwhile(tmp_path: Path
                     spec,
                     place,
                     events.append,
-                    lambda said=events: any(each["event"] == "step" for each in said),
+                    lambda messages=events: any(event["event"] == "step" for event in messages),
                 )
-            assert not underway.held(folder), "its feeder has ended with it"
+            assert not underway.is_locked(folder), "its feeder has ended with it"
         result = run_cell(spec, place, events.append, lambda: False)
         assert result["status"] == "done", result["reason"]
-        assert "step" in {each["event"] for each in events}
+        assert "step" in {event["event"] for event in events}
         weights = place.store.run_folder(spec.run_id) / "weights"
         files[name] = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()

@@ -27,10 +27,10 @@ from finrepro.data.corpora.index import Index, read_index
 from finrepro.data.corpora.stream import open_corpus
 from finrepro.data.corpora.windows import Windows
 from finrepro.data.preparing import command, prepare, tokenizing, underway, writer
-from finrepro.data.preparing.deduplicate import held_out, identity
+from finrepro.data.preparing.deduplicate import identity, is_held_out
 from finrepro.data.preparing.documents import Document, Fault
-from finrepro.data.preparing.prepare import Options, Sources
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.prepare import PrepareOptions, Sources
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, load_encoder
 from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import EnvironmentFault, FinreproError
@@ -82,15 +82,15 @@ def lines(tmp_path: Path) -> Path:
     """A file of 300 documents, one a line, eleven of which are there twice."""
     path = tmp_path / "in" / "lines.txt"
     path.parent.mkdir()
-    path.write_text("".join(each + "\n" for each in [*texts(300), *texts(300)[:11]]))
+    path.write_text("".join(text + "\n" for text in [*texts(300), *texts(300)[:11]]))
     return path
 
 
-OPTIONS = Options(validation=0.1, shard_tokens=900)
+OPTIONS = PrepareOptions(validation=0.1, shard_tokens=900)
 
 
 def sources_of(path: Path) -> Sources:
-    return Sources([Local(path, "lines")])
+    return Sources([LocalFiles(path, "lines")])
 
 
 def images(folder: Path) -> dict[str, str]:
@@ -112,12 +112,12 @@ def test_every_document_is_there_once_with_its_start_token_in_the_order_of_the_s
     lines: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     index = prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS)
-    work = tokenizing.tokenizer_of(encoder.rules)
-    wanted: dict[str, list[list[int]]] = {"train": [], "validation": []}
+    work = tokenizing.tokenizer_of(encoder.definition)
+    expected: dict[str, list[list[int]]] = {"train": [], "validation": []}
     for text in texts(300):
         ids = [encoder.start_id, *work.encode(text, add_special_tokens=False).ids]
-        wanted["validation" if held_out(identity(text), 0.1, 0) else "train"].append(ids)
-    for name, documents in wanted.items():
+        expected["validation" if is_held_out(identity(text), 0.1, 0) else "train"].append(ids)
+    for name, documents in expected.items():
         assert documents_of(tmp_path / "out", name) == documents
         split = index.splits[name]
         assert (split.documents, split.tokens) == (len(documents), sum(map(len, documents)))
@@ -130,7 +130,7 @@ def test_every_document_is_there_once_with_its_start_token_in_the_order_of_the_s
     assert not (tmp_path / "out" / writer.PREPARING).exists()
     windows = Windows(open_corpus(tmp_path / "out").stream(), 64)
     assert (
-        sum(each.num_supervised for each in windows)
+        sum(window.num_supervised for window in windows)
         == index.splits["train"].tokens - index.splits["train"].documents
     )
 
@@ -138,17 +138,17 @@ def test_every_document_is_there_once_with_its_start_token_in_the_order_of_the_s
 def test_special_tokens_in_a_text_are_text_and_a_text_without_tokens_is_a_document(
     encoder: Encoder,
 ) -> None:
-    work = tokenizing.tokenizer_of(encoder.rules)
+    work = tokenizing.tokenizer_of(encoder.definition)
     (ids,) = tokenizing.encode_texts(work, encoder.start_id, ["<|endoftext|>"])
     assert ids[0] == encoder.start_id and encoder.start_id not in ids[1:]
     assert work.decode(ids[1:].tolist(), skip_special_tokens=False) == "<|endoftext|>"
-    assert [each.tolist() for each in tokenizing.encode_texts(work, 7, [""])] == [[7, 7]]
+    assert [ids.tolist() for ids in tokenizing.encode_texts(work, 7, [""])] == [[7, 7]]
 
 
 def test_the_release_of_gpt2_with_its_two_files_is_read(data_dir: Path, tmp_path: Path) -> None:
-    made = load_encoder(data_dir / "gpt2_tokenizer")
-    assert (made.vocabulary, made.start_id) == (50257, 50256)
-    assert tokenizing.encode_texts(tokenizing.tokenizer_of(made.rules), 50256, [" low"])[
+    prepared = load_encoder(data_dir / "gpt2_tokenizer")
+    assert (prepared.vocabulary, prepared.start_id) == (50257, 50256)
+    assert tokenizing.encode_texts(tokenizing.tokenizer_of(prepared.definition), 50256, [" low"])[
         0
     ].tolist() == [50256, 1877]
     with pytest.raises(EnvironmentFault, match="holds no tokenizer"):
@@ -169,16 +169,16 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     assert images(tmp_path / "out1") == images(tmp_path / "out3")
 
 
-class Cut(Local):
+class Cut(LocalFiles):
     """A source that fails after so many documents."""
 
     limit = 0
 
     def read(self, fault: Fault) -> Iterator[tuple[str, Document]]:
-        for number, each in enumerate(super().read(fault)):
+        for number, pair in enumerate(super().read(fault)):
             if number == self.limit:
                 raise EnvironmentFault("cut off")
-            yield each
+            yield pair
 
 
 def cut_after(lines: Path, limit: int) -> Cut:
@@ -188,7 +188,7 @@ def cut_after(lines: Path, limit: int) -> Cut:
 
 
 def resumes_to_the_same_bytes(
-    lines: Path, encoder: Encoder, folder: Path, wanted: dict[str, str]
+    lines: Path, encoder: Encoder, folder: Path, expected: dict[str, str]
 ) -> list[int]:
     """Cut off after more and more documents, then made to its end; how many texts each attempt
     has tokenized.
@@ -196,9 +196,9 @@ def resumes_to_the_same_bytes(
     tokenized = [0]
     plain = tokenizing.encode_texts
 
-    def counted(work: object, start: int, given: list[str]) -> tokenizing.Ids:
-        tokenized[-1] += len(given)
-        return plain(work, start, given)  # type: ignore[arg-type]
+    def counted(work: object, start: int, source: list[str]) -> tokenizing.Ids:
+        tokenized[-1] += len(source)
+        return plain(work, start, source)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizing, "encode_texts", counted)
@@ -209,7 +209,7 @@ def resumes_to_the_same_bytes(
             assert not list(folder.glob(".*.partial")), "nothing half-written is left"
             tokenized.append(0)
         prepare.prepare(sources_of(lines), encoder, folder, OPTIONS)
-    assert images(folder) == wanted
+    assert images(folder) == expected
     return tokenized
 
 
@@ -217,13 +217,16 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
     lines: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare.prepare(sources_of(lines), encoder, tmp_path / "whole", OPTIONS)
-    wanted = images(tmp_path / "whole")
-    tokenized = resumes_to_the_same_bytes(lines, encoder, tmp_path / "out", wanted)
+    expected = images(tmp_path / "whole")
+    tokenized = resumes_to_the_same_bytes(lines, encoder, tmp_path / "out", expected)
     with pytest.raises(EnvironmentFault, match="cut off"):
         prepare.prepare(Sources([cut_after(lines, 299)]), encoder, tmp_path / "lost", OPTIONS)
     (tmp_path / "lost" / "train-00003.tokens").unlink()
+    (tmp_path / "lost" / ".index.json.1.partial").write_text("of a process that was killed")
+    (tmp_path / "lost" / ".tokenizer.1.partial").mkdir()
     prepare.prepare(sources_of(lines), encoder, tmp_path / "lost", OPTIONS)
-    assert images(tmp_path / "lost") == wanted, "a shard that was taken away is made again"
+    assert images(tmp_path / "lost") == expected, "a shard that was taken away is made again"
+    assert not list((tmp_path / "lost").glob(".*.partial"))
     assert tokenized[-1] < 100, "what lies in whole shards is not tokenized again"
     plain = writer.SplitWriter.__init__
 
@@ -232,16 +235,15 @@ def test_a_preparation_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
         self.documents_on_disk += 1
 
     monkeypatch.setattr(writer.SplitWriter, "__init__", forgets_the_cut_document)
-    broken(resumes_to_the_same_bytes, lines, encoder, tmp_path / "out2", wanted)
+    broken(resumes_to_the_same_bytes, lines, encoder, tmp_path / "out2", expected)
 
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from typing import Any
-from finrepro.data.preparing.prepare import Options; from finrepro.data.preparing.prepare import Sources; from finrepro.data.preparing.prepare import prepare
+from finrepro.data.preparing.prepare import PrepareOptions, Sources, prepare
 from finrepro.data.preparing import writer
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder
 from finrepro.errors import FinreproError
 if __name__ == "__main__":
@@ -254,8 +256,9 @@ if __name__ == "__main__":
             sys.stdin.readline()
     writer.SplitWriter._close_shard = slowly
     try:
-        prepare(Sources([Local(Path(lines), "lines")]), Encoder(**json.loads(encoder)), Path(out),
-                Options(validation=0.1, shard_tokens=900), workers=int(workers))
+        sources = Sources([LocalFiles(Path(lines), "lines")])
+        prepare(sources, Encoder(**json.loads(encoder)), Path(out),
+                PrepareOptions(validation=0.1, shard_tokens=900), workers=int(workers))
     except FinreproError as error:
         print("finrepro:", error)
         sys.exit(error.exit_code)
@@ -293,13 +296,17 @@ def test_killed_in_the_middle_it_goes_on_and_its_processes_do_not_stay(
     assert len(children) >= 2
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    whole = images(tmp_path / "out")
+    complete = images(tmp_path / "out")
     with pytest.raises(EnvironmentFault, match=r"has no index\.json \(a preparation was begun"):
         open_corpus(tmp_path / "out")
     prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS)
     assert images(tmp_path / "out") == images(tmp_path / "whole")
-    kept = {name for name in whole if name.endswith(".tokens") and not name.startswith(".")}
-    assert len(kept) >= 3 and all(images(tmp_path / "out")[name] == whole[name] for name in kept)
+    complete_files = {
+        name for name in complete if name.endswith(".tokens") and not name.startswith(".")
+    }
+    assert len(complete_files) >= 3 and all(
+        images(tmp_path / "out")[name] == complete[name] for name in complete_files
+    )
     for _ in range(100):
         if not any(Path(f"/proc/{child}").exists() for child in children):
             return
@@ -319,8 +326,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
         and "make room and run the same command again" in out
         and out.count("\n") == 1
     )
-    left = [path.name for path in (tmp_path / "out").iterdir()]
-    assert left == [writer.PREPARING], (
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert names == [writer.PREPARING], (
         "a shard is whole or absent, and nothing half-written is left"
     )
     prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS)
@@ -331,27 +338,31 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 # What is refused.
 
 
-def refused(said: str, call: Callable[[], object]) -> None:
+def refused(message: str, call: Callable[[], object]) -> None:
     with pytest.raises(FinreproError) as caught:
         call()
-    assert said in one_line(caught.value)
+    assert message in one_line(caught.value)
 
 
 def test_a_folder_is_gone_on_with_only_for_the_same_corpus(
     lines: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    whole = prepare.prepare(sources_of(lines), encoder, out, OPTIONS)
+    complete = prepare.prepare(sources_of(lines), encoder, out, OPTIONS)
     before = images(out)
     assert (
-        prepare.prepare(sources_of(lines), encoder, out, OPTIONS) == whole and images(out) == before
+        prepare.prepare(sources_of(lines), encoder, out, OPTIONS) == complete
+        and images(out) == before
     )
     again = partial(prepare.prepare, sources_of(lines), encoder, out)
-    refused("a corpus of another options", lambda: again(Options(validation=0.2, shard_tokens=900)))
-    other = dataclasses.replace(encoder, digest="1" * 64)
+    refused(
+        "a corpus of another options",
+        lambda: again(PrepareOptions(validation=0.2, shard_tokens=900)),
+    )
+    other_encoder = dataclasses.replace(encoder, digest="1" * 64)
     refused(
         "a corpus of another tokenizer",
-        lambda: prepare.prepare(sources_of(lines), other, out, OPTIONS),
+        lambda: prepare.prepare(sources_of(lines), other_encoder, out, OPTIONS),
     )
     lines.write_text("something else\n")
     refused("a corpus of another source", lambda: again(OPTIONS))
@@ -386,7 +397,7 @@ def test_two_processes_do_not_write_into_one_folder(
     lines: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     (tmp_path / "out" / writer.PREPARING).mkdir(parents=True)
-    with underway.alone(tmp_path / "out"):
+    with underway.lock(tmp_path / "out"):
         refused(
             "another process",
             lambda: prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS),
@@ -431,13 +442,13 @@ def test_what_is_not_a_corpus_for_this_model_is_refused_when_it_is_opened(
     refused("holds no prepared corpus", lambda: open_corpus(tmp_path))
     index = corpus / "index.json"
     content = index.read_text()
-    for change, said in (
+    for change, message in (
         ({"format": 2}, "is of format 2"),
         ({"dtype": "int8"}, "damaged"),
         ({"more": 1}, "damaged"),
     ):
         altered(index, **change)
-        refused(said, lambda: open_corpus(corpus))
+        refused(message, lambda: open_corpus(corpus))
         index.write_text(content)
     index.write_text(content[:-20])
     refused("damaged", lambda: open_corpus(corpus))
@@ -454,7 +465,7 @@ def damaged(
 
 
 @pytest.mark.parametrize(
-    ("change", "said", "opened"),
+    ("change", "message", "opened"),
     [
         (
             lambda c: (c / "train-00002.tokens").unlink(),
@@ -480,14 +491,14 @@ def damaged(
 )
 def test_a_wrong_shard_is_named(
     change: Callable[[Path], object],
-    said: str,
+    message: str,
     opened: str | None,
     corpus: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command.verify_corpus(corpus).show()
     assert "0 damaged" in capsys.readouterr().out
-    assert f"damaged: {said}" in damaged(corpus, change, capsys)
+    assert f"damaged: {message}" in damaged(corpus, change, capsys)
     if opened:
         refused(opened, lambda: open_corpus(corpus).stream())
 
@@ -504,7 +515,7 @@ def resealed(corpus: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (
             "train-00000.tokens",
@@ -516,9 +527,9 @@ def resealed(corpus: Path, name: str, content: bytes) -> None:
     ],
 )
 def test_contents_that_the_index_cannot_mean_are_named(
-    name: str, content: "np.ndarray", said: str, corpus: Path, capsys: pytest.CaptureFixture[str]
+    name: str, content: "np.ndarray", message: str, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in damaged(corpus, lambda c: resealed(c, name, content.tobytes()), capsys)
+    assert message in damaged(corpus, lambda c: resealed(c, name, content.tobytes()), capsys)
 
 
 # Damaged text, duplicates, what is held out.
@@ -527,10 +538,11 @@ def test_contents_that_the_index_cannot_mean_are_named(
 def test_damaged_documents_stop_or_are_set_aside_as_asked(encoder: Encoder, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(
-        b'{"text": "a b"}\n{"text": \n{"text": "\\ud800"}\n{"text": " "}\n{"text": "c"}\n{"text": " a  b"}\n'
+        b'{"text": "a b"}\n{"text": \n{"text": "\\ud800"}\n'
+        b'{"text": " "}\n{"text": "c"}\n{"text": " a  b"}\n'
     )
-    source = Sources([Local(path)])
-    options = Options(validation=0.0)
+    source = Sources([LocalFiles(path)])
+    options = PrepareOptions(validation=0.0)
     make = partial(prepare.prepare, source, encoder, tmp_path / "out", options)
     refused("rows.jsonl, line 2: not JSON", make)
     refused("unknown choice for --on-error 'ignore'", lambda: make(on_error="ignore"))
@@ -557,11 +569,11 @@ def test_two_texts_are_the_same_up_to_white_space_and_unicodes_two_spellings() -
 
 def test_the_held_out_documents_are_a_fraction_that_neither_order_nor_company_changes() -> None:
     keys = [identity(text) for text in texts(4000)]
-    few = {key for key in keys if held_out(key, 0.02, 0)}
-    more = {key for key in keys if held_out(key, 0.1, 0)}
+    few = {key for key in keys if is_held_out(key, 0.02, 0)}
+    more = {key for key in keys if is_held_out(key, 0.1, 0)}
     assert few < more and 300 < len(more) < 500  # 400 expected, standard deviation 19
-    assert more != {key for key in keys if held_out(key, 0.1, 1)}
-    assert not any(held_out(key, 0.0, 0) for key in keys)
+    assert more != {key for key in keys if is_held_out(key, 0.1, 1)}
+    assert not any(is_held_out(key, 0.0, 0) for key in keys)
 
 
 def test_a_validation_split_of_its_own_keeps_its_documents_from_the_training_split(
@@ -570,10 +582,11 @@ def test_a_validation_split_of_its_own_keeps_its_documents_from_the_training_spl
     for name, content in (("train", "a b\nc d\ne f\n"), ("validation", "c d\ng h\n")):
         (tmp_path / f"{name}.txt").write_text(content)
     sources = Sources(
-        [Local(tmp_path / "train.txt", "lines")], [Local(tmp_path / "validation.txt", "lines")]
+        [LocalFiles(tmp_path / "train.txt", "lines")],
+        [LocalFiles(tmp_path / "validation.txt", "lines")],
     )
     refused("of their own", lambda: prepare.prepare(sources, encoder, tmp_path / "o", OPTIONS))
-    index = prepare.prepare(sources, encoder, tmp_path / "out", Options(validation=0.0))
+    index = prepare.prepare(sources, encoder, tmp_path / "out", PrepareOptions(validation=0.0))
     assert {name: split.documents for name, split in index.splits.items()} == {
         "train": 2,
         "validation": 2,
@@ -583,8 +596,8 @@ def test_a_validation_split_of_its_own_keeps_its_documents_from_the_training_spl
 # The command.
 
 
-def made(tokenizer: Path, given: str, out: Path, **options: Any) -> Index:
-    corpus = command.prepare_corpus(given, tokenizer, out, **({"workers": 1} | options))
+def prepared(tokenizer: Path, source: str, out: Path, **options: Any) -> Index:
+    corpus = command.prepare_corpus(source, tokenizer, out, **({"workers": 1} | options))
     corpus.show()
     assert corpus.index == read_index(out)
     return corpus.index
@@ -593,21 +606,22 @@ def made(tokenizer: Path, given: str, out: Path, **options: Any) -> Index:
 def test_the_command_prepares_a_file_and_says_what_it_made(
     lines: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = made(tokenizer, str(lines), tmp_path / "out", documents="lines", validation=0.1)
+    index = prepared(tokenizer, str(lines), tmp_path / "out", documents="lines", validation=0.1)
     assert index.options["validation"] == 0.1
     out = capsys.readouterr().out
     assert (
         f"train: {index.splits['train'].documents} documents" in out
         and "left out: 11 duplicates" in out
     )
-    for options, said in (
+    for options, message in (
         ({"workers": 0}, "--workers '0'"),
         ({"validation": 1.0}, "--validation '1.0'"),
         ({"documents": "words"}, "unknown rule for documents 'words'"),
         ({"on_error": "ski"}, "Did you mean 'skip'"),
     ):
         refused(
-            said, lambda options=options: made(tokenizer, str(lines), tmp_path / "o2", **options)
+            message,
+            lambda options=options: prepared(tokenizer, str(lines), tmp_path / "o2", **options),
         )
     assert (
         command.worker_count(None, sources_of(lines)) == 1
@@ -615,13 +629,13 @@ def test_the_command_prepares_a_file_and_says_what_it_made(
     )
     refused(
         "goes with files of your own",
-        lambda: made(tokenizer, "wikitext2", tmp_path / "o2", documents="lines"),
+        lambda: prepared(tokenizer, "wikitext2", tmp_path / "o2", documents="lines"),
     )
 
 
 @pytest.mark.slow
 def test_the_embedded_corpus_is_prepared_by_its_name(tokenizer: Path, tmp_path: Path) -> None:
-    index = made(tokenizer, "wikitext2", tmp_path / "out")
+    index = prepared(tokenizer, "wikitext2", tmp_path / "out")
     assert {name: split.documents for name, split in index.splits.items()} == {
         "train": 5,
         "validation": 60,

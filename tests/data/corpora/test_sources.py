@@ -16,29 +16,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finrepro.data.preparing.documents import RULES, split_file
-from finrepro.data.preparing.entries import Entry, entry, listed, named_or_path, sources_of
-from finrepro.data.preparing.hub import Hub
-from finrepro.data.preparing.sources import Local
+from finrepro.data.preparing.entries import (
+    CorpusEntry,
+    corpus_entry,
+    listed,
+    named_or_path,
+    sources_of,
+)
+from finrepro.data.preparing.hub import HubSplit
+from finrepro.data.preparing.sources import LocalFiles
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.settings import build
 
 Faults = list[tuple[str, int, str]]
 
 
-def gather(source: Local | Hub) -> tuple[list[tuple[str, int]], Faults]:
+def gather(source: LocalFiles | HubSplit) -> tuple[list[tuple[str, int]], Faults]:
     """[(text, line)] and faults."""
     faults: Faults = []
-    found = [
+    documents_read = [
         (document.text, document.line)
         for _, document in source.read(lambda *fault: faults.append(fault))
     ]
-    return found, faults
+    return documents_read, faults
 
 
 def cut(rule: str, content: bytes) -> tuple[list[tuple[str, int]], Faults]:
     faults: Faults = []
     documents = split_file(rule, io.BytesIO(content), "f", lambda *fault: faults.append(fault))
-    return [(each.text, each.line) for each in documents], faults
+    return [(document.text, document.line) for document in documents], faults
 
 
 FIRST = " = Robert Boulter = \n \n An actor . \n \n = = Career = = \n \n He acted . \n \n"
@@ -46,7 +52,7 @@ SECOND = " = Du Fu = \n \n x = 3 = y\n"
 
 
 @pytest.mark.parametrize(
-    ("rule", "content", "wanted"),
+    ("rule", "content", "expected"),
     [
         ("file", b"a\nb\n", [("a\nb\n", 1)]),
         ("lines", b"a\r\n\nb", [("a", 1), ("", 2), ("b", 3)]),
@@ -58,9 +64,9 @@ SECOND = " = Du Fu = \n \n x = 3 = y\n"
     ],
 )
 def test_a_rule_cuts_where_it_says(
-    rule: str, content: bytes, wanted: list[tuple[str, int]]
+    rule: str, content: bytes, expected: list[tuple[str, int]]
 ) -> None:
-    assert cut(rule, content) == (wanted, [])
+    assert cut(rule, content) == (expected, [])
 
 
 TEXT = st.text(st.sampled_from("ab =\n"), max_size=60)
@@ -86,17 +92,17 @@ def test_no_rule_loses_text(content: str) -> None:
 
 def test_wikitexts_test_split_has_its_sixty_articles() -> None:
     (source,) = sources_of("wikitext2", None).validation
-    assert isinstance(source, Local)
-    found, faults = gather(source)
-    articles = [text for text, _ in found if text.strip()]
+    assert isinstance(source, LocalFiles)
+    documents_read, faults = gather(source)
+    articles = [text for text, _ in documents_read if text.strip()]
     assert len(articles) == 60 and not faults
     assert articles[0].startswith(" = Robert Boulter = \n")
-    assert "".join(text for text, _ in found).encode() == source.path.read_bytes()
+    assert "".join(text for text, _ in documents_read).encode() == source.path.read_bytes()
 
 
 def test_a_damaged_document_is_named_with_its_line_and_the_others_are_read() -> None:
-    found, faults = cut("paragraphs", b"a\n\nb\nc\xff\n\nd\n\ne\0f\n")
-    assert [text for text, _ in found] == ["a\n", "d\n"]
+    documents_read, faults = cut("paragraphs", b"a\n\nb\nc\xff\n\nd\n\ne\0f\n")
+    assert [text for text, _ in documents_read] == ["a\n", "d\n"]
     assert [(line, reason.split(" (")[0]) for _, line, reason in faults] == [
         (4, "not UTF-8"),
         (8, "binary data"),
@@ -106,7 +112,7 @@ def test_a_damaged_document_is_named_with_its_line_and_the_others_are_read() -> 
 def test_an_unknown_rule_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UsageError, match="Did you mean 'articles'"):
-        Local(tmp_path / "a.txt", "article")
+        LocalFiles(tmp_path / "a.txt", "article")
 
 
 def parquet(values: list[str | None], name: str = "text") -> bytes:
@@ -117,7 +123,10 @@ def parquet(values: list[str | None], name: str = "text") -> bytes:
     return buffer.getvalue()
 
 
-ROWS = b'{"text": "one"}\n\n{"text": 2}\n{"t": "x"}\n[]\n{"text": \n{"text": "\xff"}\n{"text": "two\\nlines"}\n'
+ROWS = (
+    b'{"text": "one"}\n\n{"text": 2}\n{"t": "x"}\n[]\n'
+    b'{"text": \n{"text": "\xff"}\n{"text": "two\\nlines"}\n'
+)
 JSON_FAULTS = [
     (3, "the field 'text' is int, expected text"),
     (4, "no field 'text'; there are t"),
@@ -128,7 +137,7 @@ JSON_FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "wanted", "faults"),
+    ("name", "content", "expected", "faults"),
     [
         ("a.txt", b"", [], [(0, "the file is empty")]),
         ("a.txt", b"\x7fELF\0\0", [], [(1, "a binary file")]),
@@ -161,17 +170,21 @@ JSON_FAULTS = [
 def test_a_file_gives_its_texts_and_names_what_is_damaged(
     name: str,
     content: bytes,
-    wanted: list[str] | None,
+    expected: list[str] | None,
     faults: list[tuple[int, str]],
     tmp_path: Path,
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    found, told = gather(Local(tmp_path / name))
-    if wanted is not None:
-        assert [text for text, _ in found] == wanted
-        assert len(told) == len(faults)
-    for said, (line, reason) in zip(told[-len(faults) :] if faults else [], faults, strict=True):
-        assert said[:2] == (name, line) and said[2].startswith(reason) and "\n" not in said[2]
+    documents_read, reported = gather(LocalFiles(tmp_path / name))
+    if expected is not None:
+        assert [text for text, _ in documents_read] == expected
+        assert len(reported) == len(faults)
+    for message, (line, reason) in zip(
+        reported[-len(faults) :] if faults else [], faults, strict=True
+    ):
+        assert (
+            message[:2] == (name, line) and message[2].startswith(reason) and "\n" not in message[2]
+        )
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_goes_on_after_a_damaged_file(
@@ -188,9 +201,11 @@ def test_a_folder_is_read_in_the_order_of_names_and_goes_on_after_a_damaged_file
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    source = Local(tmp_path, field="body")
-    found, faults = gather(source)
-    assert [text for text, _ in found] == ["first", "second", "third", "last"] and len(faults) == 1
+    source = LocalFiles(tmp_path, field="body")
+    documents_read, faults = gather(source)
+    assert [text for text, _ in documents_read] == ["first", "second", "third", "last"] and len(
+        faults
+    ) == 1
     assert list(source.description["files"]) == [
         "a/z.txt",
         "a.txt",
@@ -198,19 +213,19 @@ def test_a_folder_is_read_in_the_order_of_names_and_goes_on_after_a_damaged_file
         "c.jsonl.gz",
         "d.jsonl",
     ]
-    assert source.size is None and Local(tmp_path / "a.txt").size == 6
+    assert source.size is None and LocalFiles(tmp_path / "a.txt").size == 6
     assert str(tmp_path) not in json.dumps(source.description), (
         "the index is the same wherever the files lie"
     )
 
 
 def test_where_there_is_nothing_to_read_it_is_said(tmp_path: Path) -> None:
-    for path, said in (
+    for path, message in (
         (tmp_path / "none", "no such file or folder"),
         (tmp_path, "holds no file of a known kind"),
     ):
-        with pytest.raises(EnvironmentFault, match=said):
-            Local(path)
+        with pytest.raises(EnvironmentFault, match=message):
+            LocalFiles(path)
 
 
 # The hub: its library streams files of this machine by the same code.
@@ -219,13 +234,13 @@ def test_where_there_is_nothing_to_read_it_is_said(tmp_path: Path) -> None:
 def test_a_dataset_is_streamed_row_by_row(tmp_path: Path) -> None:
     rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, faults = gather(Hub(str(tmp_path), None, "train"))
-    assert found == [("one", 1), ("two", 3)]
+    documents_read, faults = gather(HubSplit(str(tmp_path), None, "train"))
+    assert documents_read == [("one", 1), ("two", 3)]
     assert [(line, reason) for _, line, reason in faults] == [
         (2, "the field 'text' is NoneType, expected text")
     ]
     assert (
-        gather(Hub(str(tmp_path), None, "train", "body"))[1][0][2]
+        gather(HubSplit(str(tmp_path), None, "train", "body"))[1][0][2]
         == "no field 'body'; there are text"
     )
 
@@ -240,7 +255,7 @@ def test_a_hub_that_cannot_be_had_is_one_line(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(EnvironmentFault) as caught:
-        gather(Hub("owner/name", "abc", "train"))
+        gather(HubSplit("owner/name", "abc", "train"))
     assert one_line(caught.value) == (
         "could not read hf://datasets/owner/name@abc, split train: Couldn't reach it with [token]"
     )
@@ -251,7 +266,7 @@ def test_a_hub_that_cannot_be_had_is_one_line(
 
     monkeypatch.setattr(datasets, "load_dataset", cut_off)
     with pytest.raises(EnvironmentFault, match=r"row 2: reset by peer; run the same command again"):
-        gather(Hub("owner/name", "abc", "train"))
+        gather(HubSplit("owner/name", "abc", "train"))
 
 
 # The catalogue.
@@ -261,9 +276,12 @@ def test_every_entry_is_checked_and_listed() -> None:
     assert {"wikitext2", "tinyshakespeare", "openwebtext"} <= {
         line.split(":")[0] for line in listed()
     }
-    found = sources_of("openwebtext", None).train[0]
-    assert isinstance(found, Hub) and found.revision == "f3808c30e817981b845ec549c43e82bb467d8144"
-    assert entry("openwebtext").held_out is not None
+    documents_read = sources_of("openwebtext", None).train[0]
+    assert (
+        isinstance(documents_read, HubSplit)
+        and documents_read.revision == "f3808c30e817981b845ec549c43e82bb467d8144"
+    )
+    assert corpus_entry("openwebtext").held_out is not None
 
 
 def test_a_corpus_that_is_not_here_or_not_the_recorded_one_is_refused(tmp_path: Path) -> None:
@@ -292,7 +310,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda e: e.pop("files"), "needs either 'files' or 'hub'"),
         (lambda e: e.update(documents="line"), "'documents' must be one of"),
@@ -302,10 +320,10 @@ GOOD = {
     ],
 )
 def test_an_entry_that_makes_no_sense_is_refused(
-    change: Callable[[dict[str, object]], object], said: str
+    change: Callable[[dict[str, object]], object], message: str
 ) -> None:
-    assert build(Entry, GOOD, "corpora.x")
-    wrong = json.loads(json.dumps(GOOD))
-    change(wrong)
-    with pytest.raises(UsageError, match=said):
-        build(Entry, wrong, "corpora.x")
+    assert build(CorpusEntry, GOOD, "corpora.x")
+    entry = json.loads(json.dumps(GOOD))
+    change(entry)
+    with pytest.raises(UsageError, match=message):
+        build(CorpusEntry, entry, "corpora.x")

@@ -58,7 +58,7 @@ def pairs_of(documents: Sequence[Sequence[int]]) -> Counter[tuple[int, int]]:
 
 
 def pairs_learned(windows: Sequence[Window]) -> Counter[tuple[int, int]]:
-    found: Counter[tuple[int, int]] = Counter()
+    actual: Counter[tuple[int, int]] = Counter()
     for window in windows:
         for piece in window.pieces:
             learned = [
@@ -67,8 +67,8 @@ def pairs_learned(windows: Sequence[Window]) -> Counter[tuple[int, int]]:
                 if b != IGNORE
             ]
             assert len(learned) == piece.num_supervised
-            found.update(learned)
-    return found
+            actual.update(learned)
+    return actual
 
 
 def every_token_is_supervised_once(
@@ -143,10 +143,10 @@ def piece_by_piece(model: nn.Module, windows: Sequence[Window]) -> tuple[float, 
     total = 0.0
     for piece in (piece for window in windows for piece in window.pieces):
         ids = [int(each) for each in piece.ids]
-        wanted = ids[1:] if piece.successor is None else [*ids[1:], piece.successor]
-        if wanted:
+        expected = ids[1:] if piece.successor is None else [*ids[1:], piece.successor]
+        if expected:
             logprobs = all_logits(model, ids).log_softmax(-1)
-            loss = -logprobs[torch.arange(len(wanted)), torch.tensor(wanted)].sum()
+            loss = -logprobs[torch.arange(len(expected)), torch.tensor(expected)].sum()
             loss.backward()
             total += float(loss.detach())
     return total, gradients(model)
@@ -227,14 +227,14 @@ def test_windows_say_what_they_cannot_be_made_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4097])
 def test_the_order_of_an_epoch_is_a_permutation_and_any_part_of_it_the_same(count: int) -> None:
-    whole = order.permute(np.arange(count), count, (7, 0, 0))
-    assert sorted(whole.tolist()) == list(range(count))
+    all_positions = order.permute(np.arange(count), count, (7, 0, 0))
+    assert sorted(all_positions.tolist()) == list(range(count))
     some = np.random.default_rng(0).integers(0, count, 20)
-    assert order.permute(some, count, (7, 0, 0)).tolist() == whole[some].tolist()
+    assert order.permute(some, count, (7, 0, 0)).tolist() == all_positions[some].tolist()
     if count >= 16:
         for key in ((8, 0, 0), (7, 1, 0), (7, 0, 1)):
-            other = order.permute(np.arange(count), count, key)
-            assert float(np.mean(other == whole)) < 0.5, (
+            other_order = order.permute(np.arange(count), count, key)
+            assert float(np.mean(other_order == all_positions)) < 0.5, (
                 "another seed, corpus or epoch is another order"
             )
 
@@ -278,27 +278,28 @@ def samples(
     """
     seen = hashlib.sha256()
     for step in range(steps):
-        wanted = rows(step, 8, 3)
+        expected = rows(step, 8, 3)
         parts = [
-            packing.rank_rows(wanted, data.lengths, rank, world_size) for rank in range(world_size)
+            packing.rank_rows(expected, data.lengths, rank, world_size)
+            for rank in range(world_size)
         ]  # type: ignore[attr-defined]
-        assert Counter(row for part in parts for row in part) == Counter(wanted)
-        held = {row: data[row] for part in parts for row in part}
-        for row in wanted:
-            seen.update(held[row].ids.tobytes() + repr(held[row].cuts).encode())
+        assert Counter(row for part in parts for row in part) == Counter(expected)
+        by_row = {row: data[row] for part in parts for row in part}
+        for row in expected:
+            seen.update(by_row[row].ids.tobytes() + repr(by_row[row].cuts).encode())
     return seen.hexdigest()
 
 
 def the_stream_is_the_same_for_any_number_of_ranks(
     data: Sequence[Window], rows: Callable[[int, int, int, int], list[int]]
 ) -> None:
-    found = {
+    actual = {
         samples(
             data, 8, world_size, lambda step, size, seed, w=world_size: rows(step, size, seed, w)
         )
         for world_size in (1, 2, 4, 8)
     }
-    assert len(found) == 1
+    assert len(actual) == 1
 
 
 def test_the_samples_are_the_same_for_one_two_four_and_eight_ranks(tmp_path: Path) -> None:
@@ -350,11 +351,11 @@ def test_the_samples_are_the_same_after_three_kills(tmp_path: Path) -> None:
         program.send_signal(signal.SIGKILL)
         program.communicate()
     windows = Windows(open_corpus(folder).stream(), 16)
-    wanted = [
+    expected = [
         b"".join(windows[row].ids.tobytes() for row in windows.rows(step, 8, 3))
         for step in range(40)
     ]
-    assert log.read_text().split() == [hashlib.sha256(each).hexdigest() for each in wanted]
+    assert log.read_text().split() == [hashlib.sha256(each).hexdigest() for each in expected]
 
 
 # Mixtures.
@@ -375,7 +376,7 @@ def test_a_mixture_keeps_its_proportions_at_every_moment_and_knows_any_step(tmp_
             assert abs(counts[each] - (position + 1) * share) < 3
     assert counts == {0: 1500, 1: 900, 2: 600}
     rows = [row for step in range(375) for row in mixture.rows(step, 8, 1)]
-    inside = [mixture.place(row) for row in rows]
+    inside = [mixture.locate(row) for row in rows]
     assert Counter(id(windows) for windows, _ in inside) == {
         id(part): n for part, n in zip(parts.values(), (1500, 900, 600), strict=True)
     }
@@ -405,11 +406,11 @@ def test_a_mixture_needs_a_positive_weight_for_each_corpus(
 
 def test_the_loop_takes_the_order_of_the_data_where_it_has_one(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path / "c", random_documents(0, 30)), 10)
-    chosen = type("Settings", (), {"max_steps": 7, "global_batch_size": 4})()
+    settings = type("Settings", (), {"max_steps": 7, "global_batch_size": 4})()
     steps = (
         steps_training.steps_from.__wrapped__
         if hasattr(steps_training.steps_from, "__wrapped__")
         else steps_training.steps_from
     )
-    found = list(steps(2, windows.lengths, chosen, 9, windows.rows))
-    assert found == [(step, windows.rows(step, 4, 9)) for step in range(2, 7)]
+    actual = list(steps(2, windows.lengths, settings, 9, windows.rows))
+    assert actual == [(step, windows.rows(step, 4, 9)) for step in range(2, 7)]

@@ -29,6 +29,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
+from finrepro.methods.calibration.objectives import count_logs
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.methods.layers.shift import Shifted, block_sums, dequantized
 from finrepro.methods.quantizers import bnb_4bit, icq
@@ -171,7 +172,7 @@ def test_ties_go_to_the_smallest_tau_or_in_the_official_order_to_the_first() -> 
 
 
 def test_equal_entropies_are_equal_whole_numbers() -> None:
-    table = icq._count_logs(64, torch.device("cpu")).tolist()
+    table = count_logs(64, torch.device("cpu")).tolist()
     assert table == pytest.approx(
         [2**32 * count * np.log2(max(count, 1)) for count in range(65)], abs=200
     )
