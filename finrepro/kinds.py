@@ -1,4 +1,4 @@
-"""The kinds: where their modules are, each held to its contract, and bound to its settings."""
+"""The kinds: where their modules are, each checked against its contract and bound to settings."""
 
 import difflib
 import importlib
@@ -16,7 +16,7 @@ from finrepro import contracts
 from finrepro.errors import UsageError, unknown
 from finrepro.settings import Choice, build
 
-# Where the modules of each kind are, and what they are held to; the file name is the `kind`.
+# Where the modules of each kind are, and their contracts; the file name is the `kind`.
 HOMES = {
     "adapters": "finrepro.methods.adapters",
     "quantizers": "finrepro.methods.quantizers",
@@ -34,7 +34,7 @@ CONTRACTS: dict[str, Any] = {
     "report": contracts.Report,
     "computed report": contracts.ComputedReport,
 }
-BOUND = "config"  # what a contract has and no module: the settings
+BOUND = "config"  # the settings, an attribute that a contract has and no module defines
 SIMILAR = 0.8  # of difflib's ratio: from here on a name is a misspelt one of the contract
 
 
@@ -134,9 +134,9 @@ def _take_settings(self: Any, config: Any = None) -> None:
 
 
 def _method(module: ModuleType, name: str) -> Callable[..., Any]:
-    """The module's function as a method that puts its settings in the place of `config`.
+    """The module's function as a method that passes its settings as `config`.
 
-    It is looked up at each call: what a test plants in the module is what runs.
+    The function is looked up at each call, so that a test can replace it in the module.
     """
     parameters = list(inspect.signature(vars(module)[name]).parameters)
     if BOUND not in parameters:
@@ -153,8 +153,8 @@ def _method(module: ModuleType, name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Member:
-    """A name of a contract. `parameters` of a function, `optional` many of the last ones with a
-    default, are None for a constant.
+    """A name of a contract. `parameters` are a function's, None for a constant; the last `optional`
+    of them have a default.
     """
 
     required: bool
@@ -194,10 +194,10 @@ def _member(function: Callable[..., Any], required: bool) -> Member:
 
 
 def _complaint(module: ModuleType, demanded: dict[str, Member]) -> str | None:
-    """What is missing, misspelt or takes other parameters; None if nothing is.
+    """The first name that is missing, misspelt or takes other parameters; None if none is.
 
-    A public name of the module's own that nearly is a name of the contract, and that one is not
-    there, is taken for misspelt: a helper is called otherwise, or begins with an underscore.
+    A public name of the module's own that is similar to an absent name of the contract is taken for
+    a misspelling of it: a helper needs another name, or a leading underscore.
     """
     present = {name: value for name, value in vars(module).items() if name in demanded}
     own = [name for name, value in vars(module).items() if _is_own(module, name, value)]
@@ -226,14 +226,14 @@ def _complaint(module: ModuleType, demanded: dict[str, Member]) -> str | None:
 
 
 def _is_own(module: ModuleType, name: str, value: Any) -> bool:
-    """Whether a public name is one that the module gives, and does not import."""
+    """Whether a public name is defined in the module, and not imported."""
     if name.startswith("_") or isinstance(value, ModuleType):
         return False
     return getattr(value, "__module__", module.__name__) == module.__name__
 
 
 def _parameters(function: Any, demanded: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a function's parameters, without further ones that nobody has to give."""
+    """The names of a function's parameters, without further ones that have a default."""
     return tuple(
         name
         for name, parameter in inspect.signature(function).parameters.items()

@@ -19,8 +19,8 @@ HUB = "https://huggingface.co"
 def locate(model: Model, models_dir: Path | None) -> Path | None:
     """A local folder with the checkpoint, None if there is none.
 
-    Looked for: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the hub
-    id>`, then the hub's cache at the pinned revision.
+    In this order: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the
+    hub id>`, then the hub's cache at the pinned revision.
     """
     return next(
         (folder for folder in _candidates(model, models_dir) if _is_checkpoint(folder)), None

@@ -17,7 +17,7 @@ from finrepro.catalogue.spec import SIZES
 from finrepro.errors import EnvironmentFault
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# the least share of an embedding's rows that its tokenizer uses: some pad them to a round number
+# the least share of an embedding's rows that a tokenizer fills: some embeddings are padded
 FILLED = 0.9
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest

@@ -180,8 +180,8 @@ def peft_settings(layers: dict[str, Any], config: Any, **variants: bool) -> Any:
 def export(model: "nn.Module", folder: Path) -> None:
     """A plain PEFT folder.
 
-    The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model
-    card is a form that nobody filled in.
+    `save_embedding_layers=False` keeps PEFT from asking the hub about embeddings, which are never
+    adapted. PEFT's model card, an empty form, is removed.
     """
     model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)

@@ -4,9 +4,9 @@ v3.2 and v3.3 or FinLoRA's.
 Read strictly: safetensors alone (a pickle runs code when it is read), every tensor of the file is
 used and none is missing, and the base is the one that `adapter_config.json` names. The rule: the
 name there is the model's hub id or has its last part (a mirror's "x/Llama-2-13b-hf" is
-"meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused:
-who knows that it is the same model writes the hub id into `base_model_name_or_path`. Adapters that
-act outside the layers (prompt tuning) are refused because scoring passes PEFT's wrapper by.
+"meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused;
+if it is the same model, its hub id can be written into `base_model_name_or_path`. Adapters that act
+outside the layers (prompt tuning) are refused because scoring bypasses PEFT's wrapper.
 """
 
 import hashlib
@@ -186,4 +186,4 @@ def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """Nothing: the result names the adapter's digest, and its files stay where they are."""
+    """Writes nothing: the result has the adapter's digest, and its files stay where they are."""

@@ -1,10 +1,10 @@
 """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the weight's principal part,
-beside a frozen rest.
+beside a frozen residual.
 
 W = U S V^T. A = sqrt(S_r / s) V_r^T (r, in) and B = U_r sqrt(S_r / s) (out, r) are trained, with s
-= alpha / r as in LoRA, and the base keeps W_res = W - s B A in its own dtype: y = W_res x + s B A
-x, at first W x. On a quantized base (QPiSSA) it is W_res that is rounded; it has to be made before,
-in a first stage, which is `prepare`. Dropout is no setting: it would drop a part of W.
+= alpha / r as in LoRA, and the base stores W_res = W - s B A in its own dtype: y = W_res x + s B A
+x, at first W x. On a quantized base (QPiSSA) W_res is what is quantized, so `prepare` computes it
+in a first stage. There is no dropout: it would drop a part of W.
 
 What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0 A_0) = s [B, -B_0]
 [A; A_0].
@@ -75,11 +75,10 @@ def residual(weight: "Tensor", a: "Tensor", b: "Tensor", scale: float) -> "Tenso
 
 def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any]) -> "nn.Module":
     """The model, whose layers hold W_res, with A and B beside each target and everything else
-    frozen; `seed` decides nothing.
+    frozen; `seed` has no effect.
 
-    A_0 and B_0 are kept for the export in buffers that no checkpoint holds: a resumed run prepares
-    them again. Raises `ValueError` when a target names no layer, or has not been through the first
-    stage.
+    A_0 and B_0 stay in non-persistent buffers for the export: a resumed run prepares them again.
+    Raises `ValueError` when a target names no layer, or has not been through the first stage.
     """
     adapted: Any = lora.apply_from(model, _as_lora(config), seed, prepared, "PiSSA")
     for name, own in prepared.items():

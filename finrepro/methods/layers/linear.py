@@ -1,4 +1,4 @@
-"""The linear layers of a transformer's blocks, whichever class holds them."""
+"""The linear layers of a transformer's blocks, of any class."""
 
 from typing import TYPE_CHECKING, Any
 

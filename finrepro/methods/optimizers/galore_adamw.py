@@ -1,9 +1,9 @@
 """GaLore (Zhao et al., 2024, arXiv 2403.03507) with AdamW: dense weights whose moments live in a
 subspace of the gradient.
 
-The matrices of the blocks are stepped in it, embeddings, output head, norms and biases by plain
-AdamW. `finrepro.methods.layers.galore` has the equations. Written from the paper; the authors'
-package is not used: it knows no Conv1D.
+The matrices of the blocks are stepped in the subspace; embeddings, output head, norms and biases by
+plain AdamW. `finrepro.methods.layers.galore` has the equations. Written from the paper; the
+authors' package is not used, since it does not support Conv1D.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Config(adamw.Config):
 
 
 def supports(spec: Any, config: Config) -> str | None:
-    """None where dense weights are trained and each gradient is whole, or why not."""
+    """None where dense weights are trained and no gradient is sharded, or why not."""
     from finrepro.sizes.shapes import block_sizes
 
     if spec.train.zero_stage:
@@ -58,9 +58,7 @@ def supports(spec: Any, config: Config) -> str | None:
 
 
 def rank_of(name: str, shape: Sequence[int], config: Config) -> int:
-    """The dimensions of the subspace that a parameter steps in: those of the blocks' matrices, 0
-    for what is stepped whole.
-    """
+    """The dimensions of a parameter's subspace; 0 where it is stepped by plain AdamW."""
     if len(shape) != 2 or not adamw.in_blocks(name):
         return 0
     return config.rank if isinstance(config.rank, int) else max(1, round(config.rank * min(shape)))
