@@ -27,6 +27,7 @@ from fixtures.model import (
     spec_of,
     stir,
 )
+from fixtures.planted import plant
 from safetensors.torch import load_file
 
 from finrepro import PROJECT
@@ -340,7 +341,7 @@ def test_a_loop_that_forgets_one_of_the_two_calls_is_told_so(
 ) -> None:
     def nothing(view: Any, config: Any, step: int, max_steps: int) -> None: ...
 
-    monkeypatch.setattr(adalora, forgotten, nothing)
+    plant(monkeypatch, adalora, **{forgotten: nothing})
     with pytest.raises(
         RuntimeError,
         match=r"AdaLoRA is (at step 1, and has allocated after 0|"

@@ -60,17 +60,15 @@ def begins_at_its_beginning(engine: Any, stage: int, dtype: str, folder: Path) -
     spec = cell(chosen(PLAIN, **STILL), engine, stage, dtype=dtype, max_steps=1, warmup_steps=0)
     counts, name = [], "model.layers.0.mlp.up_proj.weight"
 
-    def after(view: EngineView, *_: Any) -> None:
+    def after(view: EngineView, step: int, max_steps: int) -> None:
         counts.extend(float(state["step"]) for state in view._base.state.values())
         before = dict(make(spec).model.named_parameters())[name].detach().float()
         decayed = before * (1 - spec.train.lr * ADAMW["weight_decay"])
         assert (view.value(view.trained[name]) - decayed).norm() <= 1e-6 * decayed.norm()
 
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, full, after_step=after)
         run(spec, folder)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
     assert set(counts) == {1.0}
 
 
@@ -577,15 +575,17 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(
             reason in found and f"ZeRO-{stage}" in found and kind in found and "\n" not in found
         )
 
-    def after(view: EngineView, *_: Any) -> None:
+    steps = []
+
+    def after(view: EngineView, step: int, max_steps: int) -> None:
+        steps.append(step)
         with pytest.raises(TypeError, match="begin it anew"):
             view.reset_state(view.trained.values())
 
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, full, after_step=after)
         run(cell(settings, max_steps=1), tmp_path)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
+    assert steps == [0]
     forgetful = dataclasses.replace(cell(settings), adapter=reader.adapter("rosa_r8"))
     assert "rosa_r8" in str(refusal(forgetful))
 
