@@ -63,7 +63,7 @@ COMMANDS = {
     "export": "--data-dir --format --models-dir --out --run --store",
     "ui": "--host --port --store",
     "paper": "--store",
-    "test": "--only --slow",
+    "test": "--only --quick --slow",
     "check": "",
     "bench": "--only --store",
 }
