@@ -1,14 +1,14 @@
 """The contracts of the kinds: what a module in one of their folders has to define, and what it may.
 
 A kind is one module, whose file name is the `kind` of catalogue entries. It has no base class and
-is registered nowhere: it defines functions and constants of the names below, and its settings as a
-class `Config`. An abstract method, or a name without a value, is required; all else has the default
+no registration: it defines functions and constants of the names below, and its settings as class
+`Config`. An abstract method, or a name without a value, is required; all else has the default
 below. A function takes its contract's parameters in their order, and `config`, if it needs its
 settings, anywhere among them. `finrepro.kinds` finds the modules, checks each against its contract
 and binds it to settings: `adapter_of(spec.adapter).apply(model, spec.seed)`.
 
-`Model` is an entry of models.yaml, `nn.Module` a model of torch. What lists, plans or tabulates
-imports no torch: modules import it inside of functions that compute.
+`Model` is an entry of models.yaml, `nn.Module` a model of torch. Modules import torch inside of the
+functions that compute.
 """
 
 from abc import abstractmethod

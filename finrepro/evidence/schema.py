@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.described import closed, of
-from finrepro.evidence.schema_cell import Cell
+from finrepro.evidence.schema_cell import CellFacts
 from finrepro.evidence.schema_spec import Spec
 
 FORMAT: Literal[1] = 1
@@ -139,7 +139,7 @@ class Data(TypedDict):
 
 
 @closed
-class Gpu(TypedDict):
+class GpuFacts(TypedDict):
     """A GPU."""
 
     name: Annotated[str, of("as CUDA calls it")]
@@ -154,7 +154,7 @@ class Hardware(TypedDict):
     cores: Annotated[int | None, of("of the machine")]
     usable_cores: Annotated[int, of("that the process may use")]
     memory_bytes: Annotated[int, of("of the machine", "bytes")]
-    gpus: Annotated[list[Gpu], of("that CUDA shows")]
+    gpus: Annotated[list[GpuFacts], of("that CUDA shows")]
 
 
 @closed
@@ -186,7 +186,7 @@ class Result(TypedDict):
     label: Annotated[str, of("the cell's name for people")]
     status: Annotated[Status, of("how it ended")]
     reason: Annotated[str | None, of("why it did not finish")]
-    cell: Annotated[Cell, of("what the run is")]
+    cell: Annotated[CellFacts, of("what the run is")]
     spec: Annotated[Spec, of("the settings that decide the numbers")]
     started: Annotated[float, of("since 1970, UTC", "s")]
     ended: Annotated[float, of("since 1970, UTC", "s")]

@@ -26,7 +26,7 @@ class Layout(TypedDict):
 
 
 @closed
-class Difference(TypedDict):
+class GraphDifference(TypedDict):
     """Between compiled and eager execution, as a share of the eager value."""
 
     loss: Annotated[float, of("of the loss")]
@@ -35,14 +35,14 @@ class Difference(TypedDict):
 
 
 @closed
-class Comparison(TypedDict):
+class GraphComparison(TypedDict):
     """Compiled and eager execution of the first micro-batch on one rank."""
 
     loss: Annotated[float, of("eager", "nats/token")]
     compiled_loss: Annotated[float, of("compiled", "nats/token")]
     gradient_norm: Annotated[float, of("eager")]
     compiled_gradient_norm: Annotated[float, of("compiled")]
-    off: Annotated[Difference, of("how far compiled execution is off")]
+    off: Annotated[GraphDifference, of("how far compiled execution is off")]
     seconds: Annotated[float, of("of the compiled pass, compilation included", "s")]
 
 
@@ -60,11 +60,11 @@ class Proof(TypedDict):
 
     backend: Annotated[str, of("of torch.compile")]
     tolerance: Annotated[Tolerance, of("the largest difference that is accepted")]
-    ranks: Annotated[list[Comparison], of("what was compared, by rank")]
+    ranks: Annotated[list[GraphComparison], of("what was compared, by rank")]
 
 
 @closed
-class Cell(TypedDict):
+class CellFacts(TypedDict):
     """What the run is, in the names of the catalogue, and how it was computed."""
 
     model: Annotated[str, of("entry of configs/models.yaml")]

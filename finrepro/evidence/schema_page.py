@@ -3,6 +3,7 @@ draft 2020-12) and docs/results.md. `python -m finrepro.evidence.schema_page` wr
 """
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _table(name: str, part: dict[str, Any]) -> str:
         for pattern, shape in part.get("patternProperties", {}).items()
     ]
     head = ["| key | type | unit | meaning |", "|---|---|---|---|"]
-    description = " ".join(part["description"].split())
+    description = textwrap.fill(" ".join(part["description"].split()), 100)
     return "\n".join([f"## {name}", "", description, "", *head, *rows, ""])
 
 

@@ -13,6 +13,7 @@ from fixtures.model import (
     broken,
     images,
     make,
+    process,  # noqa: F401
     random_examples,
     spec_of,
 )

@@ -43,7 +43,7 @@ OWNERS = {
     "mlflow": ("tracking/",),
     "deepspeed": ("training/", "runtime/"),
     "peft": ("methods/adapters/", "exporting/"),
-    "bitsandbytes": ("methods/quantizers/", "methods/optimizers/"),
+    "bitsandbytes": ("methods/quantizers/", "methods/calibration/", "methods/optimizers/"),
     "datasets": ("data/fetch.py", "data/preparing/hub.py"),
     "seqeval": ("evaluation/tasks/entities.py",),
     "sklearn": (),

@@ -14,6 +14,7 @@ from fixtures.model import (
     MINIATURES,
     all_logits,
     make,
+    process,  # noqa: F401
     random_examples,
     spec_of,
     stir,
