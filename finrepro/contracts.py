@@ -5,7 +5,7 @@ no registration: it defines functions and constants of the names below, and its 
 `Config`. An abstract method, or a name without a value, is required; all else has the default
 below. A function takes its contract's parameters in their order, and `config`, if it needs its
 settings, anywhere among them. `finrepro.kinds` finds the modules, checks each against its contract
-and binds it to settings: `adapter_of(spec.adapter).apply(model, spec.seed)`.
+and binds it: `adapter_of(spec.adapter).apply(model, spec.seed)`.
 
 `Model` is an entry of models.yaml, `nn.Module` a model of torch. Modules import torch inside of the
 functions that compute.
@@ -76,7 +76,7 @@ class ExtraLoss(Protocol):
 
 @runtime_checkable
 class ReadExport(Protocol):
-    """The base with the export in `folder` on it."""
+    """The base with the export in `folder`."""
 
     def __call__(self, model: "nn.Module", folder: Path) -> "nn.Module": ...
 
@@ -131,8 +131,8 @@ class Adapter(Configured, StepHooks, Protocol):
         return 1.0
 
     def state(self, model: "nn.Module") -> Any:
-        """What resuming needs beside trained parameters and optimizer, the same on every rank:
-        tensors, numbers, strings, lists and dicts of them.
+        """What resuming needs beside parameters and optimizer, the same on every rank: tensors,
+        numbers, strings, lists and dicts.
         """
         return None
 
