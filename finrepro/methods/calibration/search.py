@@ -23,7 +23,7 @@ from finrepro.methods.calibration.crossings import Array, Grid
 # 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its
 # last level is 1
 SIGMA = 0.5410872
-BLOCKS_AT_ONCE = {"entropy": 4096, "mse": 512}  # what they need lies in a core's cache
+BLOCKS_AT_ONCE = {"entropy": 1024, "mse": 1024}  # what they need lies in a core's cache
 
 
 @dataclass(frozen=True)
