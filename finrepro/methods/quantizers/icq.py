@@ -90,7 +90,7 @@ def encode(weight: "Tensor", config: Config) -> Stored:
         )
 
     def searched() -> "dict[str, Tensor]":
-        tau = torch.cat([search(part.float(), config) for part in _parts(weight, config)])
+        tau = torch.cat([search(blocks.float(), config) for blocks in _chunks(weight, config)])
         return rounded_tau(weight, tau, config)
 
     settings = f"icq {VERSION} {config} bitsandbytes {bitsandbytes.__version__}"
@@ -122,8 +122,8 @@ def rounded_tau(weight: "Tensor", tau: "Tensor", config: Config) -> "dict[str, T
     if config.fallback:
         shifts = dequantized(codes, scales, levels).split(_blocks_at_once(config))
         better = [
-            _quality(part, shift, config) > _quality(part, shift * 0, config)
-            for part, shift in zip(_parts(weight, config), shifts, strict=True)
+            _quality(blocks, shift, config) > _quality(blocks, shift * 0, config)
+            for blocks, shift in zip(_chunks(weight, config), shifts, strict=True)
         ]
         codes[~torch.cat(better)] = zero
     return {"codes": codes, "scales": scales, "levels": levels}
@@ -139,10 +139,10 @@ def _moved_by(weight: "Tensor", tau: "dict[str, Tensor]", config: Config) -> Sto
     moved = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     at_once = _blocks_at_once(config)
     targets = moved.view(-1, config.block_size).split(at_once)
-    for target, part, shift in zip(
-        targets, _parts(weight, config), shifts.split(at_once), strict=True
+    for target, blocks, shift in zip(
+        targets, _chunks(weight, config), shifts.split(at_once), strict=True
     ):
-        target.copy_(_moved(part, shift))
+        target.copy_(_moved(blocks, shift))
     codes = tau["codes"].view(weight.shape[0], weight.shape[1] // config.block_size)
     return Stored(bnb_4bit.encode(moved, config), codes, tau["scales"], tau["levels"], config)
 
@@ -241,7 +241,7 @@ def _moved(blocks: "Tensor", tau: "Tensor") -> "Tensor":
     return (blocks.float() - tau[:, None]).to(blocks.dtype)
 
 
-def _parts(weight: "Tensor", config: Config) -> "tuple[Tensor, ...]":
+def _chunks(weight: "Tensor", config: Config) -> "tuple[Tensor, ...]":
     """The blocks of a weight, as many at a time as are looked at together."""
     blocks: tuple[Tensor, ...] = (
         weight.detach().reshape(-1, config.block_size).split(_blocks_at_once(config))

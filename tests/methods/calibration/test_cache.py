@@ -131,7 +131,9 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_no_error(
 
 
 def test_a_second_cell_on_the_same_base_does_not_search(
-    tmp_path: Path, searches: list[int], process: None  # noqa: F811, ARG001
+    tmp_path: Path,
+    searches: list[int],
+    process: None,  # noqa: F811
 ) -> None:
     def cell(adapter: str, cache: Path | None) -> dict[str, Tensor]:
         spec = spec_of("llama3_1_8b_mini", quantizer="icq", adapter=adapter)
