@@ -39,8 +39,13 @@ class Store:
 
     @property
     def results(self) -> Path:
-        """runs/, campaigns/, tables/, checkpoints/ and logs/."""
+        """runs/, campaigns/, tables/, checkpoints/, logs/ and cache/."""
         return self.root / "results"
+
+    @property
+    def cache(self) -> Path:
+        """What can be computed again, and may be deleted at any time."""
+        return self.results / "cache"
 
     def run_folder(self, run_id: str) -> Path:
         """Where a run's result lies once it is whole."""

@@ -15,6 +15,7 @@ from finrepro.catalogue.spec import Model, RunSpec
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.kinds import adapter_of, quantizer_of
+from finrepro.methods.calibration.cache import stored_in
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models import factorize, loading, safetensors
 from finrepro.models.before_quantization import first_stage
@@ -37,22 +38,26 @@ class Built:
     base_bytes: int  # as stored, after quantization; of the full base, also where it is sharded
 
 
-def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Built:
+def build(
+    spec: RunSpec, base_folder: Path | None, device: torch.device, cache: Path | None = None
+) -> Built:
     """The adapted model of a cell on `device`, in training mode, with exactly its adapter's
     parameters trainable.
 
-    Without `base_folder` the base gets random weights from the cell's seed. At ZeRO-3 on several
-    ranks the base is sharded. Training mode is part of the contract: bitsandbytes' layers compute
-    differently in evaluation mode on some CPUs.
+    Without `base_folder` the base gets random weights from the cell's seed. `cache` is the folder
+    where a quantizer keeps what it has searched, for the next cell on the same base. At ZeRO-3 on
+    several ranks the base is sharded. Training mode is part of the contract: bitsandbytes' layers
+    compute differently in evaluation mode on some CPUs.
     """
     model = skeleton(spec)
     base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
     split = spec.train.zero_stage == 3 and ranks.current().world_size > 1
     finish = partial(partition, device=device) if split else None
     first = first_stage(spec, model)
-    base_bytes = loading.stream(
-        model, source(spec, model, base_folder), spec.quantizer, device, finish, first
-    )
+    with stored_in(cache):
+        base_bytes = loading.stream(
+            model, source(spec, model, base_folder), spec.quantizer, device, finish, first
+        )
     model.requires_grad_(False)
     prepared = [first.prepared] if first else []
     adapted: Any = adapter_of(spec.adapter).apply(model, spec.seed, *prepared)

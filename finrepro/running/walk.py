@@ -41,7 +41,7 @@ def walk(
     emit_phase(emit, "model")
     phases.begin("load")
     with unavailable_if_faulty():
-        built = build(spec, inputs.base, device)
+        built = build(spec, inputs.base, device, place.store.cache)
 
     with Monitor() as monitor:
         folder = place.store.checkpoints(spec.run_id)

@@ -268,7 +268,7 @@ def test_the_untouched_files_resolve(configs: Path, tmp_path: Path):
     assert answer(tmp_path) == ""
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=30, **FUZZ)
 @given(data=st.data())
 def test_any_value_anywhere_in_the_files_gives_cells_or_one_line(
     configs: Path, tmp_path: Path, data: st.DataObject
@@ -286,7 +286,7 @@ def test_any_value_anywhere_in_the_files_gives_cells_or_one_line(
         path.write_text(original)
 
 
-@settings(max_examples=40, **FUZZ)
+@settings(max_examples=12, **FUZZ)
 @given(data=st.data())
 def test_a_file_with_any_bytes_changed_gives_cells_or_one_line(
     configs: Path, tmp_path: Path, data: st.DataObject

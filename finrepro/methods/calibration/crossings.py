@@ -28,7 +28,7 @@ NORMAL = (2.0**-90, 2.0**90)  # absmax of blocks without subnormal numbers and o
 
 
 @dataclass(frozen=True)
-class Grid:
+class TauGrid:
     """Blocks of weights in ascending order (blocks, size), less their medians, with the factors
     (candidates,) of their candidates: shift(k) = factors[k] absmax. Float32; the factors are
     evenly spaced around 0 and `reach` is the last.
@@ -63,10 +63,28 @@ class Grid:
         """How many weights lie below each bound, (blocks, 15), at a shift a block."""
         scale = np.maximum(self.ordered[:, -1] - shift, shift - self.ordered[:, 0])
         bounds = scale[:, None] * self.middles + shift[:, None]
+        return _counts_below(self.ordered, bounds)
+
+
+def _counts_below(ordered: Array, bounds: Array) -> Array:
+    """torch.searchsorted: how many of each ascending row (rows, size) lie below its bounds (rows,
+    bounds). Where sizes are powers of two, all are halved at once, which is twice as fast.
+    """
+    rows, size = ordered.shape
+    if size & (size - 1):
         counts: Array = torch.searchsorted(
-            torch.from_numpy(self.ordered), torch.from_numpy(bounds), out_int32=True
+            torch.from_numpy(ordered), torch.from_numpy(bounds)
         ).numpy()
         return counts
+    values, flat = ordered.ravel(), bounds.ravel()
+    begin = np.arange(0, rows * size, size)
+    position = np.repeat(begin, bounds.shape[1])
+    half = size // 2
+    while half:
+        position += half * (values[half - 1 :].take(position) < flat)
+        half //= 2
+    position += values.take(position) < flat
+    return position.reshape(bounds.shape) - begin[:, None]
 
 
 @dataclass(frozen=True)
@@ -74,14 +92,28 @@ class Crossings:
     """Which bound passes a weight of which block at which candidate, bound by bound: at the
     candidate before, the weight is not below the bound, at this one it is.
 
-    `first` (blocks, 15) counts the weights below each bound at the first candidate.
+    `first` and `last` (blocks, 15) count the weights below each bound at the first and the last
+    candidate; a `pair` is a bound of a block, bound * blocks + block.
     """
 
     first: Array
-    bound: Array
-    block: Array
+    last: Array
+    pair: Array
     candidate: Array
     weight: Array
+
+    @property
+    def block(self) -> Array:
+        """The block of each crossing."""
+        blocks, bounds = self.first.shape
+        block: Array = np.tile(np.arange(blocks), bounds).take(self.pair)
+        return block
+
+    @property
+    def bound(self) -> Array:
+        """The bound of each crossing."""
+        passed = (self.last - self.first).sum(0)
+        return np.repeat(np.arange(len(passed)), passed)
 
 
 def margin(middles: Array, factors: Array) -> float:
@@ -96,32 +128,32 @@ def solvable(largest: Array, middles: Array, factors: Array) -> Array:
     return enough & (largest > NORMAL[0]) & (largest < NORMAL[1])
 
 
-def find(grid: Grid) -> Crossings:
+def find(grid: TauGrid) -> Crossings:
     """All crossings within a grid of `solvable` blocks."""
     blocks, size = grid.ordered.shape
-    rows = np.arange(blocks)
     first = grid.below(grid.largest * grid.factors[0])
-    passed = grid.below(grid.largest * grid.factors[-1]) - first
-    totals, per_pair = passed.sum(0), passed.T.ravel()  # a pair is a bound of a block
+    last = grid.below(grid.largest * grid.factors[-1])
+    passed = last - first
+    per_pair = passed.T.ravel()
     pair = np.repeat(np.arange(len(per_pair)), per_pair)
-    begin = (rows * size + first.T).ravel() - (np.cumsum(per_pair) - per_pair)
-    weight = grid.ordered.ravel().take(begin.take(pair) + np.arange(len(pair)))
-    quotient = _quotients(grid, pair, weight, int(totals[grid.middles <= 0].sum()))
+    begin = (np.arange(blocks) * size + first.T).ravel() - (np.cumsum(per_pair) - per_pair)
+    position = begin.take(pair)
+    position += np.arange(len(pair))
+    weight = grid.ordered.ravel().take(position)
+    quotient = _quotients(grid, pair, weight, int(passed[:, grid.middles <= 0].sum()))
     nearest = np.rint(quotient)
     quotient -= nearest
     candidate = nearest.astype(np.int32)
     candidate += quotient >= 0
-    block = np.tile(rows, len(grid.middles)).take(pair)
-    bound = np.repeat(np.arange(len(totals)), totals)
     close = np.flatnonzero(np.abs(quotient, out=quotient) < margin(grid.middles, grid.factors))
-    at = block.take(close)
+    bound, block = np.divmod(pair.take(close), blocks)
     doubted = np.clip(nearest.take(close).astype(np.int32), 0, grid.last)
-    passes = grid.bounds(at, grid.shifts(at, doubted), grid.middles.take(bound.take(close)))
+    passes = grid.bounds(block, grid.shifts(block, doubted), grid.middles.take(bound))
     candidate[close] = doubted + (weight.take(close) >= passes)
-    return Crossings(first, bound, block, candidate, weight)
+    return Crossings(first, last, pair, candidate, weight)
 
 
-def _quotients(grid: Grid, pair: Array, weight: Array, negative: int) -> Array:
+def _quotients(grid: TauGrid, pair: Array, weight: Array, negative: int) -> Array:
     """Where the bound of each pair passes each weight, in steps of the grid from its first
     candidate; those of the first `negative` weights have a middle of at most 0.
 
@@ -132,17 +164,18 @@ def _quotients(grid: Grid, pair: Array, weight: Array, negative: int) -> Array:
     middles = grid.middles.astype(np.float64)[:, None]
 
     def solved(slope: Array, end: Array) -> Array:
-        slopes, starts = slope * inverse, grid.last / 2 + slope * middles * end * inverse
-        quotient = slopes.astype(np.float32).ravel().take(pair)
-        quotient *= weight
-        quotient += starts.astype(np.float32).ravel().take(pair)
+        lines = np.empty((len(middles), len(end)), np.complex64)  # for one take
+        lines.real, lines.imag = slope * inverse, grid.last / 2 + slope * middles * end * inverse
+        line = lines.ravel().take(pair)
+        quotient: Array = line.real * weight
+        quotient += line.imag
         return quotient
 
     from_high = solved(1 / (1 - middles), -grid.ordered[:, -1])
     from_low = solved(1 / (1 + middles), grid.ordered[:, 0])
-    for part, farther in (
+    for half, farther in (
         (slice(negative), np.maximum),
         (slice(negative, None), np.minimum),
     ):
-        farther(from_high[part], from_low[part], out=from_high[part])
+        farther(from_high[half], from_low[half], out=from_high[half])
     return from_high

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finrepro.methods.calibration import objectives
-from finrepro.methods.calibration.crossings import Array, Crossings, Grid
+from finrepro.methods.calibration.crossings import Array, Crossings, TauGrid
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,32 @@ def scores(counts_below: Array, size: int) -> Array:
     return total
 
 
-def plateaus(grid: Grid, crossings: Crossings) -> Plateaus:
+def plateaus(grid: TauGrid, crossings: Crossings) -> Plateaus:
     """Where the entropy of each block is largest along the grid."""
     blocks, size = grid.ordered.shape
-    block, candidate, bound = _in_order(crossings, blocks, grid.last)
-    events = np.bincount(block, minlength=blocks)
+    width = grid.last.bit_length()
+    events = (crossings.last - crossings.first).sum(1) + 1
     heads = np.cumsum(events) - events  # what stands for a block's first candidate
-    upto = _counts_upto(crossings.first, bound, heads, events, size).ravel()
-    places = np.arange(0, 16 * len(bound), 16)
-    places += bound
-    here = upto.take(places).astype(np.intp)
-    upper = upto.take(np.minimum(places + 1, len(upto) - 1)) - here
-    upper += 1
-    lower = here - upto.take(places - 1) * (bound > 0)
+    keys = _in_order(crossings, blocks, width)
+    levels = np.bitwise_and(keys[:-1], 15, dtype=np.intp)  # as in `_counts_after`
+    counts = _counts_after(crossings, levels, heads, size).ravel()
+    levels += np.arange(0, 16 * len(levels), 16)
     rise = np.diff(_count_logs(size), prepend=0.0)
-    upper[heads] = lower[heads] = 0
-    score = np.cumsum(rise.take(upper) - rise.take(lower))
-    score += np.repeat(scores(crossings.first, size) - score.take(heads), events)
-    # Between crossings at the same candidate there is no state.
-    following = np.append(candidate[1:], 0)
-    following[heads[1:] - 1] = following[-1] = grid.last + 1
-    score[candidate == following] = -np.inf
+    fall = rise.take(counts.take(levels))
+    levels -= 1
+    score = np.append(rise[1:], 0).take(counts.take(levels))
+    score -= fall
+    score[heads] = 0
+    _accumulate(score, score)  # up to a constant of each block
+    constant = scores(crossings.first, size) - score.take(heads)
+    keys >>= 4
+    score[keys[1:] == keys[:-1]] = -np.inf  # between crossings at the same candidate is no state
     best = np.maximum.reduceat(score, heads)
     tied = np.flatnonzero(score == np.repeat(best, events))
-    return Plateaus(best, block.take(tied), candidate.take(tied), following.take(tied) - 1)
+    start, following, mask = keys.take(tied), keys.take(tied + 1), (1 << width) - 1
+    block = start >> width
+    end = np.where(following >> width == block, (following & mask) - 1, grid.last)
+    return Plateaus(best + constant, block, start & mask, end)
 
 
 def _count_logs(size: int) -> Array:
@@ -67,42 +69,56 @@ def _count_logs(size: int) -> Array:
     return logs
 
 
-def _in_order(crossings: Crossings, blocks: int, last: int) -> tuple[Array, Array, Array]:
-    """Block, candidate and bound of what happens, in order: for each block an event at its first
-    candidate (its bound is 15, which is none), then its crossings.
+def _in_order(crossings: Crossings, blocks: int, width: int) -> Array:
+    """What happens, in order, as numbers: block, candidate (of `width` bits) and 15 - bound (of
+    4). Each block begins with an event at its first candidate, whose 15 - bound is 0, which is
+    none; behind all stands a number that is larger.
 
     Of crossings at one candidate the highest bound comes first, so that no count is ever negative.
     """
-    width = last.bit_length()
     dtype: Any = np.int32 if blocks.bit_length() + width + 4 < 32 else np.int64
-    keys: Array = np.empty(len(crossings.bound) + blocks, dtype)
-    keys[:blocks] = np.arange(blocks)
-    keys[:blocks] <<= width + 4
-    rest: Array = keys[blocks:]
-    np.left_shift(crossings.block, width, out=rest, dtype=dtype)
-    rest |= crossings.candidate
-    rest <<= 4
-    rest |= 15 - crossings.bound
+    heads = np.arange(blocks, dtype=dtype) << width + 4
+    bounds = np.arange(15, 0, -1, dtype=dtype)[:, None]
+    keys: Array = np.empty(blocks + len(crossings.pair) + 1, dtype)
+    keys[:blocks], keys[-1] = heads, np.iinfo(dtype).max
+    between: Array = keys[blocks:-1]
+    np.left_shift(crossings.candidate, 4, out=between)
+    between += (heads + bounds).ravel().take(crossings.pair)
     keys.sort()
-    return keys >> width + 4, keys >> 4 & ((1 << width) - 1), 15 - (keys & 15)
+    return keys
 
 
-def _counts_upto(first: Array, bound: Array, heads: Array, events: Array, size: int) -> Array:
-    """How many weights lie below each bound after each event, (events, 16); the last is the
-    block's size.
+def _counts_after(crossings: Crossings, levels: Array, heads: Array, size: int) -> Array:
+    """How many weights have each level after each event, the highest level first, (events, 16).
+    Event i moves a weight from level `levels[i]` - 1 of these to the one after it.
 
-    The 16 counts of a block are bytes of two words: adding to a word adds to one of them, and
-    none overflows within its block.
+    The 16 counts are bytes of two words: adding to a word adds to one of them, and none overflows.
+    At the head of a block what is added turns the counts of the block before into its own.
     """
     dtype, words = (np.uint8, 2) if size < 256 else (np.uint16, 4)
-    start = np.full((len(first), 16), size, dtype)
-    start[:, :-1] = first
-    units = np.eye(16, dtype=dtype)
-    units[15] = 0
-    upto = np.empty((len(bound), words), np.uint64)
+    starts, ends = (_packed(below, size, dtype) for below in (crossings.first, crossings.last))
+    starts[1:] -= ends[:-1]
+    units = np.zeros((16, 16), np.int64)
+    units[range(1, 16), range(1, 16)], units[range(1, 16), range(15)] = 1, -1
+    places = 8 * np.dtype(dtype).itemsize * np.arange(16 // words)
+    steps = (units.reshape(16, words, -1) << places).sum(2)
+    counts = np.empty((len(levels), words), np.int64)
     for word in range(words):
-        unit = units.view(np.uint64)[:, word].copy()
-        total = np.cumsum(unit.take(bound))
-        base = start.view(np.uint64)[:, word] - total.take(heads)
-        np.add(total, np.repeat(base, events), out=upto[:, word])
-    return upto.view(dtype)
+        step = steps[:, word].copy().take(levels)
+        step[heads] = starts[:, word]
+        _accumulate(step, counts[:, word])
+    return counts.view(dtype)
+
+
+def _accumulate(values: Array, out: Array) -> None:
+    """numpy's cumsum of whole numbers; torch's takes a fifth of its time."""
+    torch.cumsum(torch.from_numpy(values), 0, out=torch.from_numpy(out))
+
+
+def _packed(below: Array, size: int, dtype: Any) -> Array:
+    """Counts of levels, the highest first, as words, from how many weights are below each bound."""
+    edges = np.pad(below, ((0, 0), (1, 1)))
+    edges[:, -1] = size
+    counts = np.diff(edges, axis=1)[:, ::-1]
+    packed: Array = np.ascontiguousarray(counts, dtype).view(np.int64)
+    return packed

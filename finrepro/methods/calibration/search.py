@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finrepro.methods.calibration import crossings, entropy, objectives, squared_error
-from finrepro.methods.calibration.crossings import Array, Grid
+from finrepro.methods.calibration.crossings import Array, TauGrid
 
 # 1 / ppf(0.9677083): the standard deviation of the normal that NormalFloat4 is made from, where its
 # last level is 1
 SIGMA = 0.5410872
-BLOCKS_AT_ONCE = {"entropy": 4096, "mse": 512}  # what they need lies in a core's cache
+# What these need lies in a core's cache, and whole numbers stay below 2^53 in float64.
+WEIGHTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -103,37 +104,45 @@ def by_crossings(
         tau[rest] = over_grid(blocks[rest], candidates, None if sums is None else sums[rest])
         ordered, largest, median = ordered[solvable], largest[solvable], median[solvable]
         sums = None if sums is None else sums[~rest]
-    found = torch.empty(len(ordered))
-    step = BLOCKS_AT_ONCE[candidates.objective]
+    solved = torch.empty(len(ordered))
+    pieces = max(1, round(ordered.size / WEIGHTS_AT_ONCE))  # equal ones, without a small rest
+    step = max(1, math.ceil(len(ordered) / pieces))
     for start in range(0, len(ordered), step):
-        part = slice(start, start + step)
-        grid = Grid(ordered[part], largest[part], factors, middles)
-        found[part] = torch.from_numpy(
-            _least_entropy_loss(grid, median[part], candidates)
+        rows = slice(start, start + step)
+        grid = TauGrid(ordered[rows], largest[rows], factors, middles)
+        solved[rows] = torch.from_numpy(
+            _least_entropy_loss(grid, median[rows], candidates)
             if sums is None
-            else _least_error(grid, median[part], candidates, levels, sums[part])
+            else _least_error(grid, median[rows], candidates, levels, sums[rows])
         )
     if solvable.all():
-        return found
-    tau[~rest] = found
+        return solved
+    tau[~rest] = solved
     return tau
 
 
-def _least_entropy_loss(grid: Grid, median: Array, candidates: Candidates) -> Array:
+def _least_entropy_loss(grid: TauGrid, median: Array, candidates: Candidates) -> Array:
     best = entropy.plateaus(grid, crossings.find(grid))
     block, first, last = best.block, best.start, best.end
-    middle = median.take(block)
-    tau = grid.shifts(block, first) + middle
     if candidates.tie_break == "smallest":
         # tau ascends along a plateau: the smallest |tau| is where it passes 0, found by division
-        # to within one candidate.
+        # to within one candidate. Plateaus more than two candidates farther from there than
+        # another have no smaller one.
         spacing = 2 * grid.reach / grid.last
-        passes = grid.last / 2 - middle / (grid.largest.take(block) * np.float64(spacing))
+        passes = (grid.last / 2 - median / (grid.largest * np.float64(spacing))).take(block)
+        distance = np.maximum(np.maximum(first - passes, passes - last), 0)
+        nearest = np.minimum.reduceat(distance, _heads(block)).take(block)
+        near = np.flatnonzero(distance <= nearest + 2)
+        block, first, last = block.take(near), first.take(near), last.take(near)
+        passes = passes.take(near)
+        middle = median.take(block)
         around = np.clip(np.floor(passes), -2, grid.last + 2).astype(np.intp)
         tau = grid.shifts(block, np.clip(around - 1, first, last)) + middle
         for offset in (0, 1, 2):
             later = grid.shifts(block, np.clip(around + offset, first, last)) + middle
             tau = np.where(np.abs(later) < np.abs(tau), later, tau)
+    else:
+        tau = grid.shifts(block, first) + median.take(block)
     tau = _winner(block, tau, candidates)
     if candidates.fallback:  # 0 comes before all others, and no |tau| is smaller
         size = grid.ordered.shape[1]
@@ -143,10 +152,11 @@ def _least_entropy_loss(grid: Grid, median: Array, candidates: Candidates) -> Ar
 
 
 def _least_error(
-    grid: Grid, median: Array, candidates: Candidates, levels: Tensor, sums: Tensor
+    grid: TauGrid, median: Array, candidates: Candidates, levels: Tensor, sums: Tensor
 ) -> Array:
-    found = crossings.find(grid)
-    block, candidate = squared_error.contenders(grid, found, levels.numpy(), sums.numpy())
+    block, candidate = squared_error.contenders(
+        grid, crossings.find(grid), levels.numpy(), sums.numpy()
+    )
     shifts = grid.shifts(block, candidate)
     tau = shifts + median.take(block)
     if candidates.fallback:  # 0 comes before all others of its block

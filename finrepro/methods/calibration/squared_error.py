@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from finrepro.methods.calibration import objectives
-from finrepro.methods.calibration.crossings import ULP, Array, Crossings, Grid
+from finrepro.methods.calibration.crossings import ULP, Array, Crossings, TauGrid
 
 
-def contenders(grid: Grid, crossings: Crossings, levels: Array, sums: Array) -> tuple[Array, Array]:
+def contenders(
+    grid: TauGrid, crossings: Crossings, levels: Array, sums: Array
+) -> tuple[Array, Array]:
     """Block and candidate of all that may have the smallest error, in order; `sums` are those of
     `objectives.sums_below`.
     """
@@ -44,7 +46,7 @@ def contenders(grid: Grid, crossings: Crossings, levels: Array, sums: Array) -> 
     return block, candidate
 
 
-def _tolerance(grid: Grid, levels: Array) -> Array:
+def _tolerance(grid: TauGrid, levels: Array) -> Array:
     """How far apart two equal scores can be computed, for each block: n_i weights are at most a
     half gap s h from their value, which is off by 2 ULP (s + |t|). Four times that.
     """
@@ -56,7 +58,7 @@ def _tolerance(grid: Grid, levels: Array) -> Array:
 
 
 def exact(
-    grid: Grid, block: Array, shifts: Array, levels: torch.Tensor, sums: torch.Tensor
+    grid: TauGrid, block: Array, shifts: Array, levels: torch.Tensor, sums: torch.Tensor
 ) -> Array:
     """`objectives.scores` of one shift of each of these blocks."""
     rows = torch.from_numpy(block)

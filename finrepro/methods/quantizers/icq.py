@@ -35,6 +35,7 @@ BESIDE = (
     "icq_tau_scale",
     "icq_weight_sha256",
 )  # a layer's tensors that only this package reads
+VERSION = 1  # of the search and of how tau is rounded: another one gives other bits
 AT_ONCE = 2**20  # candidates that are looked at together: about 100 MB, however large the weight
 
 
@@ -74,22 +75,38 @@ def supports(model: Any, quantizer: Choice, zero_stage: int) -> str | None:
 
 
 def encode(weight: "Tensor", config: Config) -> Stored:
-    """Search tau and quantize a weight of shape (out, in), on its device. Raises `UsageError`
-    unless blocks divide its rows.
+    """Search tau and quantize a weight of shape (out, in), on its device; what was searched
+    before is read from the cache (`calibration.cache`). Raises `UsageError` unless blocks divide
+    the weight's rows.
     """
+    import bitsandbytes
     import torch
+
+    from finrepro.methods.calibration.cache import cached
 
     if weight.shape[1] % config.block_size:
         raise UsageError(
             f"icq: blocks of {config.block_size} do not divide rows of {weight.shape[1]} weights."
         )
-    parts = weight.detach().reshape(-1, config.block_size).split(_blocks_at_once(config))
-    return with_tau(weight, torch.cat([search(part.float(), config) for part in parts]), config)
+
+    def searched() -> "dict[str, Tensor]":
+        tau = torch.cat([search(blocks.float(), config) for blocks in _chunks(weight, config)])
+        return rounded_tau(weight, tau, config)
+
+    settings = f"icq {VERSION} {config} bitsandbytes {bitsandbytes.__version__}"
+    return _moved_by(weight, cached(weight, settings, searched), config)
 
 
 def with_tau(weight: "Tensor", tau: "Tensor", config: Config) -> Stored:
     """Quantize a weight (out, in) with a tau for each block, row by row; with `fallback`, 0 is
     taken where the rounded tau is no better.
+    """
+    return _moved_by(weight, rounded_tau(weight, tau, config), config)
+
+
+def rounded_tau(weight: "Tensor", tau: "Tensor", config: Config) -> "dict[str, Tensor]":
+    """The codes (blocks,), scales and levels that tau (blocks,) is rounded to; with `fallback`,
+    the code of 0 where the rounded tau is no better.
     """
     import torch
     from bitsandbytes import functional
@@ -102,24 +119,32 @@ def with_tau(weight: "Tensor", tau: "Tensor", config: Config) -> Stored:
     scales, levels = state.absmax.bfloat16(), state.code
     zero = int((levels == 0).nonzero())
     codes[tau == 0] = zero  # where a whole group is zero, the library's code is another
-    parts = weight.detach().reshape(-1, config.block_size).split(_blocks_at_once(config))
-
-    def rounded() -> tuple["Tensor", ...]:
-        return dequantized(codes, scales, levels).split(_blocks_at_once(config))
-
     if config.fallback:
-        pairs = zip(parts, rounded(), strict=True)
+        shifts = dequantized(codes, scales, levels).split(_blocks_at_once(config))
         better = [
-            _quality(part, shift, config) > _quality(part, shift * 0, config)
-            for part, shift in pairs
+            _quality(blocks, shift, config) > _quality(blocks, shift * 0, config)
+            for blocks, shift in zip(_chunks(weight, config), shifts, strict=True)
         ]
         codes[~torch.cat(better)] = zero
+    return {"codes": codes, "scales": scales, "levels": levels}
+
+
+def _moved_by(weight: "Tensor", tau: "dict[str, Tensor]", config: Config) -> Stored:
+    """A weight (out, in) quantized after it was moved by a `rounded_tau`."""
+    import torch
+
+    from finrepro.methods.layers.shift import dequantized
+
+    shifts = dequantized(tau["codes"], tau["scales"], tau["levels"])
     moved = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    targets = moved.view(-1, config.block_size).split(_blocks_at_once(config))
-    for target, part, shift in zip(targets, parts, rounded(), strict=True):
-        target.copy_(_moved(part, shift))
-    shape = weight.shape[0], weight.shape[1] // config.block_size
-    return Stored(bnb_4bit.encode(moved, config), codes.view(shape), scales, levels, config)
+    at_once = _blocks_at_once(config)
+    targets = moved.view(-1, config.block_size).split(at_once)
+    for target, blocks, shift in zip(
+        targets, _chunks(weight, config), shifts.split(at_once), strict=True
+    ):
+        target.copy_(_moved(blocks, shift))
+    codes = tau["codes"].view(weight.shape[0], weight.shape[1] // config.block_size)
+    return Stored(bnb_4bit.encode(moved, config), codes, tau["scales"], tau["levels"], config)
 
 
 def decode(stored: Stored) -> "Tensor":
@@ -214,6 +239,14 @@ def _quality(blocks: "Tensor", tau: "Tensor", config: Config) -> "Tensor":
 def _moved(blocks: "Tensor", tau: "Tensor") -> "Tensor":
     """W' in the dtype of the weight."""
     return (blocks.float() - tau[:, None]).to(blocks.dtype)
+
+
+def _chunks(weight: "Tensor", config: Config) -> "tuple[Tensor, ...]":
+    """The blocks of a weight, as many at a time as are looked at together."""
+    blocks: tuple[Tensor, ...] = (
+        weight.detach().reshape(-1, config.block_size).split(_blocks_at_once(config))
+    )
+    return blocks
 
 
 def _blocks_at_once(config: Config) -> int:
