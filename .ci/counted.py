@@ -1,10 +1,13 @@
-"""Assert that a JUnit report holds enough tests that ran, and no test skipped for a reason CI does not accept."""
+"""Assert that a JUnit report holds enough tests that ran, and none skipped for a reason that CI
+does not accept.
+"""
 
 import os
 import sys
 from xml.etree import ElementTree
 
-# Why a test may be skipped here, as its message says it: no GPU, and the image tests, which run by themselves.
+# Why a test may be skipped here, as its message says it: no GPU, and the image tests, which run by
+# themselves.
 ACCEPTED = ("CUDA", "GPU", "FINREPRO_IMAGE")
 
 

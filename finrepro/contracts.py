@@ -3,9 +3,9 @@
 A kind is one module, whose file name is the `kind` of catalogue entries. It has no base class and
 is registered nowhere: it defines functions and constants of the names below, and its settings as a
 class `Config`. An abstract method, or a name without a value, is required; all else has the default
-that stands here. A function takes its contract's parameters in their order, and where it needs its
-settings `config` anywhere among them. `finrepro.kinds` finds the modules, holds each to
-its contract and binds it to settings: `adapter_of(spec.adapter).apply(model, spec.seed)`.
+below. A function takes its contract's parameters in their order, and `config`, if it needs its
+settings, anywhere among them. `finrepro.kinds` finds the modules, checks each against its contract
+and binds it to settings: `adapter_of(spec.adapter).apply(model, spec.seed)`.
 
 `Model` is an entry of models.yaml, `nn.Module` a model of torch. What lists, plans or tabulates
 imports no torch: modules import it inside of functions that compute.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class StepHooks(Protocol):
-    """A method's part in the steps, counted from 0. An optimizer's hooks are next to its update:
+    """A method's hooks around each step, counted from 0. An optimizer's are nearest to its update:
     `before_step` after the adapter's, `after_step` before it.
     """
 
@@ -59,7 +59,7 @@ class Configured(Protocol):
 @runtime_checkable
 class Prepare(Protocol):
     """A layer's weight (out, in), float32 -> the weight to quantize instead, and named tensors.
-    `quantized`: a weight -> what it stands for once stored.
+    `quantized`: a weight -> its value after quantization.
     """
 
     def __call__(
@@ -86,7 +86,7 @@ class Adapter(Configured, StepHooks, Protocol):
     """Which parameters are trained, and what is exported."""
 
     WHOLE_MODEL: bool = False  # the export is a model by itself
-    RESETS_MOMENTS: bool = False  # the optimizer has to know how to begin its moments anew
+    RESETS_MOMENTS: bool = False  # the optimizer has to know how to zero its moments
     NOT_EXPORTED: Mapping[str, str] = {}  # format of an export -> why it is refused
     prepare: Prepare | None = None  # called for each layer of `config.target_modules`
     extra_loss: ExtraLoss | None = None

@@ -1,4 +1,4 @@
-"""The kinds: where their modules are, each held to its contract, and bound to its settings."""
+"""The kinds: where their modules are, each checked against its contract and bound to settings."""
 
 import difflib
 import importlib
@@ -16,7 +16,7 @@ from finrepro import contracts
 from finrepro.errors import UsageError, unknown
 from finrepro.settings import Choice, build
 
-# Where the modules of each kind are, and what they are held to; the file name is the `kind`.
+# Where the modules of each kind are, and their contracts; the file name is the `kind`.
 HOMES = {
     "adapters": "finrepro.methods.adapters",
     "quantizers": "finrepro.methods.quantizers",
@@ -34,7 +34,7 @@ CONTRACTS: dict[str, Any] = {
     "report": contracts.Report,
     "computed report": contracts.ComputedReport,
 }
-BOUND = "config"  # what a contract has and no module: the settings
+BOUND = "config"  # the settings, an attribute that a contract has and no module defines
 SIMILAR = 0.8  # of difflib's ratio: from here on a name is a misspelt one of the contract
 
 
@@ -92,7 +92,7 @@ def kinds(package: str) -> tuple[str, ...]:
 
 
 def kind_module(package: str, kind: str, where: str = "") -> ModuleType:
-    """The module that implements `kind`. Raises `UsageError` naming the known kinds."""
+    """The module that implements `kind`. Raises `UsageError` naming the allowed kinds."""
     if kind not in kinds(package):
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}{unknown('kind', kind, kinds(package))}")
@@ -134,9 +134,9 @@ def _take_settings(self: Any, config: Any = None) -> None:
 
 
 def _method(module: ModuleType, name: str) -> Callable[..., Any]:
-    """The module's function as a method that puts its settings in the place of `config`.
+    """The module's function as a method that passes its settings as `config`.
 
-    It is looked up at each call: what a test plants in the module is what runs.
+    The function is looked up at each call, so that a test can replace it in the module.
     """
     parameters = list(inspect.signature(vars(module)[name]).parameters)
     if BOUND not in parameters:
@@ -153,8 +153,8 @@ def _method(module: ModuleType, name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Member:
-    """A name of a contract. `parameters` of a function, `optional` many of the last ones with a
-    default, are None for a constant.
+    """A name of a contract. `parameters` are a function's, None for a constant; the last `optional`
+    of them have a default.
     """
 
     required: bool
@@ -171,16 +171,16 @@ class Member:
 @cache
 def members(contract: type[Any]) -> dict[str, Member]:
     """The names of a contract, those that it inherits among them."""
-    found = {}
+    by_name = {}
     for name, annotation in get_type_hints(contract).items():
-        function = next((part for part in get_args(annotation) if _is_callable_type(part)), None)
+        function = next((kind for kind in get_args(annotation) if _is_callable_type(kind)), None)
         required = not hasattr(contract, name)
-        found[name] = _member(function.__call__, required) if function else Member(required, None)
+        by_name[name] = _member(function.__call__, required) if function else Member(required, None)
     for parent in contract.__mro__:
         for name, value in vars(parent).items():
-            if not name.startswith("_") and inspect.isfunction(value) and name not in found:
-                found[name] = _member(value, name in contract.__abstractmethods__)
-    return {name: found[name] for name in found if name != BOUND}
+            if not name.startswith("_") and inspect.isfunction(value) and name not in by_name:
+                by_name[name] = _member(value, name in contract.__abstractmethods__)
+    return {name: by_name[name] for name in by_name if name != BOUND}
 
 
 def _is_callable_type(annotation: Any) -> bool:
@@ -194,10 +194,10 @@ def _member(function: Callable[..., Any], required: bool) -> Member:
 
 
 def _complaint(module: ModuleType, demanded: dict[str, Member]) -> str | None:
-    """What is missing, misspelt or takes other parameters; None if nothing is.
+    """The first name that is missing, misspelt or takes other parameters; None if none is.
 
-    A public name of the module's own that nearly is a name of the contract, and that one is not
-    there, is taken for misspelt: a helper is called otherwise, or begins with an underscore.
+    A public name of the module's own that is similar to an absent name of the contract is taken for
+    a misspelling of it: a helper needs another name, or a leading underscore.
     """
     present = {name: value for name, value in vars(module).items() if name in demanded}
     own = [name for name, value in vars(module).items() if _is_own(module, name, value)]
@@ -212,26 +212,28 @@ def _complaint(module: ModuleType, demanded: dict[str, Member]) -> str | None:
         value = present.get(name)
         if inspect.isroutine(value) and member.parameters is not None:
             parameters = _parameters(value, member.parameters)
-            if not member.accepts(tuple(part for part in parameters if part != BOUND)):
+            if not member.accepts(
+                tuple(parameter for parameter in parameters if parameter != BOUND)
+            ):
                 return (
                     f"'{name}({', '.join(parameters)})' has to be '{_written(name, member)}', with "
                     f"'{BOUND}' anywhere among them or not at all"
                 )
         elif value is not None and (member.parameters is None) == inspect.isroutine(value):
-            what = "constant" if member.parameters is None else "function"
-            return f"'{name}' has to be a {what}"
+            expected = "constant" if member.parameters is None else "function"
+            return f"'{name}' has to be a {expected}"
     return None
 
 
 def _is_own(module: ModuleType, name: str, value: Any) -> bool:
-    """Whether a public name is one that the module gives, and does not import."""
+    """Whether a public name is defined in the module, and not imported."""
     if name.startswith("_") or isinstance(value, ModuleType):
         return False
     return getattr(value, "__module__", module.__name__) == module.__name__
 
 
 def _parameters(function: Any, demanded: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a function's parameters, without further ones that nobody has to give."""
+    """The names of a function's parameters, without further ones that have a default."""
     return tuple(
         name
         for name, parameter in inspect.signature(function).parameters.items()

@@ -34,8 +34,9 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def later(default: Any) -> Any:
-    """A setting that came when there were results already. At its default it is left out of the
-    plain values, hence of a run's identity: what was computed before stays what it is."""
+    """A setting that was added when there were results already. At its default it is left out of
+    the plain values, hence of a run's identity, so that earlier results keep theirs.
+    """
     return dataclasses.field(default=default, metadata={"later": True})
 
 
@@ -69,12 +70,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
-    except (
-        ValueError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # PyYAML's, for scalars as 2024-13-45
+    # PyYAML's, for scalars as 2024-13-45
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a mapping of names to settings.")
@@ -84,24 +81,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Check `values` against the settings class `cls`.
 
-    Raises `UsageError` that starts with `where` and names the wrong key or type, and the keys that
-    are known.
+    Raises `UsageError` that starts with `where` and names the wrong key or type, and the allowed
+    keys.
     """
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
-            raise UsageError(f"{where}: {unknown('setting', str(key), known)}")
+        if key not in names:
+            raise UsageError(f"{where}: {unknown('setting', str(key), names)}")
     try:
         return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        if (
-            not first["loc"] and "ctx" in first
-        ):  # settings that do not go together, in the class's own words
+        # settings that do not go together, in the class's own words
+        if not first["loc"] and "ctx" in first:
             raise UsageError(f"{where}: {first['ctx'].get('error', first['msg'])}.") from None
-        field = ".".join(str(part) for part in first["loc"]) or "settings"
-        given = first.get("input")
-        raise UsageError(f"{where}.{field}: {first['msg']} (got {given!r}).") from None
+        field = ".".join(str(key) for key in first["loc"]) or "settings"
+        value = first.get("input")
+        raise UsageError(f"{where}.{field}: {first['msg']} (got {value!r}).") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}.") from None
 
@@ -133,12 +129,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, Choice):
         return {"kind": value.kind, **plain(value.config)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [
-            each
-            for each in dataclasses.fields(value)
-            if not each.metadata.get("later") or getattr(value, each.name) != each.default
+        fields = [
+            field
+            for field in dataclasses.fields(value)
+            if not field.metadata.get("later") or getattr(value, field.name) != field.default
         ]
-        return {each.name: plain(getattr(value, each.name)) for each in kept}
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -161,11 +157,11 @@ def text(value: Any, dropped: frozenset[str]) -> str:
     """
     if isinstance(value, tuple):
         return f"[{','.join(text(item, dropped) for item in value)}]"
-    kept: dict[frozenset[str], str] = (
+    texts: dict[frozenset[str], str] = (
         vars(value).setdefault("_texts", {}) if dataclasses.is_dataclass(value) else {}
     )
-    if dropped not in kept:
-        kept[dropped] = json.dumps(
+    if dropped not in texts:
+        texts[dropped] = json.dumps(
             without(plain(value), dropped), sort_keys=True, separators=(",", ":")
         )
-    return kept[dropped]
+    return texts[dropped]

@@ -5,10 +5,9 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -22,6 +21,9 @@ from finrepro.planning import plan as planning
 from finrepro.reporting.table import Table, to_rich
 from finrepro.running.events import Event
 from finrepro.running.launch import command
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 STYLES = {
     "done": "green",
@@ -52,8 +54,8 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self.bars: Progress | None = None
-        self.tasks: dict[str, TaskID] = {}
+        self.bars: "Progress | None" = None
+        self.tasks: "dict[str, TaskID]" = {}
         self.completed = self.total = 0
 
     def say(self, text: str) -> None:
@@ -88,6 +90,8 @@ class Display:
         if not self.console.is_terminal:
             return
         if self.bars is None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),

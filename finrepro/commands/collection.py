@@ -279,15 +279,16 @@ def paper(context: Context, store: str | None = None) -> None:
 
 @command(
     help={
+        "quick": "a law of each kind, in less than a minute",
         "slow": "the tests marked slow, instead of the default ones",
         "only": "tests whose name matches, as pytest -k",
     }
 )
-def test(context: Context, slow: bool = False, only: str = "") -> int:
+def test(context: Context, quick: bool = False, slow: bool = False, only: str = "") -> int:
     """Run the tests: on a CPU, without a network, in a few minutes."""
     from finrepro.commands.develop import run_tests
 
-    return run_tests(slow, only)
+    return run_tests(slow, only, quick)
 
 
 @command()

@@ -6,28 +6,25 @@ import sys
 from pathlib import Path
 
 from finrepro import PROJECT
-from finrepro.errors import EnvironmentFault, unknown
+from finrepro.errors import EnvironmentFault, UsageError, unknown
 
 CHECKS = (("ruff", "format", "--check"), ("ruff", "check"), ("mypy",), ("lint-imports",))
 
 
-def run_tests(slow: bool, only: str) -> int:
-    """pytest over the default or the slow tests, a process a core and four at most; its exit
-    status.
+def run_tests(slow: bool, only: str, quick: bool = False) -> int:
+    """pytest over the default, the slow or the quick tests, a process a core and four at most; its
+    exit status. Raises `UsageError` where both kinds are asked for.
 
-    A file's tests stay in one process, which makes what they share once.
+    The quick ones are those that tests/quick.txt names, a file or a test a line.
     """
+    if quick and slow:
+        raise UsageError("--quick and --slow are different tests: take one of them.")
     marks = f"{'' if slow else 'not '}slow and not container and not gpu"
-    workers = [
-        "-n",
-        str(min(4, len(os.sched_getaffinity(0)))),
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-    ]
-    selected = ["-m", marks, *(["-k", only] if only else workers)]
+    workers = ["-n", str(min(4, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+    options = ["-m", marks, *(["-k", only] if only else workers)]
     _needs_checkout("tests")
-    return subprocess.call([sys.executable, "-m", "pytest", *selected], cwd=PROJECT)
+    paths = ["@tests/quick.txt"] if quick else []
+    return subprocess.call([sys.executable, "-m", "pytest", *options, *paths], cwd=PROJECT)
 
 
 def run_checks() -> int:

@@ -1,5 +1,5 @@
-"""What the hooks of a method see of training: gradients, weights and moments, whichever engine
-shards them. `finrepro.training.engine_view` implements it.
+"""What the hooks of a method see of training: gradients, weights and moments, gathered on every
+engine. `finrepro.training.engine_view` implements it.
 """
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class OptimizerView(Protocol):
-    """The training of one model. Values and gradients are whole (gathered where they are sharded),
+    """The training of one model. Values and gradients are full tensors (gathered where sharded),
     float32, of the parameter's shape, and copies: nothing changes but by `set`, `set_frozen`,
     `change_state` and `reset_state`. All ranks make the same calls, in the same order.
     """
 
     model: "nn.Module"
-    named: "dict[str, nn.Parameter]"  # the trained parameters, by their names in `model`
+    trained: "dict[str, nn.Parameter]"  # the trained parameters, by their names in `model`
 
     def gradient(self, parameter: "nn.Parameter") -> "Tensor":
         """The gradient of the whole global batch, not clipped yet; zero where there is none.
@@ -30,11 +30,11 @@ class OptimizerView(Protocol):
         """The learning rate of a trained parameter in this step."""
 
     def value(self, parameter: "nn.Parameter") -> "Tensor":
-        """A trained parameter as the optimizer holds it: a bfloat16 one has more digits there."""
+        """A trained parameter as the optimizer holds it: in float32, also a bfloat16 one."""
 
     def set(self, parameter: "nn.Parameter", value: "Tensor") -> None:
         """Overwrite a trained parameter, in the model and where the optimizer holds it; its moments
-        stay.
+        are unchanged.
         """
 
     def reset_state(
@@ -43,15 +43,15 @@ class OptimizerView(Protocol):
         """Zero the moments of trained parameters, and with `steps` the step count of the bias
         correction, which may belong to a whole group of the optimizer.
 
-        Raises `ValueError` for a part of such a group, `TypeError` for an optimizer with other
-        state than moments of the weight's shape and a step.
+        Raises `ValueError` for an incomplete group, `TypeError` for an optimizer with other state
+        than moments of the weight's shape and a step.
         """
 
     def change_state(
         self, parameter: "nn.Parameter", change: "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
     ) -> None:
         """Replace the moments of a trained parameter, name -> tensor, first moment first, by what
-        `change` makes of them. Raises `TypeError` as `reset_state` does.
+        `change` returns. Raises `TypeError` as `reset_state` does.
         """
 
     def whole(self, parameter: "nn.Parameter") -> "Tensor":

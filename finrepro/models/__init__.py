@@ -1,1 +1,1 @@
-"""From a checkpoint to a model, part by part."""
+"""From a checkpoint to a model, block by block."""

@@ -3,9 +3,9 @@ before it is quantized.
 
 An adapter may define `prepare(name, weight, quantized, config, seed) -> (weight, state)` for the
 layers that its `target_modules` name. The streaming loader calls it for each of them while the
-weight is there, puts what it returns in the weight's place, and quantizes that; `state`, named
-small tensors, is kept and given to the adapter's `apply`. Both stages run in one process: none can
-be forgotten, and no more than one part of the model is ever there in full precision.
+weight is in memory, puts the returned weight in its place, and quantizes that; `state`, named small
+tensors, is passed to the adapter's `apply`. Both stages run in one process, so that neither can be
+forgotten and at most one block of the model is in full precision at a time.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ State = dict[str, Tensor]
 
 
 class FirstStage:
-    """Prepares a cell's layers, one at a time, and keeps what each left: `prepared`, layer ->
+    """Prepares a cell's layers, one at a time, and collects their states: `prepared`, layer ->
     state, on the CPU.
 
-    At ZeRO-3 every rank holds the whole of a part when it comes here, and all compute the same.
+    At ZeRO-3 a block is not sharded yet when it comes here, and all ranks compute the same.
     """
 
     def __init__(self, spec: RunSpec, model: Any, prepare: Prepare) -> None:
@@ -42,10 +42,9 @@ class FirstStage:
     @torch.no_grad()
     def __call__(self, name: str) -> None:
         """Replace, in place, the weight of the linear layer of this name, which is not quantized
-        yet; another's stays as it is.
+        yet; a layer that the adapter does not target is left alone.
 
-        The method sees (out, in) in float32, whichever way and in whichever dtype the layer stores
-        it.
+        The method sees (out, in) in float32, whatever the layer's orientation and dtype.
         """
         if name not in self._names:
             return
@@ -54,15 +53,13 @@ class FirstStage:
         weight = (stored.T if is_conv1d(layer) else stored).float().contiguous()
 
         def quantized(matrix: Tensor) -> Tensor:
-            """What the layer would stand for with this weight: rounded to its dtype, encoded and
-            decoded, in float32.
-            """
+            """This weight rounded to the layer's dtype, encoded and decoded again, in float32."""
             encoded = self._quantizer.encode(matrix.to(stored.dtype).contiguous())
             return self._quantizer.decode(encoded).float()
 
         new, state = self._prepare(name, weight, quantized, self._seed)
         stored.copy_(new.T if is_conv1d(layer) else new)
-        self.prepared[name] = {key: each.cpu() for key, each in state.items()}
+        self.prepared[name] = {key: tensor.cpu() for key, tensor in state.items()}
 
 
 def first_stage(spec: RunSpec, model: Any) -> FirstStage | None:

@@ -34,9 +34,7 @@ class Built:
     model: nn.Module
     base_parameters: int
     trainable_parameters: int
-    base_bytes: (
-        int  # as stored, after quantization; of the whole base, also where each rank holds a share
-    )
+    base_bytes: int  # as stored, after quantization; of the full base, also where it is sharded
 
 
 def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Built:
@@ -44,8 +42,8 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
     parameters trainable.
 
     Without `base_folder` the base gets random weights from the cell's seed. At ZeRO-3 on several
-    ranks each keeps its share of the base. Training mode is part of the contract: bitsandbytes'
-    layers compute differently in evaluation mode on some CPUs.
+    ranks the base is sharded. Training mode is part of the contract: bitsandbytes' layers compute
+    differently in evaluation mode on some CPUs.
     """
     model = skeleton(spec)
     base_parameters = sum(math.prod(shape) for shape in loading.shapes(model).values())
@@ -70,7 +68,7 @@ def build(spec: RunSpec, base_folder: Path | None, device: torch.device) -> Buil
 
 
 def size(parameter: torch.Tensor) -> int:
-    """Elements of a parameter, of the whole one where this rank holds a share."""
+    """Elements of a parameter, of the full one where it is sharded."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -104,20 +102,22 @@ def source(spec: RunSpec, model: Any, folder: Path | None) -> loading.Source:
     """Where the weights of a cell come from: `folder`, or the cell's seed; for a low-rank model
     decomposed, unless `folder` holds factors.
 
-    The catalogue says what the model is, not the checkpoint's own configuration, which may ask for
-    dropout; it gives the weights alone. Raises `EnvironmentFault` when they are not those of this
-    architecture: no weight is ever made up.
+    The architecture is the catalogue's; the checkpoint gives the weights alone, since its own
+    configuration may ask for dropout. Raises `EnvironmentFault` when the weights do not match the
+    architecture: none is ever initialised in place of a missing one.
     """
     low_rank = spec.model.low_rank
     factored = low_rank is not None and not (folder and factorize.holds_factors(model, folder))
     filled = dense_skeleton(spec) if factored else model
-    found: loading.Source = (
+    weights: loading.Source = (
         loading.Drawn(filled, spec.seed)
         if folder is None
         else loading.Checkpoint(filled, folder, spec.model.name)
     )
     return (
-        factorize.Factored(filled, found, low_rank, spec.seed) if factored and low_rank else found
+        factorize.Factored(filled, weights, low_rank, spec.seed)
+        if factored and low_rank
+        else weights
     )
 
 
@@ -162,10 +162,10 @@ def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFa
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever the libraries say of a damaged file
-        said = (
+        reason = (
             str(error).splitlines()[0]
             if isinstance(error, OSError | ValueError)
             else f"{type(error).__name__} {error}"
         )
-        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {said}") from None
+        raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {reason}") from None
     return tokenizer

@@ -19,10 +19,12 @@ HUB = "https://huggingface.co"
 def locate(model: Model, models_dir: Path | None) -> Path | None:
     """A local folder with the checkpoint, None if there is none.
 
-    Looked for: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the hub
-    id>`, then the hub's cache at the pinned revision.
+    In this order: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the
+    hub id>`, then the hub's cache at the pinned revision.
     """
-    return next((place for place in _places(model, models_dir) if _is_checkpoint(place)), None)
+    return next(
+        (folder for folder in _candidates(model, models_dir) if _is_checkpoint(folder)), None
+    )
 
 
 def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
@@ -30,23 +32,28 @@ def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
     if there is none.
     """
     return next(
-        (place for place in _places(model, models_dir) if tokenizer_digest(place) is not None), None
+        (
+            folder
+            for folder in _candidates(model, models_dir)
+            if tokenizer_digest(folder) is not None
+        ),
+        None,
     )
 
 
-def _places(model: Model, models_dir: Path | None) -> list[Path]:
+def _candidates(model: Model, models_dir: Path | None) -> list[Path]:
     if model.hub is None:
         return []
     names = (model.name, model.hub.id, model.hub.id.rpartition("/")[2])
-    places = [models_dir / name for name in names] if models_dir is not None else []
+    folders = [models_dir / name for name in names] if models_dir is not None else []
     if model.hub.revision:
-        places.append(
+        folders.append(
             hub_client.cache()
             / f"models--{model.hub.id.replace('/', '--')}"
             / "snapshots"
             / model.hub.revision
         )
-    return places
+    return folders
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -64,11 +71,13 @@ def missing_reason(model: Model, models_dir: Path | None) -> str | None:
     if model.hub is None or locate(model, models_dir) is not None:
         return None
     where = "not under --models-dir" if models_dir else "no --models-dir given"
-    halves = [
-        place for place in _places(model, models_dir) if place.is_dir() and any(place.iterdir())
+    incomplete = [
+        folder
+        for folder in _candidates(model, models_dir)
+        if folder.is_dir() and any(folder.iterdir())
     ]
-    if halves:  # something is there, and it cannot be used: say what is wrong with it
-        first = halves[0]
+    if incomplete:
+        first = incomplete[0]
         lacks = (
             safetensors.without_weights(first)
             if (first / "config.json").is_file()
@@ -86,11 +95,11 @@ def how_to_get_access(model: Model) -> str:
 
 
 def check(model: Model, folder: Path) -> None:
-    """Hold a checkpoint against the catalogue without reading a tensor: configuration, index, the
+    """Compare a checkpoint with the catalogue without reading a tensor: configuration, index, the
     files' headers and sizes, tokenizer.
 
-    Names and shapes of the tensors are held against the model when it is loaded. Raises
-    `EnvironmentFault` with the first thing wrong.
+    Names and shapes of the tensors are compared with the model's when it is loaded. Raises
+    `EnvironmentFault` with the first difference.
     """
     safetensors.compare_configuration(model.name, model.family, model.architecture, folder)
     safetensors.tensors(folder)
@@ -101,13 +110,13 @@ def digests(folder: Path) -> dict[str, str]:
     """File name -> sha256 of a checkpoint's weight files, each read once a process while it keeps
     its size and time.
 
-    Raises `EnvironmentFault` as `shards.files` does.
+    Raises `EnvironmentFault` as `safetensors.files` does.
     """
-    found = {}
+    by_name = {}
     for path in safetensors.files(folder):
         status = path.stat()
-        found[path.name] = _digest(path.resolve(), status.st_size, status.st_mtime_ns)
-    return found
+        by_name[path.name] = _digest(path.resolve(), status.st_size, status.st_mtime_ns)
+    return by_name
 
 
 @cache
@@ -137,9 +146,7 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
         return f"the hub wants an access token (HF_TOKEN) with access to {name}"
     except (HfHubHTTPError, OSError) as error:
         return f"the hub did not answer ({type(error).__name__})"
-    except (
-        Exception
-    ) as error:  # the hub's client raises its transport's own errors, which it does not export
+    except Exception as error:  # the transport's own errors, which the hub's client does not export
         return f"the hub cannot be reached ({type(error).__name__})"
     return None
 
@@ -173,6 +180,7 @@ def fetch(model: Model) -> Path:
         raise EnvironmentFault(f"could not fetch {model.hub.id}: {reason}{gate}") from None
     if model.hub.revision and Path(folder).name != model.hub.revision:
         raise EnvironmentFault(
-            f"{model.hub.id}: the hub gave commit {Path(folder).name}, pinned is {model.hub.revision}."
+            f"{model.hub.id}: the hub gave commit {Path(folder).name}, "
+            f"pinned is {model.hub.revision}."
         )
     return Path(folder)

@@ -1,10 +1,9 @@
-"""Filling a model with its weights as they arrive: block by block, each linear layer quantized at
-once, so that no host holds it whole.
+"""Streamed loading: a model is filled with its weights block by block, each linear layer quantized
+at once, so that no host holds the full-precision model.
 
-The model is built without storage. Its parts are then filled in the model's own order, from the
-files of a checkpoint or by the family's own initialisation, put on their device, quantized, and
-handed to `finish` (at ZeRO-3 it keeps this rank's share). At any time one part is there in full
-precision, beside what is already stored.
+The model is built on the meta device. Its modules are then filled in the model's own order, from
+the files of a checkpoint or by the family's own initialisation, moved to their device, quantized,
+and passed to `finish` (which shards them at ZeRO-3). At any time one block is in full precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,16 +32,15 @@ FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 class Source(Protocol):
     """Where weights come from."""
 
-    def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:
-        """Give every parameter of `part`, which the model calls `prefix`, its value; those with
-        storage are left alone.
+    def fill(self, prefix: str, module: nn.Module, device: torch.device) -> None:
+        """Give every meta parameter of `module`, the model's submodule `prefix`, its value.
 
-        `device` is where the part will live: values may be put there at once, or left on the CPU.
+        `device` is the module's final one: values may be put there at once, or left on the CPU.
         """
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a transformers configuration: parameters without storage, buffers (rotary
+    """The model of a transformers configuration: parameters on the meta device, buffers (rotary
     frequencies) computed.
     """
     from accelerate import init_empty_weights
@@ -72,15 +70,15 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) in the model's order: each block of its stack, and whatever stands before,
-    between and behind it.
+def in_order(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) in the model's order: each block of its stack, and each module before or
+    after the stack.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) or any(
             isinstance(inner, nn.ModuleList) for inner in child.modules()
         ):
-            yield from parts(child, f"{prefix}{name}.")
+            yield from in_order(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 
@@ -96,25 +94,25 @@ def stream(
     """Fill a `skeleton` in place; the bytes of its parameters as stored, quantized layers with
     their scales.
 
-    `prepare` is called with the name of each linear layer of the blocks when its weight is there
+    `prepare` is called with the name of each linear layer of the blocks when its weight is loaded
     and not yet quantized; it may change the weight's values. Tied weights are one parameter
     afterwards. Raises what the source and `prepare` raise.
     """
     tied: dict[str, str] = dict(model.all_tied_weights_keys)  # target -> source of the same tensor
     layers = list(linear_layers(model))
-    rounds = quantizer is not None and quantizer_of(quantizer).linear is not None
+    is_quantized = quantizer is not None and quantizer_of(quantizer).linear is not None
     total = 0
-    for prefix, part in parts(model):
+    for prefix, module in in_order(model):
         for target in [target for target in tied if target.startswith(f"{prefix}.")]:
             place(model, target, model.get_parameter(tied[target]))
-        new = [parameter for parameter in part.parameters() if parameter.is_meta]
-        source.fill(prefix, part, device)
-        part.to(device)
+        new = [parameter for parameter in module.parameters() if parameter.is_meta]
+        source.fill(prefix, module, device)
+        module.to(device)
         total += sum(parameter.numel() * parameter.element_size() for parameter in new)
         for name in [name for name in layers if name.startswith(f"{prefix}.")]:
             if prepare is not None:
                 prepare(name)
-            if not rounds:
+            if not is_quantized:
                 continue
             weight = model.get_submodule(name).weight
             total -= weight.numel() * weight.element_size()
@@ -123,8 +121,8 @@ def stream(
             total += quantize_layer(model, name, quantizer)
             memory.release_freed()
         del new
-        if finish is not None and any(True for _ in part.parameters()):
-            finish(part)
+        if finish is not None and any(True for _ in module.parameters()):
+            finish(module)
             memory.release_freed()
     return total
 
@@ -143,7 +141,7 @@ def quantize_layer(model: Any, name: str, quantizer: Choice) -> int:
 
 
 def place(model: Any, name: str, parameter: nn.Parameter) -> None:
-    """Make `parameter` the one that `model` calls `name`."""
+    """Set the parameter `name` of `model`, a dotted path, to this one."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, parameter)
 
@@ -161,17 +159,17 @@ class Drawn:
             torch.manual_seed(seed)
             self._state = torch.get_rng_state()
 
-    def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:  # noqa: ARG002  (as in `Source`)
-        """As in `Source`, but on the CPU: whoever asked moves it. A block is initialised after
-        its layers: GPT-2's rescales two of them.
+    def fill(self, prefix: str, module: nn.Module, device: torch.device) -> None:  # noqa: ARG002
+        """As in `Source`; the values stay on the CPU. A block is initialised after its layers:
+        GPT-2's rescales two of them.
         """
-        if not any(parameter.is_meta for parameter in part.parameters()):
+        if not any(parameter.is_meta for parameter in module.parameters()):
             return
-        for name, parameter in list(part.named_parameters()):
-            place(part, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for name, parameter in list(module.named_parameters()):
+            place(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.set_rng_state(self._state)
-            part.apply(self._initialise)
+            module.apply(self._initialise)
             self._state = torch.get_rng_state()
 
 
@@ -188,27 +186,26 @@ class Checkpoint:
             name, model.config.model_type, model.config.to_dict(), folder
         )
         self._folder, self._name = folder, name
-        self._entries: dict[
-            str, tuple[str, safetensors.Entry]
-        ] = {}  # the model's name -> the file's name, and where it is
-        found = {
-            key: each
-            for key, each in safetensors.tensors(folder).items()
+        # the model's name of a parameter -> its name in the checkpoint, and where it is
+        self._entries: dict[str, tuple[str, safetensors.Entry]] = {}
+        unused = {
+            key: entry
+            for key, entry in safetensors.tensors(folder).items()
             if not key.endswith(NOT_WEIGHTS)
         }
         prefix, tied = f"{model.base_model_prefix}.", dict(model.all_tied_weights_keys)
         for key, shape in shapes(model).items():
-            twins = [target for target, kept in tied.items() if kept == key]
+            twins = [target for target, source in tied.items() if source == key]
             names = [
-                each
-                for each in dict.fromkeys((key, key.removeprefix(prefix), *twins))
-                if each in found
+                name_in_file
+                for name_in_file in dict.fromkeys((key, key.removeprefix(prefix), *twins))
+                if name_in_file in unused
             ]
             if not names:
                 raise EnvironmentFault(
                     f"the checkpoint in {folder} is not {name}: it has no tensor {key}."
                 )
-            entry = found[names[0]]
+            entry = unused[names[0]]
             if entry.shape != shape:
                 raise safetensors.another(
                     folder, name, f"the shape of {names[0]}", list(entry.shape), list(shape)
@@ -222,25 +219,26 @@ class Checkpoint:
                     " or ".join(FULL_PRECISION),
                 )
             for twin in names[1:]:
-                self._expect_equal(names[0], entry, twin, found[twin])
+                self._expect_equal(names[0], entry, twin, unused[twin])
             self._entries[key] = names[0], entry
-            for each in names:
-                del found[each]
-        if found:
-            extra = min(found)
+            for name_in_file in names:
+                del unused[name_in_file]
+        if unused:
+            extra = min(unused)
             raise EnvironmentFault(
-                f"the checkpoint in {folder} is not {name}: unexpected tensor {extra} of shape {list(found[extra].shape)}."
+                f"the checkpoint in {folder} is not {name}: "
+                f"unexpected tensor {extra} of shape {list(unused[extra].shape)}."
             )
 
-    def fill(self, prefix: str, part: nn.Module, device: torch.device) -> None:
-        """As in `Source`. The files are mapped and let go with each part: their pages count as
-        this process's memory while they are.
+    def fill(self, prefix: str, module: nn.Module, device: torch.device) -> None:
+        """As in `Source`. The files are mapped anew for each module, since mapped pages count as
+        this process's memory.
         """
         from safetensors import SafetensorError, safe_open
 
         with ExitStack() as opened:
             handles: dict[Path, Any] = {}
-            for name, parameter in list(part.named_parameters()):
+            for name, parameter in list(module.named_parameters()):
                 if not parameter.is_meta:
                     continue
                 key, entry = self._entries[f"{prefix}.{name}"]
@@ -250,24 +248,24 @@ class Checkpoint:
                         handles[entry.path] = opened.enter_context(
                             safe_open(entry.path, framework="pt")
                         )
-                    value.copy_(
-                        handles[entry.path].get_tensor(key)
-                    )  # also casts to the model's dtype
+                    # also casts to the model's dtype
+                    value.copy_(handles[entry.path].get_tensor(key))
                 except (OSError, SafetensorError, RuntimeError) as error:
                     raise EnvironmentFault(
                         f"{entry.path}: cannot read {key}: {str(error).splitlines()[0]}"
                     ) from None
-                place(part, name, nn.Parameter(value))
+                place(module, name, nn.Parameter(value))
 
     def _expect_equal(
-        self, key: str, entry: safetensors.Entry, twin: str, other: safetensors.Entry
+        self, key: str, entry: safetensors.Entry, twin: str, twin_entry: safetensors.Entry
     ) -> None:
-        """Tensors that are one in the model must be one in the file: `EnvironmentFault` if two
-        values are given.
-        """
-        if entry.shape != other.shape or not torch.equal(_read(entry, key), _read(other, twin)):
+        """Raises `EnvironmentFault` when two tensors that the model ties differ in the file."""
+        if entry.shape != twin_entry.shape or not torch.equal(
+            _read(entry, key), _read(twin_entry, twin)
+        ):
             raise EnvironmentFault(
-                f"the checkpoint in {self._folder} is not {self._name}: {key} and {twin} differ, {self._name} ties them."
+                f"the checkpoint in {self._folder} is not {self._name}: "
+                f"{key} and {twin} differ, {self._name} ties them."
             )
 
 

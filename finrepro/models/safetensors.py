@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, read from its configuration, its index and the headers of its
+"""The contents of a checkpoint folder, from its configuration, its index and the headers of its
 files: no torch, and no tensor is read.
 
 The format is safetensors: eight bytes with the header's length, a JSON header that gives each
@@ -17,7 +17,7 @@ from finrepro.catalogue.spec import SIZES
 from finrepro.errors import EnvironmentFault
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# the least share of an embedding's rows that its tokenizer uses: some pad them to a round number
+# the least share of an embedding's rows that a tokenizer fills: some embeddings are padded
 FILLED = 0.9
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest
@@ -55,16 +55,18 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `EnvironmentFault` naming the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
     except (OSError, ValueError) as error:
         raise EnvironmentFault(
             f"{path}: not readable JSON: {str(error).splitlines()[0]}."
         ) from None
-    if not isinstance(found, dict):
-        raise EnvironmentFault(f"{path}: a JSON object is expected, not a {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise EnvironmentFault(
+            f"{path}: a JSON object is expected, not a {type(content).__name__}."
+        )
+    return content
 
 
 def files(folder: Path) -> tuple[Path, ...]:
@@ -83,18 +85,18 @@ def files(folder: Path) -> tuple[Path, ...]:
         or not all(isinstance(name, str) for name in names.values())
     ):
         raise EnvironmentFault(f"{folder / INDEX}: 'weight_map' must map tensors to files.")
-    found = sorted(set(names.values()))
-    outside = [name for name in found if Path(name).name != name]
+    shards = sorted(set(names.values()))
+    outside = [name for name in shards if Path(name).name != name]
     if outside:
         raise EnvironmentFault(
             f"{folder / INDEX}: names {outside[0]!r}, which is no file of this folder."
         )
-    absent = [name for name in found if not (folder / name).is_file()]
+    absent = [name for name in shards if not (folder / name).is_file()]
     if absent:
         raise EnvironmentFault(
-            f"{folder}: {len(absent)} of {len(found)} shards are absent, the first is {absent[0]}."
+            f"{folder}: {len(absent)} of {len(shards)} shards are absent, the first is {absent[0]}."
         )
-    return tuple(folder / name for name in found)
+    return tuple(folder / name for name in shards)
 
 
 def without_weights(folder: Path) -> str:
@@ -102,7 +104,10 @@ def without_weights(folder: Path) -> str:
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if not pickles:
         return f"no weights: neither {WHOLE} nor {INDEX} is there"
-    return f"only pickled weights ({pickles[0].name}), which are never read: a safetensors version of them is needed"
+    return (
+        f"only pickled weights ({pickles[0].name}), which are never read: "
+        "a safetensors version of them is needed"
+    )
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -118,87 +123,89 @@ def header(path: Path) -> dict[str, Entry]:
                 raise EnvironmentFault(f"{path}: truncated, or no safetensors file ({size} bytes).")
             content = json.loads(file.read(length))
         content.pop("__metadata__", None)
-        found = {
-            name: Entry(path, each["dtype"], tuple(each["shape"])) for name, each in content.items()
+        entries = {
+            name: Entry(path, fields["dtype"], tuple(fields["shape"]))
+            for name, fields in content.items()
         }
-        end = 8 + length + max((each["data_offsets"][1] for each in content.values()), default=0)
+        ends = (fields["data_offsets"][1] for fields in content.values())
+        end = 8 + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EnvironmentFault(f"{path}: no safetensors file: {type(error).__name__}.") from None
     if size != end:
         raise EnvironmentFault(
             f"{path}: {size} bytes, its header says {end}: truncated or damaged."
         )
-    return found
+    return entries
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint. Raises `EnvironmentFault` as `files` and `header` do, and
     when files and index disagree.
     """
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for path in files(folder):
         for name, entry in header(path).items():
-            if name in found:
+            if name in entries:
                 raise EnvironmentFault(
-                    f"{folder}: {name} stands in {found[name].path.name} and in {path.name}."
+                    f"{folder}: {name} stands in {entries[name].path.name} and in {path.name}."
                 )
-            found[name] = entry
+            entries[name] = entry
     if not (folder / WHOLE).is_file():
         for name, shard in read_json(folder / INDEX)["weight_map"].items():
-            if name not in found or found[name].path.name != shard:
+            if name not in entries or entries[name].path.name != shard:
                 raise EnvironmentFault(
                     f"{folder}: the index says that {name} is in {shard}, and it is not."
                 )
-    return found
+    return entries
 
 
-def compare_configuration(name: str, family: str, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Hold config.json against the catalogue: the family, and every key of `wanted` that decides
-    what is computed.
+def compare_configuration(
+    name: str, family: str, architecture: Mapping[str, Any], folder: Path
+) -> None:
+    """Compare config.json with the catalogue: the family, and every key of `architecture` that
+    decides what is computed.
 
     A key that config.json leaves out is not compared. Raises `EnvironmentFault` naming the key and
     both values.
     """
-    found = read_json(folder / "config.json")
-    if found.get("model_type") != family:
-        raise another(folder, name, "model_type", found.get("model_type"), family)
-    if found.get("quantization_config"):
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != family:
+        raise another(folder, name, "model_type", config.get("model_type"), family)
+    if config.get("quantization_config"):
         raise EnvironmentFault(
             f"the checkpoint in {folder} is quantized already: {name} needs the original weights."
         )
     for key in COMPUTED[family]:
-        if key in wanted and key in found and found[key] != wanted[key]:
-            raise another(folder, name, key, found[key], wanted[key])
-    if family == "llama" and isinstance(wanted.get("rope_parameters"), dict):
-        rope = _rope(found)
-        for key, value in sorted(wanted["rope_parameters"].items()):
+        if key in architecture and key in config and config[key] != architecture[key]:
+            raise another(folder, name, key, config[key], architecture[key])
+    if family == "llama" and isinstance(architecture.get("rope_parameters"), dict):
+        rope = _rope(config)
+        for key, value in sorted(architecture["rope_parameters"].items()):
             if rope.get(key) != value:
                 raise another(folder, name, f"rope_parameters.{key}", rope.get(key), value)
 
 
-def another(folder: Path, name: str, what: str, found: Any, wanted: Any) -> EnvironmentFault:
-    """What to raise when a checkpoint is of another model: the thing that differs, and both
-    values.
-    """
+def another(folder: Path, name: str, key: str, value: Any, expected: Any) -> EnvironmentFault:
+    """The error for a checkpoint of another model: the key that differs, and both values."""
     return EnvironmentFault(
-        f"the checkpoint in {folder} is not {name}: {what} is {found!r}, {name} has {wanted!r}."
+        f"the checkpoint in {folder} is not {name}: {key} is {value!r}, {name} has {expected!r}."
     )
 
 
-def _rope(found: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings as Transformers 5 writes them, also from the two keys of older versions."""
-    if isinstance(found.get("rope_parameters"), dict):
-        return dict(found["rope_parameters"])
-    old = dict(found.get("rope_scaling") or {})
+    if isinstance(config.get("rope_parameters"), dict):
+        return dict(config["rope_parameters"])
+    old = dict(config.get("rope_scaling") or {})
     kind = old.pop("rope_type", old.pop("type", "default"))
-    return {"rope_theta": found.get("rope_theta", 10000.0), "rope_type": kind, **old}
+    return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": kind, **old}
 
 
 def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
-    """Hold the tokenizer's files against the embedding's `rows`: they must be there, and no token
-    may lie outside it.
+    """Compare the tokenizer's files with the embedding's `rows`: every token needs a row.
 
-    A SentencePiece file alone is not counted here. Raises `EnvironmentFault`.
+    Of a SentencePiece file alone the tokens are not counted. Raises `EnvironmentFault`, also when
+    there is no tokenizer.
     """
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
@@ -209,7 +216,7 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
                 if isinstance(vocabulary, dict)
                 else list(range(len(vocabulary)))
             )
-            ids += [each["id"] for each in content.get("added_tokens") or []]
+            ids += [token["id"] for token in content.get("added_tokens") or []]
         except (AttributeError, KeyError, TypeError):
             raise EnvironmentFault(
                 f"{folder / 'tokenizer.json'}: not a tokenizer's file."
@@ -220,20 +227,22 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
         return
     else:
         raise EnvironmentFault(
-            f"{folder}: the checkpoint of {name} lacks its tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
+            f"{folder}: the checkpoint of {name} lacks its tokenizer: "
+            "tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
         )
-    if not ids or not all(isinstance(each, int) for each in ids):
+    if not ids or not all(isinstance(token_id, int) for token_id in ids):
         raise EnvironmentFault(f"{folder}: the tokenizer of {name} has no tokens.")
     if max(ids) >= rows:
         raise too_many_tokens(folder, name, max(ids) + 1, rows)
     if len(set(ids)) < FILLED * rows:
         raise EnvironmentFault(
-            f"{folder}: the tokenizer has {len(set(ids))} tokens, the embedding of {name} has {rows} rows: it is another model's."
+            f"{folder}: the tokenizer has {len(set(ids))} tokens, "
+            f"the embedding of {name} has {rows} rows: it is another model's."
         )
 
 
 def too_many_tokens(folder: Path, name: str, tokens: int, rows: int) -> EnvironmentFault:
-    """What to raise when a tokenizer gives ids that the embedding has no row for."""
+    """The error for a tokenizer with ids that the embedding has no row for."""
     return EnvironmentFault(
         f"{folder}: the tokenizer has {tokens} tokens, the embedding of {name} has {rows} rows."
     )

@@ -1,8 +1,8 @@
-"""The steps that a cell's adapter and optimizer take part in, by the hooks of their contracts: the
-training loop knows no method by name.
+"""The hooks of a cell's adapter and optimizer around each step, so that the training loop names no
+method.
 
-What a hook needs between its calls it keeps in the model, or in the optimizer's own state, which
-engines save; a frozen weight that may be sharded is read and written through the view.
+A hook's own state is in the model, or in the optimizer's state, which engines save; a frozen weight
+that may be sharded is read and written through the view.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class Hooks:
         self._view: EngineView | None = None
 
     def start(self, engine: Engine) -> None:
-        """Take up the engine, before the first step."""
+        """Set the engine, before the first step."""
         self._view = EngineView(self._model, engine)
 
     def before_step(self, step: int) -> None:
@@ -45,7 +45,7 @@ class Hooks:
         self._adapter.after_step(self._view, step, self._max_steps)
 
     def state(self) -> Any:
-        """What a checkpoint holds of the adapter."""
+        """The adapter's state for a checkpoint."""
         return self._adapter.state(self._model)
 
     def load_state(self, state: Any) -> None:

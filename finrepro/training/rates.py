@@ -10,12 +10,12 @@ from typing import Any
 
 
 def split_groups(
-    optimizer: Any, named: Iterable[tuple[str, Any]], scale: Callable[[str], float]
+    optimizer: Any, named_parameters: Iterable[tuple[str, Any]], scale: Callable[[str], float]
 ) -> None:
-    """Split the groups of a new optimizer over (name, parameter) pairs, in place; their other
-    settings are kept.
+    """Split the groups of a new optimizer over (name, parameter) pairs, in place, so that each has
+    one factor; their other settings are unchanged.
     """
-    factors = {id(parameter): scale(name) for name, parameter in named}
+    factors = {id(parameter): scale(name) for name, parameter in named_parameters}
     groups = []
     for group in optimizer.param_groups:
         for factor in sorted({factors[id(parameter)] for parameter in group["params"]}):

@@ -67,8 +67,11 @@ print(json.dumps([stored.numel(), error.item()]))
 
 def test_nvcc_compiles_for_sm_90(cuda: Any) -> None:
     script = """
-cd /tmp && echo '__global__ void add(float *a) { a[threadIdx.x] += 1; } int main() { add<<<1, 32>>>(nullptr); }' > a.cu &&
-nvcc -arch=sm_90 -o a a.cu && ./a && nvcc -arch=sm_90 -cubin -o a.cubin a.cu && od -A n -t u2 -j 18 -N 2 a.cubin
+cd /tmp &&
+echo '__global__ void add(float *a) { a[threadIdx.x] += 1; }' > a.cu &&
+echo 'int main() { add<<<1, 32>>>(nullptr); }' >> a.cu &&
+nvcc -arch=sm_90 -o a a.cu && ./a &&
+nvcc -arch=sm_90 -cubin -o a.cubin a.cu && od -A n -t u2 -j 18 -N 2 a.cubin
 """
     done = cuda("sh", "-c", script, scratch=COMPILING)
     assert done.returncode == 0, done.stderr
@@ -79,7 +82,8 @@ def test_deepspeed_compiles_and_loads_a_cuda_operator(cuda: Any) -> None:
     program = """
 import json
 from deepspeed.ops.op_builder import FusedAdamBuilder
-print(json.dumps(sorted(name for name in dir(FusedAdamBuilder().load()) if name.startswith("multi"))))
+names = dir(FusedAdamBuilder().load())
+print(json.dumps(sorted(name for name in names if name.startswith("multi"))))
 """
     target = (*ON_GPU, "--env", "TORCH_CUDA_ARCH_LIST=9.0", "--env", "MAX_JOBS=2")
     assert answer(cuda, program, options=target, scratch=COMPILING) == ["multi_tensor_adam"]

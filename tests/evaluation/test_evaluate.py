@@ -424,7 +424,7 @@ def test_a_prompt_that_leaves_an_answer_too_little_room_loses_its_beginning(name
     """The end of a prompt decides: two that differ only in what is cut off get the same answer."""
     model, tokens = stirred(name).eval(), tokenizer(reader.model(name).family)
     tail = (
-        " and the rest of a sentence that is long enough to fill the half that a prompt may have here"
+        " and the rest of a sentence that is long enough to fill the half that a prompt may have"
         * 2
     )
     pair = [

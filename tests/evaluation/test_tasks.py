@@ -235,7 +235,9 @@ for name in (name for name in raw if "templates" in raw[name]):
             continue
         task, config = kind_module("tasks", spec.task.kind), spec.task.config
         if spec.dataset.name not in loaded:
-            loaded[spec.dataset.name] = data.load(spec.dataset, Path(folder) if folder else None, ("test",)).splits["test"]
+            place = Path(folder) if folder else None
+            splits = data.load(spec.dataset, place, ("test",)).splits
+            loaded[spec.dataset.name] = splits["test"]
         examples = loaded[spec.dataset.name]
         probes = {
             "oracle": [task.parse(task.target(e, config), e, config) for e in examples],
@@ -247,7 +249,8 @@ for name in (name for name in raw if "templates" in raw[name]):
         for probe, predictions in probes.items():
             rows = [{"gold": e.label, "prediction": p} for e, p in zip(examples, predictions)]
             scores = task.score(task.tally(rows, config).sum(0), config)
-            found[f"{name} {template} {probe}"] = {key: float(value) for key, value in scores.items()}
+            values = {key: float(value) for key, value in scores.items()}
+            found[f"{name} {template} {probe}"] = values
 print(json.dumps(found))
 """
 

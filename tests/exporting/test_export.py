@@ -671,7 +671,11 @@ def test_a_base_that_a_method_changes_goes_along(
     assert "base" not in unchanged, (
         "without them it is not: the planted mutant of the comparison below"
     )
-    plant(monkeypatch, lora, own_base=lambda *_: "its codes are others")
+
+    def own_base(quantizer: Choice) -> str:
+        return "its codes are others"
+
+    plant(monkeypatch, lora, own_base=own_base)
     out = export(run_id, "peft", place.store.root / "with", place)
     safe(out)
     assert {"base", "adapter"} <= {path.name for path in out.iterdir()}

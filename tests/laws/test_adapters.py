@@ -555,7 +555,7 @@ preparing = over(
 
 
 @preparing
-def test_at_initialisation_what_was_prepared_is_nearer_to_the_weights_in_full_precision_than_rounding(
+def test_at_initialisation_what_was_prepared_is_nearer_to_full_precision_than_rounding(
     name: str, adapter: str, quantizer: str
 ) -> None:
     spec, too = spec_of(name, adapter, quantizer), claims_of(adapter).nearer_logits
@@ -1047,8 +1047,8 @@ def test_exported_files_are_the_same_in_every_process_and_name_no_place_on_the_m
     places = [tmp_path / "here", tmp_path / "elsewhere"]
     for place in places:
         place.mkdir()
-    # Every method (or those of `kinds`) beside a base that is not rounded, and beside one in 4 bits:
-    # beside another it writes by the same code.
+    # Every method (or those of `kinds`) beside a base that is not rounded, and beside one in 4
+    # bits: beside another it writes by the same code.
     pairs = [
         pair
         for kind, pair in FIRST.items()

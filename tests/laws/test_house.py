@@ -103,3 +103,9 @@ def test_prose_has_lines_of_at_most_a_hundred_columns(path: Path):
 def test_no_line_is_kept_from_the_formatter():
     skipped = [path for path in SOURCES if "fmt: skip" in path.read_text(encoding="utf-8")]
     assert skipped == []
+
+
+def test_the_quick_tests_are_there():
+    """A file that is renamed is not left out of `./run test --quick` without a word."""
+    for line in (PROJECT / "tests" / "quick.txt").read_text().splitlines():
+        assert (PROJECT / line.partition("::")[0]).exists(), line

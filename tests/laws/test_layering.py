@@ -48,17 +48,22 @@ OWNERS = {
     "seqeval": ("evaluation/tasks/entities.py",),
     "sklearn": (),
 }
-SELECTING = "--adapter --data-dir --devices --full --models-dir --only --quick --scale --seeds --store --table --weights"
+SELECTING = (
+    "--adapter --data-dir --devices --full --models-dir --only --quick --scale --seeds "
+    "--store --table --weights"
+)
 COMMANDS = {
     "reproduce": f"{SELECTING} --jobs --keep --plan",
     "cells": SELECTING,
-    "budget": "--gpu --gpus --hours --measure --mfu --model --price --sequence --store --tokens --unique-tokens",
-    "data": "--data-dir --documents --fetch --field --on-error --out --prepare --tokenizer --validation --verify --workers",
+    "budget": "--gpu --gpus --hours --measure --mfu --model --price --sequence --store --tokens "
+    "--unique-tokens",
+    "data": "--data-dir --documents --fetch --field --on-error --out --prepare --tokenizer "
+    "--validation --verify --workers",
     "record": "--rebuild --store",
     "export": "--data-dir --format --models-dir --out --run --store",
     "ui": "--host --port --store",
     "paper": "--store",
-    "test": "--only --slow",
+    "test": "--only --quick --slow",
     "check": "",
     "bench": "--only --store",
 }
@@ -319,6 +324,7 @@ def test_the_scan_of_imports_sees_imports_inside_functions_and_not_those_for_typ
     """The planted mutant of the laws above."""
     path = tmp_path / "x.py"
     path.write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft\ndef f():\n    import mlflow.tracking\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft\n"
+        "def f():\n    import mlflow.tracking\n"
     )
     assert imports(path) == {"typing", "mlflow"}

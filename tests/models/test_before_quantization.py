@@ -76,7 +76,7 @@ class Probe:
             and weight.is_contiguous()
             and config.r
         )
-        parts = [part for _, part in loading.parts(self.stage._model)]
+        parts = [part for _, part in loading.in_order(self.stage._model)]
         here = next(
             i
             for i, part in enumerate(parts)
@@ -174,7 +174,8 @@ def test_without_the_first_stage_nothing_is_adapted(adapter: str, quantizer: str
 def test_one_layer_left_out_is_named(adapter: str) -> None:
     spec = spec_of(LLAMA, adapter, "nf4")
     model = skeleton(spec)
-    stage = FirstStage(spec, model)
+    stage = first_stage(spec, model)
+    assert stage is not None
     loading.stream(model, source(spec, model, None), spec.quantizer, CPU, None, stage)
     assert all(each.device == CPU for state in stage.prepared.values() for each in state.values())
     del stage.prepared["model.layers.1.mlp.up_proj"]

@@ -223,8 +223,9 @@ def test_a_checkpoint_is_checked_without_torch(folder: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from finrepro.catalogue import reader as catalogue; from finrepro.models import checkpoints as weights
-weights.check(catalogue.model("llama3_1_8b"), Path({str(folder)!r}))
+from finrepro.catalogue import reader
+from finrepro.models import checkpoints
+checkpoints.check(reader.model("llama3_1_8b"), Path({str(folder)!r}))
 assert not {{"torch", "transformers", "safetensors", "huggingface_hub"}} & set(sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}

@@ -193,7 +193,7 @@ class Watch:
     def __call__(self, part: nn.Module) -> None:
         self.seen += 1
         ahead = False
-        for _, other in loading.parts(self.model):
+        for _, other in loading.in_order(self.model):
             parameters = list(other.parameters())
             assert all(parameter.is_meta for parameter in parameters) or not ahead, (
                 "a later part is there already"

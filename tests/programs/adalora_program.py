@@ -79,7 +79,7 @@ def run(cell: RunSpec, folder: Path, **options: Any) -> tuple[Any, dict[str, Any
     return model, {
         "losses": losses,
         "tokens": tokens,
-        "kept": dict(model.allocation.kept),
+        "kept": dict(model.allocation.masks),
         "weights": weights,
     }
 

@@ -151,10 +151,10 @@ def states_of(spec: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> what the optimizer keeps of a parameter, after a run."""
     found: dict[str, Any] = {}
 
-    def after(view: EngineView, step: int, max_steps: int) -> None:  # noqa: ARG001
+    def after(view: EngineView, step: int, max_steps: int) -> None:
         state = view._base.state
         found.update(
-            (name, dict(state[view._share(each).owner])) for name, each in view.named.items()
+            (name, dict(state[view._share(each).owner])) for name, each in view.trained.items()
         )
 
     with pytest.MonkeyPatch.context() as patch:

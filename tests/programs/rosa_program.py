@@ -223,13 +223,13 @@ def noisy(together: bool) -> Iterator[None]:
     """Inside, an SVD comes out another way on every rank. Without `together` they do not share
     the work: a mutant.
     """
-    rank, kept, shared = ranks.current().rank, rosa.factors, method._open
+    rank, kept, shared = ranks.current().rank, rosa.factors, method._begin_period
     rosa.factors = lambda weight, *more: kept(weight * (1 + 1e-4 * rank), *more)
-    method._open = shared if together else alone
+    method._begin_period = shared if together else alone
     try:
         yield
     finally:
-        rosa.factors, method._open = kept, shared
+        rosa.factors, method._begin_period = kept, shared
 
 
 def alone(layers: list[RosaLinear], compute: Callable[..., Any]) -> list[Any]:
@@ -237,7 +237,7 @@ def alone(layers: list[RosaLinear], compute: Callable[..., Any]) -> list[Any]:
     starts = []
     for layer in layers:
         weight = layer.base_layer.weight
-        frozen, start = layer.kept(
+        frozen, start = layer.as_stored(
             compute(layer, layer.frozen(weight.detach().clone())), weight.dtype
         )
         zero3.fill(weight, frozen)

@@ -83,15 +83,15 @@ class Method:
     def before_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
         """Keep the moving average of a gradient in the model."""
         assert max_steps == STEPS
-        gradient = view.gradient(view.named[MATRIX])
+        gradient = view.gradient(view.trained[MATRIX])
         model: Any = view.model
         model.average = (
             KEPT * getattr(model, "average", torch.zeros_like(gradient)) + (1 - KEPT) * gradient
         )
-        self.seen.append([step, gradient, view.gradient(view.named[SCALAR])])
+        self.seen.append([step, gradient, view.gradient(view.trained[SCALAR])])
 
     def after_step(self, view: EngineView, config: Any, step: int, max_steps: int) -> None:  # noqa: ARG002
-        matrix, scalar = view.named[MATRIX], view.named[SCALAR]
+        matrix, scalar = view.trained[MATRIX], view.trained[SCALAR]
         view.set(matrix, view.value(matrix) - view.model.average)
         base = view.model.get_parameter(FROZEN)
         if step == SET:
@@ -100,7 +100,7 @@ class Method:
             view.reset_state((matrix, scalar), steps=False)
             view.set_frozen(base, 0.9 * view.whole(base))
         if step == RESET:
-            view.reset_state(view.named.values())
+            view.reset_state(view.trained.values())
         self.seen[-1] += [view.value(matrix), view.value(scalar), view.whole(base)]
 
     def state(self, model: Any) -> dict[str, Any]:

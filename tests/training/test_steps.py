@@ -213,11 +213,11 @@ def test_what_a_handle_refuses(tmp_path: Path) -> None:
     refused: list[str] = []
 
     class Wrong:
-        def before_step(self, view: EngineView, step: int, max_steps: int) -> None:
-            view.gradient(view.named[MATRIX])
+        def before_step(self, view: EngineView, step: int, max_steps: int) -> None:  # noqa: ARG002
+            view.gradient(view.trained[MATRIX])
 
-        def after_step(self, view: EngineView, step: int, max_steps: int) -> None:
-            matrix, scalar = view.named[MATRIX], view.named[SCALAR]
+        def after_step(self, view: EngineView, step: int, max_steps: int) -> None:  # noqa: ARG002
+            matrix, scalar = view.trained[MATRIX], view.trained[SCALAR]
             base = view.model.get_parameter("model.norm.weight")
             for error, wrong in (
                 (RuntimeError, lambda: view.gradient(matrix)),
@@ -265,12 +265,12 @@ def bf16_values(
     where = {}
 
     def before(view: EngineView, config: Any, step: int, max_steps: int) -> None:
-        where[step] = view.value(view.named[name])
-        gradient = view.gradient(view.named[name])
+        where[step] = view.value(view.trained[name])
+        gradient = view.gradient(view.trained[name])
         assert gradient.dtype == torch.float32 and gradient.norm() > 0
 
     def after(view: EngineView, config: Any, step: int, max_steps: int) -> None:
-        parameter = view.named[name]
+        parameter = view.trained[name]
         if step == 1:
             setter(view, parameter, value)
             view.reset_state(parameter, steps=False)

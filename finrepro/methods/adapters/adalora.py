@@ -1,10 +1,10 @@
 """AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): y = W x + s P Lambda Q x with P (out, r), Lambda
-diagonal and Q (r, in) trained, W frozen, s = alpha / init_r. While it is trained, unimportant
-triplets lose their Lambda, until target_r a layer are left on average.
+diagonal and Q (r, in) trained, W frozen, s = alpha / init_r. During training the triplets of least
+importance are pruned (their Lambda is set to zero), until target_r a layer remain on average.
 
 The layers are PEFT's, so that what is exported is a plain PEFT folder; importance, budget and
-regulariser are computed here, from the paper's equations, for PEFT's own read gradients that are
-gone under ZeRO. Lambda starts at zero: the model equals its base at first.
+regulariser are computed here, from the paper's equations: PEFT's own code reads `.grad`, which
+ZeRO does not fill. Lambda starts at zero: the model equals its base at first.
 """
 
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pydantic import Field
 from finrepro.methods.adapters.lora import export, misfit
 from finrepro.settings import Choice, Count, Positive, Share, settings
 
-# `export` writes every triplet, those taken away with a Lambda of zero. PEFT can leave them out
+# `export` writes every triplet, the pruned ones with a Lambda of zero. PEFT can leave them out
 # (`rank_pattern`), and when it reads such a file it warns, wrongly, that it ignores the pattern.
 __all__ = [
     "Config",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from finrepro.methods.optimizer_view import OptimizerView
 
-PARTS = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
+FACTORS = {"P": "lora_B", "E": "lora_E", "Q": "lora_A"}
 
 
 @settings
@@ -63,7 +63,8 @@ class Config:
         """Raises `ValueError` for a budget that grows."""
         if self.target_r > self.init_r:
             raise ValueError(
-                f"target_r {self.target_r} is more than init_r {self.init_r}: triplets are taken away, never added"
+                f"target_r {self.target_r} is more than init_r {self.init_r}: "
+                "triplets are taken away, never added"
             )
 
 
@@ -80,8 +81,8 @@ def supports_training(train: Any, config: Config) -> str | None:
     if not train.max_steps or first < last:
         return None
     return (
-        f"AdaLoRA's tinit {config.tinit} and tfinal {config.tfinal} leave none of {train.max_steps} steps to prune in: "
-        "their sum has to be less"
+        f"AdaLoRA's tinit {config.tinit} and tfinal {config.tfinal} leave none of "
+        f"{train.max_steps} steps to prune in: their sum has to be less"
     )
 
 
@@ -93,8 +94,8 @@ def phases(config: Config, max_steps: int) -> tuple[int, int]:
     return first, max_steps - final
 
 
-def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
-    """How many triplets stay in all layers after `taken` steps (section 3.3): a cubic from init_r
+def budget(config: Config, layers: int, steps: int, max_steps: int) -> int:
+    """How many triplets remain in all layers after `steps` steps (section 3.3): a cubic from init_r
     to target_r a layer, rounded down.
 
     Counted from `tinit`, as both codes do: the paper's equation 12 subtracts `tfinal` as well, and
@@ -102,11 +103,11 @@ def budget(config: Config, layers: int, taken: int, max_steps: int) -> int:
     """
     first, last = phases(config, max_steps)
     start, end = config.init_r * layers, config.target_r * layers
-    if taken < first:
+    if steps < first:
         return start
-    if taken >= last:
+    if steps >= last:
         return end
-    return end + int((start - end) * (1 - (taken - first) / (last - first)) ** 3)
+    return end + int((start - end) * (1 - (steps - first) / (last - first)) ** 3)
 
 
 def trainable_parameters(model: Any, config: Config) -> int:
@@ -142,12 +143,12 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
         beta1=config.beta1,
         beta2=config.beta2,
         orth_reg_weight=config.orth_reg_weight,
-        total_step=1,  # of a model that is not trained yet; the first step says it
+        total_step=1,  # PEFT demands a number; `before_step` sets it
         bias="none",
         target_modules=list(layers),
         fan_in_fan_out=any(is_conv1d(layer) for layer in layers.values()),
     )
-    with torch.random.fork_rng(devices=[]), quantized_layers_known(model):
+    with torch.random.fork_rng(devices=[]), recognisable_quantized_layers(model):
         torch.manual_seed(seed)
         built: Any = peft.get_peft_model(model, adapted)
     built.allocation = Allocation()
@@ -155,11 +156,11 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 @contextmanager
-def quantized_layers_known(model: Any) -> "Iterator[None]":
-    """Inside, PEFT takes layers of bitsandbytes' classes for what they are, as after Transformers'
-    own loading.
+def recognisable_quantized_layers(model: Any) -> "Iterator[None]":
+    """Inside, PEFT recognises layers of bitsandbytes' classes, as it does after Transformers' own
+    loading.
 
-    On others its layer adds the update to their output in place, through which bitsandbytes
+    Otherwise its layer adds the update to their output in place, through which bitsandbytes
     computes no gradient.
     """
     flags = [
@@ -177,7 +178,9 @@ def quantized_layers_known(model: Any) -> "Iterator[None]":
 def layers_of(model: Any) -> dict[str, dict[str, str]]:
     """Layer -> the names of its P, E and Q in the model."""
     names = [name for name, module in model.named_modules() if hasattr(module, "ranknum")]
-    return {name: {key: f"{name}.{part}.default" for key, part in PARTS.items()} for name in names}
+    return {
+        name: {key: f"{name}.{factor}.default" for key, factor in FACTORS.items()} for name in names
+    }
 
 
 def extra_loss(model: "nn.Module", config: Config) -> "Tensor":
@@ -187,15 +190,15 @@ def extra_loss(model: "nn.Module", config: Config) -> "Tensor":
     from finrepro.methods.layers.triplets import mean_distance
 
     pairs = (
-        (model.get_parameter(each["P"]), model.get_parameter(each["Q"]))
-        for each in layers_of(model).values()
+        (model.get_parameter(layer["P"]), model.get_parameter(layer["Q"]))
+        for layer in layers_of(model).values()
     )
     return config.orth_reg_weight * mean_distance(pairs)
 
 
 def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
-    """Measure the importance of every trained number, from its value and gradient before the step,
-    until the budget has fallen.
+    """Measure the importance of every trained element, from its value and gradient before the
+    step, until the budget has fallen.
 
     Raises `ValueError` where no step is left to prune in, `RuntimeError` when the step before was
     not allocated.
@@ -204,56 +207,57 @@ def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int
     first, last = phases(config, max_steps)
     if first >= last:
         raise ValueError(
-            f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps to prune in"
+            f"tinit {first} and tfinal {max_steps - last} leave none of {max_steps} steps "
+            "to prune in"
         )
     if not model.allocation.measured == model.allocation.allocated == step:
         raise RuntimeError(
             f"AdaLoRA is at step {step}, and has allocated after {model.allocation.allocated} steps"
         )
     model.allocation.measured += 1
-    told = model.peft_config["default"]  # what an exported file says of the schedule
-    told.tinit, told.tfinal, told.total_step = first, max_steps - last, max_steps
+    schedule = model.peft_config["default"]  # exported with the weights
+    schedule.tinit, schedule.tfinal, schedule.total_step = first, max_steps - last, max_steps
     if step < last:
-        for name, parameter in view.named.items():
+        for name, parameter in view.trained.items():
             value, gradient = view.value(parameter), view.gradient(parameter)
             model.allocation.measure(name, value, gradient, config.beta1, config.beta2)
 
 
 def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
-    """Every `deltaT` steps, and a last time when the budget has fallen, choose the triplets that
-    stay; the Lambda of the others is zero.
+    """Every `deltaT` steps, and a last time when the budget has fallen, allocate: the triplets of
+    highest score survive, the Lambda of the others is set to zero.
 
-    Between two choices it is free to grow again; after the last one it is not. Raises
-    `RuntimeError` when the step was not measured.
+    Between two allocations a pruned Lambda is free to grow again; after the last one it is not.
+    Raises `RuntimeError` when the step was not measured.
     """
     model: Any = view.model
-    taken, (first, last) = step + 1, phases(config, max_steps)
-    if not model.allocation.measured == model.allocation.allocated + 1 == taken:
+    steps, (first, last) = step + 1, phases(config, max_steps)
+    if not model.allocation.measured == model.allocation.allocated + 1 == steps:
         raise RuntimeError(
             f"AdaLoRA is after step {step}, and has measured {model.allocation.measured} steps"
         )
     model.allocation.allocated += 1
     layers = layers_of(model)
-    if taken == last or (first < taken < last and taken % config.deltaT == 0):
-        model.allocation.choose(layers, budget(config, len(layers), taken, max_steps))
-    elif taken < last:
+    if steps == last or (first < steps < last and steps % config.deltaT == 0):
+        model.allocation.allocate(layers, budget(config, len(layers), steps, max_steps))
+    elif steps < last:
         return
-    if taken == last:
+    if steps == last:
         model.allocation.averages.clear()
-    for name, kept in model.allocation.kept.items():
-        if not kept.all():
-            parameter = view.named[layers[name]["E"]]
+    for name, mask in model.allocation.masks.items():
+        if not mask.all():
+            parameter = view.trained[layers[name]["E"]]
             value = view.value(parameter)
-            view.set(parameter, value * kept.to(value)[:, None])
+            view.set(parameter, value * mask.to(value)[:, None])
 
 
 def state(model: Any) -> dict[str, Any]:
-    """The moving averages, the last choice and the count of steps."""
+    """The moving averages, the last allocation and the counts of steps."""
     return dict(model.allocation.state())
 
 
 def load_state(model: Any, state: dict[str, Any]) -> None:
-    """Take up what `state` gave."""
+    """Restore what `state` returned."""
     model.allocation.load(
         state, {name: parameter.device for name, parameter in model.named_parameters()}
     )

@@ -1,5 +1,5 @@
-"""The model as it is: nothing is added, nothing is trained. What the adapters are held against
-from below.
+"""The base model unchanged: nothing is added, nothing is trained. The lower reference of the
+adapters.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class Config:
 def supports(
     model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None
 ) -> str | None:
-    """None: a model can be scored in whatever form it is stored."""
+    """None: a model can be scored however it is stored."""
     return None
 
 
@@ -36,4 +36,4 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """Nothing: no number of the model is new."""
+    """Writes nothing: no weight of the model is new."""

@@ -2,10 +2,9 @@
 block's layer norms, are trained.
 
 They stand behind the attention and the MLP sub-layer of every block, on what is then added to the
-residual stream. The paper's BERT normalises after that sum, GPT-2 and Llama before the sub-layer:
-the place is the same, and the norms that are trained are the block's two. They are not linear, so
-nothing folds them into the weights: merging is not possible, and the export has a format of its
-own.
+residual stream. The paper's BERT normalises after that sum, GPT-2 and Llama before the sub-layer;
+the adapters' place is the same, and the trained norms are the block's two. A bottleneck is not
+linear, so it cannot be merged into the weights, and the export has a format of its own.
 """
 
 import dataclasses
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOT_EXPORTED = {
-    "peft": "PEFT has no bottleneck adapters (the run's weights/ is read by finrepro.methods.adapters.bottleneck alone)",
+    "peft": "PEFT has no bottleneck adapters (the run's weights/ is read by "
+    "finrepro.methods.adapters.bottleneck alone)",
     "merged": "a bottleneck is not linear, and nothing folds it into the weights",
 }
 SETTINGS, WEIGHTS, FORMAT = "bottleneck.json", "bottleneck.safetensors", "finrepro bottleneck 1"
@@ -41,9 +41,7 @@ class Config:
 def supports(
     model: Any, quantizer: Choice, zero_stage: int, config: Config | None = None
 ) -> str | None:
-    """None: it acts on activations, whatever the weights are stored as, and whichever way they
-    lie.
-    """
+    """None: it acts on activations, however the weights are stored."""
     return None
 
 
@@ -100,7 +98,7 @@ def _tensors(model: "nn.Module") -> dict[str, Any]:
     """Name -> parameter of the adapter, and of the norms that are trained with it."""
     from finrepro.methods.layers.bottleneck import Bottleneck, TrainedNorm
 
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         names = (
             ("down", "up")
@@ -111,12 +109,12 @@ def _tensors(model: "nn.Module") -> dict[str, Any]:
         )
         for name in names:
             inner = module.get_submodule(name).named_parameters()
-            found |= {f"{prefix}.{name}.{key}": parameter for key, parameter in inner}
-    return found
+            tensors |= {f"{prefix}.{name}.{key}": parameter for key, parameter in inner}
+    return tensors
 
 
 def _size(model: Any) -> dict[str, Any]:
-    """What of a model the adapter has to fit."""
+    """The name and sizes of a base, which an adapter read for it has to match."""
     sizes = {
         "family": model.config.model_type,
         "width": model.config.hidden_size,
@@ -126,19 +124,19 @@ def _size(model: Any) -> dict[str, Any]:
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """The adapter's tensors, and a JSON with its settings, its base's name and size; `read`
-    takes them up again.
+    """Write the adapter's tensors, and a JSON with its settings and its base's name and sizes, for
+    `read`.
     """
     from safetensors.torch import save_file
 
     from finrepro.methods.layers.bottleneck import Bottleneck, TrainedNorm
 
-    made: Any = next(module for module in model.modules() if isinstance(module, Bottleneck))
+    first: Any = next(module for module in model.modules() if isinstance(module, Bottleneck))
     norms = any(isinstance(module, TrainedNorm) for module in model.modules())
     config = Config(
-        bottleneck_size=made.size,
-        init_std=made.init_std,
-        zero_up=made.zero_up,
+        bottleneck_size=first.size,
+        init_std=first.init_std,
+        zero_up=first.zero_up,
         train_layer_norms=norms,
     )
     save_file(
@@ -168,8 +166,8 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
         raise EnvironmentFault(
             f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}."
         ) from None
-    known = isinstance(values, dict) and set(values) == {"format", "base", "settings"}
-    if not known or values["format"] != FORMAT or not isinstance(values["settings"], dict):
+    is_adapter = isinstance(values, dict) and set(values) == {"format", "base", "settings"}
+    if not is_adapter or values["format"] != FORMAT or not isinstance(values["settings"], dict):
         raise EnvironmentFault(f"{folder / SETTINGS}: not an adapter of the format '{FORMAT}'.")
     if values["base"] != _size(model):
         raise EnvironmentFault(
@@ -180,22 +178,22 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
     except UsageError as error:
         raise EnvironmentFault(str(error)) from None
     adapted = apply(model, config, 0)
-    places = _tensors(adapted)
-    wrong = [
+    parameters = _tensors(adapted)
+    misfits = [
         name
-        for name in places.keys() & tensors.keys()
-        if tensors[name].shape != places[name].shape or tensors[name].dtype != torch.float32
+        for name in parameters.keys() & tensors.keys()
+        if tensors[name].shape != parameters[name].shape or tensors[name].dtype != torch.float32
     ]
-    for what, names in (
-        ("lacks", places.keys() - tensors.keys()),
-        ("holds, without a place for it,", tensors.keys() - places.keys()),
-        ("has another shape or dtype of", wrong),
+    for fault, names in (
+        ("lacks", parameters.keys() - tensors.keys()),
+        ("holds, without a place for it,", tensors.keys() - parameters.keys()),
+        ("has another shape or dtype of", misfits),
     ):
         if names:
             raise EnvironmentFault(
-                f"{folder / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more."
+                f"{folder / WEIGHTS}: {fault} {min(names)} and {len(names) - 1} more."
             )
     with torch.no_grad():
-        for name, parameter in places.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return adapted.requires_grad_(False)

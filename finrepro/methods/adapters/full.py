@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained. The reference that the adapters are held against."""
+"""Full fine-tuning: every weight is trained. The reference that the adapters are compared with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,11 +1,11 @@
-"""LoftQ (Li et al., 2023, arXiv 2310.08659, algorithm 1): LoRA whose factors start as what rounding
-took from the weight.
+"""LoftQ (Li et al., 2023, arXiv 2310.08659, algorithm 1): LoRA whose factors start from the
+quantization error of the weight.
 
 From A_0 = B_0 = 0, for t = 1 ... T: Q_t = q(W - B_{t-1} A_{t-1}), and B_t A_t is the principal part
 of rank r of W - Q_t, halved as A = sqrt(S_r) V_r^T (r, in) and B = U_r sqrt(S_r) (out, r). Q_T is
 the base, A_T and B_T are trained: y = Q_T x + B A x, at first nearer to W x than q(W) x is. q is
 the cell's own quantizer with its own settings. The scaling is 1: with another one Q_T + s B A would
-not be near W.
+not approximate W.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,20 +37,24 @@ class Config:
     def __post_init__(self) -> None:
         if self.lora_alpha != self.r:
             raise ValueError(
-                f"LoftQ's scaling must be 1: lora_alpha is {self.lora_alpha}, it has to be r, which is {self.r}"
+                f"LoftQ's scaling must be 1: lora_alpha is {self.lora_alpha}, "
+                f"it has to be r, which is {self.r}"
             )
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer in 4 bits and every ZeRO stage; or that there is nothing to
-    compensate, or that rank or targets do not fit.
+    """None for every quantizer in 4 bits and every ZeRO stage; or that there is no quantization
+    error to compensate, or that rank or targets do not fit.
 
-    LLM.int8 also rounds every input, about as coarsely as its weights; no fixed factors can make up
-    for that.
+    LLM.int8 also rounds every input, about as coarsely as its weights; no fixed factors can
+    compensate that.
     """
     unfit = {"none": "takes nothing", "bnb_int8": "rounds every input as well"}
     if quantizer.kind in unfit:
-        return f"LoftQ makes up for what a quantizer takes from the weights; {quantizer.name} {unfit[quantizer.kind]}"
+        return (
+            "LoftQ makes up for what a quantizer takes from the weights; "
+            f"{quantizer.name} {unfit[quantizer.kind]}"
+        )
     return lora.misfit(model, config.r, config.target_modules)
 
 
@@ -80,7 +84,7 @@ def prepare(
 
 def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any]) -> "nn.Module":
     """The model, whose layers hold Q_T, with A and B beside each target and everything else frozen;
-    `seed` decides nothing.
+    `seed` has no effect.
 
     Raises `ValueError` when a target names no layer, or has not been through the first stage.
     """
@@ -88,7 +92,7 @@ def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any
 
 
 def own_base(quantizer: Choice, config: Config) -> str:
-    """Why the base of a run is not W as everybody quantizes it."""
+    """Why the base of a run is not the quantized W."""
     return "its codes are LoftQ's, which make room for what the adapter starts from"
 
 

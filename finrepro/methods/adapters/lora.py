@@ -44,11 +44,11 @@ class Config:
 
 
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
-    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA's
-    base is in parts.
+    """None for every quantizer, or why not: the settings do not fit the model's layers, or DoRA
+    cannot read the base's weights.
 
-    LoRA only calls the base layer. DoRA reads its weight, also a quantized one: where that is not
-    the whole of it, or ZeRO-3 has taken it away by then, it is refused.
+    LoRA only calls the base layer. DoRA reads its weight, also a quantized one, so it is refused
+    where a quantizer stores a part of the weight elsewhere, and where ZeRO-3 has sharded it.
     """
     if config.use_dora and (apart := quantizer_of(quantizer).KEPT_APART):
         return f"DoRA reads the base's weights, from which {quantizer.name} keeps {apart} apart"
@@ -58,7 +58,7 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 
 def not_compiled(config: Config) -> str | None:
-    """None, or that PEFT's DoRA asks in its forward pass of which class a weight is."""
+    """None, or that PEFT's DoRA inspects the class of its weights in the forward pass."""
     return (
         "PEFT's DoRA inspects its weights as Python objects, which torch.compile does not take"
         if config.use_dora
@@ -75,7 +75,10 @@ def misfit(model: Any, r: int, target_modules: str | tuple[str, ...]) -> str | N
         return reason
     for name, (inputs, outputs) in targeted(sizes, target_modules).items():
         if r > min(inputs, outputs):
-            return f"rank {r} is more than {model.name} can have in {name}, {inputs} in and {outputs} out"
+            return (
+                f"rank {r} is more than {model.name} can have in {name}, "
+                f"{inputs} in and {outputs} out"
+            )
     return None
 
 
@@ -142,9 +145,10 @@ def apply_from(
     layers = targeted_or_fail(linear_layers(model), config.target_modules)
     missing = [name for name in layers if name not in prepared]
     if missing:
-        what = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
+        base = "base" if layers[missing[0]].weight.dtype.is_floating_point else "quantized base"
         raise ValueError(
-            f"{method} on a {what} without the first stage: {missing[0]} and {len(missing) - 1} more"
+            f"{method} on a {base} without the first stage: "
+            f"{missing[0]} and {len(missing) - 1} more"
         )
     adapted: Any = apply(model, config, seed)
     with torch.no_grad():
@@ -176,8 +180,8 @@ def peft_settings(layers: dict[str, Any], config: Any, **variants: bool) -> Any:
 def export(model: "nn.Module", folder: Path) -> None:
     """A plain PEFT folder.
 
-    The embeddings are never adapted, and PEFT is not to ask the hub whether they are. Its model
-    card is a form that nobody filled in.
+    `save_embedding_layers=False` keeps PEFT from asking the hub about embeddings, which are never
+    adapted. PEFT's model card, an empty form, is removed.
     """
     model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)
@@ -199,9 +203,9 @@ def export_factors(
     from safetensors.torch import save_file
 
     tensors = {
-        f"{PREFIX}{name}.lora_{key}.weight": each.detach().cpu().contiguous()
+        f"{PREFIX}{name}.lora_{key}.weight": factor.detach().cpu().contiguous()
         for name, pair in factors.items()
-        for key, each in zip("AB", pair, strict=True)
+        for key, factor in zip("AB", pair, strict=True)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     common: dict[str, Any] = {

@@ -4,9 +4,9 @@ v3.2 and v3.3 or FinLoRA's.
 Read strictly: safetensors alone (a pickle runs code when it is read), every tensor of the file is
 used and none is missing, and the base is the one that `adapter_config.json` names. The rule: the
 name there is the model's hub id or has its last part (a mirror's "x/Llama-2-13b-hf" is
-"meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused:
-who knows that it is the same model writes the hub id into `base_model_name_or_path`. Adapters that
-act outside the layers (prompt tuning) are refused because scoring passes PEFT's wrapper by.
+"meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror under another name is refused;
+if it is the same model, its hub id can be written into `base_model_name_or_path`. Adapters that act
+outside the layers (prompt tuning) are refused because scoring bypasses PEFT's wrapper.
 """
 
 import hashlib
@@ -61,26 +61,29 @@ def from_folder(path: Path) -> dict[str, Any]:
     )
     if kind != "LORA":
         raise EnvironmentFault(
-            f"{path}: an adapter of type {kind!r}; only LORA (with its variants) can be scored here."
+            f"{path}: an adapter of type {kind!r}; "
+            "only LORA (with its variants) can be scored here."
         )
     if not isinstance(base, str) or not base:
         raise EnvironmentFault(
-            f"{path / SETTINGS}: base_model_name_or_path is empty: write the hub id of the model that the adapter was trained on."
+            f"{path / SETTINGS}: base_model_name_or_path is empty: "
+            "write the hub id of the model that the adapter was trained on."
         )
     _check_weights(path)
     return {"path": str(path.resolve()), "sha256": _digest(path), "base_model": base}
 
 
 def _check_weights(path: Path) -> None:
-    """Raises `EnvironmentFault` unless the folder's safetensors are there, whole, and hold
-    numbers.
+    """Raises `EnvironmentFault` unless the folder has a safetensors file that is complete and
+    without empty tensors.
     """
     from safetensors import SafetensorError, safe_open
 
     if not (path / WEIGHTS).is_file():
         if (path / PICKLE).is_file():
             raise EnvironmentFault(
-                f"{path}: holds only a pickle ({PICKLE}), which runs code when it is read: save it again with PEFT, which writes {WEIGHTS}."
+                f"{path}: holds only a pickle ({PICKLE}), which runs code when it is read: "
+                f"save it again with PEFT, which writes {WEIGHTS}."
             )
         raise EnvironmentFault(f"{path}: not a PEFT folder: it has no {WEIGHTS}.")
     try:
@@ -93,7 +96,8 @@ def _check_weights(path: Path) -> None:
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         raise EnvironmentFault(
-            f"{path / WEIGHTS}: {empty[0] if empty else 'the file'} is empty: was it saved under ZeRO-3 without gathering?"
+            f"{path / WEIGHTS}: {empty[0] if empty else 'the file'} is empty: "
+            "was it saved under ZeRO-3 without gathering?"
         )
 
 
@@ -114,10 +118,10 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
     names = [model.name, *([model.hub.id, _last(model.hub.id)] if model.hub else [])]
     if config.base_model in names or _last(config.base_model) in names:
         return None
-    known = model.hub.id if model.hub else model.name
+    base = model.hub.id if model.hub else model.name
     return (
-        f"the adapter '{Path(config.path).name}' is for {config.base_model}, not for {known}; if they are the same model, write "
-        f"{known} into base_model_name_or_path of its {SETTINGS}"
+        f"the adapter '{Path(config.path).name}' is for {config.base_model}, not for {base}; "
+        f"if they are the same model, write {base} into base_model_name_or_path of its {SETTINGS}"
     )
 
 
@@ -168,18 +172,18 @@ def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
     import peft
     from safetensors import safe_open
 
-    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    parameters = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(path / WEIGHTS, framework="numpy") as file:
-        given = set(file.keys())
-    for what, names in (
-        ("lacks", wanted - given),
-        ("holds, without a place for it,", given - wanted),
+        tensors = set(file.keys())
+    for fault, names in (
+        ("lacks", parameters - tensors),
+        ("holds, without a place for it,", tensors - parameters),
     ):
         if names:
             raise EnvironmentFault(
-                f"{path / WEIGHTS}: {what} {min(names)} and {len(names) - 1} more."
+                f"{path / WEIGHTS}: {fault} {min(names)} and {len(names) - 1} more."
             )
 
 
 def export(model: "nn.Module", folder: Path) -> None:
-    """Nothing: the result names the adapter's digest, and its files stay where they are."""
+    """Writes nothing: the result has the adapter's digest, and its files stay where they are."""

@@ -1,10 +1,10 @@
 """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the weight's principal part,
-beside a frozen rest.
+beside a frozen residual.
 
 W = U S V^T. A = sqrt(S_r / s) V_r^T (r, in) and B = U_r sqrt(S_r / s) (out, r) are trained, with s
-= alpha / r as in LoRA, and the base keeps W_res = W - s B A in its own dtype: y = W_res x + s B A
-x, at first W x. On a quantized base (QPiSSA) it is W_res that is rounded; it has to be made before,
-in a first stage, which is `prepare`. Dropout is no setting: it would drop a part of W.
+= alpha / r as in LoRA, and the base stores W_res = W - s B A in its own dtype: y = W_res x + s B A
+x, at first W x. On a quantized base (QPiSSA) W_res is what is quantized, so `prepare` computes it
+in a first stage. There is no dropout: it would drop a part of W.
 
 What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0 A_0) = s [B, -B_0]
 [A; A_0].
@@ -39,8 +39,7 @@ class Config:
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer and ZeRO stage, or that rank or targets do not fit the model.
 
-    At ZeRO-3 a part of the model is whole on every rank when it is prepared; after that the base
-    layer is only called.
+    At ZeRO-3 a block is prepared before it is sharded; after that the base layer is only called.
     """
     return lora.misfit(model, config.r, config.target_modules)
 
@@ -62,8 +61,8 @@ def prepare(
     from finrepro.methods.layers.principal import principal_factors
 
     scale = config.lora_alpha / config.r
-    whole_a, whole_b = principal_factors(weight, config.r, config.svd_niter, seed)
-    a, b = whole_a / scale**0.5, whole_b / scale**0.5
+    unscaled_a, unscaled_b = principal_factors(weight, config.r, config.svd_niter, seed)
+    a, b = unscaled_a / scale**0.5, unscaled_b / scale**0.5
     return residual(weight, a, b, scale), {"lora_A": a, "lora_B": b}
 
 
@@ -76,11 +75,10 @@ def residual(weight: "Tensor", a: "Tensor", b: "Tensor", scale: float) -> "Tenso
 
 def apply(model: "nn.Module", config: Config, seed: int, prepared: dict[str, Any]) -> "nn.Module":
     """The model, whose layers hold W_res, with A and B beside each target and everything else
-    frozen; `seed` decides nothing.
+    frozen; `seed` has no effect.
 
-    A_0 and B_0 are kept for the export in buffers that no checkpoint holds: a resumed run prepares
-    them again. Raises `ValueError` when a target names no layer, or has not been through the first
-    stage.
+    A_0 and B_0 stay in non-persistent buffers for the export: a resumed run prepares them again.
+    Raises `ValueError` when a target names no layer, or has not been through the first stage.
     """
     adapted: Any = lora.apply_from(model, _as_lora(config), seed, prepared, "PiSSA")
     for name, own in prepared.items():
@@ -108,23 +106,22 @@ def export(model: "nn.Module", folder: Path) -> None:
     }
     factors = {
         name: (
-            torch.cat([each.lora_A.default.weight.detach().cpu(), each.initial_lora_A.cpu()], 0),
-            torch.cat([each.lora_B.default.weight.detach().cpu(), -each.initial_lora_B.cpu()], 1),
+            torch.cat([layer.lora_A.default.weight.detach().cpu(), layer.initial_lora_A.cpu()], 0),
+            torch.cat([layer.lora_B.default.weight.detach().cpu(), -layer.initial_lora_B.cpu()], 1),
         )
-        for name, each in layers.items()
+        for name, layer in layers.items()
     }
     first: Any = next(iter(layers.values()))
     base: Any = model
-    transposed = (
-        base.config.model_type == "gpt2"
-    )  # as the original layers lie, whatever the base was stored as
+    # as the original layers store their weights, however the base was quantized
+    transposed = base.config.model_type == "gpt2"
     r, alpha = 2 * first.r["default"], 2 * first.lora_alpha["default"]
     lora.export_factors(model, folder, factors, r, alpha, fan_in_fan_out=transposed)
 
 
 def own_base(quantizer: Choice, config: Config) -> str | None:
-    """Why the base of a run is not W as everybody stores it: it is q(W_res). None without
-    rounding: W and the exported change.
+    """Why the base of a run is not the quantized W: it is q(W_res). None for a base in full
+    precision, where W and the exported change suffice.
     """
     if quantizer_of(quantizer).linear is None:
         return None
@@ -132,23 +129,20 @@ def own_base(quantizer: Choice, config: Config) -> str | None:
 
 
 def on_own_base(weights: Path, folder: Path) -> Path:
-    """`folder`, with the trained half of an exported file in it: a PEFT folder of rank r for the
-    base W_res.
+    """Write the trained half of an exported file to `folder`: a PEFT folder of rank r for the base
+    W_res.
     """
     from safetensors.torch import load_file, save_file
 
     settings = json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
     r = settings["r"] // 2
     halves = {
-        name: (each[:r] if ".lora_A." in name else each[:, :r]).contiguous()
-        for name, each in load_file(weights / "adapter_model.safetensors").items()
+        name: (factor[:r] if ".lora_A." in name else factor[:, :r]).contiguous()
+        for name, factor in load_file(weights / "adapter_model.safetensors").items()
     }
     save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings |= {
-        "r": r,
-        "lora_alpha": settings["lora_alpha"] // 2,
-        "fan_in_fan_out": False,
-    }  # quantized layers lie as (out, in)
+    # quantized layers store (out, in)
+    settings |= {"r": r, "lora_alpha": settings["lora_alpha"] // 2, "fan_in_fan_out": False}
     (folder / "adapter_config.json").write_text(
         json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )

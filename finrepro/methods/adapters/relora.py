@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WHOLE_MODEL = True  # what is exported is a model by itself
 NOT_EXPORTED = {"peft": "ReLoRA changes every weight, which no adapter holds"}
-RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
+RESETS_MOMENTS = True  # the optimizer has to know how to zero its moments
 
 
 @settings
@@ -53,16 +53,19 @@ def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> 
 
 def supports_training(train: Any, config: Config) -> str | None:
     """Why these training settings do not go with the resets, or None."""
-    every = period_of(config, train.max_steps)
-    if train.max_steps > every and warmup_of(config, train.max_steps) >= every:
-        return f"ReLoRA's restart_warmup {config.restart_warmup} leaves no step at the full rate between resets every {every} steps"
+    period = period_of(config, train.max_steps)
+    if train.max_steps > period and warmup_of(config, train.max_steps) >= period:
+        return (
+            f"ReLoRA's restart_warmup {config.restart_warmup} leaves no step at the full rate "
+            f"between resets every {period} steps"
+        )
     return None
 
 
 def period_of(config: Config, max_steps: int) -> int:
     """Steps from one reset to the next."""
-    every = config.reset_every
-    return every if isinstance(every, int) else max(1, round(every * max_steps))
+    period = config.reset_every
+    return period if isinstance(period, int) else max(1, round(period * max_steps))
 
 
 def warmup_of(config: Config, max_steps: int) -> int:
@@ -122,11 +125,11 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
-    """Merge and begin anew after every `reset_every` steps, but not after the last one. Step
-    counts go on: a group has one.
+    """Merge and restart after every `reset_every` steps, but not after the last one. The
+    optimizer's step counts go on, since one may serve a whole group.
     """
-    every = period_of(config, max_steps)
-    if (step + 1) % every or step + 1 >= max_steps:
+    period = period_of(config, max_steps)
+    if (step + 1) % period or step + 1 >= max_steps:
         return
     for layer in layers_of(view.model):
         a, b = view.value(layer.lora_A), view.value(layer.lora_B)
@@ -134,24 +137,23 @@ def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int)
         if layer.exact is not None:
             layer.exact = merged.cpu()
         view.set_frozen(layer.base_layer.weight, layer.stored(merged))
-        view.set(layer.lora_A, layer.drawn((step + 1) // every).to(a.device))
+        view.set(layer.lora_A, layer.drawn((step + 1) // period).to(a.device))
         view.set(layer.lora_B, b.zero_())
         for factor in (layer.lora_A, layer.lora_B):
             view.change_state(factor, lambda moments: largest(moments, config.keep_moments))
 
 
 def largest(moments: "dict[str, Tensor]", keep: float) -> "dict[str, Tensor]":
-    """All moments of a parameter, zero but where the first one is among the `keep` largest
-    magnitudes.
+    """The moments of a parameter, zero except where the first moment is among the share `keep` of
+    largest magnitude.
 
-    One mask for both: a first moment whose second one was forgotten would make a step as large as
-    its gradient is small.
+    One mask serves both: a first moment without its second one would be divided by nearly zero.
     """
     import torch
 
     first = next(iter(moments.values())).flatten()
-    kept = first.abs().argsort(descending=True, stable=True)[: int(keep * first.numel())]
-    mask = torch.zeros_like(first).index_fill_(0, kept, 1)
+    order = first.abs().argsort(descending=True, stable=True)
+    mask = torch.zeros_like(first).index_fill_(0, order[: int(keep * first.numel())], 1)
     return {name: value * mask.reshape(value.shape) for name, value in moments.items()}
 
 
@@ -161,7 +163,7 @@ def state(model: "nn.Module") -> dict[str, Any]:
 
 
 def load_state(model: "nn.Module", state: dict[str, Any]) -> None:
-    """Take up what `state` gave. Every rank calls it."""
+    """Restore what `state` returned. Every rank calls it."""
     from finrepro.runtime.zero3 import fill
 
     for layer in layers_of(model):
@@ -190,7 +192,7 @@ def layers_of(model: "nn.Module") -> "list[ReloraLinear]":
 def _dense(model: "nn.Module") -> Iterator[None]:
     """Inside, every wrapped layer is a plain one with W + s B A."""
     layers = layers_of(model)
-    before = [layer.base_layer.weight.data for layer in layers]
+    weights = [layer.base_layer.weight.data for layer in layers]
     for layer in layers:
         layer.base_layer.weight.data = layer.stored(
             layer.merged(layer.lora_A.detach(), layer.lora_B.detach())
@@ -199,6 +201,6 @@ def _dense(model: "nn.Module") -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, weight in zip(layers, before, strict=True):
+        for layer, weight in zip(layers, weights, strict=True):
             layer.base_layer.weight.data = weight
             model.set_submodule(layer.name, layer)

@@ -1,13 +1,13 @@
 """ROSA (Hameed et al., 2024, arXiv 2407.07802, "Random Subspace Adaptation"): trained factors that
 begin as singular directions of W.
 
-Every `resample_every` steps what was learned is merged into the frozen weight, the sum is factored
-anew, other directions are drawn and the optimizer forgets the old ones; the learning rate's
-schedule goes on. `finrepro.methods.layers.rosa` has the equations.
+Every `resample_every` steps the trained factors are merged into the frozen weight, the sum is
+factored anew, other directions are drawn and the optimizer's moments are zeroed; the learning
+rate's schedule goes on. `finrepro.methods.layers.rosa` has the equations.
 
 It needs the dense weight at every resample, so a quantized base is refused. With several ranks each
-factors its share of the layers and sends the others the result: they hold the same bits, also where
-an SVD would not give the same twice.
+factors its share of the layers and broadcasts the result, so that all hold the same bits even where
+an SVD is not reproducible.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from finrepro.methods.adapters import lora
 from finrepro.settings import Choice, Positive, settings
 
-RESETS_MOMENTS = True  # an optimizer has to know how to begin anew
+RESETS_MOMENTS = True  # the optimizer has to know how to zero its moments
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from finrepro.methods.layers.rosa import Factors, Opened, RosaLinear
+    from finrepro.methods.layers.rosa import Factors, NextPeriod, RosaLinear
     from finrepro.methods.optimizer_view import OptimizerView
 
 
@@ -58,14 +58,14 @@ def trainable_parameters(model: Any, config: Config) -> int:
 
 
 def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
-    """Numbers in the exported file: of every period the factors at its beginning and at its end."""
+    """Numbers in the exported file: every period's factors before training and after it."""
     periods = max(1, -(-max_steps // config.resample_every))
     return 2 * periods * trainable_parameters(model, config)
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with each target replaced, in place, by a layer that wraps it and is in its first
-    period, and everything else frozen.
+    """The model with each target wrapped, in place, by a layer in its first period, and everything
+    else frozen.
 
     Every rank calls it. Raises `ValueError` when a target names no layer.
     """
@@ -79,9 +79,8 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
         wrapped = RosaLinear(layer, name, config.r, config.selection, config.gauge, seed)
         setattr(model.get_submodule(parent), child, wrapped)
     layers = layers_of(model)
-    for layer, start in zip(
-        layers, _open(layers, lambda layer, frozen: layer.opened(frozen, None)), strict=True
-    ):
+    starts = _begin_period(layers, lambda layer, frozen: layer.next_period(frozen, None))
+    for layer, start in zip(layers, starts, strict=True):
         layer.start = start.copy()
         layer.lora_A.data.copy_(start.a)
         layer.lora_B.data.copy_(start.b)
@@ -89,9 +88,9 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
 
 def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
-    """Open the next period after every `resample_every` steps, but not after the last one.
+    """Begin the next period after every `resample_every` steps, but not after the last one.
 
-    The moments of A and B begin anew, their learning rate goes on.
+    The moments of A and B are zeroed; their learning rate goes on.
     """
     if (step + 1) % config.resample_every or step + 1 >= max_steps:
         return
@@ -101,9 +100,9 @@ def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int)
     trained = {
         layer: Factors(view.value(layer.lora_A), view.value(layer.lora_B)) for layer in layers
     }
-    starts = _open(layers, lambda layer, frozen: layer.opened(frozen, trained[layer]))
+    starts = _begin_period(layers, lambda layer, frozen: layer.next_period(frozen, trained[layer]))
     for layer, start in zip(layers, starts, strict=True):
-        layer.history.append(Period(_started(layer), trained[layer].copy()))
+        layer.history.append(Period(_start_of(layer), trained[layer].copy()))
         layer.start = start.copy()
         view.set(layer.lora_A, start.a)
         view.set(layer.lora_B, start.b)
@@ -111,39 +110,40 @@ def after_step(view: "OptimizerView", config: Config, step: int, max_steps: int)
 
 
 def state(model: "nn.Module") -> dict[str, Any]:
-    """Of each layer the factors of its periods, and those with which the present one began."""
+    """Layer -> the factors of its finished periods, and those with which the present one began."""
     return {
         layer.name: {
             "history": [[*start, *end] for start, end in layer.history],
-            "start": [*_started(layer)],
+            "start": [*_start_of(layer)],
         }
         for layer in layers_of(model)
     }
 
 
 def load_state(model: "nn.Module", state: dict[str, Any]) -> None:
-    """Take up what `state` gave, in a model that `apply` has just made: W_f goes through the
-    same sums again. Every rank calls it.
+    """Restore what `state` returned, in a model fresh from `apply`: W_f goes through the same sums
+    again. Every rank calls it.
     """
     from finrepro.methods.layers.rosa import Factors, Period
 
     layers = layers_of(model)
-    made = {layer: _started(layer) for layer in layers}
+    computed = {layer: _start_of(layer) for layer in layers}
     for layer in layers:
-        kept = state[layer.name]
+        recorded = state[layer.name]
         layer.history = [
-            Period(Factors(*each[:2]).copy(), Factors(*each[2:]).copy()) for each in kept["history"]
+            Period(Factors(*period[:2]).copy(), Factors(*period[2:]).copy())
+            for period in recorded["history"]
         ]
-        layer.start = Factors(*kept["start"]).copy()
-    _open(layers, lambda layer, frozen: layer.replayed(frozen, made[layer]))
+        layer.start = Factors(*recorded["start"]).copy()
+    _begin_period(layers, lambda layer, frozen: layer.replay(frozen, computed[layer]))
 
 
 def export(model: "nn.Module", folder: Path) -> None:
     """A plain PEFT folder for the original base: a LoRA of scale 1 and rank 2 r T after T periods,
     which needs nothing of this package.
 
-    Where 2 r T is more than a layer's own rank the file is larger than the layer would be, and as
-    right.
+    Where 2 r T exceeds the full rank of a layer, the file is correct and larger than the dense
+    layer.
     """
     from finrepro.methods.layers.linear import is_conv1d
 
@@ -161,52 +161,58 @@ def layers_of(model: "nn.Module") -> "list[RosaLinear]":
     return [layer for layer in model.modules() if isinstance(layer, RosaLinear)]
 
 
-def _started(layer: "RosaLinear") -> Any:
+def _start_of(layer: "RosaLinear") -> Any:
     assert layer.start is not None
     return layer.start
 
 
-def _open(
-    layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], Opened]"
+def _begin_period(
+    layers: "list[RosaLinear]", compute: "Callable[[RosaLinear, Tensor], NextPeriod]"
 ) -> "list[Factors]":
-    """Give every layer the W_f that `compute` makes of the one it has; the factors that were taken
-    out of each.
+    """Replace every layer's W_f by the one that `compute` gives; returns the factors subtracted
+    from each.
 
-    Every rank calls it. It computes one layer of each so many, and sends the result to the others.
+    Every rank calls it. The k-th of n ranks computes the layers k, k + n, k + 2 n ... and
+    broadcasts them.
     """
     from finrepro.runtime import ranks
     from finrepro.runtime.zero3 import whole
 
-    here, starts = ranks.current(), []
-    if here.world_size > 1:
+    this, starts = ranks.current(), []
+    if this.world_size > 1:
         ranks.start_process_group(layers[0].lora_A.device)
-    for first in range(0, len(layers), here.world_size):
-        group = layers[first : first + here.world_size]
-        opened = None
-        for place, layer in enumerate(group):
-            weight = whole(layer.base_layer.weight)
-            if place == here.rank:
-                mine, kept = layer, weight
-        if here.rank < len(group):
-            opened = compute(mine, mine.frozen(kept))
+    for first in range(0, len(layers), this.world_size):
+        group = layers[first : first + this.world_size]
+        weight = None
+        for owner, layer in enumerate(group):  # a gathering, which every rank has to join
+            gathered = whole(layer.base_layer.weight)
+            weight = gathered if owner == this.rank else weight
+        period = None
+        if weight is not None:
+            layer = group[this.rank]
+            period = compute(layer, layer.frozen(weight))
         starts += [
-            _receive(layer, opened if place == here.rank else None, place)
-            for place, layer in enumerate(group)
+            _broadcast(layer, period if owner == this.rank else None, owner)
+            for owner, layer in enumerate(group)
         ]
     return starts
 
 
-def _receive(layer: "RosaLinear", opened: "Opened | None", owner: int) -> "Factors":
-    """Set a layer's W_f to what the rank `owner` has computed; every rank calls it."""
+def _broadcast(layer: "RosaLinear", period: "NextPeriod | None", owner: int) -> "Factors":
+    """Set a layer's W_f to what the rank `owner` has computed, `period` there and None elsewhere;
+    every rank calls it.
+    """
     import torch.distributed as dist
 
     from finrepro.runtime import ranks
     from finrepro.runtime.zero3 import fill
 
     weight = layer.base_layer.weight
-    frozen, start = layer.room(weight) if opened is None else layer.kept(opened, weight.dtype)
+    frozen, start = (
+        layer.empty_like(weight) if period is None else layer.as_stored(period, weight.dtype)
+    )
     if ranks.current().world_size > 1:
-        for each in (frozen, *start):
-            dist.broadcast(each, src=owner)
+        for tensor in (frozen, *start):
+            dist.broadcast(tensor, src=owner)
     fill(weight, frozen)
     return start

@@ -1,7 +1,7 @@
 """VeRA (Kopiczko et al., 2024, arXiv 2310.11454): y = W x + b * (B (d * (A x))), A and B random and
 frozen, d (r,) and b (out,) trained.
 
-One A (r, largest in) and one B (largest out, r) serve every layer, which takes the part of its own
+One A (r, largest in) and one B (largest out, r) serve every layer, which takes a slice of its own
 size. They are drawn from `projection_prng_key` and not from the cell's seed: cells of all seeds
 train in the same random basis. Made by PEFT. b starts at zero: the adapted model equals its base at
 first.
@@ -23,8 +23,8 @@ __all__ = ["Config", "apply", "export", "exported_parameters", "supports", "trai
 
 @settings
 class Config:
-    """PEFT's names. With `save_projection` the exported file holds A and B, else whoever reads
-    it has to draw them again from the key.
+    """PEFT's names. With `save_projection` the exported file holds A and B; without it a reader
+    has to draw them again from the key.
     """
 
     r: Positive
@@ -67,7 +67,7 @@ def exported_parameters(model: Any, config: Config, max_steps: int) -> int:
 
 
 def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
-    """The model with d and b beside each target and everything else frozen; `seed` decides nothing.
+    """The model with d and b beside each target and everything else frozen; `seed` has no effect.
 
     Raises `ValueError` when a target names no layer.
     """
@@ -79,9 +79,8 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
 
     adapted = targeted_or_fail(linear_layers(model), config.target_modules)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Specified to not save vera_A"
-        )  # the settings say so
+        # the settings' own choice
+        warnings.filterwarnings("ignore", message="Specified to not save vera_A")
         settings = peft.VeraConfig(
             task_type="CAUSAL_LM",
             r=config.r,

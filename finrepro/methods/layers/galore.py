@@ -1,12 +1,13 @@
 """The step of GaLore (Zhao et al., 2024, arXiv 2403.03507): Adam in a subspace of the gradient that
-is found anew every T steps.
+is recomputed every T steps.
 
-    m <= n:  P = U[:, :r],  R = P^T G (r, n),  W <- W - lr scale P N(R)        with G = U S V^T and
-    N Adam's step on R m > n:   Q = V[:, :r],  R = G Q (m, r),    W <- W - lr scale N(R) Q^T
+    m <= n:  P = U[:, :r],  R = P^T G (r, n),  W <- W - lr scale P N(R)
+    m > n:   Q = V[:, :r],  R = G Q (m, r),    W <- W - lr scale N(R) Q^T
 
-The moments are Adam's of R. They are not turned when P is another, as in the paper: for a while
-after a refresh they belong to the old directions. A singular vector has no sign of its own; the
-largest entry of each is made positive, so that nothing but the gradient decides.
+with G = U S V^T and N Adam's step on R, whose moments are of R. As in the paper they are not
+rotated when P changes: for a while after a refresh they belong to the old directions. A singular
+vector has no sign of its own; the largest entry of each is made positive, so that the gradient
+alone decides the subspace.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ def projection(gradient: Float[Tensor, "m n"], r: int) -> Float[Tensor, "side r"
     """The first `r` singular vectors of the shorter side: left where m <= n, else right.
     Orthonormal columns, also for a zero gradient.
     """
-    if not gradient.isfinite().all():  # the run is over, and says so: an SVD would fail before
+    if not gradient.isfinite().all():  # the loop stops the run; an SVD would raise first
         return torch.eye(min(gradient.shape), r, dtype=gradient.dtype, device=gradient.device)
     u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
     vectors = u[:, :r] if on_the_left(gradient) else vh[:r].T
@@ -49,8 +50,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     """AdamW whose groups with a `rank` other than 0 are matrices, and step in a subspace of that
     many dimensions.
 
-    Where a process group has several members all of them step the same parameters: the first one's
-    subspaces are everybody's.
+    In a process group all ranks step the same parameters, in the first rank's subspaces.
     """
 
     @torch.no_grad()
@@ -86,8 +86,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def _shared(basis: Tensor) -> Tensor:
-    """The first rank's, where there are several: an SVD need not come out alike on two machines,
-    and their weights have to.
+    """The first rank's, where there are several: their weights have to agree, and an SVD may differ
+    between two machines.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(basis, src=0)

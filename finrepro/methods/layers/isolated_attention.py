@@ -7,9 +7,10 @@ segments, where a block-diagonal mask would be quadratic in the row's length. Pa
 explicitly avoids Transformers' guess from position ids, which a key-value cache or an attention
 mask silently switches off.
 
-Compiled code (finrepro.training.compilation) calls segments as one operator of its own, whose
-inside is what runs without: lengths are a tensor, so that a bin with others is no new code, and
-backward computes the attention again, since an operator hands on nothing but its result.
+In a compiled graph (finrepro.training.compilation) attention over segments is one custom operator
+around the eager implementation. Its lengths are a tensor, so that a bin with other lengths is not
+compiled again, and its backward recomputes the attention, since a custom operator has no
+intermediate results to save.
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def _over_segments(
     """(1, heads, seq, head_dim) in, (1, seq, heads, head_dim) out."""
     if implementation(True, query.device.type, query.dtype) == "flash varlen":
         return _variable_length(query, key, value, lengths, scaling)
-    parts = [
+    segments = [
         scaled_dot_product_attention(
             q,
             k,
@@ -98,7 +99,7 @@ def _over_segments(
             query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
         )
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(segments, dim=2).transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("finrepro::attention_over_segments", mutates_args=())
@@ -110,19 +111,24 @@ def _operator(
 
 @torch.library.custom_op("finrepro::attention_over_segments_backward", mutates_args=())
 def _backward_operator(
-    slope: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scaling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad(), _recorded_by_autograd():
-        q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         out = _over_segments(q, k, v, tuple(lengths.tolist()), scaling)
-        q, k, v = torch.autograd.grad(out, (q, k, v), slope)
+        q, k, v = torch.autograd.grad(out, (q, k, v), gradient)
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
 @contextmanager
 def _recorded_by_autograd() -> Iterator[None]:
-    """Inside, autograd sees what an operator's implementation computes; torch calls that beneath
-    autograd.
+    """Inside, autograd records what an operator's implementation computes; torch calls it below
+    autograd's dispatch keys.
     """
     keys = [
         getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "ADInplaceOrView")
@@ -145,10 +151,10 @@ def _shape_of_attention(
 
 
 @_backward_operator.register_fake
-def _shapes_of_slopes(
-    slope: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+def _shapes_of_gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(each.new_empty(each.shape) for each in (query, key, value))
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -156,8 +162,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_operator(slope, *ctx.saved_tensors, ctx.scaling), None, None
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_operator(gradient, *ctx.saved_tensors, ctx.scaling), None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_remember)

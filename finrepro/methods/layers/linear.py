@@ -1,4 +1,4 @@
-"""The linear layers of a transformer's blocks, whichever class holds them."""
+"""The linear layers of a transformer's blocks, of any class."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ def is_conv1d(layer: "nn.Module") -> bool:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer, whichever way, rounded or in parts, it holds its weight."""
+    """(in, out) of a linear layer, also where its weight is transposed, quantized or sharded."""
     return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 

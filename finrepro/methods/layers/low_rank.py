@@ -106,15 +106,14 @@ def fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, **options: Any) 
     """
     if isinstance(layer, SplitLowRankLinear):
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        for pair, rows, each in zip(
-            (layer.q, layer.k, layer.v), weight.chunk(3), biases, strict=True
-        ):
-            fill(pair, rows, each, **options)
+        projections = (layer.q, layer.k, layer.v)
+        for pair, rows, chunk in zip(projections, weight.chunk(3), biases, strict=True):
+            fill(pair, rows, chunk, **options)
         return
     if isinstance(layer, LowRankLinear):
         a, b = factors(weight, layer.rank, **options)
         layer.a.weight, layer.b.weight = (
-            nn.Parameter(each.to(weight.dtype).contiguous()) for each in (a, b)
+            nn.Parameter(factor.to(weight.dtype).contiguous()) for factor in (a, b)
         )
         last = layer.b
     else:
@@ -131,9 +130,9 @@ def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     in float32 and rounded once.
     """
     if isinstance(layer, SplitLowRankLinear):
-        parts = [dense_weight(each) for each in (layer.q, layer.k, layer.v)]
-        biases = [bias for _, bias in parts if bias is not None]
-        return torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
+        dense = [dense_weight(pair) for pair in (layer.q, layer.k, layer.v)]
+        biases = [bias for _, bias in dense if bias is not None]
+        return torch.cat([weight for weight, _ in dense]), torch.cat(biases) if biases else None
     if isinstance(layer, LowRankLinear):
         a, b = layer.a.weight, layer.b.weight
         return (b.float() @ a.float()).to(b.dtype), layer.b.bias

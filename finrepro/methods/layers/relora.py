@@ -1,9 +1,9 @@
 """A linear layer under ReLoRA (Lialin et al., 2023, arXiv 2307.05695): y = W x + s B A x + c, with
 W frozen until B A is merged into it.
 
-W is the sum of all that was merged: it is kept in float32, in the layer's own weight where that is
-float32 and whole, else on the host, of which the weight is a rounding. In bfloat16 most of an
-update that is a thousandth of W would be lost.
+W accumulates every merged update in float32: in the layer's own weight where that is float32 and
+not sharded, else in a copy on the host, from which the weight is rounded. In bfloat16 most of an
+update of a thousandth of W would be lost.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ class ReloraLinear(nn.Module):
         return self.base_layer(x) + self.scale * linear(linear(x, self.lora_A), self.lora_B)
 
     def drawn(self, period: int) -> Float[Tensor, "r d_in"]:
-        """A for a period, from U(-1 / sqrt(in), 1 / sqrt(in)): nothing but the seed, the period
-        and the layer's name decide it.
+        """A for a period, from U(-1 / sqrt(in), 1 / sqrt(in)), seeded by the seed, the period and
+        the layer's name alone.
         """
         d_in, _ = features(self.base_layer)
         digest = hashlib.sha256(f"{self.seed} {period} {self.name}".encode()).digest()
@@ -53,11 +53,11 @@ class ReloraLinear(nn.Module):
     def merged(
         self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
     ) -> Float[Tensor, "d_out d_in"]:
-        """W + s B A in float32; every rank calls it where the weight lies in parts."""
+        """W + s B A in float32; every rank calls it where the weight is sharded."""
         return torch.addmm(self.frozen().to(a.device), b.float(), a.float(), alpha=self.scale)
 
     def frozen(self) -> Float[Tensor, "d_out d_in"]:
-        """W in float32; every rank calls it where the weight lies in parts."""
+        """W in float32; every rank calls it where the weight is sharded."""
         return (
             self._as_out_in(whole(self.base_layer.weight)).float()
             if self.exact is None
@@ -69,5 +69,5 @@ class ReloraLinear(nn.Module):
         return self._as_out_in(merged).to(self.base_layer.weight.dtype).contiguous()
 
     def _as_out_in(self, weight: Tensor) -> Tensor:
-        """(out, in) of what the layer stores, and the other way round."""
+        """(out, in) of what the layer stores, and the reverse."""
         return weight.T if is_conv1d(self.base_layer) else weight

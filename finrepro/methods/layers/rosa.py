@@ -5,12 +5,11 @@ B are R singular directions of W.
 
 The paper's A is B here, and its B is A, as in LoRA. After a period of training B A is added to W_f,
 the sum is factored anew, and another J is drawn: each period is its own update of rank 2R at most,
-[B', -B] [A'; A] with A', B' the trained factors, and their sum has a rank that grows with the
-periods.
+[B', -B] [A'; A] with A', B' the trained factors, and the rank of their sum grows with the periods.
 
-W_f is a sum to which every period adds twice. It is kept in float32: in the layer's own weight
-where that is float32, else in a copy in the host's memory of which the weight is a rounding, made
-anew each time. Rounded to bfloat16 it would lose 1.7e-3 of its length a period.
+W_f is accumulated in float32, since every period adds to it twice: in the layer's own weight where
+that is float32, else in a copy in the host's memory from which the weight is rounded each time.
+Accumulated in bfloat16, its norm would lose 1.7e-3 a period.
 """
 
 import hashlib
@@ -39,17 +38,17 @@ class Factors(NamedTuple):
 
     def copy(self) -> "Factors":
         """A copy in the host's memory."""
-        return Factors(*(each.detach().to("cpu", copy=True) for each in self))
+        return Factors(*(factor.detach().to("cpu", copy=True) for factor in self))
 
 
 class Period(NamedTuple):
-    """A period that is over: the factors that W gave, and what they were trained to."""
+    """A finished period: the factors before training and after it."""
 
     start: Factors
     end: Factors
 
 
-class Opened(NamedTuple):
+class NextPeriod(NamedTuple):
     """What a new period begins with."""
 
     frozen: Float[Tensor, "d_out d_in"]  # W_f in float32
@@ -61,8 +60,8 @@ def directions(
 ) -> Int[Tensor, " r"]:
     """J: `r` of the `count` singular directions, ascending; 0 is the largest.
 
-    `random` is a uniform subset without replacement, of a generator that nothing but the seed, the
-    period and the layer's name decide.
+    `random` is a uniform subset without replacement, from a generator seeded by the seed, the
+    period and the layer's name alone.
     """
     if selection == "top":
         return torch.arange(r)
@@ -74,17 +73,17 @@ def directions(
 
 
 def factors(
-    weight: Float[Tensor, "d_out d_in"], chosen: Int[Tensor, " r"], gauge: Gauge
+    weight: Float[Tensor, "d_out d_in"], indices: Int[Tensor, " r"], gauge: Gauge
 ) -> Factors:
-    """B A = U_J S_J V_J^T of a float32 weight, on its device.
+    """B A = U_J S_J V_J^T of a float32 weight, on its device; `indices` is J.
 
     Gauge `sqrt` (the paper's): B = U_J S_J^1/2, A = S_J^1/2 V_J^T; `code` (its authors' code): B =
     U_J S_J, A = V_J^T. The product is the same, its gradients are not. A singular vector has no
     sign of its own: the largest entry of each column of U is made positive.
     """
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    chosen = chosen.to(weight.device)
-    u, s, vh = u[:, chosen], s[chosen], vh[chosen]
+    indices = indices.to(weight.device)
+    u, s, vh = u[:, indices], s[indices], vh[indices]
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     u, vh = u * sign, vh * sign.T
     if gauge == "code":
@@ -94,10 +93,10 @@ def factors(
 
 class RosaLinear(nn.Module):
     """Wraps a linear layer whose weight is dense; A and B and their arithmetic are float32, and
-    zero until a period is opened.
+    zero until the first period begins.
 
     `name` is the layer's in the model: with `seed` it decides the directions. `history` holds the
-    periods that are over, `start` the factors with which the present one began, both in the host's
+    finished periods, `start` the factors with which the present one began, both in the host's
     memory.
     """
 
@@ -114,7 +113,7 @@ class RosaLinear(nn.Module):
         # Not buffers: engines would send those to every rank, and they are on the host.
         self.history: list[Period] = []
         self.start: Factors | None = None
-        # W_f in float32 on the host, where the weight is a rounding of it; only on the rank that
+        # W_f in float32 on the host, where the weight is rounded from it; only on the rank that
         # factors it
         self.exact: Tensor | None = None
 
@@ -132,16 +131,16 @@ class RosaLinear(nn.Module):
             return self.exact.to(weight.device)
         return (weight.T if is_conv1d(self.base_layer) else weight).float().contiguous()
 
-    def kept(self, opened: "Opened", dtype: torch.dtype) -> tuple[Tensor, Factors]:
+    def as_stored(self, period: NextPeriod, dtype: torch.dtype) -> tuple[Tensor, Factors]:
         """W_f as the layer stores it, rounded to `dtype` at most once, and the factors. Where it
-        is rounded the sum stays on the host.
+        is rounded, the float32 sum stays on the host in `exact`.
         """
-        self.exact = None if dtype == torch.float32 else opened.frozen.cpu()
-        frozen = opened.frozen.T if is_conv1d(self.base_layer) else opened.frozen
-        return frozen.to(dtype).contiguous(), opened.start
+        self.exact = None if dtype == torch.float32 else period.frozen.cpu()
+        frozen = period.frozen.T if is_conv1d(self.base_layer) else period.frozen
+        return frozen.to(dtype).contiguous(), period.start
 
-    def room(self, weight: Tensor) -> tuple[Tensor, Factors]:
-        """Tensors for what another rank gives as `kept`."""
+    def empty_like(self, weight: Tensor) -> tuple[Tensor, Factors]:
+        """Uninitialised tensors of the shapes of `as_stored`, to receive another rank's."""
         d_in, d_out = features(self.base_layer)
         shape = (d_in, d_out) if is_conv1d(self.base_layer) else (d_out, d_in)
         start = (
@@ -149,51 +148,52 @@ class RosaLinear(nn.Module):
         )
         return torch.empty(shape, dtype=weight.dtype, device=weight.device), Factors(*start)
 
-    def opened(self, frozen: Float[Tensor, "d_out d_in"], trained: Factors | None) -> Opened:
-        """The next period: `trained` merged into W_f, and new directions taken out. Without
+    def next_period(
+        self, frozen: Float[Tensor, "d_out d_in"], trained: Factors | None
+    ) -> NextPeriod:
+        """The next period: `trained` merged into W_f, and new directions subtracted. Without
         `trained` it is the first.
         """
-        whole = frozen if trained is None else torch.addmm(frozen, trained.b, trained.a)
+        merged = frozen if trained is None else torch.addmm(frozen, trained.b, trained.a)
         period = len(self.history) + (trained is not None)
-        chosen = directions(self.selection, min(whole.shape), self.r, self.seed, period, self.name)
-        return without(whole, factors(whole, chosen, self.gauge))
+        count = min(merged.shape)
+        indices = directions(self.selection, count, self.r, self.seed, period, self.name)
+        return subtract(merged, factors(merged, indices, self.gauge))
 
-    def replayed(self, first: Float[Tensor, "d_out d_in"], made: Factors) -> Opened:
-        """W_f after the periods of `history`: of the first, from which `made` was taken out, the
-        same sums in the same order.
+    def replay(self, first: Float[Tensor, "d_out d_in"], computed: Factors) -> NextPeriod:
+        """W_f after the periods of `history`, by the same sums in the same order; `first` is the
+        weight from which `computed`, this process's own first factors, were subtracted.
 
-        The bits are the same where `made` is what the first period began with. Another machine's
-        SVD may round otherwise: there what was taken out is put back, and W_f is right up to
-        rounding.
+        Bitwise the same where `computed` equals the recorded first factors. Another machine's SVD
+        may round differently: there `computed` is added back and the recorded ones are subtracted,
+        and W_f is the same up to rounding.
         """
         assert self.start is not None
-        starts = [
-            each.on(first.device)
-            for each in (*(period.start for period in self.history), self.start)
-        ]
-        made = made.on(first.device)
-        opened = Opened(first, starts[0])
-        if not all(torch.equal(*pair) for pair in zip(made, starts[0], strict=True)):
-            opened = without(torch.addmm(first, made.b, made.a), starts[0])
+        recorded = (*(period.start for period in self.history), self.start)
+        starts = [start.on(first.device) for start in recorded]
+        computed = computed.on(first.device)
+        present = NextPeriod(first, starts[0])
+        if not all(torch.equal(*pair) for pair in zip(computed, starts[0], strict=True)):
+            present = subtract(torch.addmm(first, computed.b, computed.a), starts[0])
         for period, start in zip(self.history, starts[1:], strict=True):
             end = period.end.on(first.device)
-            opened = without(torch.addmm(opened.frozen, end.b, end.a), start)
-        return opened
+            present = subtract(torch.addmm(present.frozen, end.b, end.a), start)
+        return present
 
     def as_lora(self) -> Factors:
-        """All that was learned, as one LoRA of scale 1 and rank 2R a period on the original
-        weight; on the host.
+        """The sum of all periods' updates, as one LoRA of scale 1 and rank 2R a period on the
+        original weight; on the host.
         """
         assert self.start is not None
         periods = [*self.history, Period(self.start, Factors(self.lora_A, self.lora_B).copy())]
         return Factors(
-            torch.cat([each for start, end in periods for each in (end.a, start.a)]),
-            torch.cat([each for start, end in periods for each in (end.b, -start.b)], dim=1),
+            torch.cat([a for start, end in periods for a in (end.a, start.a)]),
+            torch.cat([b for start, end in periods for b in (end.b, -start.b)], dim=1),
         )
 
 
-def without(whole: Float[Tensor, "d_out d_in"], start: Factors) -> Opened:
-    """W - B A and the factors. The difference is more exact than the sum over the other
+def subtract(weight: Float[Tensor, "d_out d_in"], start: Factors) -> NextPeriod:
+    """W - B A, and the factors. The difference is more exact than the sum over the remaining
     directions.
     """
-    return Opened(torch.addmm(whole, start.b, start.a, alpha=-1), start)
+    return NextPeriod(torch.addmm(weight, start.b, start.a, alpha=-1), start)

@@ -1,10 +1,10 @@
-"""A constant added to each block of a linear layer's weight, kept beside the weight and multiplied
-by itself.
+"""A constant added to each block of a linear layer's weight, stored beside the weight and applied
+separately.
 
-W + expand(T), where T (out, in / block) holds one number for every block of `block` neighbouring
-weights of a row. Since blocks lie along the input, (W + expand(T)) x = W x + T P x with P x the
-sums of x over its blocks: the layer below computes W x with its own kernels, and what is added
-costs 1 / block of its multiplications. P is the same for every row, so T P is a frozen LoRA of rank
+W + expand(T), where T (out, in / block) has one element for every block of `block` neighbouring
+weights of a row. Since blocks run along the input, (W + expand(T)) x = W x + T P x with P x the
+sums of x over its blocks: the base layer computes W x with its own kernels, and the addition costs
+1 / block of its multiplications. P is the same for every row, so T P is a frozen LoRA of rank
 in / block.
 
 T is stored in 8 bits with a scale for every 256 of its entries (row by row), in buffers of the
@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 GROUP = 256  # entries of T that share a scale
 SIDE_CAR = ("icq_tau_code", "icq_tau_scale")
-# written with the two, so that they are never read back beside another weight
+# saved with the two, so that they are never loaded beside another weight
 DIGEST = "icq_weight_sha256"
 
 
@@ -30,7 +30,7 @@ def dequantized(
     scales: BFloat16[Tensor, " groups"],
     levels: Float[Tensor, "256"],
 ) -> Float[Tensor, "*shape"]:
-    """What the codes stand for, in float32: a level times the scale of its group."""
+    """The values of the codes, in float32: a level times the scale of its group."""
     flat = levels[codes.flatten().int()]
     return (flat * scales.float().repeat_interleave(GROUP)[: len(flat)]).view(codes.shape)
 
@@ -81,9 +81,9 @@ class Shifted(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """To another device with the weight, but never to another dtype."""
-        kept = {name: self._buffers[name] for name in ("icq_tau_scale", "icq_levels")}
+        buffers = {name: self._buffers[name] for name in ("icq_tau_scale", "icq_levels")}
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
+        for name, buffer in buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(self.icq_tau_code.device)
         return self
@@ -92,15 +92,15 @@ class Shifted(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + DIGEST] = digest(self.weight)
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
-        """Adds an error, and loads nothing, where the side-car is not whole or belongs to
+    def _load_from_state_dict(self, state: Any, prefix: str, *arguments: Any) -> None:
+        """Adds an error, and loads nothing, where the side-car is incomplete or belongs to
         another weight; strict or not.
         """
-        unexpected, errors = others[-2:]
-        given = [name for name in (*SIDE_CAR, DIGEST) if prefix + name in state]
-        if given or prefix + "weight" in state:
-            if len(given) < 3:
-                missing = next(name for name in (*SIDE_CAR, DIGEST) if name not in given)
+        unexpected, errors = arguments[-2:]
+        present = [name for name in (*SIDE_CAR, DIGEST) if prefix + name in state]
+        if present or prefix + "weight" in state:
+            if len(present) < 3:
+                missing = next(name for name in (*SIDE_CAR, DIGEST) if name not in present)
                 errors.append(
                     f"{prefix}{missing} is missing: without its shift the weight is another."
                 )
@@ -110,7 +110,7 @@ class Shifted(nn.Module):
             ):
                 errors.append(f"{prefix}{SIDE_CAR[0]} belongs to another weight than this one.")
                 return
-        super()._load_from_state_dict(state, prefix, *others)
+        super()._load_from_state_dict(state, prefix, *arguments)
         unexpected[:] = [name for name in unexpected if name != prefix + DIGEST]
 
 
@@ -120,6 +120,6 @@ def block_sums(x: Float[Tensor, "*batch d_in"], blocks: int) -> Float[Tensor, "*
 
 
 def digest(weight: Tensor) -> UInt8[Tensor, "32"]:
-    """sha256 of a packed weight as it lies in memory."""
+    """sha256 of a packed weight's bytes."""
     packed = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     return torch.tensor(list(hashlib.sha256(packed.tobytes()).digest()), dtype=torch.uint8)

@@ -54,8 +54,8 @@ class SupervisedLM(nn.Module):
     """Wraps a causal language model; `forward` gives the negative log-likelihood summed over the
     batch's supervised tokens.
 
-    With `extra` also what `extra_loss` says of the model: computed in here, where ZeRO-3 gathers
-    the parameters that are read.
+    With `extra` also the value of `extra_loss`, computed inside `forward`, where ZeRO-3 gathers the
+    parameters that it reads.
     """
 
     def __init__(self, model: nn.Module, extra_loss: ExtraLoss | None = None) -> None:
@@ -80,8 +80,8 @@ class SupervisedLM(nn.Module):
 
 
 def objective(module: Any, batch: Batch, scale: float, extra: bool) -> tuple[Tensor, Tensor]:
-    """What to differentiate, and the scaled loss. Every rank adds the same extra loss, so that
-    the average over the ranks holds it once.
+    """The scalar to differentiate, and the scaled loss. Every rank adds the same extra loss, so
+    that the average over the ranks has it once.
     """
     if not extra:
         loss = module(batch) * scale

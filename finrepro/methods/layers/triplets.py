@@ -24,16 +24,16 @@ def from_orthogonal(p: Float[Tensor, "out r"], q: Float[Tensor, "r in"]) -> Floa
 
 @dataclass
 class Allocation:
-    """What AdaLoRA remembers between steps.
+    """AdaLoRA's state between steps.
 
     `averages`: parameter name -> smoothed importance and its smoothed uncertainty (equations 9 and
-    10), of the parameter's shape, float32. `kept`: layer -> which of its triplets the last
-    allocation left. `measured` and `allocated` count steps: who forgets one of the two calls of a
-    step is told so at the next.
+    10), of the parameter's shape, float32. `masks`: layer -> which of its triplets survived the
+    last allocation. `measured` and `allocated` count steps: a loop that forgets one of a step's two
+    calls fails at the next.
     """
 
     averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    kept: dict[str, Bool[Tensor, " r"]] = field(default_factory=dict)
+    masks: dict[str, Bool[Tensor, " r"]] = field(default_factory=dict)
     measured: int = 0
     allocated: int = 0
 
@@ -56,38 +56,38 @@ class Allocation:
         s = {key: self.averages[name][0] * self.averages[name][1] for key, name in layer.items()}
         return s["E"].flatten() + s["P"].mean(0) + s["Q"].mean(1)
 
-    def choose(self, layers: Mapping[str, Mapping[str, str]], budget: int) -> None:
+    def allocate(self, layers: Mapping[str, Mapping[str, str]], budget: int) -> None:
         """Keep the `budget` triplets of the highest scores, over all layers; of equal ones the
         earlier layer's, the earlier triplet.
         """
         scores = {name: self.scores(layer).cpu() for name, layer in layers.items()}
         order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(order), dtype=torch.bool)
-        chosen[order[:budget]] = True
-        parts = chosen.split([len(each) for each in scores.values()])
-        self.kept = dict(zip(scores, (part.clone() for part in parts), strict=True))
+        survives = torch.zeros(len(order), dtype=torch.bool)
+        survives[order[:budget]] = True
+        masks = survives.split([len(layer_scores) for layer_scores in scores.values()])
+        self.masks = dict(zip(scores, (mask.clone() for mask in masks), strict=True))
 
     def state(self) -> dict[str, Any]:
         """As tensors, numbers, lists and dictionaries."""
         averages = {name: list(both) for name, both in self.averages.items()}
         return {
             "averages": averages,
-            "kept": self.kept,
+            "kept": self.masks,
             "measured": self.measured,
             "allocated": self.allocated,
         }
 
     def load(self, state: dict[str, Any], devices: Mapping[str, Any]) -> None:
-        """Take up what `state` gave; `devices` says where each parameter lies."""
+        """Restore what `state` returned; `devices`: parameter name -> the device it is on."""
         self.averages = {
-            name: (mean.to(devices[name]), other.to(devices[name]))
-            for name, (mean, other) in state["averages"].items()
+            name: (mean.to(devices[name]), uncertainty.to(devices[name]))
+            for name, (mean, uncertainty) in state["averages"].items()
         }
-        self.kept = {name: kept.cpu() for name, kept in state["kept"].items()}
+        self.masks = {name: mask.cpu() for name, mask in state["kept"].items()}
         self.measured, self.allocated = state["measured"], state["allocated"]
 
 
 def mean_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
     """`from_orthogonal` of each (P, Q), over the number of matrices."""
-    found = [from_orthogonal(p, q) for p, q in pairs]
-    return torch.stack(found).sum() / (2 * len(found))
+    distances = [from_orthogonal(p, q) for p, q in pairs]
+    return torch.stack(distances).sum() / (2 * len(distances))

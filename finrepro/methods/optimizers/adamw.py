@@ -36,8 +36,8 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
 def decay_groups(
     named_parameters: list[tuple[str, Any]], weight_decay: float, spared: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Groups that weight decay reaches, matrices that are not `spared`, and does not; none is
-    empty.
+    """Two groups, with weight decay (matrices that are not `spared`) and without; empty ones are
+    left out.
     """
     decayed = {
         name
@@ -55,8 +55,8 @@ def decay_groups(
 
 
 def shape_of(parameter: Any) -> Sequence[int]:
-    """The shape of the whole parameter: one that lies in parts (ZeRO-3) has lost its own by the
-    time the optimizer is made.
+    """The full shape of a parameter: at ZeRO-3 it is sharded, with `shape` (0,), by the time the
+    optimizer is built.
     """
     shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -32,7 +32,10 @@ class Config(adamw.Config):
 def supports(spec: Any, config: Config) -> str | None:
     """None where each parameter is stepped by itself, or why not."""
     if spec.train.zero_stage:
-        return f"adamw_8bit rounds each parameter's moments by themselves, and ZeRO-{spec.train.zero_stage} steps flat pieces"
+        return (
+            "adamw_8bit rounds each parameter's moments by themselves, and "
+            f"ZeRO-{spec.train.zero_stage} steps flat pieces"
+        )
     if adapter_of(spec.adapter).RESETS_MOMENTS:
         return (
             f"{spec.adapter.name} begins moments anew, and nobody here knows how to in adamw_8bit's"
@@ -41,7 +44,7 @@ def supports(spec: Any, config: Config) -> str | None:
 
 
 def bits(name: str, size: int, config: Config) -> int:
-    """Of each number in the moments of a parameter."""
+    """Bits of each element of a parameter's moments."""
     return 32 if size < SMALLEST or (config.embeddings_32bit and not adamw.in_blocks(name)) else 8
 
 
@@ -61,21 +64,21 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
     from bitsandbytes.optim import AdamW8bit
 
     class ByGroup(AdamW8bit):  # type: ignore[misc]
-        """Takes the bits from the group; the library would keep them in a register of the
-        process, by the parameter's place.
+        """Reads `optim_bits` from the group; the library keeps them in a global register, by the
+        parameter's position.
         """
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-            found: dict[str, Any] = super().get_config(gindex, pindex, group)
-            return {**found, "optim_bits": group["optim_bits"]}
+            config: dict[str, Any] = super().get_config(gindex, pindex, group)
+            return {**config, "optim_bits": group["optim_bits"]}
 
     groups = []
-    for each in (8, 32):
+    for width in (8, 32):
         members = [
-            (name, p) for name, p in named_parameters if bits(name, p.numel(), config) == each
+            (name, p) for name, p in named_parameters if bits(name, p.numel(), config) == width
         ]
         groups += [
-            {**group, "optim_bits": each}
+            {**group, "optim_bits": width}
             for group in adamw.decay_groups(members, config.weight_decay)
         ]
     optimizer: Optimizer = ByGroup(

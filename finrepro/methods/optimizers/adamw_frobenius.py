@@ -51,11 +51,13 @@ def supports(spec: Any, config: Config) -> str | None:
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of each layer's A and B, in the order in which they are given; a parameter
-    without its partner is in none.
+    """The names of each layer's A and B, in the order of `names`; a parameter without its partner
+    is in no pair.
     """
-    known = dict.fromkeys(names)
-    return [(a, b) for a in known if a.endswith(A) and (b := f"{a.removesuffix(A)}{B}") in known]
+    ordered = dict.fromkeys(names)
+    return [
+        (a, b) for a in ordered if a.endswith(A) and (b := f"{a.removesuffix(A)}{B}") in ordered
+    ]
 
 
 def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) -> "Optimizer":
@@ -71,17 +73,17 @@ def build(named_parameters: list[tuple[str, Any]], lr: float, config: Config) ->
 
 def before_step(view: "OptimizerView", config: Config, step: int, max_steps: int) -> None:
     """Decay each pair at the learning rate of its factors. Every rank calls it, and reads both
-    factors whole.
+    factors gathered.
     """
-    for names in pairs(view.named):
-        a, b = (view.named[name] for name in names)
+    for names in pairs(view.trained):
+        a, b = (view.trained[name] for name in names)
         old_a, old_b = view.value(a), view.value(b)
-        slope_a, slope_b = slopes(old_a, old_b)
-        view.set(a, old_a - view.rate(a) * config.frobenius_decay * slope_a)
-        view.set(b, old_b - view.rate(b) * config.frobenius_decay * slope_b)
+        gradient_a, gradient_b = decay_gradients(old_a, old_b)
+        view.set(a, old_a - view.rate(a) * config.frobenius_decay * gradient_a)
+        view.set(b, old_b - view.rate(b) * config.frobenius_decay * gradient_b)
 
 
-def slopes(a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
+def decay_gradients(a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
     """The gradients of 0.5 ||B A||_F^2: (B^T B) A (r, in) and B (A A^T) (out, r), in O(r^2 (in +
     out)).
     """

@@ -1,9 +1,9 @@
 """GaLore (Zhao et al., 2024, arXiv 2403.03507) with AdamW: dense weights whose moments live in a
 subspace of the gradient.
 
-The matrices of the blocks are stepped in it, embeddings, output head, norms and biases by plain
-AdamW. `finrepro.methods.layers.galore` has the equations. Written from the paper; the authors'
-package is not used: it knows no Conv1D.
+The matrices of the blocks are stepped in the subspace; embeddings, output head, norms and biases by
+plain AdamW. `finrepro.methods.layers.galore` has the equations. Written from the paper; the
+authors' package is not used, since it does not support Conv1D.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,28 +30,35 @@ class Config(adamw.Config):
 
 
 def supports(spec: Any, config: Config) -> str | None:
-    """None where dense weights are trained and each gradient is whole, or why not."""
+    """None where dense weights are trained and no gradient is sharded, or why not."""
     from finrepro.sizes.shapes import block_sizes
 
     if spec.train.zero_stage:
-        return f"galore_adamw needs each matrix' whole gradient, and ZeRO-{spec.train.zero_stage} steps flat pieces"
+        return (
+            "galore_adamw needs each matrix' whole gradient, and "
+            f"ZeRO-{spec.train.zero_stage} steps flat pieces"
+        )
     adapter = adapter_of(spec.adapter)
     if spec.model.low_rank is not None:
-        return f"galore_adamw steps dense weights in a subspace, and those of {spec.model.name} are factors"
+        return (
+            "galore_adamw steps dense weights in a subspace, and those of "
+            f"{spec.model.name} are factors"
+        )
     if adapter.RESETS_MOMENTS or not adapter.WHOLE_MODEL:
         return (
             f"galore_adamw steps dense weights in a subspace, and {spec.adapter.name} trains others"
         )
     for name, sides in block_sizes(spec.model).items():
         if config.rank > min(sides):
-            return f"galore_adamw: rank {config.rank} is more than {spec.model.name} can have in {name}, {sides[0]} in and {sides[1]} out"
+            return (
+                f"galore_adamw: rank {config.rank} is more than {spec.model.name} can have in "
+                f"{name}, {sides[0]} in and {sides[1]} out"
+            )
     return None
 
 
 def rank_of(name: str, shape: Sequence[int], config: Config) -> int:
-    """The dimensions of the subspace that a parameter steps in: those of the blocks' matrices, 0
-    for what is stepped whole.
-    """
+    """The dimensions of a parameter's subspace; 0 where it is stepped by plain AdamW."""
     if len(shape) != 2 or not adamw.in_blocks(name):
         return 0
     return config.rank if isinstance(config.rank, int) else max(1, round(config.rank * min(shape)))

@@ -27,6 +27,7 @@ from fixtures.model import (
     spec_of,
     stir,
 )
+from fixtures.planted import plant
 from safetensors.torch import load_file
 
 from finrepro import PROJECT
@@ -248,7 +249,7 @@ def watched(cell: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     before, after = adalora.before_step, adalora.after_step
 
     def read(view: EngineView, config: Any, step: int, max_steps: int) -> None:
-        for name, parameter in view.named.items():
+        for name, parameter in view.trained.items():
             numbers.measure(
                 name,
                 view.value(parameter).double().numpy(),
@@ -262,12 +263,12 @@ def watched(cell: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         allocation: Allocation = view.model.allocation
         kept = {
             (f"{name}.lora_E.default", k)
-            for name, each in allocation.kept.items()
+            for name, each in allocation.masks.items()
             for k in each.nonzero().flatten().tolist()
         }
         lambdas = {
             (n, k)
-            for n, p in view.named.items()
+            for n, p in view.trained.items()
             if "lora_E" in n
             for k in view.value(p)[:, 0].nonzero().flatten().tolist()
         }
@@ -338,10 +339,13 @@ def same_choice(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_a_loop_that_forgets_one_of_the_two_calls_is_told_so(
     forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(adalora, forgotten)
+    def nothing(view: Any, config: Any, step: int, max_steps: int) -> None: ...
+
+    plant(monkeypatch, adalora, **{forgotten: nothing})
     with pytest.raises(
         RuntimeError,
-        match=r"AdaLoRA is (at step 1, and has allocated after 0|after step 0, and has measured 0) steps",
+        match=r"AdaLoRA is (at step 1, and has allocated after 0|"
+        r"after step 0, and has measured 0) steps",
     ):
         trained(spec(), tmp_path)
 

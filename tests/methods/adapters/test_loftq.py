@@ -203,11 +203,12 @@ def test_other_settings_that_cannot_be_are_refused(key: str, value: float) -> No
 
 def test_what_leaves_nothing_to_compensate_is_refused_by_name() -> None:
     model = reader.model("llama3_1_8b")
-    says = {
-        "none": "LoftQ makes up for what a quantizer takes from the weights; none takes nothing",
-        "int8": "LoftQ makes up for what a quantizer takes from the weights; int8 rounds every input as well",
+    why = "LoftQ makes up for what a quantizer takes from the weights"
+    refusals = {
+        "none": f"{why}; none takes nothing",
+        "int8": f"{why}; int8 rounds every input as well",
     }
-    assert {each: refusal(spec_of(model, "loftq_r8", each)) for each in says} == says
+    assert {name: refusal(spec_of(model, "loftq_r8", name)) for name in refusals} == refusals
     assert all(refusal(spec_of(model, "loftq_r8", each)) is None for each in FOUR_BITS)
     few = Choice(name="few", kind="loftq", config=settings(r=1025, lora_alpha=1025))
     reason = refusal(spec_of(model, few, "nf4"))

@@ -292,10 +292,12 @@ def a_resample_keeps_the_sum(model: nn.Module, spec: RunSpec) -> None:
 
 def not_merged(layer: RosaLinear, frozen: Tensor, trained: Any) -> Any:
     """A mutant: what was learned is forgotten."""
-    return OPENED(layer, frozen, None if trained is None else Factors(trained.a, 0 * trained.b))
+    return NEXT_PERIOD(
+        layer, frozen, None if trained is None else Factors(trained.a, 0 * trained.b)
+    )
 
 
-OPENED = RosaLinear.opened
+NEXT_PERIOD = RosaLinear.next_period
 
 
 @both
@@ -306,12 +308,11 @@ def test_a_resample_changes_the_parts_and_not_the_sum(
     spec = spec_with(name, gauge=gauge)
     model = after(spec, 2)
     a_resample_keeps_the_sum(copy.deepcopy(model), spec)
-    monkeypatch.setattr(RosaLinear, "opened", not_merged)
+    monkeypatch.setattr(RosaLinear, "next_period", not_merged)
     broken(a_resample_keeps_the_sum, copy.deepcopy(model), spec)
     monkeypatch.undo()
-    monkeypatch.setattr(
-        rosa, "without", lambda whole, start: rosa.Opened(whole, start)
-    )  # nothing is taken out
+    # nothing is subtracted
+    monkeypatch.setattr(rosa, "subtract", lambda weight, start: rosa.NextPeriod(weight, start))
     broken(a_resample_keeps_the_sum, copy.deepcopy(model), spec)
 
 
@@ -372,7 +373,7 @@ def test_the_equations_are_told_from_others(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(rosa, "factors", lambda weight, chosen, _: factors(weight, chosen, "code"))
     broken(follows_the_equations, MINIATURES[1], {})
     monkeypatch.undo()
-    monkeypatch.setattr(RosaLinear, "opened", not_merged)
+    monkeypatch.setattr(RosaLinear, "next_period", not_merged)
     broken(follows_the_equations, MINIATURES[1], {})
 
 
@@ -480,14 +481,14 @@ def errors_do_not_grow(spec: RunSpec) -> None:
         assert stored[-1] < 1.1 * stored[0], stored
 
 
-def without_the_copy(layer: RosaLinear, opened: Any, dtype: torch.dtype) -> Any:
+def without_the_copy(layer: RosaLinear, period: Any, dtype: torch.dtype) -> Any:
     """A mutant: the weight itself is the sum, whatever its dtype."""
-    kept = KEPT(layer, opened, dtype)
+    stored = AS_STORED(layer, period, dtype)
     layer.exact = None
-    return kept
+    return stored
 
 
-KEPT = RosaLinear.kept
+AS_STORED = RosaLinear.as_stored
 
 
 @both
@@ -498,7 +499,7 @@ def test_errors_do_not_grow_with_the_periods(
     spec = spec_with(name, dtype, target_modules=("c_attn",) if "gpt2" in name else ("v_proj",))
     errors_do_not_grow(spec)
     if dtype == "bfloat16":
-        monkeypatch.setattr(RosaLinear, "kept", without_the_copy)
+        monkeypatch.setattr(RosaLinear, "as_stored", without_the_copy)
         broken(errors_do_not_grow, spec)
 
 
@@ -554,7 +555,7 @@ def in_another_order(layer: RosaLinear, first: Tensor, _: Factors) -> Any:
     assert layer.start is not None
     learned = sum(end.b @ end.a - start.b @ start.a for start, end in layer.history)
     whole = first + product(*layer.history[0].start).float() + learned
-    return rosa.without(whole, layer.start)
+    return rosa.subtract(whole, layer.start)
 
 
 @both
@@ -565,7 +566,7 @@ def test_what_is_kept_gives_the_same_bits_again(
     spec = spec_with(name, dtype)
     for periods in (1, 3):
         is_taken_up(after(spec, periods), spec)
-    monkeypatch.setattr(RosaLinear, "replayed", in_another_order)
+    monkeypatch.setattr(RosaLinear, "replay", in_another_order)
     broken(is_taken_up, after(spec, 3), spec)
 
 
@@ -576,9 +577,9 @@ def test_singular_vectors_that_came_out_otherwise_are_put_back() -> None:
     for layer in method.layers_of(other):
         layer.seed += 1
         weight, first = layer.base_layer.weight, layer.start
-        opened = layer.opened(layer.frozen(weight) + first.b @ first.a, None)
-        weight.data.copy_(layer.kept(opened, weight.dtype)[0])
-        layer.start = opened.start.copy()
+        period = layer.next_period(layer.frozen(weight) + first.b @ first.a, None)
+        weight.data.copy_(layer.as_stored(period, weight.dtype)[0])
+        layer.start = period.start.copy()
         assert not torch.equal(layer.start.a, first.a)
     method.load_state(other, method.state(model))
     for mine, theirs in zip(method.layers_of(other), method.layers_of(model), strict=True):
@@ -640,7 +641,7 @@ def test_all_periods_are_one_lora_on_the_original_base(
 def test_the_slopes_are_those_of_finite_differences() -> None:
     base = nn.Linear(5, 3).requires_grad_(False)
     layer = RosaLinear(base, "layer", 2, "random", "sqrt", 0)
-    start = layer.opened(layer.frozen(base.weight), None).start
+    start = layer.next_period(layer.frozen(base.weight), None).start
     layer.lora_A.data, layer.lora_B.data = start.a, start.b
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     layer.double()

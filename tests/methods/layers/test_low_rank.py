@@ -43,7 +43,6 @@ from finrepro.methods.layers.low_rank import (
     fill,
     low_rank_layers,
 )
-from finrepro.methods.layers.spectrum import Spectrum, spectra, spectrum
 from finrepro.models import factorize, loading
 from finrepro.models.build import build, dense_skeleton, load, skeleton
 from finrepro.sizes.low_rank import LowRank, break_even, factor_sizes, solve
@@ -515,7 +514,8 @@ PLAIN = {
         ({"rank": 48, "multiple_of": 64}, "rank 48 is no multiple of 64"),
         (
             {"rank": 384},
-            r"rank 384 saves nothing in attn.c_proj \(768 in, 768 out\): its break-even rank is 384",
+            r"rank 384 saves nothing in attn.c_proj \(768 in, 768 out\): "
+            r"its break-even rank is 384",
         ),
         (
             {"rank": None, "compression": 4.0},
@@ -649,46 +649,6 @@ def test_every_adapter_goes_onto_factors_and_its_parameters_are_counted(adapter:
             for part in ("c_attn.a.", "c_attn.b.", "c_fc.a.", "c_fc.b.")
             if any(part in each for each in learn)
         } == {"c_attn.a.", "c_attn.b.", "c_fc.a.", "c_fc.b."}
-
-
-# What has become of them.
-
-
-def the_dense_spectrum(found: Spectrum, a: Tensor, b: Tensor) -> None:
-    values = np.linalg.svd((b.double() @ a.double()).numpy(), compute_uv=False)[: len(a)]
-    shares = values / values.sum()
-    assert abs(found.largest - values[0]) <= 1e-9 * values[0]
-    assert abs(found.smallest - values[-1] / values[0]) <= 1e-9
-    assert abs(found.effective_rank - math.exp(-(shares * np.log(shares)).sum())) <= 1e-6
-    assert abs(found.balance - math.log(np.linalg.norm(a) / np.linalg.norm(b))) <= 1e-5
-
-
-def test_the_spectrum_from_the_factors_is_that_of_the_product() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for inputs, outputs, r in ((40, 96, 12), (96, 40, 12), (24, 24, 20)):
-        a, b = (
-            torch.randn(r, inputs, generator=generator),
-            3 * torch.randn(outputs, r, generator=generator),
-        )
-        the_dense_spectrum(spectrum(a, b), a, b)
-        broken(the_dense_spectrum, spectrum(a, b / 3), a, b)
-        broken(the_dense_spectrum, spectrum(b.T.contiguous(), a.T.contiguous()), a, b)
-    one = spectrum(
-        torch.ones(4, 9), torch.ones(7, 4)
-    )  # all directions are one: the rank has collapsed
-    assert abs(one.effective_rank - 1) < 1e-6 and one.rank == 4 and one.smallest < 1e-12
-    assert spectrum(torch.ones(2, 3), torch.zeros(3, 2)).effective_rank == 0.0
-
-
-def test_every_pair_of_a_model_has_a_spectrum_and_begins_in_balance() -> None:
-    model = load(spec_of(small(split_qkv=True)), None)
-    found = spectra(model)
-    assert len(found) == 2 * 6 and all(
-        abs(each.balance) < 1e-4 and each.rank == 16 for each in found.values()
-    )
-    quantized = make(spec_of(reader.model("gpt2_127m_mini_lr_r64"), "base", "nf4")).model
-    with pytest.raises(ValueError, match="are quantized"):
-        spectra(quantized)
 
 
 # As runs.

@@ -341,9 +341,8 @@ def test_what_it_does_not_step_is_refused_by_name() -> None:
     wide = refusal(cell(chosen(GALORE, rank=4096)))
     assert wide is not None and "rank 4096 is more than" in wide and "q_proj" in wide
     low_rank = dataclasses.replace(cell(settings), model=reader.model("gpt2_127m_mini_lr"))
-    assert (
-        refusal(low_rank)
-        == "galore_adamw steps dense weights in a subspace, and those of gpt2_127m_mini_lr are factors"
+    assert refusal(low_rank) == (
+        "galore_adamw steps dense weights in a subspace, and those of gpt2_127m_mini_lr are factors"
     )
     for rank in (0, 1.5, -0.5, "all"):
         with pytest.raises(UsageError, match="rank"):

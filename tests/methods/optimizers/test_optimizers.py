@@ -60,17 +60,15 @@ def begins_at_its_beginning(engine: Any, stage: int, dtype: str, folder: Path) -
     spec = cell(chosen(PLAIN, **STILL), engine, stage, dtype=dtype, max_steps=1, warmup_steps=0)
     counts, name = [], "model.layers.0.mlp.up_proj.weight"
 
-    def after(view: EngineView, *_: Any) -> None:
+    def after(view: EngineView, step: int, max_steps: int) -> None:
         counts.extend(float(state["step"]) for state in view._base.state.values())
         before = dict(make(spec).model.named_parameters())[name].detach().float()
         decayed = before * (1 - spec.train.lr * ADAMW["weight_decay"])
-        assert (view.value(view.named[name]) - decayed).norm() <= 1e-6 * decayed.norm()
+        assert (view.value(view.trained[name]) - decayed).norm() <= 1e-6 * decayed.norm()
 
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, full, after_step=after)
         run(spec, folder)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
     assert set(counts) == {1.0}
 
 
@@ -114,7 +112,7 @@ def slopes_are_autograds(slopes: Any) -> None:
 
 
 def test_the_decay_is_the_gradient_of_half_the_squared_norm_of_the_product() -> None:
-    slopes_are_autograds(adamw_frobenius.slopes)
+    slopes_are_autograds(adamw_frobenius.decay_gradients)
     broken(slopes_are_autograds, lambda a, b: (a, b))  # plain L2 of the factors
     broken(slopes_are_autograds, lambda a, b: (2 * (b.T @ b) @ a, b @ (a @ a.T)))
 
@@ -249,23 +247,25 @@ def only_the_model(view: EngineView, config: Any, step: int, max_steps: int) -> 
 
 def one_after_the_other(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: B is decayed by the new A."""
-    for names in adamw_frobenius.pairs(view.named):
-        a, b = (view.named[name] for name in names)
+    for names in adamw_frobenius.pairs(view.trained):
+        a, b = (view.trained[name] for name in names)
         shrink = view.rate(a) * config.frobenius_decay
         view.set(
             a,
-            view.value(a) - shrink * adamw_frobenius.slopes(view.value(a), view.value(b))[0],
+            view.value(a)
+            - shrink * adamw_frobenius.decay_gradients(view.value(a), view.value(b))[0],
         )
         view.set(
             b,
-            view.value(b) - shrink * adamw_frobenius.slopes(view.value(a), view.value(b))[1],
+            view.value(b)
+            - shrink * adamw_frobenius.decay_gradients(view.value(a), view.value(b))[1],
         )
 
 
 def plain_l2(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: each factor by itself."""
-    for name in factor_names(view.named):
-        each = view.named[name]
+    for name in factor_names(view.trained):
+        each = view.trained[name]
         view.set(each, view.value(each) * (1 - view.rate(each) * config.frobenius_decay))
 
 
@@ -282,7 +282,9 @@ def decays_alone(engine: Any, stage: int, dtype: str, folder: Path) -> None:
 
     def watched(view: EngineView, config: Any, step: int, max_steps: int) -> None:
         if step == max_steps - 1:  # all but the last decay
-            seen.update((name, view.value(view.named[name])) for name in factor_names(view.named))
+            seen.update(
+                (name, view.value(view.trained[name])) for name in factor_names(view.trained)
+            )
         decay(view, config, step, max_steps)
 
     adamw_frobenius.before_step = watched
@@ -348,7 +350,7 @@ def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             found.append(
                 (
                     dict(view._base.state),
-                    {name: view.value(p) for name, p in view.named.items()},
+                    {name: view.value(p) for name, p in view.trained.items()},
                 )
             )
 
@@ -367,9 +369,11 @@ def moments_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def through_the_moments(view: EngineView, config: Any, step: int, max_steps: int) -> None:
     """A mutant: the decay is added to the gradient, as the authors have it for SGD."""
-    for names in adamw_frobenius.pairs(view.named):
-        pair = [view.named[name] for name in names]
-        for each, slope in zip(pair, adamw_frobenius.slopes(*map(view.value, pair)), strict=True):
+    for names in adamw_frobenius.pairs(view.trained):
+        pair = [view.trained[name] for name in names]
+        for each, slope in zip(
+            pair, adamw_frobenius.decay_gradients(*map(view.value, pair)), strict=True
+        ):
             each.grad += config.frobenius_decay * slope
 
 
@@ -571,15 +575,17 @@ def test_flat_pieces_and_adapters_that_forget_are_refused_by_name(
             reason in found and f"ZeRO-{stage}" in found and kind in found and "\n" not in found
         )
 
-    def after(view: EngineView, *_: Any) -> None:
-        with pytest.raises(TypeError, match="begin it anew"):
-            view.reset_state(view.named.values())
+    steps = []
 
-    full.after_step = after  # type: ignore[attr-defined]
-    try:
+    def after(view: EngineView, step: int, max_steps: int) -> None:
+        steps.append(step)
+        with pytest.raises(TypeError, match="begin it anew"):
+            view.reset_state(view.trained.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, full, after_step=after)
         run(cell(settings, max_steps=1), tmp_path)
-    finally:
-        del full.after_step  # type: ignore[attr-defined]
+    assert steps == [0]
     forgetful = dataclasses.replace(cell(settings), adapter=reader.adapter("rosa_r8"))
     assert "rosa_r8" in str(refusal(forgetful))
 
