@@ -25,7 +25,7 @@ from finrepro.runtime import process
 process.quiet_environment()
 
 import torch  # noqa: E402
-from _measure import interleaved, write  # noqa: E402
+from _measure import interleaved, sized, write  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -46,20 +46,23 @@ from finrepro.training.hooks import Hooks  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
 MODEL, BASES, BASELINE = "llama3_1_8b_mini", ("none", "nf4"), "lora_r8"
-BATCH, STEPS, REPEATS = 32, 4, 5  # examples a step, steps a timing, timings
+BATCH, STEPS, REPEATS = sized((32, 4, 5), (2, 1, 1))  # examples a step, steps a timing, timings
+DRY_ADAPTERS = ("lora_r8", "adalora_r8")  # the second has hooks around a step
 
 
 def specs(quantizer: str) -> dict[str, RunSpec]:
     """Adapter -> its cell on this base, of every adapter that can be trained there."""
-    found = {}
-    for name in reader.table("table3").smoke.axes.adapter:
+    smoke = reader.table("table3").smoke
+    assert smoke is not None
+    trainable = {}
+    for name in sized(smoke.axes.adapter, DRY_ADAPTERS):
         only = f"{MODEL}-{quantizer}-{name}-tfns-s0"
         (cell,) = expand(
             Selection("3", full=True, seeds=(0,), only=only, weights="random"), "smoke"
         )
         if cell.refusal is None and cell.spec.train.max_steps:
-            found[name] = cell.spec
-    return found
+            trainable[name] = cell.spec
+    return trainable
 
 
 def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
@@ -67,7 +70,7 @@ def examples(spec: RunSpec, folder: Path) -> list[Encoded]:
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     module, config = kind_module("tasks", spec.tasks[0].task.kind), spec.tasks[0].task.config
     train = files.load(spec.tasks[0].dataset, None).splits["train"][: BATCH * STEPS]
-    pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
+    pairs = [(module.prompt(example, config), module.target(example, config)) for example in train]
     return encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
 
 
@@ -98,11 +101,11 @@ class Counted(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                self._add(each)
-        return made
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return result
 
 
 class Training:
@@ -121,93 +124,90 @@ class Training:
             spec.train, engine="ddp"
         )  # the one that leaves the optimizer's state where it can be counted
         self.hooks = Hooks(spec.adapter, settings.optimizer, built.model, settings.max_steps)
-        scale = adapter_of(spec.adapter).lr_scale
+        adapter = adapter_of(spec.adapter)
         self.engine: Engine = start_engine(
-            built.model, settings, self.device, scale, self.hooks.extra_loss
+            built.model, settings, self.device, adapter.lr_scale, adapter.extra_loss
         )
         self.hooks.start(self.engine)
 
-    def one(self, index: int) -> None:
+    def take_step(self, index: int) -> None:
         """One optimizer step."""
-        batch = side_by_side(self.rows[index * BATCH : (index + 1) * BATCH])
-        supervised = sum(
-            each.num_supervised for each in self.rows[index * BATCH : (index + 1) * BATCH]
-        )
+        rows = self.rows[index * BATCH : (index + 1) * BATCH]
         optimizer_step(
             self.engine,
-            [batch],
-            supervised,
+            [side_by_side(rows)],
+            sum(row.num_supervised for row in rows),
             self.device,
             partial(self.hooks.before_step, self.step),
         )
         self.hooks.after_step(self.step)
         self.step += 1
 
-    def several(self) -> None:
+    def take_steps(self) -> None:
         """As many as are timed at once."""
         for index in range(STEPS):
-            self.one(index)
+            self.take_step(index)
 
     def peak_bytes(self) -> int:
         """The most that tensors take within a step, weights, gradients and moments included."""
         gc.collect()
         states = self.engine.stepped_by.state.values()
-        held = [
+        tensors = [
             *self.model.parameters(),
             *self.model.buffers(),
-            *tree_leaves([dict(each) for each in states]),
+            *tree_leaves([dict(state) for state in states]),
         ]
-        held += [each.grad for each in self.model.parameters()]
-        with Counted(each for each in held if isinstance(each, torch.Tensor)) as counted:
-            self.one(0)
+        tensors += [parameter.grad for parameter in self.model.parameters()]
+        with Counted(leaf for leaf in tensors if isinstance(leaf, torch.Tensor)) as counted:
+            self.take_step(0)
         return counted.peak
+
+
+def measured(base: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Adapter -> its costs on this base, raw and beside LoRA's."""
+    cells = specs(base)
+    rows = examples(cells[BASELINE], folder)
+    began = time.perf_counter()
+    training = {name: Training(spec, rows) for name, spec in cells.items()}
+    print(f"{base}: {len(training)} models built in {time.perf_counter() - began:.0f} s")
+    runs: dict[str, Callable[[], object]] = {name: run.take_steps for name, run in training.items()}
+    seconds = {
+        name: [total / STEPS for total in totals]
+        for name, totals in interleaved(runs, REPEATS).items()
+    }
+    peaks = {name: run.peak_bytes() for name, run in training.items()}
+    for run in training.values():
+        run.engine.close()
+    return {
+        name: {
+            "trained_parameters": run.trained,
+            "seconds_a_step": seconds[name],
+            "peak_bytes": peaks[name],
+            "times_the_seconds": statistics.median(
+                own / lora for own, lora in zip(seconds[name], seconds[BASELINE], strict=True)
+            ),
+            "times_the_memory": peaks[name] / peaks[BASELINE],
+        }
+        for name, run in training.items()
+    }
 
 
 def main() -> None:
     """Both bases."""
     process.setup(0, 2)
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for base in BASES:
-            wanted = specs(base)
-            rows = examples(wanted[BASELINE], Path(folder))
-            began = time.perf_counter()
-            training = {name: Training(spec, rows) for name, spec in wanted.items()}
-            print(f"{base}: {len(training)} models built in {time.perf_counter() - began:.0f} s")
-            runs: dict[str, Callable[[], object]] = {
-                name: each.several for name, each in training.items()
-            }
-            seconds = {
-                name: [total / STEPS for total in each]
-                for name, each in interleaved(runs, REPEATS).items()
-            }
-            peaks = {name: each.peak_bytes() for name, each in training.items()}
-            results[base] = {
-                name: {
-                    "trained_parameters": each.trained,
-                    "seconds_a_step": seconds[name],
-                    "peak_bytes": peaks[name],
-                    "times_the_seconds": statistics.median(
-                        own / lora
-                        for own, lora in zip(seconds[name], seconds[BASELINE], strict=True)
-                    ),
-                    "times_the_memory": peaks[name] / peaks[BASELINE],
-                }
-                for name, each in training.items()
-            }
-            for each in training.values():
-                each.engine.close()
+        results = {base: measured(base, Path(folder)) for base in BASES}
     summary = {
         base: {
             name: {
-                "ms_a_step": round(1000 * statistics.median(each["seconds_a_step"])),
-                "times_lora_r8": round(each["times_the_seconds"], 2),
-                "peak_MiB": round(each["peak_bytes"] / 2**20),
-                "times_memory": round(each["times_the_memory"], 2),
+                "ms_a_step": round(1000 * statistics.median(costs["seconds_a_step"])),
+                "times_lora_r8": round(costs["times_the_seconds"], 2),
+                "peak_MiB": round(costs["peak_bytes"] / 2**20),
+                "times_memory": round(costs["times_the_memory"], 2),
             }
-            for name, each in found.items()
+            for name, costs in by_adapter.items()
         }
-        for base, found in results.items()
+        for base, by_adapter in results.items()
     }
     write("adapters", {"model": MODEL, "batch": BATCH, "results": results, "summary": summary})
 

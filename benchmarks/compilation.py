@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from finrepro.runtime import process
 
@@ -24,7 +24,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
 )
 
 import torch  # noqa: E402
-from _measure import interleaved, ratios, write  # noqa: E402
+from _measure import interleaved, ratios, sized, write  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 from finrepro.catalogue import reader, resolve  # noqa: E402
@@ -38,25 +38,28 @@ from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = (
-    (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024)
+BLOCKS, WIDTH, VOCABULARY, LONGEST, TOKENS = sized(
+    (12, 2048, 32000, 512, 8192) if CUDA else (4, 256, 2048, 128, 1024), (1, 64, 64, 32, 64)
 )
-DTYPE = "bfloat16" if CUDA else "float32"
-BATCHES, REPEATS, THREADS = 4, 5, 1
+HEAD_WIDTH = sized(64, 16)
+DTYPE: Literal["float32", "bfloat16"] = "bfloat16" if CUDA else "float32"
+BATCHES, REPEATS, THREADS = sized((4, 5, 1), (2, 1, 1))
+Layout = Literal["padded", "bins"]
+COMBINATIONS: tuple[tuple[str, str, Layout], ...] = (
+    ("gpt2", "full", "padded"),
+    ("llama", "full", "bins"),
+    ("llama", "lora_r8", "padded"),
+    ("llama", "lora_r8", "bins"),
+)
 CONFIGURATIONS = {
     f"{family}, {adapter}, {layout}": (family, adapter, layout)
-    for family, adapter, layout in (
-        ("gpt2", "full", "padded"),
-        ("llama", "full", "bins"),
-        ("llama", "lora_r8", "padded"),
-        ("llama", "lora_r8", "bins"),
-    )
+    for family, adapter, layout in sized(COMBINATIONS, COMBINATIONS[-1:])
 }
 
 
 def model_of(family: str) -> Model:
     """A catalogue's miniature of the family, in this benchmark's size."""
-    heads = WIDTH // 64
+    heads = WIDTH // HEAD_WIDTH
     entry = reader.model({"gpt2": "gpt2_127m_mini", "llama": "llama3_1_8b_mini"}[family])
     sizes = (
         {"n_layer": BLOCKS, "n_embd": WIDTH, "n_head": heads, "n_positions": LONGEST}
@@ -73,7 +76,7 @@ def model_of(family: str) -> Model:
     return dataclasses.replace(entry, architecture=architecture, dtype=DTYPE)
 
 
-def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
+def spec_of(family: str, adapter: str, layout: Layout) -> RunSpec:
     """Table 3's smoke cell with this model, in this layout."""
     cell = resolve.spec_of_label(
         Selection(table="3", full=True), "smoke", f"llama3_1_8b_mini-none-{adapter}-tfns-s0"
@@ -83,10 +86,10 @@ def spec_of(family: str, adapter: str, layout: str) -> RunSpec:
     return dataclasses.replace(cell, model=model_of(family), train=train, weights="random")
 
 
-def batches(layout: str, device: torch.device) -> list[Batch]:
+def batches_of(layout: Layout, device: torch.device) -> list[Batch]:
     """Of random tokens and lengths, about `TOKENS` each, an answer of four tokens an example."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    batches = []
     for _ in range(BATCHES):
         rows, size = [], 0
         while size < TOKENS:
@@ -94,19 +97,19 @@ def batches(layout: str, device: torch.device) -> list[Batch]:
             ids = torch.randint(VOCABULARY, (length,), generator=generator).tolist()
             rows.append(Encoded(tuple(ids), length - 4))
             size += length
-        found.append(COLLATE[layout](rows).to(device))
-    return found
+        batches.append(COLLATE[layout](rows).to(device))
+    return batches
 
 
 def stepper(
-    spec: RunSpec, given: list[Batch], device: torch.device
+    spec: RunSpec, batches: list[Batch], device: torch.device
 ) -> tuple[Any, Callable[[], None]]:
     """A model of the cell, and a round of steps over the batches."""
     model = build(spec, None, device).model
     engine = start_engine(model, spec.train, device)
 
     def steps() -> None:
-        for batch in given:
+        for batch in batches:
             optimizer_step(engine, [batch], len(batch.targets), device)
         if CUDA:
             torch.cuda.synchronize()
@@ -118,21 +121,23 @@ def main() -> None:
     """Each configuration: the proof, then steps in turn."""
     device = process.setup(0, THREADS)
     began = time.monotonic()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     for name, (family, adapter, layout) in CONFIGURATIONS.items():
-        spec, given = spec_of(family, adapter, layout), batches(layout, device)
-        _, as_written = stepper(spec, given, device)
-        model, compiled = stepper(spec, given, device)
+        spec, batches = spec_of(family, adapter, layout), batches_of(layout, device)
+        _, as_written = stepper(spec, batches, device)
+        model, compiled = stepper(spec, batches, device)
         proofs: list[Any] = []
         counters.clear()
         with ExitStack() as until_the_end:
-            until_the_end.enter_context(compilation.compiled(model, given[0], DTYPE, proofs.append))
+            until_the_end.enter_context(
+                compilation.compiled(model, batches[0], DTYPE, proofs.append)
+            )
             compiled()
             seconds = interleaved({"as written": as_written, "compiled": compiled}, REPEATS)
         codes = counters["stats"]["unique_graphs"]
         proof = proofs[0]["ranks"][0]
-        found[name] = {
+        results[name] = {
             "seconds_a_round": seconds,
             "proof": proof,
             "codes": codes,
@@ -140,12 +145,12 @@ def main() -> None:
         }
         summary[name] = {
             "ms_a_step": {
-                key: round(1e3 * statistics.median(each) / BATCHES, 1)
-                for key, each in seconds.items()
+                mode: round(1e3 * statistics.median(rounds) / BATCHES, 1)
+                for mode, rounds in seconds.items()
             },
             "times_faster": round(ratios(seconds["as written"], seconds["compiled"])["median"], 3),
             "compiler_seconds": round(proof["seconds"], 1),
-            "off": {key: float(f"{each:.2g}") for key, each in proof["off"].items()},
+            "off": {quantity: float(f"{off:.2g}") for quantity, off in proof["off"].items()},
             "codes": codes,
         }
         print(name, json.dumps(summary[name]), flush=True)
@@ -161,7 +166,12 @@ def main() -> None:
     }
     write(
         "compilation",
-        {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary},
+        {
+            **facts,
+            "seconds": round(time.monotonic() - began),
+            "results": results,
+            "summary": summary,
+        },
     )
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from finrepro.kinds import kind_module
 from finrepro.runtime import process
@@ -25,8 +26,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # rates are of one core
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from _measure import interleaved, ratios, write  # noqa: E402
-from _text import bare, paragraphs  # noqa: E402
+from _measure import interleaved, ratios, sized, write  # noqa: E402
+from _text import bare, data_dir, gpt2_tokenizer, paragraphs, texts_of  # noqa: E402
 
 from finrepro.catalogue import reader  # noqa: E402
 from finrepro.data import files, packing  # noqa: E402
@@ -35,13 +36,14 @@ from finrepro.data.corpora.index import FORMAT, INDEX, Index, dtype_for, write_r
 from finrepro.data.corpora.stream import open_corpus  # noqa: E402
 from finrepro.data.corpora.windows import Windows  # noqa: E402
 from finrepro.data.preparing import tokenizing  # noqa: E402
-from finrepro.data.preparing.entries import sources_of  # noqa: E402
 from finrepro.data.preparing.prepare import PrepareOptions, Sources, prepare  # noqa: E402
 from finrepro.data.preparing.writer import PREPARING, SplitWriter  # noqa: E402
-from finrepro.data.tokens import encode, train_tokenizer  # noqa: E402
+from finrepro.data.tokens import encode  # noqa: E402
 from finrepro.settings import plain  # noqa: E402
 
-CAPACITY, REPEATS, SEQUENCE, BATCH, STEPS = 2048, 5, 1024, 8, 200
+CAPACITY, REPEATS, SEQUENCE, BATCH, STEPS = sized((2048, 5, 1024, 8, 200), (2048, 1, 16, 2, 3))
+LENGTHS, FEW_LENGTHS = sized((1_000_000, 10_000), (1000, 100))
+RANDOM_TOKENS, SHARD = sized((20_100_000, 2**22), (20_000, 2**12))
 
 
 def seconds_of(
@@ -49,7 +51,7 @@ def seconds_of(
     repeats: int = REPEATS,
     clock: Callable[[], float] = time.process_time,
 ) -> list[float]:
-    return interleaved({"it": run}, repeats, clock)["it"]
+    return interleaved({"run": run}, repeats, clock)["run"]
 
 
 def packer() -> dict[str, Any]:
@@ -57,17 +59,17 @@ def packer() -> dict[str, Any]:
     take.
     """
     lengths = (
-        np.clip(np.random.default_rng(0).lognormal(4.3, 0.7, 1_000_000), 8, CAPACITY)
+        np.clip(np.random.default_rng(0).lognormal(4.3, 0.7, LENGTHS), 8, CAPACITY)
         .astype(int)
         .tolist()
     )
-    few = lengths[:10_000]
+    few = lengths[:FEW_LENGTHS]
 
     def naive() -> list[list[int]]:
         room: list[int] = []
         content: list[list[int]] = []
         for row in sorted(range(len(few)), key=lambda row: -few[row]):
-            fits = next((k for k, left in enumerate(room) if left >= few[row]), None)
+            fits = next((k for k, free in enumerate(room) if free >= few[row]), None)
             if fits is None:
                 fits = len(room)
                 room.append(CAPACITY)
@@ -94,7 +96,7 @@ def packer() -> dict[str, Any]:
 def random_corpus(folder: Path, tokens: int) -> Path:
     """Documents of about a thousand random tokens."""
     (folder / PREPARING).mkdir(parents=True)
-    writer = SplitWriter(folder, "train", "uint16", 2**22)
+    writer = SplitWriter(folder, "train", "uint16", SHARD)
     generator = np.random.default_rng(0)
     while writer._position < tokens:
         ids = generator.integers(1, 50257, int(generator.lognormal(6.5, 0.8)) + 2).astype(np.uint16)
@@ -106,7 +108,7 @@ def random_corpus(folder: Path, tokens: int) -> Path:
         vocabulary=50257,
         start_id=50256,
         dtype=dtype_for(50257),
-        shard_tokens=2**22,
+        shard_tokens=SHARD,
         splits={"train": writer.finish()},
         source={},
         options={},
@@ -137,11 +139,11 @@ def loader(folder: Path) -> dict[str, Any]:
             default_data_collator([table[row] for row in rows])
 
     def plain_list() -> None:
-        for chosen in order:
-            ids = torch.tensor([rows[row] for row in chosen])
+        for batch in order:
+            ids = torch.tensor([rows[row] for row in batch])
             ids.clone()  # the labels
 
-    found = interleaved(
+    seconds = interleaved(
         {"ours": ours, "datasets_and_collator": hugging_face, "plain_list": plain_list},
         REPEATS,
         time.process_time,
@@ -149,50 +151,49 @@ def loader(folder: Path) -> dict[str, Any]:
     tokens = SEQUENCE * BATCH * STEPS
     return {
         "tokens": tokens,
-        "seconds": found,
+        "seconds": seconds,
         "tokens_per_second": {
-            name: tokens / statistics.median(times) for name, times in found.items()
+            name: tokens / statistics.median(times) for name, times in seconds.items()
         },
-        "times_faster_than_datasets": ratios(found["datasets_and_collator"], found["ours"]),
+        "times_faster_than_datasets": ratios(seconds["datasets_and_collator"], seconds["ours"]),
     }
 
 
 def preparing(tokenizer_folder: Path, folder: Path) -> dict[str, Any]:
-    """WikiText-2's paragraphs: the whole preparation, and the library's own call on a list of
+    """WikiText-2's paragraphs: all of the preparation, and the library's own call on a list of
     the same texts.
     """
-    sources = Sources(paragraphs())
-    texts = [document.text for each in sources.train for _, document in each.read(print)]  # type: ignore[arg-type]
+    files = paragraphs(folder)
+    sources, texts = Sources(files), texts_of(files)
     encoder = tokenizing.load_encoder(tokenizer_folder)
     tokenizer = bare(tokenizer_folder)
     fresh: Iterator[int] = itertools.count()
 
-    def whole() -> None:
-        tokenizing.tokenizer_of(
-            encoder.definition
-        ).model._clear_cache()  # no word is known from the round before
+    def prepare_all() -> None:
+        # No word is cached from the round before.
+        tokenizing.tokenizer_of(encoder.definition).model._clear_cache()
         prepare(sources, encoder, folder / f"c{next(fresh)}", PrepareOptions())
 
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "bare_tokenizer": lambda: tokenizer(texts, add_special_tokens=False)["input_ids"],
-        "prepare": whole,
+        "prepare": prepare_all,
     }
-    found = interleaved(runs, REPEATS, time.process_time)
-    encode_texts, ids = tokenizing.encode_texts, np.zeros(200, np.uint32)
-    tokenizing.encode_texts = lambda _, __, given: (
-        [ids] * len(given)
-    )  # reading, hashing and writing alone
-    found["prepare_without_tokenizing"] = seconds_of(runs["prepare"])
-    tokenizing.encode_texts = encode_texts
+    seconds = interleaved(runs, REPEATS, time.process_time)
+    ids = np.zeros(200, np.uint32)
+    # Reading, hashing and writing alone.
+    with mock.patch.object(tokenizing, "encode_texts", lambda _, __, texts: [ids] * len(texts)):
+        seconds["prepare_without_tokenizing"] = seconds_of(prepare_all)
     size = sum(len(text.encode()) for text in texts)
     return {
         "documents": len(texts),
         "bytes": size,
-        "seconds": found,
+        "seconds": seconds,
         "megabytes_per_second": {
-            name: size / 1e6 / statistics.median(times) for name, times in found.items()
+            name: size / 1e6 / statistics.median(times) for name, times in seconds.items()
         },
-        "times_as_fast_as_the_bare_tokenizer": ratios(found["bare_tokenizer"], found["prepare"]),
+        "times_as_fast_as_the_bare_tokenizer": ratios(
+            seconds["bare_tokenizer"], seconds["prepare"]
+        ),
     }
 
 
@@ -214,19 +215,19 @@ def resuming(folder: Path) -> dict[str, Any]:
         samples = (windows[row] for row in order)
         return list(itertools.islice(samples, at * BATCH, (at + 1) * BATCH))
 
-    found = {
+    seconds = {
         "ours": seconds_of(ours, clock=time.perf_counter),
-        "skipping": seconds_of(skipping, 2, time.perf_counter),
+        "skipping": seconds_of(skipping, sized(2, 1), time.perf_counter),
     }
     return {
         "samples": steps * BATCH,
         "position": at * BATCH,
-        "seconds": found,
-        "times_faster": statistics.median(found["skipping"]) / statistics.median(found["ours"]),
+        "seconds": seconds,
+        "times_faster": statistics.median(seconds["skipping"]) / statistics.median(seconds["ours"]),
     }
 
 
-def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
+def fullness(tokenizer: Any) -> dict[str, Any]:
     """Real tokens over the room of an epoch's bins of 2,048, for the training split of every set
     that is here.
 
@@ -234,24 +235,27 @@ def fullness(tokenizer: Any, data_dir: Path | None) -> dict[str, Any]:
     the last bin shows.
     """
     tokenizer.model_max_length = 10**9
-    found: dict[str, Any] = {}
+    by_task: dict[str, Any] = {}
     for name, entry in reader.entries("tasks").items():
         template = next(iter(entry.get("templates") or {}), "")
         spec = reader.task(name, template)
-        if files.dataset_missing_reason(spec.dataset, data_dir, ("train",)):
+        if files.dataset_missing_reason(spec.dataset, data_dir(), ("train",)):
             continue
         module, config = kind_module("tasks", spec.task.kind), spec.task.config
-        train = files.load(spec.dataset, data_dir, ("train", "development")).splits["train"]
-        pairs = [(module.prompt(each, config), module.target(each, config)) for each in train]
-        lengths = [len(each.ids) for each in encode(tokenizer, pairs, CAPACITY, end=True)]
+        splits = files.load(spec.dataset, data_dir(), ("train", "development")).splits
+        train = splits["train"][: sized(None, 100)]
+        pairs = [
+            (module.prompt(example, config), module.target(example, config)) for example in train
+        ]
+        lengths = [len(row.ids) for row in encode(tokenizer, pairs, CAPACITY, end=True)]
         bins = packing.bins(list(range(len(lengths))), lengths, CAPACITY)
-        found[name] = {
+        by_task[name] = {
             "examples": len(lengths),
             "share": sum(lengths) / (CAPACITY * len(bins)),
             "bins": len(bins),
             "at_best": sum(lengths) / (CAPACITY * -(-sum(lengths) // CAPACITY)),
         }
-    return found
+    return by_task
 
 
 def running_text(corpora: Path) -> dict[str, Any]:
@@ -265,26 +269,18 @@ def running_text(corpora: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = os.environ.get("FINREPRO_DATA_DIR")
-    data_dir = Path(given) if given else None
+    """Every part of the engine."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = (data_dir or folder) / "gpt2_tokenizer"
-        if not tokenizer.is_dir():
-            texts = [
-                document.text
-                for each in sources_of("wikitext2", None).train
-                for _, document in each.read(print)
-            ]  # type: ignore[arg-type]
-            train_tokenizer(texts, "gpt2", 8192).save_pretrained(tokenizer)
-        random = random_corpus(folder / "random", 20_100_000)
+        tokenizer = gpt2_tokenizer(folder, texts_of(paragraphs(folder)))
+        random = random_corpus(folder / "random", RANDOM_TOKENS)
         began = time.monotonic()
         result = {
             "packer": packer(),
             "loader": loader(random),
             "preparing": preparing(tokenizer, folder),
             "resuming": resuming(random),
-            "bins_of_2048": fullness(bare(tokenizer), data_dir),
+            "bins_of_2048": fullness(bare(tokenizer)),
             "running_text": running_text(folder / "c0"),
         }
     summary = {
@@ -297,8 +293,8 @@ def main() -> None:
         "resume_seconds": statistics.median(result["resuming"]["seconds"]["ours"]),
         "resume_times_faster": result["resuming"]["times_faster"],
         "bins_of_2048": {
-            name: [round(each["share"], 4), round(each["at_best"], 4)]
-            for name, each in result["bins_of_2048"].items()
+            name: [round(bins["share"], 4), round(bins["at_best"], 4)]
+            for name, bins in result["bins_of_2048"].items()
         },
         "running_text": result["running_text"],
         "took_seconds": time.monotonic() - began,

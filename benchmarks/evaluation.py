@@ -19,7 +19,7 @@ from finrepro.runtime import process
 process.quiet_environment()
 
 import torch  # noqa: E402
-from _measure import interleaved, ratios, write  # noqa: E402
+from _measure import interleaved, ratios, sized, write  # noqa: E402
 
 from finrepro.catalogue import reader  # noqa: E402
 from finrepro.catalogue.cells import expand  # noqa: E402
@@ -34,7 +34,7 @@ from finrepro.running.base import embedded_tokenizer  # noqa: E402
 from finrepro.training.checkpoint import Control  # noqa: E402
 from finrepro.training.loop import train  # noqa: E402
 
-EXAMPLES, REPEATS, TRAIN_STEPS = 400, 5, 200
+EXAMPLES, REPEATS, TRAIN_STEPS = sized((400, 5, 200), (3, 1, 2))
 
 
 def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -67,16 +67,25 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
     spec = expand(Selection("3", only=f"{name}-none-full-tfns-*", weights="random"), "smoke")[
         0
     ].spec
-    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, max_steps=TRAIN_STEPS))
+    settings = dataclasses.replace(
+        spec.train,
+        max_steps=TRAIN_STEPS,
+        warmup_steps=sized(spec.train.warmup_steps, 1),
+        global_batch_size=sized(spec.train.global_batch_size, 2),
+    )
+    spec = dataclasses.replace(spec, train=settings)
     device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     built = build(spec, None, device)
     (task,) = spec.tasks
     module, config = kind_module("tasks", task.task.kind), task.task.config
     splits = files.load(task.dataset, None).splits
-    pairs = [(module.prompt(e, config), module.target(e, config)) for e in splits["train"]]
+    training = splits["train"][: sized(None, 2 * TRAIN_STEPS)]
+    pairs = [
+        (module.prompt(example, config), module.target(example, config)) for example in training
+    ]
     if trained_on == "text":
-        pairs = [("", example.text) for example in splits["train"]]
+        pairs = [("", example.text) for example in training]
     encoded = encode(tokenizer, pairs, spec.train.max_seq_len, end=True)
     train(
         built.model,
@@ -89,23 +98,23 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
 
     examples = splits["development"][:EXAMPLES]
     prompts = [module.prompt(example, config) for example in examples]
-    kept: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
     def score(examples_: Any = examples) -> list[dict[str, Any]]:
         return answer(model, tokenizer, task, examples_, spec.evaluation, spec.train.max_seq_len)
 
     seconds = interleaved(
         {
-            "generate_batch_1": lambda: kept.update(text=generated(model, tokenizer, prompts)),
-            "log_likelihood": lambda: kept.update(rows=score()),
+            "generate_batch_1": lambda: outputs.update(text=generated(model, tokenizer, prompts)),
+            "log_likelihood": lambda: outputs.update(rows=score()),
         },
         REPEATS,
     )
-    labels = [row["prediction"] for row in kept["rows"]]
+    labels = [row["prediction"] for row in outputs["rows"]]
     alone = [score((example,))[0]["prediction"] for example in examples]
     parsed = [
         module.parse(text, example, config)
-        for text, example in zip(kept["text"], examples, strict=True)
+        for text, example in zip(outputs["text"], examples, strict=True)
     ]
     return {
         "model": name,
@@ -124,10 +133,16 @@ def measure(name: str, trained_on: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every smoke model of Table 3."""
-    models = reader.table("3").smoke.axes.model
+    smoke = reader.table("3").smoke
+    assert smoke is not None
+    models = sized(smoke.axes.model, smoke.axes.model[:1])
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(name, on, Path(folder)) for name in models for on in ("answers", "text")]
-    shown = (
+        results = [
+            measure(name, trained_on, Path(folder))
+            for name in models
+            for trained_on in ("answers", "text")
+        ]
+    measures = (
         "times_faster",
         "labels_equal_one_by_one",
         "agreement_with_generated",
@@ -138,7 +153,8 @@ def main() -> None:
         {
             "results": results,
             "summary": {
-                f"{r['model']}, {r['trained_on']}": {key: r[key] for key in shown} for r in results
+                f"{r['model']}, {r['trained_on']}": {key: r[key] for key in measures}
+                for r in results
             },
         },
     )

@@ -24,22 +24,23 @@ from finrepro.runtime import memory, process
 process.quiet_environment()
 
 import torch  # noqa: E402
-from _measure import write  # noqa: E402
+from _measure import DRY_OPTION, sized, write  # noqa: E402
 
 from finrepro.catalogue import reader  # noqa: E402
 from finrepro.models import build, loading  # noqa: E402
 
 ARCHITECTURE = {
-    "vocab_size": 32000,
-    "hidden_size": 1536,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    "vocab_size": sized(32000, 128),
+    "hidden_size": sized(1536, 64),
+    "intermediate_size": sized(4096, 128),
+    "num_hidden_layers": sized(24, 2),
+    "num_attention_heads": sized(16, 4),
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-SHARD, REPEATS, MIB = "250MB", 3, 2**20
-WAYS = ("streamed", "whole")
+SHARD, REPEATS, MIB = sized("250MB", "50KB"), sized(3, 1), 2**20
+WARM_UP_ROUNDS = sized(1, 0)
+WAYS, CHILD = ("streamed", "whole"), "--child"
 
 
 def configuration() -> Any:
@@ -54,11 +55,11 @@ def write_checkpoint(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(configuration(), dtype=torch.bfloat16)
-    made.save_pretrained(folder, max_shard_size=SHARD)
+    model = AutoModelForCausalLM.from_config(configuration(), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     sizes = [path.stat().st_size for path in sorted(folder.glob("*.safetensors"))]
     return {
-        "parameters": sum(each.numel() for each in made.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "shard_bytes": sizes,
         "architecture": ARCHITECTURE,
     }
@@ -72,18 +73,18 @@ def resident(key: str) -> int:
 
 def streamed(folder: Path, quantizer: Any) -> tuple[Any, int]:
     """As a run loads it."""
-    made = loading.skeleton(configuration(), torch.bfloat16)
-    source = loading.Checkpoint(made, folder, "the benchmark's Llama")
-    return made, loading.stream(made, source, quantizer, torch.device("cpu"))
+    model = loading.skeleton(configuration(), torch.bfloat16)
+    source = loading.Checkpoint(model, folder, "the benchmark's Llama")
+    return model, loading.stream(model, source, quantizer, torch.device("cpu"))
 
 
-def whole(folder: Path, quantizer: Any) -> tuple[Any, int]:
+def quantized_at_the_end(folder: Path, quantizer: Any) -> tuple[Any, int]:
     """All of it first, then the quantizer."""
     from transformers import AutoModelForCausalLM
 
-    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    build.quantize(made, quantizer)
-    return made, 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    build.quantize(model, quantizer)
+    return model, 0
 
 
 def child(way: str, folder: Path) -> None:
@@ -97,24 +98,25 @@ def child(way: str, folder: Path) -> None:
     import accelerate  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    before, anonymous, done = resident("VmRSS"), resident("RssAnon"), threading.Event()
+    before, anonymous, loaded = resident("VmRSS"), resident("RssAnon"), threading.Event()
     highest = [anonymous]
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not loaded.wait(0.002):
             highest.append(resident("RssAnon"))
 
     memory.reset_peak_memory(torch.device("cpu"))
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    made, stored = {"streamed": streamed, "whole": whole}[way](folder, quantizer)
+    load = {"streamed": streamed, "whole": quantized_at_the_end}[way]
+    model, stored = load(folder, quantizer)
     seconds = time.perf_counter() - began
     peak = resident("VmHWM")
-    done.set()
+    loaded.set()
     watcher.join()
     digest = hashlib.sha256()
-    for name, tensor in sorted(made.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     print(
         json.dumps(
@@ -135,18 +137,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = write_checkpoint(folder)
-        for turn in range(REPEATS + 1):
+        for turn in range(WARM_UP_ROUNDS + REPEATS):
             for way in WAYS:
-                answer = subprocess.run(
-                    [sys.executable, __file__, "--child", way, name],
+                child_process = subprocess.run(
+                    [sys.executable, __file__, CHILD, way, name, *DRY_OPTION],
                     env=os.environ,
                     capture_output=True,
                     text=True,
                     check=True,
                 )
-                if turn:
-                    raw[way].append(json.loads(answer.stdout.splitlines()[-1]))
-    assert len({each["sha256"] for way in WAYS for each in raw[way]}) == 1, (
+                if turn >= WARM_UP_ROUNDS:
+                    raw[way].append(json.loads(child_process.stdout.splitlines()[-1]))
+    assert len({load["sha256"] for way in WAYS for load in raw[way]}) == 1, (
         "the two ways store different bits"
     )
     stored = raw["streamed"][0]["stored_bytes"]
@@ -157,14 +159,14 @@ def main() -> None:
     }
     for way in WAYS:
         for key in ("peak_bytes", "peak_anonymous_bytes"):
-            highest = max(each[key] for each in raw[way])
+            highest = max(load[key] for load in raw[way])
             summary[f"{way}_{key.removesuffix('_bytes')}_mib"] = round(highest / MIB)
-        summary[f"{way}_seconds"] = [round(each["seconds"], 2) for each in raw[way]]
+        summary[f"{way}_seconds"] = [round(load["seconds"], 2) for load in raw[way]]
     write("loading", {"checkpoint": checkpoint, "repeats": REPEATS, "raw": raw, "summary": summary})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
+    if sys.argv[1:2] == [CHILD]:
         child(sys.argv[2], Path(sys.argv[3]))
     else:
         main()

@@ -13,6 +13,8 @@ whether they follow.
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from finrepro.runtime import process
@@ -20,7 +22,7 @@ from finrepro.runtime import process
 process.quiet_environment()
 
 import torch  # noqa: E402
-from _measure import interleaved, ratios, write  # noqa: E402
+from _measure import interleaved, ratios, sized, write  # noqa: E402
 from torch import nn  # noqa: E402
 
 from finrepro.budgeting import roofline as roof  # noqa: E402
@@ -29,8 +31,8 @@ from finrepro.methods.layers.linear import linear_layers  # noqa: E402
 from finrepro.methods.layers.low_rank import like  # noqa: E402
 
 GPUS = {name: catalogue_gpu(name) for name in ("h100", "h200")}
-WIDTHS, RANKS = (1024, 1600), (64, 128, 256, 413, 416, 512)
-BATCH, SEQ, REPEATS, THREADS = 4, 256, 4, 1
+WIDTHS, RANKS = sized(((1024, 1600), (64, 128, 256, 413, 416, 512)), ((128,), (16, 128)))
+BATCH, SEQ, REPEATS, THREADS = sized((4, 256, 4, 1), (1, 8, 1, 1))
 TOKENS = 8192  # of the roofline: a micro-batch of eight sequences of 1,024
 GOAL, GOAL_RANK = 0.8, 128  # the share of the operations' speed-up, from this rank
 FOLLOWS = 0.9  # a GPU follows where its ceiling is at least this share of what the operations allow
@@ -55,27 +57,30 @@ def model(width: int) -> Any:
 
 def block(width: int, rank: int | None, conv1d: bool = False) -> nn.Module:
     """Its block: as it is, of `nn.Linear`, or with every linear layer factored."""
-    made = model(width)
-    for name, layer in {} if conv1d else linear_layers(made).items():
+    dense = model(width)
+    layers = {} if conv1d else linear_layers(dense)
+    for name, layer in layers.items():
         new = like(layer, rank)
         for parameter in new.parameters():
             nn.init.normal_(parameter, std=0.02)
-        made.set_submodule(name, new)
-    return made.transformer.h[0]
+        dense.set_submodule(name, new)
+    first: nn.Module = dense.transformer.h[0]
+    return first
 
 
 class LinearLayers(nn.Module):
     """The linear layers of a block alone, each with an input of its own width."""
 
-    def __init__(self, whole: nn.Module, width: int) -> None:
+    def __init__(self, block: Any, width: int) -> None:
         super().__init__()
-        self.narrow = nn.ModuleList([whole.attn.c_attn, whole.attn.c_proj, whole.mlp.c_fc])
-        self.wide, self.width = whole.mlp.c_proj, width
+        self.narrow = nn.ModuleList([block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc])
+        self.wide: nn.Module = block.mlp.c_proj
+        self.width = width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of their outputs' means; `x` is (batch, seq, 4 width)."""
         outputs = [layer(x[..., : self.width]) for layer in self.narrow] + [self.wide(x)]
-        return torch.stack([each.mean() for each in outputs])
+        return torch.stack([output.mean() for output in outputs])
 
 
 def step(module: nn.Module, x: torch.Tensor) -> None:
@@ -98,48 +103,46 @@ def operations(width: int, rank: int | None) -> int:
 def roofline(width: int, rank: int) -> dict[str, float]:
     """Ceilings of the block's four linear layers together, by GPU."""
     sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    found = {"operations": round(0.75 * width / rank, 2)}
+    ceilings = {"operations": round(0.75 * width / rank, 2)}
     for name, gpu in GPUS.items():
         dense = sum(roof.seconds(gpu, TOKENS, *size) for size in sizes)
         for key, fused in (("", False), (" fused", True)):
-            whole = sum(roof.factored_seconds(gpu, *size, rank, TOKENS, fused) for size in sizes)
-            found[f"{name}{key}"] = round(dense / whole, 2)
-    return found
+            factored = sum(roof.factored_seconds(gpu, *size, rank, TOKENS, fused) for size in sizes)
+            ceilings[f"{name}{key}"] = round(dense / factored, 2)
+    return ceilings
 
 
 def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Raw seconds by block, and what they say."""
+    """Raw seconds by block, and their summary."""
     x = torch.randn(BATCH, SEQ, width)
     blocks = {"linear": block(width, None), "conv1d": block(width, None, conv1d=True)}
     blocks |= {f"r{rank}": block(width, rank) for rank in RANKS}
-    runs = {name: lambda module=module: step(module, x) for name, module in blocks.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(step, module, x) for name, module in blocks.items()
+    }
     wide = torch.randn(BATCH, SEQ, 4 * width)
     layers = {
         f"{name} layers": LinearLayers(module, width)
         for name, module in blocks.items()
         if name != "conv1d"
     }
-    runs |= {name: lambda module=module: step(module, wide) for name, module in layers.items()}
+    runs |= {name: partial(step, module, wide) for name, module in layers.items()}
     times = interleaved(runs, REPEATS, time.process_time)
     conv = ratios(times["linear"], times["conv1d"])["median"]
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "dense_seconds": round(statistics.median(times["linear"]), 4),
         "conv1d_speedup": round(conv, 3),
     }
     for rank in RANKS:
-        bound, each = (
-            operations(width, None) / operations(width, rank),
-            ratios(times["linear"], times[f"r{rank}"]),
-        )
-        gpus, alone = (
-            roofline(width, rank),
-            ratios(times["linear layers"], times[f"r{rank} layers"])["median"],
-        )
-        found[f"r{rank}"] = {
-            "speedup": round(each["median"], 3),
-            "speedup_min_max": [round(each["min"], 3), round(each["max"], 3)],
+        bound = operations(width, None) / operations(width, rank)
+        speedup = ratios(times["linear"], times[f"r{rank}"])
+        gpus = roofline(width, rank)
+        alone = ratios(times["linear layers"], times[f"r{rank} layers"])["median"]
+        summary[f"r{rank}"] = {
+            "speedup": round(speedup["median"], 3),
+            "speedup_min_max": [round(speedup["min"], 3), round(speedup["max"], 3)],
             "bound_by_operations": round(bound, 3),
-            "share_of_bound": round(each["median"] / bound, 3),
+            "share_of_bound": round(speedup["median"] / bound, 3),
             "linear_layers_alone": {
                 "speedup": round(alone, 3),
                 "share": round(alone / (0.75 * width / rank), 3),
@@ -149,7 +152,7 @@ def measured(width: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
                 name for name in GPUS if gpus[name] >= FOLLOWS * gpus["operations"]
             ],
         }
-    return times, found
+    return times, summary
 
 
 def main() -> None:
@@ -179,15 +182,15 @@ def main() -> None:
     summary["gpu_ceiling_by_layer"] = {
         name: {
             f"r{rank}": {
-                each: round(roof.low_rank(gpu, *size, rank, TOKENS).two_products, 2)
-                for each, gpu in GPUS.items()
+                gpu_name: round(roof.low_rank(gpu, *size, rank, TOKENS).two_products, 2)
+                for gpu_name, gpu in GPUS.items()
             }
             | {"operations": round(size[0] * size[1] / (rank * sum(size)), 2)}
             for rank in RANKS
         }
         for name, size in layers.items()
     }
-    facts = {
+    facts: dict[str, Any] = {
         "batch": BATCH,
         "seq": SEQ,
         "threads": THREADS,

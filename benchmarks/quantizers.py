@@ -6,8 +6,8 @@ moves it for the squared error, on normal weights and on Student's t with 5 degr
 Drawn as docs/screenshots/quantizers.svg, or beside the JSON where that goes elsewhere.
 """
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from finrepro import PROJECT
@@ -18,13 +18,13 @@ process.quiet_environment()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from _measure import interleaved, write  # noqa: E402
+from _measure import RESULTS, interleaved, output_folder, sized, write  # noqa: E402
 
 from finrepro.catalogue import reader  # noqa: E402
 from finrepro.reporting.dots import Dot, Panel, draw, to_svg  # noqa: E402
 
 QUANTIZERS, BASELINE = ("nf4", "fp4", "icq", "icq_mse"), "nf4"
-ROWS, COLUMNS, BLOCK, REPEATS = 1024, 1024, 64, 3
+ROWS, COLUMNS, BLOCK, REPEATS = sized((1024, 1024, 64, 3), (8, 256, 64, 1))
 DISTRIBUTIONS = {"normal": "Normal weights", "student_t5": "Student's t, 5 degrees of freedom"}
 MEASURES = {
     "entropy_bits": "entropy of a block's codes, bits",
@@ -82,31 +82,31 @@ def main() -> None:
         for drawn in DISTRIBUTIONS
     }
     raw: dict[str, Any] = {}
-    for drawn, found in blocks.items():
-        base = found[BASELINE]
+    for drawn, by_quantizer in blocks.items():
+        base = by_quantizer[BASELINE]
         raw[drawn] = {
             name: {
-                "mean_entropy_bits": round(float(each["entropy_bits"].mean()), 4),
-                "mean_squared_error": round(float(each["squared_error"].mean()), 6),
+                "mean_entropy_bits": round(float(values["entropy_bits"].mean()), 4),
+                "mean_squared_error": round(float(values["squared_error"].mean()), 6),
                 "blocks_with_less_entropy_than_nf4": round(
-                    float((each["entropy_bits"] < base["entropy_bits"] - 1e-9).mean()), 4
+                    float((values["entropy_bits"] < base["entropy_bits"] - 1e-9).mean()), 4
                 ),
                 "squared_error_over_nf4s": round(
-                    float(each["squared_error"].mean() / base["squared_error"].mean()), 4
+                    float(values["squared_error"].mean() / base["squared_error"].mean()), 4
                 ),
             }
-            for name, each in found.items()
+            for name, values in by_quantizer.items()
         }
-    weight, runs = weights("normal"), {}
+    weight = weights("normal")
+    runs: dict[str, Callable[[], object]] = {}
     for name in QUANTIZERS:
         choice = reader.quantizer(name, "float32")
-        runs[name] = lambda choice=choice: kind_module("quantizers", choice.kind).encode(
-            weight, choice.config
-        )
+        encode = kind_module("quantizers", choice.kind).encode
+        runs[name] = partial(encode, weight, choice.config)
     times = interleaved(runs, REPEATS)
     summary: dict[str, Any] = {
         "seconds_per_million_weights": {
-            name: round(min(each) / weight.numel() * 1e6, 3) for name, each in times.items()
+            name: round(min(rounds) / weight.numel() * 1e6, 3) for name, rounds in times.items()
         },
         "peak_mib_above_the_weight": {
             f"{copies} x {ROWS} x {COLUMNS}": peak_mib("icq", weight.repeat(copies, 1))
@@ -118,9 +118,9 @@ def main() -> None:
         "quantizers",
         {"blocks": ROWS * COLUMNS // BLOCK, "repeats": REPEATS, "raw": times, "summary": summary},
     )
-    results = PROJECT / "benchmarks" / "results"
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else results
-    folder = PROJECT / "docs" / "screenshots" if target.resolve() == results else target
+    target = output_folder()
+    is_result = target.resolve() == RESULTS.resolve()
+    folder = PROJECT / "docs" / "screenshots" if is_result else target
     panels = [
         Panel(
             title, axis, None, tuple(dot(name, blocks[drawn][name][measure]) for name in QUANTIZERS)
@@ -128,8 +128,10 @@ def main() -> None:
         for drawn, title in DISTRIBUTIONS.items()
         for measure, axis in MEASURES.items()
     ]
-    blocks = f"{ROWS * COLUMNS // BLOCK:,} blocks of {BLOCK} weights"
-    caption = f"4-bit quantizers on {blocks}: the mean, and where 9 of 10 blocks lie"
+    caption = (
+        f"4-bit quantizers on {ROWS * COLUMNS // BLOCK:,} blocks of {BLOCK} weights: the mean, and "
+        "where 9 of 10 blocks lie"
+    )
     (folder / "quantizers.svg").write_text(to_svg(draw(panels, caption)))
 
 

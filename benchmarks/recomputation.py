@@ -28,7 +28,7 @@ from finrepro.runtime import process
 process.quiet_environment()
 
 import torch  # noqa: E402
-from _measure import interleaved, write  # noqa: E402
+from _measure import DRY_OPTION, interleaved, sized, write  # noqa: E402
 
 from finrepro.catalogue import reader, resolve  # noqa: E402
 from finrepro.catalogue.selection import Selection  # noqa: E402
@@ -44,8 +44,8 @@ from finrepro.sizes.shapes import rank  # noqa: E402
 from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
-BLOCKS, WIDTH, VOCABULARY, ROWS, TOKENS = 8, 512, 2048, 4, 512
-COMPRESSION, STEPS, REPEATS, THREADS = 2.6, 3, 3, 1
+BLOCKS, WIDTH, VOCABULARY, ROWS, TOKENS = sized((8, 512, 2048, 4, 512), (2, 64, 64, 2, 16))
+COMPRESSION, STEPS, REPEATS, THREADS = sized((2.6, 3, 3, 1), (2.6, 2, 1, 1))
 CPU = torch.device("cpu")
 CHILD, PLAIN = "--memory-of", "dense"
 CONFIGURATIONS = {
@@ -108,20 +108,19 @@ class Training:
     def kept_bytes(self) -> int:
         """What a forward pass keeps for backward, every storage once, without the parameters."""
         own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = (
-                storage.nbytes()
-            )  # autograd keeps it until backward: no other gets its address
+            # Autograd keeps it until backward: no other gets its address.
+            saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = SupervisedLM(self.model)(end_to_end(self.rows))
-        found = sum(size for address, size in kept.items() if address not in own)
+        saved_bytes = sum(size for address, size in saved.items() if address not in own)
         del loss
-        return found
+        return saved_bytes
 
 
 def memory(name: str) -> dict[str, Any]:
@@ -138,7 +137,8 @@ def memory(name: str) -> dict[str, Any]:
     memory_runtime.reset_peak_memory(CPU)
     before = memory_runtime.peak_memory_bytes(CPU)
     phases = Phases(CPU, "load")
-    training, first = Training(spec_of(model_of(low_rank), recomputed)), {}
+    training = Training(spec_of(model_of(low_rank), recomputed))
+    first: dict[str, Any] = {}
     for step in range(STEPS):
         phases.begin("backward")
         training.step(lambda: phases.begin("step"))
@@ -149,7 +149,7 @@ def memory(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         training.engine.save(Path(folder), "step", {})
     peaks = phases.costs()
-    above = [{key: each - before for key, each in found.items()} for found in (peaks, first)]
+    above = [{phase: peak - before for phase, peak in costs.items()} for costs in (peaks, first)]
     return {
         "parameters": training.parameters,
         "bytes_before": before,
@@ -162,7 +162,7 @@ def memory(name: str) -> dict[str, Any]:
 def memory_in_a_process(name: str) -> dict[str, Any]:
     """`memory` of a configuration in a process that holds nothing else."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(THREADS)}
-    call = [sys.executable, __file__, CHILD, name]
+    call = [sys.executable, __file__, CHILD, name, *DRY_OPTION]
     printed = subprocess.run(
         call, env=environment, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -173,34 +173,35 @@ def main() -> None:
     """Memory a configuration, then the times of all in turn."""
     process.setup(0, THREADS)
     began = time.monotonic()
-    found = {name: memory_in_a_process(name) for name in CONFIGURATIONS}
+    results = {name: memory_in_a_process(name) for name in CONFIGURATIONS}
     print(f"memory measured in {time.monotonic() - began:.0f} s", flush=True)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         name: Training(spec_of(model_of(low), again)).step
         for name, (low, again) in CONFIGURATIONS.items()
     }
     seconds = interleaved(runs, REPEATS, time.process_time)
     summary: dict[str, Any] = {}
     for name, (low_rank, recomputed) in CONFIGURATIONS.items():
-        each, plain = found[name], found[PLAIN]
-        each["seconds_a_step"] = seconds[name]
-        each["flops_a_step"] = (
+        costs, plain = results[name], results[PLAIN]
+        costs["seconds_a_step"] = seconds[name]
+        costs["flops_a_step"] = (
             ROWS
             * TOKENS
             * flops.training(model_of(low_rank), TOKENS, checkpointing=recomputed).total
         )
         summary[name] = {
-            "parameters": each["parameters"],
-            "MiB": {key: round(peak / 2**20, 1) for key, peak in each["peaks"].items()},
-            "kept_for_backward_MiB": round(each["kept_for_backward_bytes"] / 2**20, 1),
+            "parameters": costs["parameters"],
+            "MiB": {key: round(peak / 2**20, 1) for key, peak in costs["peaks"].items()},
+            "kept_for_backward_MiB": round(costs["kept_for_backward_bytes"] / 2**20, 1),
             "seconds_a_step": round(statistics.median(seconds[name]), 2),
-            "GFLOP_a_step": round(each["flops_a_step"] / 1e9, 1),
+            "GFLOP_a_step": round(costs["flops_a_step"] / 1e9, 1),
             "times_dense": {
                 **{
-                    key: round(peak / plain["peaks"][key], 3) for key, peak in each["peaks"].items()
+                    key: round(peak / plain["peaks"][key], 3)
+                    for key, peak in costs["peaks"].items()
                 },
                 "kept_for_backward": round(
-                    each["kept_for_backward_bytes"] / plain["kept_for_backward_bytes"], 3
+                    costs["kept_for_backward_bytes"] / plain["kept_for_backward_bytes"], 3
                 ),
                 "seconds": round(
                     statistics.median(
@@ -208,7 +209,7 @@ def main() -> None:
                     ),
                     3,
                 ),
-                "flops": round(each["flops_a_step"] / plain["flops_a_step"], 3),
+                "flops": round(costs["flops_a_step"] / plain["flops_a_step"], 3),
             },
         }
     facts = {
@@ -224,7 +225,12 @@ def main() -> None:
     }
     write(
         "recomputation",
-        {**facts, "seconds": round(time.monotonic() - began), "results": found, "summary": summary},
+        {
+            **facts,
+            "seconds": round(time.monotonic() - began),
+            "results": results,
+            "summary": summary,
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """How long a user waits before anything happens: `invoke --list` and `invoke cells`, against an
 interpreter that does nothing.
 
-    python benchmarks/startup.py [FOLDER] [BASELINE]
+    python benchmarks/startup.py [FOLDER] [BASELINE] [--dry]
 
 With BASELINE, another checkout of the project, its commands run in the same rounds.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from _measure import interleaved, write
+from _measure import ARGUMENTS, interleaved, sized, write
 
 from finrepro import PROJECT
 
-REPEATS = 9
+REPEATS = sized(9, 1)
 
 
 def run(command: list[str], checkout: Path) -> None:
@@ -30,8 +30,8 @@ def run(command: list[str], checkout: Path) -> None:
 def main() -> None:
     """Whole processes, in turn."""
     checkouts = {"": PROJECT}
-    if len(sys.argv) > 2:
-        checkouts["baseline_"] = Path(sys.argv[2]).resolve()
+    if len(ARGUMENTS) > 1:
+        checkouts["baseline_"] = Path(ARGUMENTS[1]).resolve()
     with tempfile.TemporaryDirectory() as store:
         runs: dict[str, Callable[[], object]] = {
             "python": partial(run, [sys.executable, "-c", "pass"], PROJECT)

@@ -28,8 +28,8 @@ process.quiet_environment()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process, a core
 
 import torch  # noqa: E402
-from _measure import ratios, write  # noqa: E402
-from _text import bare, paragraphs  # noqa: E402
+from _measure import ratios, sized, write  # noqa: E402
+from _text import bare, gpt2_tokenizer, paragraphs, texts_of  # noqa: E402
 
 from finrepro import PROJECT  # noqa: E402
 from finrepro.data.arriving.arriving import ArrivingWindows  # noqa: E402
@@ -41,11 +41,12 @@ from finrepro.data.preparing.prepare import PrepareOptions, Sources  # noqa: E40
 from finrepro.data.preparing.sources import LocalFiles  # noqa: E402
 from finrepro.data.preparing.tokenizing import load_encoder  # noqa: E402
 from finrepro.data.preparing.writer import PREPARING  # noqa: E402
-from finrepro.data.tokens import train_tokenizer  # noqa: E402
 from finrepro.settings import plain  # noqa: E402
 
-PROCESSES, ROUNDS, SEQUENCE, BATCH, SHARD, BLOCK, CHUNK = (1, 2, 4), 5, 1024, 8, 2**17, 32, 1 << 18
-COPIES, IN_A_BATCH = 3, 62_000  # tokens of a quarter of a megabyte of text
+PROCESSES, ROUNDS, SEQUENCE, BATCH = sized(((1, 2, 4), 5, 1024, 8), ((1,), 1, 16, 2))
+SHARD, BLOCK, CHUNK = sized((2**17, 32, 1 << 18), (2**10, 4, 1 << 12))
+COPIES = 3
+IN_A_BATCH = sized(62_000, 0)  # tokens of a quarter of a megabyte of text
 _bare: Any = None
 
 
@@ -110,7 +111,7 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
     stream = open_arriving(folder).stream()
     stream.reaches(1)
     began = (folder / PREPARING / "train-00000.json").stat().st_mtime
-    there = SHARD + (2 * processes + 1) * IN_A_BATCH
+    prepared_before = SHARD + (2 * processes + 1) * IN_A_BATCH
     windows = ArrivingWindows(stream, SEQUENCE, BLOCK)
     read = step = 0
     while stream.reaches((step + 1) * BATCH * SEQUENCE + 1):
@@ -120,7 +121,7 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
     feeder.wait()
     waited = stream.watch.seconds if hasattr(stream, "watch") else 0.0
     return {
-        "tokens_per_second": (read - there) / seconds,
+        "tokens_per_second": (read - prepared_before) / seconds,
         "share_waited": min(1.0, waited / seconds),
     }
 
@@ -128,17 +129,11 @@ def fed_rate(tokenizer: Path, source: Path, folder: Path, processes: int) -> dic
 def main() -> None:
     """Each number of processes: both ways in turn."""
     torch.set_num_threads(1)
-    given = os.environ.get("FINREPRO_DATA_DIR")
-    began, found = time.monotonic(), {}
+    began, by_processes = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = Path(given or name) / "gpt2_tokenizer"
-        read = (
-            document.text for each in paragraphs() for _, document in each.read(lambda *_: None)
-        )
-        once = [text for text in read if text.strip()]
-        if not tokenizer.is_dir():
-            train_tokenizer(once, "gpt2", 8192).save_pretrained(tokenizer)
+        once = [text for text in texts_of(paragraphs(folder)) if text.strip()]
+        tokenizer = gpt2_tokenizer(folder, once)
         for processes in PROCESSES:
             texts = [f"{copy} {text}" for copy in range(COPIES * processes) for text in once]
             source = folder / f"{processes}.jsonl"
@@ -149,22 +144,25 @@ def main() -> None:
                 rounds["fed"].append(
                     fed_rate(tokenizer, source, folder / f"c{processes}-{turn}", processes)
                 )
-            rates = [each["tokens_per_second"] for each in rounds["fed"]]
-            found[str(processes)] = {
+            rates = [fed["tokens_per_second"] for fed in rounds["fed"]]
+            by_processes[str(processes)] = {
                 "rounds": rounds,
                 "bare_tokens_per_second": statistics.median(rounds["bare"]),
                 "tokens_per_second": statistics.median(rates),
                 "of_bare_tokenizer": ratios(
-                    [1 / each for each in rounds["bare"]], [1 / each for each in rates]
+                    [1 / rate for rate in rounds["bare"]], [1 / rate for rate in rates]
                 ),
             }
     summary = {
-        processes: {key: value for key, value in each.items() if key != "rounds"}
-        for processes, each in found.items()
+        processes: {key: value for key, value in result.items() if key != "rounds"}
+        for processes, result in by_processes.items()
     }
     write(
         "streaming",
-        {"by_processes": found, "summary": {**summary, "took_seconds": time.monotonic() - began}},
+        {
+            "by_processes": by_processes,
+            "summary": {**summary, "took_seconds": time.monotonic() - began},
+        },
     )
 
 

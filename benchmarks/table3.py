@@ -5,10 +5,11 @@ command again.
 whole processes, with their children. Pinned to two processors where the system allows it, so that
 figures of larger machines compare.
 
-    python benchmarks/table3.py [FOLDER] [BASELINE]
+    python benchmarks/table3.py [FOLDER] [BASELINE] [--dry]
 
 With BASELINE, another checkout of the project whose packages are the same, the whole table is run
-there as well, right before, and every run of one id is compared: its scores and predictions.
+there as well, right before, and every run of one id is compared: its scores and predictions. A dry
+run evaluates one untrained miniature in the place of each table, and judges no goal.
 """
 
 import json
@@ -22,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _measure import write
+from _measure import ARGUMENTS, DRY, sized, write
 
 from finrepro import PROJECT
 
-COMMANDS = {"whole": (), "quick": ("--quick",)}
+DRY_CELL = ("--only", "gpt2_127m_mini-none-base-tfns-s0", "--weights", "random")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "whole": sized((), DRY_CELL),
+    "quick": ("--quick", *sized((), DRY_CELL)),
+}
 
 
 def reproduce(store: str, *options: str) -> list[str]:
@@ -56,9 +61,9 @@ def watched(
         root = psutil.Process(process.pid)
         while process.poll() is None:
             total = 0
-            for each in [root, *root.children(recursive=True)]:
+            for member in [root, *root.children(recursive=True)]:
                 try:
-                    total += each.memory_info().rss
+                    total += member.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue
             peak[0] = max(peak[0], total)
@@ -70,6 +75,7 @@ def watched(
     seconds = time.perf_counter() - began
     if process.returncode:
         print(output)
+        assert not DRY, f"exit code {process.returncode}"
     return {"seconds": seconds, "peak_memory_bytes": peak[0], "exit_code": process.returncode}
 
 
@@ -103,49 +109,77 @@ def scores(store: Path) -> dict[str, dict[str, float]]:
     """Label -> accuracy and the lower bound of its gain over the constant answer, of what was
     trained long enough to show quality.
     """
-    found = {}
+    by_label = {}
     for path in sorted(store.glob("results/runs/*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["spec"]["train"]["short"] or result["spec"]["adapter"]["kind"] == "base":
             continue
         for score in result["scores"]:
             if score["metric"] == "accuracy":
-                found[result["label"]] = {"accuracy": score["value"], "gain_low": score["gain_low"]}
-    return found
+                by_label[result["label"]] = {
+                    "accuracy": score["value"],
+                    "gain_low": score["gain_low"],
+                }
+    return by_label
+
+
+def measured(name: str, environment: dict[str, str], baseline: Path | None) -> dict[str, Any]:
+    """A command into an empty store and once more, after the same in the baseline's checkout."""
+    command, comparison = COMMANDS[name], {}
+    with tempfile.TemporaryDirectory() as store, tempfile.TemporaryDirectory() as baseline_store:
+        if baseline:
+            comparison["baseline"] = watched(
+                reproduce(baseline_store, *command), environment, baseline
+            )
+        cold = watched(reproduce(store, *command), environment)
+        again = watched(reproduce(store, *command), environment)
+        if baseline:
+            comparison["runs"] = differing_runs(Path(baseline_store), Path(store))
+            comparison["of_baseline"] = cold["seconds"] / comparison["baseline"]["seconds"]
+        table = (Path(store) / "results/tables/smoke/table3.md").read_text(encoding="utf-8")
+        return {
+            "cold": cold,
+            "again": again,
+            "quality": scores(Path(store)),
+            "table": table,
+            **comparison,
+        }
+
+
+def goals_met(results: dict[str, Any], tfns: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Which goals of speed, memory and quality the figures meet."""
+    cold, quick = results["whole"]["cold"], results["quick"]["cold"]
+    full = [score["accuracy"] for label, score in tfns.items() if "-full-" in label]
+    lora = [score["accuracy"] for label, score in tfns.items() if "-lora_r8-" in label]
+    return {
+        "whole table in 1200 s": cold["seconds"] <= 1200,
+        "under 8 GiB": cold["peak_memory_bytes"] < 8 * 2**30,
+        "again in 5 s": results["whole"]["again"]["seconds"] <= 5,
+        "quick in 120 s": quick["seconds"] <= 120,
+        "full fine-tuning of a miniature at 0.75": max(full) >= 0.75,
+        "LoRA at 0.69": min(lora) >= 0.69,
+        "paired interval above the constant answer": all(
+            score["gain_low"] > 0 for score in tfns.values()
+        ),
+    }
 
 
 def main() -> None:
     """Cold and warm, whole and quick."""
-    usable = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, set(usable))
+    processors = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, set(processors))
     environment = {
         key: value
         for key, value in os.environ.items()
         if key not in ("FINREPRO_DATA_DIR", "FINREPRO_STORE")
     }
-    results: dict[str, Any] = {}
-    baseline = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
-    for name, options in COMMANDS.items():
-        with tempfile.TemporaryDirectory() as store, tempfile.TemporaryDirectory() as other:
-            compared: dict[str, Any] = {}
-            if baseline and name == "whole":
-                compared["baseline"] = watched(reproduce(other, *options), environment, baseline)
-            cold = watched(reproduce(store, *options), environment)
-            warm = watched(reproduce(store, *options), environment)
-            quality = scores(Path(store))
-            if compared:
-                compared["runs"] = differing_runs(Path(other), Path(store))
-                compared["of_baseline"] = cold["seconds"] / compared["baseline"]["seconds"]
-            if name == "whole":
-                table = (Path(store) / "results/tables/smoke/table3.md").read_text(encoding="utf-8")
-        results[name] = {
-            "cold": cold,
-            "again": warm,
-            "quality": quality,
-            "processors": len(usable),
-            **compared,
-        }
-    summary = {
+    baseline = Path(ARGUMENTS[1]).resolve() if len(ARGUMENTS) > 1 else None
+    results = {
+        name: measured(name, environment, baseline if name == "whole" else None)
+        for name in COMMANDS
+    }
+    tables = {name: result.pop("table") for name, result in results.items()}
+    summary: dict[str, Any] = {
         name: {
             "cold_seconds": round(result["cold"]["seconds"], 1),
             "again_seconds": round(result["again"]["seconds"], 2),
@@ -155,35 +189,19 @@ def main() -> None:
         for name, result in results.items()
     }
     if baseline:
-        whole = results["whole"]
         summary["whole"] |= {
-            "of_baseline": round(whole["of_baseline"], 3),
-            "runs": {kind: len(labels) for kind, labels in whole["runs"].items()},
+            "of_baseline": round(results["whole"]["of_baseline"], 3),
+            "runs": {kind: len(labels) for kind, labels in results["whole"]["runs"].items()},
         }
-    cold, quick = results["whole"]["cold"], results["quick"]["cold"]
     tfns = {
         label: score for label, score in results["whole"]["quality"].items() if "-tfns-" in label
     }
-    full = [s["accuracy"] for label, s in tfns.items() if "-full-" in label]
-    lora = [s["accuracy"] for label, s in tfns.items() if "-lora_r8-" in label]
-    goals = {
-        "whole table in 1200 s": cold["seconds"] <= 1200,
-        "under 8 GiB": cold["peak_memory_bytes"] < 8 * 2**30,
-        "again in 5 s": results["whole"]["again"]["seconds"] <= 5,
-        "quick in 120 s": quick["seconds"] <= 120,
-        "full fine-tuning of a miniature at 0.75": max(full) >= 0.75,
-        "LoRA at 0.69": min(lora) >= 0.69,
-        "paired interval above the constant answer": all(s["gain_low"] > 0 for s in tfns.values()),
-    }
-    quality = {label: round(s["accuracy"], 4) for label, s in tfns.items()}
-    write(
-        "table3",
-        {
-            "results": results,
-            "table": table,
-            "summary": summary | {"accuracy": quality, "goals_met": goals},
-        },
-    )
+    summary["accuracy"] = {label: round(score["accuracy"], 4) for label, score in tfns.items()}
+    if not DRY:
+        summary["goals_met"] = goals_met(results, tfns)
+    for result in results.values():
+        result["processors"] = len(processors)
+    write("table3", {"results": results, "table": tables["whole"], "summary": summary})
 
 
 if __name__ == "__main__":

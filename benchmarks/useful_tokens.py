@@ -6,9 +6,9 @@ Side by side on a Llama miniature, forward and backward over the same examples: 
 bins of finrepro.data.packing with isolated attention. TFNS, and FPB where FINREPRO_DATA_DIR has it.
 """
 
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from finrepro.runtime import process
 process.quiet_environment()
 
 import numpy as np  # noqa: E402
-from _measure import interleaved, ratios, write  # noqa: E402
+from _measure import interleaved, ratios, sized, write  # noqa: E402
+from _text import data_dir  # noqa: E402
 
 from finrepro.catalogue.cells import expand  # noqa: E402
 from finrepro.catalogue.selection import Selection  # noqa: E402
@@ -31,7 +32,7 @@ from finrepro.methods.layers.supervised import SupervisedLM  # noqa: E402
 from finrepro.models.build import build  # noqa: E402
 from finrepro.running.base import embedded_tokenizer  # noqa: E402
 
-MAX_SEQ_LEN, BUDGET, EXAMPLES, REPEATS = 256, 4096, 768, 3
+MAX_SEQ_LEN, BUDGET, EXAMPLES, REPEATS = sized((256, 4096, 768, 3), (256, 512, 4, 1))
 CELL = "llama3_1_8b_mini-none-full-{}-*"
 
 
@@ -63,27 +64,27 @@ def computed(batches: list[list[int]], lengths: list[int], name: str) -> int:
     return packing.computed_tokens(batches, lengths, "bins" if name == "bins" else "padded")
 
 
-def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
+def measure(task: str, folder: Path) -> dict[str, Any]:
     """One dataset."""
     spec = expand(Selection("3", only=CELL.format(task), weights="random"), "smoke")[0].spec
     device = process.setup(0, spec.threads)
     tokenizer = embedded_tokenizer(spec, Place(open_store(folder)))
     module, config = kind_module("tasks", spec.tasks[0].task.kind), spec.tasks[0].task.config
-    train = files.load(spec.tasks[0].dataset, data_dir).splits["train"]
-    pairs = [(module.prompt(e, config), module.target(e, config)) for e in train]
+    train = files.load(spec.tasks[0].dataset, data_dir()).splits["train"]
+    pairs = [(module.prompt(example, config), module.target(example, config)) for example in train]
     encoded = encode(tokenizer, pairs, MAX_SEQ_LEN, end=True)
     lengths = [len(example.ids) for example in encoded]
     order = np.random.default_rng(0).permutation(len(encoded)).tolist()
-    whole = layouts(order, lengths)
+    epoch = layouts(order, lengths)
     share = {
         name: sum(lengths) / computed(batches, lengths, name)
-        for name, (batches, _) in whole.items()
+        for name, (batches, _) in epoch.items()
     }
-    share["bins_of_fixed_size"] = sum(lengths) / (BUDGET * len(whole["bins"][0]))
+    share["bins_of_fixed_size"] = sum(lengths) / (BUDGET * len(epoch["bins"][0]))
     lm = SupervisedLM(build(spec, None, device).model)
     losses: dict[str, float] = {}
 
-    def one(name: str, batches: list[list[int]], collate: Any) -> None:
+    def forward_and_backward(name: str, batches: list[list[int]], collate: Any) -> None:
         lm.zero_grad()
         total = 0.0
         for batch in batches:
@@ -93,10 +94,11 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
         losses[name] = total
 
     few = layouts(order[:EXAMPLES], lengths)
-    seconds = interleaved(
-        {name: (lambda name=name, part=part: one(name, *part)) for name, part in few.items()},
-        REPEATS,
-    )
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(forward_and_backward, name, batches, collate)
+        for name, (batches, collate) in few.items()
+    }
+    seconds = interleaved(runs, REPEATS)
     return {
         "task": task,
         "examples": len(encoded),
@@ -116,16 +118,15 @@ def measure(task: str, data_dir: Path | None, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """TFNS, and FPB where it is."""
-    given = os.environ.get("FINREPRO_DATA_DIR")
-    tasks = ["tfns", "fpb"] if given else ["tfns"]
+    tasks = ["tfns", "fpb"] if data_dir() else ["tfns"]
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(task, Path(given) if given else None, Path(folder)) for task in tasks]
-    shown = ("useful_token_share", "examples_per_second", "summed_loss")
+        results = [measure(task, Path(folder)) for task in tasks]
+    measures = ("useful_token_share", "examples_per_second", "summed_loss")
     write(
         "useful_tokens",
         {
             "results": results,
-            "summary": {r["task"]: {key: r[key] for key in shown} for r in results},
+            "summary": {r["task"]: {key: r[key] for key in measures} for r in results},
         },
     )
 
