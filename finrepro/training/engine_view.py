@@ -4,7 +4,7 @@ parameter's moments.
 An optimizer steps float32 tensors that need not be the model's own: DeepSpeed steps flat copies,
 sharded over the ranks (ZeRO, Rajbhandari et al., 2020, arXiv 1910.02054), and writes the model's
 weights from them after each step, so that a weight edited in place is overwritten at the next one.
-A `ParameterShard` says where this rank's share of a parameter is, on every engine.
+A `LocalShard` says where this rank's share of a parameter is, on every engine.
 
 DeepSpeed's own setters (`deepspeed.utils.safe_set_full_*`) are not used: they leave the model's
 weight unchanged until the next step, cannot set a parameter whose size the number of ranks does not
@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
 
 
 @dataclass(frozen=True)
-class ParameterShard:
+class LocalShard:
     """Elements `first` to `first + count` of a flattened parameter are elements `offset` to
     `offset + count` of `owner`, float32 numbers that the optimizer steps on this rank. `unit`
     names those numbers on every rank: the parameters of a unit have one step count."""
@@ -178,7 +178,7 @@ class EngineView:
             self._optimizer, "fp32_partitioned_groups_flat"
         )
 
-    def _gathered(self, share: ParameterShard, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+    def _gathered(self, share: LocalShard, parameter: nn.Parameter, flat: Tensor) -> Tensor:
         """A parameter's full tensor, from the ranks' shares in `flat`, of the owner's shape."""
         full = torch.zeros(_shape(parameter), dtype=torch.float32, device=flat.device)
         share.cut(full).copy_(share.of(flat))
@@ -198,7 +198,7 @@ class EngineView:
                 )
         return moments
 
-    def _share(self, parameter: Any) -> ParameterShard:
+    def _share(self, parameter: Any) -> LocalShard:
         """Where this rank's share of a trained parameter is; an empty share where it has none."""
         if id(parameter) not in self._trained_ids:
             raise ValueError("the optimizer does not step this parameter.")
@@ -208,22 +208,22 @@ class EngineView:
             first = min(padded * dist.get_rank(), parameter.ds_numel)
             count = min(padded, parameter.ds_numel - first)
             owner = optimizer.fp32_partitioned_groups_flat[unit]
-            return ParameterShard(unit, owner, offset, first, count)
+            return LocalShard(unit, owner, offset, first, count)
         if hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
             unit = _group_of(parameter, optimizer.bit16_groups)
             owner, mapping = optimizer.single_partition_of_fp32_groups[unit], parameter._hp_mapping
             if mapping is None:
-                return ParameterShard(unit, owner, 0, 0, 0)
+                return LocalShard(unit, owner, 0, 0, 0)
             inside, first = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-            return ParameterShard(unit, owner, inside.start, first, inside.numel)
+            return LocalShard(unit, owner, inside.start, first, inside.numel)
         if hasattr(optimizer, "fp32_groups"):  # bfloat16 weights at stage 0: a float32 copy of each
             unit = _group_of(parameter, optimizer.fp16_groups)
             copy = optimizer.fp32_groups[unit][_index(parameter, optimizer.fp16_groups[unit])]
-            return ParameterShard(unit, copy, 0, 0, parameter.numel())
+            return LocalShard(unit, copy, 0, 0, parameter.numel())
         unit = _group_of(parameter, [group["params"] for group in optimizer.param_groups])
-        return ParameterShard(unit, parameter, 0, 0, parameter.numel())
+        return LocalShard(unit, parameter, 0, 0, parameter.numel())
 
-    def _expect_whole_groups(self, shares: dict[int, ParameterShard]) -> None:
+    def _expect_whole_groups(self, shares: dict[int, LocalShard]) -> None:
         units = {share.unit for share in shares.values()}
         for name, parameter in self.trained.items():
             if id(parameter) not in shares and self._share(parameter).unit in units:
