@@ -45,7 +45,7 @@ from finrepro.training.engines.start import start_engine  # noqa: E402
 from finrepro.training.loop import optimizer_step  # noqa: E402
 
 BLOCKS, WIDTH, VOCABULARY, ROWS, TOKENS = sized((8, 512, 2048, 4, 512), (2, 64, 64, 2, 16))
-COMPRESSION, STEPS, REPEATS, THREADS = sized((2.6, 3, 3, 1), (2.6, 2, 1, 1))
+COMPRESSION, STEPS, REPEATS, THREADS = sized((2.6, 3, 3, 1), (2.65, 2, 1, 1))
 CPU = torch.device("cpu")
 CHILD, PLAIN = "--memory-of", "dense"
 CONFIGURATIONS = {
