@@ -81,7 +81,7 @@ def training_is_on_the_pieces(losses: Sequence[float], windows: Windows) -> None
     spec = spec_of()
     model = build(spec, None, CPU).model
     lm, settings = SupervisedLM(model), spec.train
-    trainable = [(name, p) for name, p in model.trainable_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = optimizer_of(settings.optimizer).build(trainable, settings.lr)
     expected = []
     for step in range(STEPS):
