@@ -87,7 +87,9 @@ def test_the_ridge_is_rate_over_bandwidth():
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_the_rate_of_the_device_is_measured_on_one_of_its_shapes(dtype: torch.dtype):
     rate = matmul.measure(torch.device("cpu"), dtype, 0.02)
     assert rate.flops > 1e6 and rate.shape in matmul.CPU_SHAPES  # what it is depends on the machine

@@ -488,9 +488,11 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "adapters",
         "quantizers",
-        *(pytest.param(n, marks=SLOW) for n in ("tasks", "datasets", "models", "tables/table3")),
+        *(
+            pytest.param(name, marks=SLOW)
+            for name in ("adapters", "tasks", "datasets", "models", "tables/table3")
+        ),
     ],
 )
 def test_every_setting_of_the_files_changes_some_run_id_and_what_is_only_said_changes_none(

@@ -273,6 +273,7 @@ for family in SPECIAL:
 """
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_tokenizer_file_in_every_process(tmp_path: Path) -> None:
     for family in FAMILIES:
         tokenizer(family).save_pretrained(tmp_path / family)

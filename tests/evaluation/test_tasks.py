@@ -255,6 +255,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_scores_are_the_same_for_every_hash_seed():
     folder = (
         {"DATA": os.environ["FINREPRO_DATA_DIR"]} if os.environ.get("FINREPRO_DATA_DIR") else {}

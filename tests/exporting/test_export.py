@@ -233,6 +233,7 @@ def computes_the_same_elsewhere(made: Exported, tmp_path: Path) -> None:
     broken(equal, [each * 1.001 for each in found], made.expected)
 
 
+@pytest.mark.slow
 def test_ir_qlora_loads_where_this_package_is_not(shifted: Exported, tmp_path: Path):
     """I5: by the lines of its own card, in another process and another folder."""
     computes_the_same_elsewhere(shifted, tmp_path)

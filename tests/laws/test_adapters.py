@@ -1040,7 +1040,7 @@ def no_file_names(root: Path, what: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("kinds", [("lora", "iec"), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", [("lora",), pytest.param((), marks=pytest.mark.slow)])
 def test_exported_files_are_the_same_in_every_process_and_name_no_place_on_the_machine(
     tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:

@@ -324,13 +324,10 @@ def test_another_configuration_is_named_by_its_key_and_both_values(tmp_path: Pat
     assert linear_layers(load(of, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantizer", "other"),
-    [
-        pytest.param("none", (), marks=pytest.mark.slow),
-        ("nf4", ()),
-        pytest.param("nf4", ("lora_r8", "gpt2_127m_mini_lr_r64"), marks=pytest.mark.slow),
-    ],
+    [("none", ()), ("nf4", ()), ("nf4", ("lora_r8", "gpt2_127m_mini_lr_r64"))],
 )
 def test_at_stage_3_two_ranks_load_half_each_and_train_as_at_stage_0(
     quantizer: str, other: tuple[str, ...], tmp_path: Path
