@@ -5,6 +5,7 @@ change, the commands.
 import os
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("CI", None)
 os.environ.pop("BUILD_NUMBER", None)
 # Programs of the tests run as processes of their own, and import what the tests do.
-TESTS = Path(__file__).parent
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "programs")))
+ROOT = Path(__file__).parent.parent
+PYTEST = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in PYTEST["pythonpath"])
 
 import fixtures.annotations  # noqa: F401  (first: what it does is done to what is imported after it)
 import pytest

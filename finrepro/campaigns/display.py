@@ -1,6 +1,5 @@
 """What a person sees: the plan, progress bars, finished cells, the table, the list of cells."""
 
-import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from rich.text import Text
 from finrepro import INSTALLED, PACKAGE, PROJECT
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
+from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import default_root
 from finrepro.planning import memory_model, time
@@ -181,7 +181,7 @@ def list_launches(
     wherever it is pasted.
     """
     # Without the lock's name a result would not say which packages made it, and be stale at once.
-    lock = os.environ.get("FINREPRO_LOCK")
+    lock = provenance.lock_name()
     setting = f"FINREPRO_LOCK={shlex.quote(lock)} " if lock else ""
     for step in steps:
         if step.action == "refuse":

@@ -68,11 +68,26 @@ def source_digest() -> str:
 
 
 @cache
-def lock_digest() -> str | None:
-    """sha256 of the lock that the environment was installed from (`FINREPRO_LOCK`), None when it
-    was not by one.
+def lock_name() -> str | None:
+    """The lock that the environment was installed from, None when it was not by one.
+
+    `./run` and the images say it (`FINREPRO_LOCK`). Python that is started without them finds the
+    copy that `./run` leaves in its environment, if it is the project's lock of today.
     """
-    name = os.environ.get("FINREPRO_LOCK")
+    if named := os.environ.get("FINREPRO_LOCK"):
+        return named
+    for path in sorted((PROJECT / "requirements").glob("*.lock")):
+        copy = Path(sys.prefix) / path.name
+        if path.stem in ("cpu", "cuda") and copy.is_file():
+            same = copy.read_bytes() == path.read_bytes()
+            return path.relative_to(PROJECT).as_posix() if same else None
+    return None
+
+
+@cache
+def lock_digest() -> str | None:
+    """sha256 of that lock, None where there is none."""
+    name = lock_name()
     path = PROJECT / name if name else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
@@ -146,7 +161,7 @@ def environment() -> Environment:
         "git_commit": name,
         "git_dirty": dirty,
         "source_digest": source_digest(),
-        "lock": os.environ.get("FINREPRO_LOCK"),
+        "lock": lock_name(),
         "lock_digest": lock_digest(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -163,5 +163,5 @@ def median_step(losses: Sequence[dict[str, Any]]) -> float | None:
     return median(durations) if durations else None
 
 
-def _ratio(part: float, total: float) -> float | None:
+def _ratio(part: int | float, total: float) -> float | None:
     return part / total if total else None

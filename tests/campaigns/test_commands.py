@@ -179,7 +179,7 @@ def test_a_spoiled_configuration_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_a_truncated_data_file_is_one_line_and_exit_code_3_and_no_result(copy: Path):
-    path = copy / "finrepro" / EMBEDDED.name / "tfns" / "sent_valid.csv"
+    path = copy / EMBEDDED.relative_to(PROJECT) / "tfns" / "sent_valid.csv"
     path.write_bytes(path.read_bytes()[:-1000])
     store = copy.parent / "store"
     answer = python(

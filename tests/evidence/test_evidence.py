@@ -3,12 +3,15 @@ changed base shows.
 """
 
 import dataclasses
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finrepro import PROJECT
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
@@ -133,3 +136,30 @@ def test_an_image_built_without_a_commit_says_that_it_does_not_know(
 def test_more_devices_than_there_are_is_a_reason(place: Place) -> None:
     (many,) = expand(Selection("3", only=CELL, world_size=4096), "smoke")
     assert "needs 4096 devices" in str(plan.cannot_run(many.spec, place))
+
+
+def test_the_lock_is_known_without_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`./run` leaves a copy of what it installed; one that is no longer the project's is none."""
+    lock = PROJECT / "requirements" / "cpu.lock"
+    right = hashlib.sha256(lock.read_bytes()).hexdigest()
+
+    def found() -> tuple[str | None, str | None]:
+        provenance.lock_name.cache_clear()
+        provenance.lock_digest.cache_clear()
+        return provenance.lock_name(), provenance.lock_digest()
+
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("FINREPRO_LOCK", raising=False)
+    try:
+        assert found() == (None, None)
+        (tmp_path / "dev.lock").write_bytes(lock.read_bytes())
+        assert found() == (None, None), "the lock of what tests and checks need"
+        (tmp_path / "cpu.lock").write_bytes(lock.read_bytes())
+        assert found() == ("requirements/cpu.lock", right)
+        (tmp_path / "cpu.lock").write_bytes(lock.read_bytes() + b"#")
+        assert found() == (None, None)
+        monkeypatch.setenv("FINREPRO_LOCK", "requirements/cpu.lock")
+        assert found() == ("requirements/cpu.lock", right)
+    finally:
+        monkeypatch.undo()
+        found()

@@ -77,8 +77,8 @@ def test_without_mlflow_nothing_is_called_recorded(tmp_path: Path):
     assert not (tmp_path / "store" / "mlruns" / "mlflow.db").exists()
 
 
-def test_without_datasets_nothing_is_fetched(tmp_path: Path):
-    answer = run(tmp_path, "datasets", "data", "--fetch", "fpb")
+def test_without_datasets_no_split_of_the_hub_is_fetched(tmp_path: Path):
+    answer = run(tmp_path, "datasets", "data", "--fetch", "nwgi")
     assert answer.returncode == EnvironmentFault.exit_code
     assert (
         "the package 'datasets' is not installed" in answer.stderr

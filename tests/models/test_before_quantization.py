@@ -4,9 +4,6 @@ decomposition that PiSSA and LoftQ start from.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,9 @@ from fixtures.model import (
     random_examples,
     spec_of,
 )
+from fixtures.process import PROGRAMS, on_ranks
 from torch import Tensor, nn
 
-from finrepro import PROJECT
 from finrepro.errors import Interrupted
 from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora, pissa
@@ -228,26 +225,7 @@ def test_a_resumed_run_exports_what_a_whole_one_does(
 def test_at_stage_3_two_ranks_start_from_the_same_and_train_as_one(
     adapter: str, tmp_path: Path
 ) -> None:
-    program = str(PROJECT / "tests" / "programs" / "two_ranks_loading.py")
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            program,
-            "nf4",
-            str(tmp_path),
-            adapter,
-        ],
-        env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    on_ranks(PROGRAMS / "two_ranks_loading.py", "nf4", tmp_path, adapter)
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank in found:
         assert (

@@ -4,9 +4,6 @@ is quantized on the way; no more than one part is ever there in full precision."
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from fixtures.model import CPU, all_logits, broken, images, process, random_examples, spec_of, tiny  # noqa: F401
+from fixtures.process import PROGRAMS, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
@@ -332,25 +329,7 @@ def test_another_configuration_is_named_by_its_key_and_both_values(tmp_path: Pat
 def test_at_stage_3_two_ranks_load_half_each_and_train_as_at_stage_0(
     quantizer: str, other: tuple[str, ...], tmp_path: Path
 ) -> None:
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(PROJECT / "tests" / "programs" / "two_ranks_loading.py"),
-            quantizer,
-            str(tmp_path),
-            *other,
-        ],
-        env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    on_ranks(PROGRAMS / "two_ranks_loading.py", quantizer, tmp_path, *other)
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank in found:
         whole, split = rank["0"], rank["3"]

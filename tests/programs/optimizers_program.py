@@ -3,8 +3,6 @@ the ranks of tests/methods/optimizers/test_optimizers.py run: `python optimizers
 folder`. Each rank leaves `<ranks>-<rank>.pt` in the folder."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,10 +15,10 @@ import pytest
 import torch
 from fixtures.model import CPU, MINIATURES, make, random_examples, spec_of, tiny
 from fixtures.planted import plant
+from fixtures.process import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import COLLATE
@@ -232,15 +230,8 @@ def by_hand(
 @cache
 def two_ranks() -> dict[str, Any]:
     """What two ranks have computed, once a process; `2-0` and `2-1`."""
-    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with tempfile.TemporaryDirectory() as folder:
-        call = [*launcher, str(PROJECT / "tests" / "programs" / "optimizers_program.py"), folder]
-        environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            call, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        on_ranks(Path(__file__), folder)
         return {
             path.stem: torch.load(path, weights_only=False) for path in Path(folder).glob("*.pt")
         }

@@ -2,7 +2,6 @@
 Evaluation gives the same numbers to the last bit; ZeRO-3, where no rank holds the model, the
 same answers; plain DDP trains as DeepSpeed does."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from fixtures.model import broken
+from fixtures.process import PROGRAMS, on_ranks
 from ranks_program import NAMES, OWN, STEPS
 
-from finrepro import PROJECT
 from finrepro.evaluation.share_out import share_out
 from finrepro.runtime import ranks as ranks_runtime
 
-PROGRAM = str(PROJECT / "tests" / "programs" / "ranks_program.py")
+PROGRAM = PROGRAMS / "ranks_program.py"
 everywhere = pytest.mark.parametrize("name", NAMES)
 Found = dict[str, Any]  # "1-0", "2-0", "2-1" -> what that rank found
 
@@ -34,15 +33,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
     def run(part: str) -> Found:
         if part not in known:
             folder = tmp_path_factory.mktemp(part)
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-            python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-            environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-            for start in ([], launcher):
-                call = [sys.executable, *start, PROGRAM, part, str(folder)]
-                done = subprocess.run(
-                    call, env=environment, capture_output=True, text=True, check=False, timeout=300
-                )
-                assert done.returncode == 0, done.stderr[-3000:]
+            for count in (1, 2):
+                on_ranks(PROGRAM, part, folder, count=count)
             known[part] = {
                 path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt")
             }
@@ -195,13 +187,8 @@ print(len(trained.losses))
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
 def test_plain_ddp_needs_no_deepspeed(engine: str, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    }
     call = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(tmp_path), engine]
-    done = subprocess.run(
-        call, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
     if engine == "ddp":
         assert done.stdout.split() == [str(STEPS)], done.stderr[-2000:]
     else:

@@ -7,8 +7,6 @@ for: a mean of the micro-batches' own means weighs a token by how many others ha
 it, and is the planted mutant.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +27,9 @@ from fixtures.model import (
     spec_of,
     stir,
 )
+from fixtures.process import on_ranks
 from torch import Tensor
 
-from finrepro import PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.batches import side_by_side
 from finrepro.data.tokens import Encoded
@@ -193,10 +191,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(
     assert {1, len(examples())} < counts, "whole, and an example each, and between"
 
 
-PROGRAM = str(Path(__file__))
-
-
-def on_ranks(folder: Path, which: str) -> None:
+def _as_rank(folder: Path, which: str) -> None:
     """What a rank of the test below runs."""
     runtime.quiet_environment()
     runtime.setup(0, 1)
@@ -216,25 +211,8 @@ def test_nor_on_two_ranks(tmp_path: Path) -> None:
     """Ranks share the examples out, unevenly in tokens; one may have fewer micro-batches than
     the other.
     """
-    environment = os.environ | {
-        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
     for which in ("right", "mutant"):
-        call = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            PROGRAM,
-            str(tmp_path),
-            which,
-        ]
-        done = subprocess.run(
-            call, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        on_ranks(Path(__file__), tmp_path, which)
     both = [torch.load(tmp_path / f"right-{rank}.pt", weights_only=False) for rank in range(2)]
     mutant = torch.load(tmp_path / "mutant-0.pt", weights_only=False)
     assert len(both[0]) == len(CELLS) * len(ENGINES) * len(ON_RANKS)
@@ -247,4 +225,4 @@ def test_nor_on_two_ranks(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    on_ranks(Path(sys.argv[1]), sys.argv[2])
+    _as_rank(Path(sys.argv[1]), sys.argv[2])

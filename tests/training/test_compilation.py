@@ -8,8 +8,6 @@ and run by torch's own kernels), which is exact; the slow tests run torch's own 
 import dataclasses
 import inspect
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +32,9 @@ from fixtures.model import (
     stir,
     tiny,
 )
+from fixtures.process import on_ranks
 from torch._dynamo.utils import counters
 
-from finrepro import PROJECT
 from finrepro.catalogue import cells, compatibility
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
@@ -495,24 +493,7 @@ runtime.leave_process_group()
 @pytest.mark.parametrize("which", ["right", "mutant"])
 def test_every_rank_proves_its_own_batch_and_one_ends_all(which: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {
-        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    call = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(tmp_path / "program.py"),
-        which,
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        call, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(tmp_path / "program.py", which, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     if which == "mutant":

@@ -3,9 +3,6 @@ the layout that it took.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fixtures.model import CPU, broken, make, process, random_examples, spec_of  # noqa: F401
+from fixtures.process import PROGRAMS, on_ranks
 
-from finrepro import PROJECT
 from finrepro.data.batches import COLLATE
 from finrepro.data.corpora.memory import TextStream
 from finrepro.data.corpora.windows import Windows
@@ -150,20 +147,7 @@ def test_the_record_says_which_and_what_computed_it() -> None:
 @pytest.mark.slow
 def test_ranks_agree_on_the_slowest_ranks_time(tmp_path: Path) -> None:
     """By its own clock the second rank would pad, and the first one would not."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    }
-    program = str(PROJECT / "tests" / "programs" / "layouts_program.py")
-    done = subprocess.run(
-        [*call, program, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(PROGRAMS / "layouts_program.py", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second and first[0] == first[1]
     assert (

@@ -5,8 +5,6 @@ interrupted run ends like a whole one.
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.process import on_ranks
 
-from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
@@ -320,23 +318,6 @@ def test_any_step_can_be_reached_without_replaying_those_before_it(data: list[En
     assert sorted(row for _, rows in whole[:per_epoch] for row in rows) == list(range(len(data)))
 
 
-def launch(ranks: int, *arguments: str) -> None:
-    """Start ranks with torch's launcher and wait."""
-    call = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        *arguments,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        call, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 def test_two_ranks_equal_one_on_a_real_cell(tmp_path: Path) -> None:
     """TFNS, a miniature with random weights, the command that launchers start: losses of every
@@ -349,7 +330,7 @@ def test_two_ranks_equal_one_on_a_real_cell(tmp_path: Path) -> None:
         spec = expand(selection, "smoke")[0].spec
         place = Place(open_store(tmp_path / str(ranks)))
         line = command(spec, selection, "smoke", place)
-        launch(ranks, *line[line.index("finrepro.running.cell") - 1 :])
+        on_ranks(*line[line.index("finrepro.running.cell") - 1 :], count=ranks)
         result = place.store.result(spec.run_id)
         assert result is not None and result["status"] == "done"
         assert result["scores"] == [], "random weights show no quality"
@@ -369,7 +350,7 @@ def test_two_ranks_equal_one_at_every_zero_stage(
     at stage 0.
     """
     expected, _ = run(spec_of(CELLS[1]), data, tmp_path)
-    launch(2, str(Path(__file__)), str(zero_stage), str(tmp_path))
+    on_ranks(Path(__file__), str(zero_stage), tmp_path)
     losses = json.loads((tmp_path / "losses.json").read_text())
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 

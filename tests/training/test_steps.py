@@ -3,9 +3,6 @@ a plain torch loop reads and sets, on every engine and at every ZeRO stage, and 
 later: an engine writes the weights from copies of its own, so one step proves nothing."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from fixtures.model import CPU, broken, make, process, random_examples, spec_of, tiny  # noqa: F401
 from fixtures.planted import plant
+from fixtures.process import PROGRAMS, on_ranks
 from steps_program import (
     ENGINES,
     MATRIX,
@@ -31,7 +29,6 @@ from steps_program import (
 )
 from torch import Tensor, nn
 
-from finrepro import PROJECT
 from finrepro.errors import Interrupted
 from finrepro.methods.adapters import full
 from finrepro.runtime import process as runtime
@@ -311,14 +308,7 @@ def test_the_law_finds_a_weight_that_was_set_without_its_float32_copy(
 
 @pytest.mark.slow
 def test_two_ranks_read_and_set_what_a_plain_loop_does(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    call = [*launcher, str(PROJECT / "tests" / "programs" / "steps_program.py"), str(tmp_path)]
-    done = subprocess.run(
-        call, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(PROGRAMS / "steps_program.py", tmp_path)
     first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=False) for rank in (0, 1))
     for key in ENGINES:
         agree(first[key])

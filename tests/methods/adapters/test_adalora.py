@@ -3,9 +3,6 @@ on every engine and on two ranks; what it refuses; and that plain PEFT reads wha
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +25,9 @@ from fixtures.model import (
     stir,
 )
 from fixtures.planted import plant
+from fixtures.process import PROGRAMS, on_ranks
 from safetensors.torch import load_file
 
-from finrepro import PROJECT
 from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.data.batches import COLLATE
@@ -398,19 +395,7 @@ def test_the_law_finds_a_resumed_run_without_its_averages(
 
 @pytest.mark.slow
 def test_two_ranks_take_away_the_triplets_of_one_on_every_engine(tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    call = [
-        sys.executable,
-        *launcher,
-        str(PROJECT / "tests" / "programs" / "adalora_program.py"),
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        call, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(PROGRAMS / "adalora_program.py", tmp_path)
     first, second = (torch.load(tmp_path / f"2-{rank}.pt", weights_only=False) for rank in (0, 1))
     one = {name: trained(spec(quantizer=name), tmp_path / name)[1] for name in ("none", "nf4")}
     for key in program.CELLS:

@@ -2,9 +2,6 @@
 of ranks a run is what a plain loop over dense weights gives, and an interrupted one ends bit for
 bit like a whole one."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures.model import MINIATURES, broken, process  # noqa: F401
+from fixtures.process import PROGRAMS, on_ranks
 from rosa_program import ENGINES, EVERY, GPT2, LLAMA, RANKED, STEPS, cell, learned, reference, run
 
-from finrepro import PROJECT
 from finrepro.errors import Interrupted
 from finrepro.methods.adapters import rosa as method
 from finrepro.runtime import process as runtime
@@ -193,22 +190,8 @@ def test_the_law_finds_what_a_checkpoint_forgets(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one rank, and two, have computed; `1-0`, `2-0`, `2-1`."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    for start in ([], launcher):
-        call = [
-            sys.executable,
-            *start,
-            str(PROJECT / "tests" / "programs" / "rosa_program.py"),
-            str(folder),
-        ]
-        done = subprocess.run(
-            call, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for count in (1, 2):
+        on_ranks(PROGRAMS / "rosa_program.py", folder, count=count)
     return {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt")}
 
 
