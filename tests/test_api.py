@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures import results
 from fixtures.process import environment, one_line, python
 
 import finrepro
@@ -22,7 +23,7 @@ from finrepro.evidence import files, store
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header
 
-SCORE = {"task": "tfns", "metric": "accuracy", "value": 0.7, "low": 0.6, "high": 0.8, "n": 9}
+SCORE = results.score("tfns", "accuracy", 0.7)
 DOCUMENT = PROJECT / "docs" / "python.md"
 
 
@@ -176,10 +177,11 @@ def test_results_are_a_frame_of_scores_that_hides_nothing(place: Place):
         finished: "done",
         stale: "stale",
         failed: "failed",
+        "0123456789ab": "damaged",
     }
     rows = frame.set_index(["run_id", "metric"])
     assert rows.loc[(finished, "accuracy"), "value"] == 0.7
-    assert len(frame) == 4 and set(frame.scale) == {"smoke"}
+    assert len(frame) == 5 and set(frame.scale.dropna()) == {"smoke"}
     (lost,) = frame[frame.run_id == failed].to_dict("records")
     assert lost["reason"] == "out of memory" and lost["value"] != lost["value"], "not a number"
     assert finrepro.results(place.store.root / "empty").empty

@@ -53,7 +53,11 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
         table,
         plan.scale,
         place.store.results / "tables" / plan.scale,
-        {cell.label: place.store.state(cell.spec) for cell in plan.cells if not cell.refusal},
+        {
+            cell.label: campaign.unfinished.get(cell.spec.run_id) or place.store.state(cell.spec)
+            for cell in plan.cells
+            if not cell.refusal
+        },
     )
 
 
@@ -81,6 +85,8 @@ class _Campaign:
         self.plan, self.place, self.display = plan, plan.place, display
         self.log = CampaignLog(plan, options)
         self.events: queue.Queue[tuple[planning.Step, Event]] = queue.Queue()
+        # Run id -> how it ended now: the store shows an older result that is finished.
+        self.unfinished: dict[str, str] = {}
 
     def run(self) -> None:
         """Record skipped cells, then run bases, then the cells on them."""
@@ -188,6 +194,8 @@ class _Campaign:
         if event["event"] in ("died", "fault"):
             seal_unfinished(step.spec, self.place.store, status, reason, time.time())
         self.display.finished(step, status, reason, self.place.store.result(step.spec.run_id))
+        if status != store.DONE:
+            self.unfinished[step.spec.run_id] = status
         if status == store.SKIPPED:  # found out only when its base was opened
             self.log.note(step, "skipped", status)
             return

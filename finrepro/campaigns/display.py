@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 STYLES = {
+    "damaged": "red",
     "done": "green",
     "stale": "yellow",
     "failed": "red",

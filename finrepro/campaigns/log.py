@@ -83,8 +83,11 @@ class CampaignLog:
 
     def note_finished(self, step: Step) -> None:
         """Add a cell whose result was there already. One that an earlier campaign finished and was
-        cut off before it could show is shown now.
+        cut off before it could show is shown now; one that is damaged is not.
         """
+        if step.state == store.DAMAGED:
+            self.note(step, "kept", step.state)
+            return
         in_view = is_shown(self.place.store, step.spec.run_id, self.record["table"])
         self.note(step, "kept" if in_view else "found", step.state)
         if not in_view:

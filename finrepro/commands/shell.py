@@ -55,11 +55,11 @@ def folder(text: str | None, variable: str | None = None) -> Path | None:
 
 
 def code_of(states: Iterable[str]) -> int:
-    """The exit code of a campaign by the states of its cells: 4 if one failed, 3 if the only one
-    was skipped.
+    """The exit code of a campaign by the states of its cells: 4 if one failed or is damaged, 3 if
+    the only one was skipped.
     """
     cells = list(states)
-    if {"failed", "diverged"} & set(cells):
+    if {"failed", "diverged", "damaged"} & set(cells):
         return CELL_FAILED
     return ENVIRONMENT if cells == ["skipped"] else 0
 

@@ -6,6 +6,8 @@ change that readers of the older results must know of gets a new `FORMAT`.
 """
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -201,16 +203,35 @@ def read(path: Path) -> dict[str, Any] | None:
 
     Raises `EnvironmentFault` for a result of another format, which is evidence all the same.
     """
+    content, fault = examine(path)
+    return None if fault else content
+
+
+def examine(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of a result.json, and why it is no result, "" if it is one; {} where nothing can
+    be read. Raises as `read` does.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError, RecursionError):
+        return {}, "no JSON that can be read"
     if not isinstance(content, dict):
-        return None
+        return {}, "no JSON object"
     written = content.get("format", FORMAT)
     if written != FORMAT:
         raise EnvironmentFault(
             f"{path} was written by another finrepro (result format {written}, this one reads "
             f"{FORMAT}); use that version, or another --store."
         )
-    return content if content.keys() >= Result.__required_keys__ else None
+    try:
+        _validator()(content, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return content, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return content, ""
+
+
+@cache
+def _validator() -> Callable[..., Any]:
+    """Made when a result is read: that takes as long as reading a hundred."""
+    return pydantic.TypeAdapter(Result).validate_python

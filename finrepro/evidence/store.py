@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,28 @@ from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import provenance, schema
+from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
-from finrepro.evidence.manifest import write_manifest
+from finrepro.evidence.manifest import read_manifest, write_manifest
+from finrepro.evidence.run_faults import RESULT, run_faults
 
 FORMAT = 1  # of the folder; that of a result is finrepro.evidence.schema.FORMAT
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
-STALE, MISSING = "stale", "not run"
+STALE, MISSING, DAMAGED = "stale", "not run", "damaged"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a store has of a run: `done`, `stale`, `failed`, `diverged`, `skipped`, `not run` or
+    `damaged`; its result, None where there is none that can be trusted; what is wrong with it.
+
+    Stale: the result, or a base that its table makes, was made by other source or locked packages,
+    or the base is another by now.
+    """
+
+    state: str
+    result: dict[str, Any] | None = None
+    faults: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -55,20 +72,52 @@ class Store:
         """Where an unfinished run keeps its checkpoint."""
         return self.results / "checkpoints" / run_id
 
-    def result(self, run_id: str) -> dict[str, Any] | None:
-        """A run's result.json (finrepro.evidence.schema), None if there is none that can be read.
-        Raises `EnvironmentFault` for one of another format.
+    @property
+    def digests(self) -> Digests:
+        """sha256 of this store's files, and of what its cells read, once a file."""
+        return kept_in(self.cache / "sha256")
+
+    def faults(self, run_id: str, weights: bool = False) -> list[str]:
+        """What of a run's folder is not what was sealed, a name or a sentence each; none where
+        there is no such run. The contents of `weights/` are read only where they are asked for.
         """
-        return schema.read(self.run_folder(run_id) / "result.json")
+        folder = self.run_folder(run_id)
+        if not os.path.lexists(folder):
+            return []
+        return run_faults(folder, self.digests.of, weights)
+
+    def found(self, run_id: str, weights: bool = False) -> Found:
+        """What the store has of a run. Raises `EnvironmentFault` for a result of another format."""
+        if not os.path.lexists(self.run_folder(run_id)):
+            return Found(MISSING)
+        if faults := self.faults(run_id, weights):
+            return Found(DAMAGED, faults=faults)
+        result = schema.read(self.run_folder(run_id) / RESULT)
+        return Found(self.state_of(result), result) if result else Found(MISSING)
+
+    def result(self, run_id: str) -> dict[str, Any] | None:
+        """A run's result.json (finrepro.evidence.schema); None if there is none, or the run is
+        damaged. Raises as `found` does.
+        """
+        return self.found(run_id).result
 
     def state(self, spec: RunSpec) -> str:
-        """`done`, `stale`, `failed`, `diverged`, `skipped` or `not run`.
+        """The state of a cell, as in `Found`."""
+        return self.found(spec.run_id).state
 
-        Stale: the result, or a base that its table makes, was made by other source or locked
-        packages, or the base is another by now.
+    def attempt(self, run_id: str) -> dict[str, Any] | None:
+        """The last result that did not take the place of a finished one, None if there is none
+        that is newer.
         """
-        result = self.result(spec.run_id)
-        return MISSING if result is None else self.state_of(result)
+        found = [schema.read(path / RESULT) for path in self._kept("attempts", run_id)]
+        last = max((each for each in found if each), key=lambda each: each["ended"], default=None)
+        here = self.result(run_id)
+        return last if last and here and last["ended"] > here["ended"] else None
+
+    def check(self, run_id: str) -> None:
+        """Raise `EnvironmentFault` unless every file of a run, weights too, is what was sealed."""
+        if faults := self.faults(run_id, weights=True):
+            raise EnvironmentFault(f"run {run_id} is damaged ({', '.join(faults)})")
 
     def state_of(self, result: dict[str, Any]) -> str:
         """`state` of a result that is here."""
@@ -90,16 +139,11 @@ class Store:
         """sha256 over the manifest's lines of what a run has trained; None if the run is not
         here.
         """
-        try:
-            lines = (
-                (self.run_folder(run_id) / "manifest.sha256")
-                .read_text(encoding="utf-8")
-                .splitlines()
-            )
-        except (OSError, ValueError):
+        listed = read_manifest(self.run_folder(run_id))
+        if listed is None:
             return None
-        weights = "\n".join(line for line in lines if "  weights/" in line)
-        return hashlib.sha256(weights.encode()).hexdigest()
+        weights = [f"{sha}  {name}" for name, sha in listed.items() if name.startswith("weights/")]
+        return hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
     def log_scoring(self, spec: RunSpec, task: str) -> None:
         """Note that a split is scored, before it is: an attempt that failed or was thrown away
@@ -144,11 +188,11 @@ class Store:
 
     @contextlib.contextmanager
     def new_run(self, run_id: str) -> Iterator[Path]:
-        """A folder to fill; on leaving it is sealed with a manifest and takes the place of an older
-        result.
+        """A folder to fill; on leaving it is sealed with a manifest and takes its place.
 
-        A finished result that an unfinished one replaces is not thrown away: it is kept under
-        results/superseded.
+        Nothing finished is thrown away: a finished result that another one replaces is kept under
+        results/superseded, and what is damaged under results/damaged. An unfinished run never takes
+        the place of a finished one: it is kept under results/attempts.
         """
         final = self.run_folder(run_id)
         partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
@@ -160,20 +204,44 @@ class Store:
                 write_manifest(partial)
                 for path in [*partial.rglob("*"), partial]:
                     _sync(path)
-                old = final.with_name(f".{run_id}.{os.getpid()}.old")
-                replaced = self.result(run_id)
-                if final.exists():
-                    final.rename(old)
-                partial.rename(final)
-                status = (self.result(run_id) or {}).get("status")
-                if replaced and replaced["status"] == DONE != status:
-                    superseded = self.results / "superseded" / f"{run_id}-{int(replaced['ended'])}"
-                    superseded.parent.mkdir(exist_ok=True)
-                    old.rename(superseded)
+                self._put(partial, final)
                 _sync(final.parent)
-                shutil.rmtree(old, ignore_errors=True)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _put(self, partial: Path, final: Path) -> None:
+        """Give a sealed run its place, and what lies there one beside."""
+        new, old = schema.read(partial / RESULT) or {}, self.result(final.name)
+        finished = old is not None and old["status"] == DONE
+        if finished and new.get("status") != DONE:
+            partial.rename(self._beside("attempts", final.name, new))
+            return
+        if not os.path.lexists(final):
+            partial.rename(final)
+            return
+        if self.faults(final.name, weights=True):
+            final.rename(self._beside("damaged", final.name, {}))
+            partial.rename(final)
+        elif finished:
+            final.rename(self._beside("superseded", final.name, old or {}))
+            partial.rename(final)
+        else:
+            replaced = final.with_name(f".{final.name}.{os.getpid()}.old")
+            final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _kept(self, kind: str, run_id: str) -> list[Path]:
+        """What `_beside` has named for a run."""
+        return sorted((self.results / kind).glob(f"{run_id}-*"))
+
+    def _beside(self, kind: str, run_id: str, result: Mapping[str, Any]) -> Path:
+        """A name for a run that is kept beside the one of its id."""
+        folder = self.results / kind
+        folder.mkdir(exist_ok=True)
+        name = f"{run_id}-{int(result.get('ended', time.time()))}"
+        numbered = (folder / (name + (f"-{number}" if number else "")) for number in count())
+        return next(path for path in numbered if not os.path.lexists(path))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

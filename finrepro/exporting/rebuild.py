@@ -59,7 +59,7 @@ def starting_point(recorded: RecordedRun, place: Place, export_format: str) -> S
     if recorded.is_whole_model and export_format != "base" and tokenizer_digest(recorded.weights):
         return StartingPoint(None, load_tokenizer(recorded.weights))
     folder, tokenizer, _ = open_base(spec, place)
-    facts, recorded_facts = base_facts(spec, place, folder), data.get("base") or {}
+    facts, recorded_facts = base_facts(spec, place.store, folder), data.get("base") or {}
     for key in ("run_id", "weights", "files"):
         if key in recorded_facts and facts.get(key) != recorded_facts[key]:
             raise EnvironmentFault(

@@ -12,8 +12,8 @@ from typing import Any
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, RunSpec, TrainSet
-from finrepro.errors import EnvironmentFault, FinreproError, UsageError, unknown
-from finrepro.evidence.manifest import damaged_files
+from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.evidence.manifest import Damaged
 from finrepro.evidence.store import DONE, Store
 from finrepro.kinds import adapter_of, choose, implementation
 from finrepro.settings import build, plain, without
@@ -21,10 +21,6 @@ from finrepro.sizes.low_rank import not_exported
 
 FORMATS = ("peft", "merged", "base")
 RUN_ID = re.compile(r"[0-9a-f]{12}")
-
-
-class Damaged(FinreproError):
-    """What a run has left is no longer what it sealed."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,10 @@ def find_run(store: Store, run_id: str, export_format: str | None) -> RecordedRu
         if not run_ids:
             raise UsageError(f"unknown run '{run_id}': there is no run in {store.root}.")
         raise unknown("run", run_id, run_ids) if len(run_ids) <= 20 else _nearest(run_id, run_ids)
-    folder, result = store.run_folder(run_id), store.result(run_id)
-    damaged = damaged_files(folder)
-    if damaged:
-        raise Damaged(
-            f"run {run_id} is damaged, and is not exported: {', '.join(damaged)} differ from its "
-            "manifest."
-        )
+    folder, found = store.run_folder(run_id), store.found(run_id, weights=True)
+    result = found.result
     if result is None:
-        raise Damaged(f"run {run_id} has no result.json that can be read.")
+        raise Damaged(f"run {run_id} is damaged, and is not exported: {', '.join(found.faults)}.")
     if result["status"] != DONE:
         raise UsageError(
             f"run {run_id} ({result['label']}) is {result['status']}: {result['reason']}."

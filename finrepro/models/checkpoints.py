@@ -3,6 +3,7 @@ pinned revision; and what they are.
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from finrepro.catalogue.spec import Model
 from finrepro.data import hub_client
 from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence.manifest import file_digest
 from finrepro.models import safetensors
 
 HUB = "https://huggingface.co"
@@ -106,23 +106,11 @@ def check(model: Model, folder: Path) -> None:
     safetensors.compare_tokenizer(model.name, int(model.architecture["vocab_size"]), folder)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """File name -> sha256 of a checkpoint's weight files, each read once a process while it keeps
-    its size and time.
-
-    Raises `EnvironmentFault` as `safetensors.files` does.
+def digests(folder: Path, digest: Callable[[Path], str]) -> dict[str, str]:
+    """File name -> sha256 of a checkpoint's weight files by `digest`, a store's. Raises
+    `EnvironmentFault` as `safetensors.files` does.
     """
-    by_name = {}
-    for path in safetensors.files(folder):
-        status = path.stat()
-        by_name[path.name] = _digest(path.resolve(), status.st_size, status.st_mtime_ns)
-    return by_name
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    """sha256 of a file of that size and time of change (ns): 140 GB take minutes."""
-    return file_digest(path)
+    return {path.name: digest(path) for path in safetensors.files(folder)}
 
 
 def unreachable_reason(model: Model) -> str | None:

@@ -25,13 +25,14 @@ def missing_base(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
     model, label = reader.origin(spec.model), reader.cell_of_table_2(spec.model)
     if label is None:
         return missing_weights(model, place.models_dir, ask_hub)
-    result = place.store.result(str(spec.base_run)) or {"status": "not run"}
+    found = place.store.found(str(spec.base_run), weights=True)
+    state = found.result["status"] if found.result else found.state
     command = f"invoke reproduce --table 2 --scale {model.scale} --only {label}"
-    if result["status"] == store.DONE:
+    if state == store.DONE:
         return None
     base = resolve.base_of(spec.model.name)
     devices = f" on {base.world_size} devices" if base and base.world_size > 1 else ""
-    return f"its base, a cell of table 2{devices}, is {result['status']}: {command}"
+    return f"its base, a cell of table 2{devices}, is {state}: {command}"
 
 
 def missing_weights(model: Model, models_dir: Path | None, ask_hub: bool) -> str | None:

@@ -94,7 +94,9 @@ def _step(
 ) -> Step:
     if refusal:
         return Step(spec, "refuse", "refused", refusal, is_base, base)
-    state = place.store.state(spec)
+    # The weights of a base are read by what starts from it.
+    found = place.store.found(spec.run_id, weights=is_base)
+    state, damage = found.state, f"it is damaged: {', '.join(found.faults)}"
     if state == store.DONE or (state == store.STALE and keep):
         return Step(
             spec,
@@ -116,9 +118,15 @@ def _step(
             is_base,
             base,
         )
+    if reason and state == store.DAMAGED:
+        return Step(spec, "keep", state, f"{damage}; cannot be made again: {reason}", is_base, base)
     if reason:
         return Step(spec, "skip", store.SKIPPED, reason, is_base, base)
-    again = {store.STALE: "its source or packages have changed", store.MISSING: ""}
+    again = {
+        store.STALE: "its source or packages have changed",
+        store.MISSING: "",
+        store.DAMAGED: damage,
+    }
     return Step(spec, "run", state, again.get(state, f"it {state} before"), is_base, base)
 
 

@@ -27,25 +27,29 @@ COLUMNS = ("run_id", "label", "scale", "state", "reason", *CELL, *SCORE)
 def scores(store: Store) -> "pandas.DataFrame":
     """One row a run, task and metric, in the order of run ids.
 
-    `scale` is `smoke` or `paper`: numbers of the two are never set against each other. `state` is
-    `done`, `stale` (made by other source or packages), `failed`, `diverged` or `skipped`, with its
-    `reason`. `value` lies in the bootstrap's 95 % interval from `low` to `high` over `n` examples;
-    `gain` is what it lies above `constant`, the score of the best constant answer. A run without
-    scores has one row whose task, metric and numbers are missing.
+    `scale` is `smoke` or `paper`: numbers of the two are never set against each other. `state`
+    is `done`, `stale` (made by other source or packages), `failed`, `diverged`, `skipped` or
+    `damaged` (not what was sealed: no numbers), with its `reason`. `value` lies in the
+    bootstrap's 95 % interval from `low` to `high` over `n` examples; `gain` is what it lies
+    above `constant`, the score of the best constant answer. A run without scores has one row
+    whose task, metric and numbers are missing.
     """
     import pandas
 
     rows: list[dict[str, Any]] = []
     for folder in sorted((store.results / "runs").glob("[!.]*")):
-        result = store.result(folder.name)
+        found = store.found(folder.name)
+        result = found.result
         if result is None:
+            reason = ", ".join(found.faults)
+            rows.append({"run_id": folder.name, "state": found.state, "reason": reason})
             continue
         cell = result["cell"]
         run = {
             "run_id": result["run_id"],
             "label": result["label"],
             "scale": cell["scale"],
-            "state": store.state_of(result),
+            "state": found.state,
             "reason": result["reason"],
             **{name: cell.get(name) for name in CELL},
         }

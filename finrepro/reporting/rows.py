@@ -23,9 +23,8 @@ def rows(cells: list[Cell], place: Place) -> list[CellResult]:
 
 def _joined(cell: Cell, place: Place) -> CellResult:
     spec = cell.spec
-    result = place.store.result(spec.run_id) or {}
-    state = "refused" if cell.refusal else place.store.state(spec)
-    stale = "made by other source or packages" if state == store.STALE else ""
+    found = place.store.found(spec.run_id)
+    result, state = found.result or {}, "refused" if cell.refusal else found.state
     measured, from_scratch = bool(result.get("costs")), spec.weights == "scratch"
     return {
         "label": cell.label,
@@ -46,7 +45,7 @@ def _joined(cell: Cell, place: Place) -> CellResult:
         "weights": spec.weights,
         "notes": result.get("cell", {}).get("notes", []),
         "state": state,
-        "reason": cell.refusal or result.get("reason") or stale,
+        "reason": cell.refusal or result.get("reason") or _reason(found, spec, place),
         "short": spec.train.short,
         "scores": result.get("scores", []),
         "costs": result.get("costs", {}),
@@ -54,6 +53,15 @@ def _joined(cell: Cell, place: Place) -> CellResult:
         "curve": _losses(spec, place) if from_scratch and measured else [],
         "sizes": {} if cell.refusal or measured else footprint.sizes(spec),
     }
+
+
+def _reason(found: store.Found, spec: RunSpec, place: Place) -> str:
+    """Why a result is stale, with what became of making it again, or why it is damaged."""
+    if found.state != store.STALE:
+        return ", ".join(found.faults)
+    last = place.store.attempt(spec.run_id)
+    again = f"; made again, it {last['status']}: {last['reason']}" if last else ""
+    return f"made by other source or packages{again}"
 
 
 def _losses(spec: RunSpec, place: Place) -> list[dict[str, Any]]:

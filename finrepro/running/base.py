@@ -10,6 +10,7 @@ from finrepro.data import files
 from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.errors import EnvironmentFault, unavailable_if_faulty
 from finrepro.evidence.place import Place
+from finrepro.evidence.store import Store
 from finrepro.kinds import task_of
 from finrepro.models import checkpoints
 from finrepro.running.text import open_corpora
@@ -31,6 +32,7 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
 
     with unavailable_if_faulty():
         if spec.base_run is not None:
+            place.store.check(spec.base_run)
             folder = place.store.run_folder(spec.base_run) / "weights"
             if place.store.result(spec.base_run) is None:
                 raise EnvironmentFault(
@@ -51,20 +53,22 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
     return None, embedded_tokenizer(spec, place), "trained on the embedded text"
 
 
-def base_facts(spec: RunSpec, place: Place, folder: Path | None) -> dict[str, Any]:
+def base_facts(spec: RunSpec, store: Store, folder: Path | None) -> dict[str, Any]:
     """`data.base` of result.json: the run that made the base with the digests of its source and
-    packages, or the sha256 of the checkpoint's weights.
+    packages, or the sha256 of the checkpoint's weights. Raises `Unavailable` for one that is
+    damaged.
 
     A cell of Table 2 is a base as a checkpoint is: trained over days, and not again because a line
     of the source has changed. Its digests are recorded, and do not make the cell stale.
     """
-    if spec.base_run is not None:
-        environment = (place.store.result(spec.base_run) or {})["environment"]
-        digests = {key: environment[key] for key in ("source_digest", "lock_digest")}
-        facts = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
-        return facts | ({"made_by": digests} if reader.cell_of_table_2(spec.model) else digests)
     with unavailable_if_faulty():
-        return {"files": checkpoints.digests(folder) if folder else {}}
+        if spec.base_run is not None:
+            store.check(spec.base_run)
+            environment = (store.result(spec.base_run) or {})["environment"]
+            digests = {key: environment[key] for key in ("source_digest", "lock_digest")}
+            facts = {"run_id": spec.base_run, "weights": store.weights_digest(spec.base_run)}
+            return facts | ({"made_by": digests} if reader.cell_of_table_2(spec.model) else digests)
+        return {"files": checkpoints.digests(folder, store.digests.of) if folder else {}}
 
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":

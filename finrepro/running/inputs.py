@@ -65,7 +65,7 @@ def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
         base=base,
         tokenizer=tokenizer,
         tokenizer_origin=origin,
-        base_facts=base_facts(spec, place, base),
+        base_facts=base_facts(spec, place.store, base),
         text_identity=corpora_identity(spec, corpora),
         examples=training_examples(spec, datasets, tokenizer, corpora),
     )

@@ -12,6 +12,7 @@ import torch
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.tokens import tokenizer_digest
+from finrepro.errors import CellFailed
 from finrepro.evidence import schema
 from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.result import header
@@ -20,6 +21,7 @@ from finrepro.evidence.store import DONE, Store
 from finrepro.kinds import adapter_of
 from finrepro.methods.layers.isolated_attention import implementation
 from finrepro.models.build import Built
+from finrepro.running.base import base_facts
 from finrepro.running.events import Emit
 from finrepro.running.inputs import Inputs
 from finrepro.running.scoring import QuantizedScores, TaskScores, evaluate_quantized
@@ -51,6 +53,8 @@ def seal_finished(spec: RunSpec, store: Store, walked: Walked, emit: Emit) -> Ma
     """Write the run folder: weights, predictions, losses, samples and result.json, whose content
     is returned. All ranks call it; the first one writes.
     """
+    if base_facts(spec, store, walked.inputs.base) != walked.inputs.base_facts:
+        raise CellFailed(f"its base has changed while it was used: {walked.inputs.base}")
     rate = measured_rate(spec, walked.device)
     walked.phases.begin("save")
     collect_trained(walked.built.model)
@@ -163,5 +167,5 @@ def median_step(losses: Sequence[dict[str, Any]]) -> float | None:
     return median(durations) if durations else None
 
 
-def _ratio(part: int | float, total: float) -> float | None:
+def _ratio(part: int | float, total: int | float) -> float | None:
     return part / total if total else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.run_faults import run_faults
 from finrepro.evidence.store import Store
 from finrepro.tracking import index, view
 
@@ -33,7 +33,7 @@ def check_store(store: Store, rebuild: bool = False) -> StoreCheck:
     folders = sorted(
         path for path in (store.results / "runs").iterdir() if not path.name.startswith(".")
     )
-    faults = {folder.name: damaged_files(folder) for folder in folders}
+    faults = {folder.name: run_faults(folder) for folder in folders}
     projected = None
     if rebuild:
         with store.lock():

@@ -4,12 +4,12 @@ changed base shows.
 
 import dataclasses
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures import results
 
 from finrepro import PROJECT
 from finrepro.catalogue.cells import expand
@@ -21,6 +21,7 @@ from finrepro.evidence.manifest import damaged_files
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.planning import plan
+from finrepro.reporting.rows import rows
 
 CELL = "gpt2_127m_mini-none-full-tfns-s0"
 
@@ -29,13 +30,17 @@ def seal_done(
     spec: RunSpec, place: Place, weights: bytes = b"w", source: str | None = None, **facts: Any
 ) -> None:
     """A finished run as the walk seals it, made by this source or another."""
-    result = header(spec, store.DONE, None, 0.0) | {"data": facts}
+    result = header(spec, store.DONE, None, 0.0) | {"data": results.data(**facts)}
     if source:
         result["environment"] |= {"source_digest": source}
     with place.store.new_run(spec.run_id) as folder:
         (folder / "weights").mkdir()
         (folder / "weights" / "model.safetensors").write_bytes(weights)
         files.write_json(folder / "result.json", result)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -61,20 +66,40 @@ def test_a_stale_result_that_cannot_be_made_again_here_is_kept(place: Place) -> 
     )
 
 
-def test_a_finished_result_outlives_the_failure_that_replaces_it(place: Place, cell: Cell) -> None:
+def test_a_failure_does_not_take_the_place_of_a_finished_result(place: Place, cell: Cell) -> None:
     seal_done(cell.spec, place, source="another")
+    before = content(place.store.run_folder(cell.spec.run_id))
     seal_unfinished(cell.spec, place.store, store.FAILED, "it broke", 0.0)
-    assert place.store.state(cell.spec) == store.FAILED
-    (kept,) = (place.store.results / "superseded").iterdir()
-    assert (
-        json.loads((kept / "result.json").read_text())["status"] == store.DONE
-        and damaged_files(kept) == []
-    )
+    assert place.store.state(cell.spec) == store.STALE
+    assert content(place.store.run_folder(cell.spec.run_id)) == before
+    (attempt,) = (place.store.results / "attempts").iterdir()
+    assert damaged_files(attempt) == []
+    (row,) = rows([cell], place)
+    assert row["reason"].endswith("made again, it failed: it broke")
     seal_done(cell.spec, place)
     assert place.store.state(cell.spec) == store.DONE
-    assert len(list((place.store.results / "superseded").iterdir())) == 1, (
-        "a failure is no evidence to keep"
-    )
+    (row,) = rows([cell], place)
+    assert row["reason"] == "", "the attempt is older than the result"
+
+
+def test_a_finished_result_that_another_one_replaces_is_kept(place: Place, cell: Cell) -> None:
+    for number in range(3):
+        seal_done(cell.spec, place, weights=bytes([number]))
+    assert place.store.state(cell.spec) == store.DONE
+    kept = sorted((place.store.results / "superseded").iterdir())
+    assert [path.name.partition("-")[0] for path in kept] == [cell.spec.run_id] * 2
+    weights = {(path / "weights" / "model.safetensors").read_bytes() for path in kept}
+    assert weights == {b"\0", b"\1"} and not any(damaged_files(path) for path in kept)
+
+
+def test_a_failure_makes_room_for_the_next_attempt(place: Place, cell: Cell) -> None:
+    for status in (store.FAILED, store.DIVERGED, store.SKIPPED):
+        seal_unfinished(cell.spec, place.store, status, "it broke", 0.0)
+        assert place.store.state(cell.spec) == status
+    seal_done(cell.spec, place)
+    assert place.store.state(cell.spec) == store.DONE
+    assert not (place.store.results / "superseded").exists()
+    assert not (place.store.results / "attempts").exists()
 
 
 def test_a_result_on_another_base_is_stale(place: Place, cell: Cell) -> None:

@@ -88,15 +88,12 @@ def test_it_is_exported(older: Place) -> None:
     ]
 
 
-def test_a_failure_in_its_place_keeps_it_under_superseded(older: Place, cell: Cell) -> None:
+def test_a_failure_leaves_it_in_its_place(older: Place, cell: Cell) -> None:
     before = content(older)
     seal_unfinished(cell.spec, older.store, store.FAILED, "it broke", time.time())
-    (kept,) = (older.store.results / "superseded").iterdir()
-    assert kept.name.startswith(DONE) and damaged_files(kept) == []
-    names = {name.split(f"{DONE}/")[1] for name in before if f"/{DONE}/" in name}
-    assert {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()} == (
-        names
-    )
+    after = content(older)
+    assert {name: after[name] for name in before} == before
+    assert older.store.state(cell.spec) == store.STALE
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import DESCRIPTIVE, Evaluation, Model, RunSpec, Train
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import schema, schema_page, store
+from finrepro.evidence.manifest import write_manifest
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.schema_spec import EvaluationSpec, ModelSpec, Spec, TrainSpec
@@ -119,6 +120,7 @@ def test_a_result_of_another_format_is_refused_by_name_and_kept(place: Place, fo
     seal_unfinished(spec, place.store, store.FAILED, "the reason", time.time())
     path = place.store.run_folder(spec.run_id) / "result.json"
     path.write_text(json.dumps({"format": format, "quite": "different"}))
+    write_manifest(path.parent)
     before = path.read_bytes()
     for read in (lambda: place.store.result(spec.run_id), lambda: place.store.state(spec)):
         with pytest.raises(EnvironmentFault, match=rf"result format {format}, .*reads 1") as caught:
@@ -130,9 +132,10 @@ def test_a_result_of_another_format_is_refused_by_name_and_kept(place: Place, fo
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', '{"format": 1}', "{}"])
-def test_what_is_no_result_counts_as_none(place: Place, content: str) -> None:
+def test_what_is_no_result_is_damage_also_where_it_is_sealed(place: Place, content: str) -> None:
     spec = some_spec()
     seal_unfinished(spec, place.store, store.FAILED, "the reason", time.time())
     path = place.store.run_folder(spec.run_id) / "result.json"
     path.write_text(content)
-    assert schema.read(path) is None and place.store.state(spec) == store.MISSING
+    write_manifest(path.parent)
+    assert schema.read(path) is None and place.store.state(spec) == store.DAMAGED

@@ -151,14 +151,20 @@ def test_a_writer_killed_in_the_middle_leaves_no_result_and_the_next_command_swe
 WRITER = """
 import sys
 from pathlib import Path
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
 from finrepro.evidence import files, store
+from finrepro.evidence.result import header
 place = store.open_store(Path(sys.argv[1]))
-print("ready", flush=True)
+spec = expand(Selection("3", only="gpt2_127m_mini-none-full-tfns-s0"), "smoke")[0].spec
+result = header(spec, store.FAILED, "none", 0.0)
 for round in range(10**9):
-    with place.new_run("f" * 12) as target:
+    with place.new_run(spec.run_id) as target:
         for name in "abcdef":
             (target / name).write_text(f"{round} " * 2000)
-        files.write_json(target / "result.json", {"round": round})
+        files.write_json(target / "result.json", result | {"reason": str(round)})
+    if not round:
+        print("ready", flush=True)
 """
 
 
@@ -180,20 +186,20 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_result_or_none(tmp_path: P
         place = open_store(root)
         with place.lock():
             left = [path.name for path in (place.results / "runs").iterdir()]
-        assert left in ([], ["f" * 12])
+        assert left in ([], [some_spec().run_id])
         if left:
             whole += 1
-            folder = place.run_folder("f" * 12)
+            folder = place.run_folder(some_spec().run_id)
             rounds = {
                 path.read_text().split()[0] for path in folder.iterdir() if len(path.name) == 1
             }
             assert damaged_files(folder) == [] and rounds == {
-                str(json.loads((folder / "result.json").read_text())["round"])
+                json.loads((folder / "result.json").read_text())["reason"]
             }
     assert whole > 0
 
 
-def test_an_unreadable_result_counts_as_not_run(tmp_path: Path):
+def test_a_result_that_was_changed_is_damaged_and_set_aside(tmp_path: Path):
     place, spec = open_store(tmp_path), some_spec()
     path = seal_done(place, spec) / "result.json"
     whole = path.read_text()
@@ -210,11 +216,19 @@ def test_an_unreadable_result_counts_as_not_run(tmp_path: Path):
         '"text"',
     ):
         path.write_text(text)
-        assert place.state(spec) == store.MISSING, text
+        assert place.state(spec) == store.DAMAGED and place.result(spec.run_id) is None, text
     path.write_bytes(b"\xff\xfe")
-    assert place.state(spec) == store.MISSING
+    assert place.state(spec) == store.DAMAGED
+    path.write_text(whole.replace('"done"', '"failed"'))
+    assert place.state(spec) == store.DAMAGED
     path.write_text(whole)
     assert place.state(spec) == store.DONE
+    path.write_text("{")
+    weights = (path.parent / "weights" / "model.safetensors").read_bytes()
+    seal_done(place, spec)
+    assert place.state(spec) == store.DONE
+    (aside,) = (place.results / "damaged").iterdir()
+    assert (aside / "weights" / "model.safetensors").read_bytes() == weights
 
 
 def test_a_result_of_other_source_or_packages_is_stale_and_one_of_these_is_not(tmp_path: Path):

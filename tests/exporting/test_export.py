@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fixtures import results
 from fixtures.model import MINIATURES, broken, make, process, spec_of, stir, tokenizer  # noqa: F401
 from fixtures.planted import plant
 from fixtures.process import environment, forget, one_line
@@ -32,9 +33,10 @@ from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evaluation import evaluate
 from finrepro.evidence import store
 from finrepro.evidence.files import write_json, write_lines
-from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.manifest import damaged_files, file_digest
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import header
+from finrepro.evidence.run_faults import spec_id
 from finrepro.evidence.store import open_store
 from finrepro.exporting import rebuild, verify, write
 from finrepro.exporting.command import export
@@ -48,15 +50,7 @@ from finrepro.runtime import process as runtime
 from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
-SCORE = {
-    "task": "tfns",
-    "metric": "accuracy",
-    "value": 0.625,
-    "low": 0.55,
-    "high": 0.7,
-    "n": 9,
-    "constant": 0.5,
-}
+SCORE = results.score("tfns", "accuracy", 0.625, low=0.55, high=0.7)
 
 
 TFNS = data.load(reader.dataset("tfns"), None, ("development",))
@@ -88,18 +82,20 @@ def seal(place: Place, spec: RunSpec, checkpoint: Path | None = None, **facts: A
         adapter_of(spec.adapter).export(model, target / "weights")
         if spec.weights == "scratch":
             tokenizer(spec.model.family).save_pretrained(target / "weights")
-        base: dict[str, Any] = {"files": checkpoints.digests(checkpoint) if checkpoint else {}}
+        base: dict[str, Any] = {
+            "files": checkpoints.digests(checkpoint, file_digest) if checkpoint else {}
+        }
         if spec.base_run:
             base = {"run_id": spec.base_run, "weights": place.store.weights_digest(spec.base_run)}
         digest = tokenizer_digest(folder or target / "weights")
         result = header(spec, store.DONE, None, time.time(), "cpu") | {
             "scores": [SCORE],
-            "data": {
-                "fingerprints": {"tfns": TFNS.fingerprints},
-                "files": {"tfns": {"train": "d" * 64}},
-                "base": base,
-                "tokenizer": {"origin": "", "sha256": digest},
-            },
+            "data": results.data(
+                fingerprints={"tfns": TFNS.fingerprints},
+                files={"tfns": {"train": "d" * 64}},
+                base=base,
+                tokenizer={"origin": "", "sha256": digest},
+            ),
         }
         write_json(target / "result.json", result | facts)
         write_lines(target / "predictions.jsonl", recorded_answers(spec, model, folder))
@@ -467,7 +463,9 @@ def test_a_run_that_was_tampered_with_is_not_exported(copied: tuple[Place, str])
     place, run_id = copied
     path = place.store.run_folder(run_id) / "weights" / "adapter_model.safetensors"
     save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(Damaged, match=r"adapter_model\.safetensors differ") as caught:
+    with pytest.raises(
+        Damaged, match=r"is damaged, .*: weights/adapter_model\.safetensors"
+    ) as caught:
         export(run_id, "peft", None, place)
     assert caught.value.exit_code == 4
 
@@ -511,18 +509,24 @@ def test_a_run_that_is_unknown_unfinished_or_without_weights_is_not_exported(
 
 def test_a_run_of_another_version_is_not_exported(copied: tuple[Place, str]):
     place, run_id = copied
-    folder = place.store.run_folder(run_id)
-    spec = json.loads((folder / "result.json").read_text())["spec"]
-    reseal(folder, spec=spec | {"adapter": spec["adapter"] | {"new_setting": 1}})
+    spec = json.loads((place.store.run_folder(run_id) / "result.json").read_text())["spec"]
+
+    def made_with(changed: dict[str, Any]) -> str:
+        made = spec_id(changed)
+        folder = shutil.copytree(place.store.run_folder(run_id), place.store.run_folder(made))
+        reseal(folder, spec=changed, run_id=made)
+        return made
+
+    later = made_with(spec | {"adapter": spec["adapter"] | {"new_setting": 1}})
     with pytest.raises(
         EnvironmentFault,
         match=r"settings of another version: adapter: unknown setting 'new_setting'",
     ):
-        export(run_id, "peft", None, place)
+        export(later, "peft", None, place)
     spec["model"]["architecture"]["n_embd"] = 64
-    reseal(folder, spec=spec)
+    other = made_with(spec)
     with pytest.raises(EnvironmentFault, match="another 'gpt2_127m_mini' than the catalogue's"):
-        export(run_id, "peft", None, place)
+        export(other, "peft", None, place)
 
 
 def test_a_folder_that_is_there_is_left_alone(begun: Place, tmp_path: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from fixtures import results
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
@@ -379,12 +380,11 @@ def test_a_run_of_table_2_stays_a_base_whoever_made_it_and_its_cell_is_not_stale
         place.store.state(base.spec) == store.STALE
         and availability.missing_base(spec, place, ask_hub=False) is None
     )
-    seal_done(place, spec)
-    result = place.store.result(spec.run_id)
-    assert result is not None
-    result["data"]["base"] = base_facts(spec, place, None)
-    write_json(place.store.run_folder(spec.run_id) / "result.json", result)
-    assert result["data"]["base"]["made_by"]["source_digest"] == "another"
+    facts = base_facts(spec, place.store, None)
+    assert facts["made_by"]["source_digest"] == "another"
+    with place.store.new_run(spec.run_id) as folder:
+        made = header(spec, store.DONE, None, 0.0) | {"data": results.data(base=facts)}
+        write_json(folder / "result.json", made)
     assert place.store.state(spec) == store.DONE
 
 

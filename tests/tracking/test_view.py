@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures import results
 from fixtures.process import python
 
 from finrepro.catalogue.cells import expand
@@ -61,16 +62,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def score(task: str, metric: str, value: float) -> dict[str, Any]:
-    more = {"gain": 0.1, "gain_low": 0.05, "gain_high": 0.15, "constant_answer": "neutral"}
-    return {
-        "task": task,
-        "metric": metric,
-        "value": value,
-        "low": value - 0.1,
-        "high": value + 0.1,
-        "n": 9,
-        "constant": 0.5,
-    } | more
+    return results.score(task, metric, value, gain=0.1, gain_low=0.05, gain_high=0.15)
 
 
 def seal_done(spec: RunSpec, place: Store, accuracy: float = 0.75) -> None:
@@ -80,20 +72,11 @@ def seal_done(spec: RunSpec, place: Store, accuracy: float = 0.75) -> None:
     result = header(spec, store.DONE, None, started) | {
         "environment": MADE_BY,
         "scores": [score(task, "accuracy", accuracy), score(task, "mcc", float("nan"))],
-        "costs": {
-            "train_seconds": 3.5,
-            "trainable_params": 1000,
-            "trained_file_bytes": 4000,
-            "peak_memory_bytes": 2**31,
-            "final_loss": float("inf"),
-            "tokens_per_second": None,
-        },
-        "data": {
-            "fingerprints": {
-                DATASET: {"train": "a" * 64, "development": "b" * 64, "test": "c" * 64}
-            },
-            "files": {DATASET: {"train": "d" * 64}},
-        },
+        "costs": results.costs(final_loss=float("inf"), tokens_per_second=None),
+        "data": results.data(
+            fingerprints={DATASET: {"train": "a" * 64, "development": "b" * 64, "test": "c" * 64}},
+            files={DATASET: {"train": "d" * 64}},
+        ),
     }
     with place.new_run(spec.run_id) as target:
         rows = [
@@ -727,7 +710,7 @@ def test_the_evidence_is_not_touched_by_a_rebuild(copied: Store):
         return {
             p.relative_to(copied.root).as_posix(): p.read_bytes()
             for p in copied.results.rglob("*")
-            if p.is_file()
+            if p.is_file() and copied.cache not in p.parents
         }
 
     before = evidence()

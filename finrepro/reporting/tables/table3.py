@@ -58,7 +58,7 @@ def build(rows: Sequence[CellResult], scale: str, published: Sequence[Published]
         for _, of_line in grouped(of_task, *LINE):
             lines.append(_line(task, of_line, _names(task, of_line[0], of_task), beside))
     lines += _without_result(
-        [row for row in judged if row["state"] in ("skipped", "refused", "not run")]
+        [row for row in judged if row["state"] in ("skipped", "refused", "not run", "damaged")]
     )
     table = Table(
         name="table3",
