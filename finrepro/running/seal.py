@@ -74,7 +74,7 @@ def seal_finished(spec: RunSpec, store: Store, walked: Walked, emit: Emit) -> Ma
         attention = attention_used(spec, device, layout)
         result = header(spec, DONE, None, walked.started, device, layout, attention)
         result["cell"]["compilation"] = cast(list[Proof], walked.trained.compilation)
-        result["cell"]["notes"] += quantized.remarks
+        result["cell"]["notes"] += walked.trained.remarks + quantized.remarks
         result["scores"] = cast(list[schema.Score], walked.evaluated.scores + quantized.scores)
         result["costs"] = costs_of(walked, peaks, quantized, weights, rate)
         result["data"] = data_of(spec, store, walked.inputs, weights)

@@ -2,11 +2,12 @@
 by the same maker.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ import torch
 import torch.distributed as dist
 
 from finrepro.errors import CellFailed
+from finrepro.evidence.files import write_json
+from finrepro.evidence.manifest import NAME as MANIFEST
+from finrepro.evidence.manifest import Damaged, damaged_files, file_digest, write_manifest
+from finrepro.evidence.sealed import read_sealed, sealed
 from finrepro.runtime import ranks
 from finrepro.runtime.phases import Phases
+from finrepro.runtime.ranks import any_rank
 from finrepro.training.engines.base import Engine
 from finrepro.training.progress import Trained
+
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,13 @@ def save_checkpoint(
         state["cuda_rng"] = torch.cuda.get_rng_state()
     engine.save(folder, tag, state)
     if ranks.current().is_main:
+        write_manifest(folder / tag)
         for path in (folder / tag).rglob("*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # a power cut must not leave a pointer to half a checkpoint
-        pointer = folder / "latest.partial"
-        pointer.write_text(json.dumps({"tag": tag, "made_by": control.made_by}))
-        pointer.replace(folder / "latest")
+        pointer = {"tag": tag, "made_by": control.made_by}
+        pointer["manifest"] = file_digest(folder / tag / MANIFEST)
+        write_json(folder / LATEST, sealed(pointer), durable=True)
         for old in folder.glob("step*"):
             if old.name != tag:
                 shutil.rmtree(old, ignore_errors=True)
@@ -72,26 +81,61 @@ def resume(
     """Load the latest checkpoint into engine and `trained`; the next step, 0 without a checkpoint
     of the same maker.
 
-    `load_adapter` gets what the adapter's `state` gave, once the weights are there. Raises
-    `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
+    `load_adapter` gets what the adapter's `state` gave, once the weights are there. All ranks call
+    it. A checkpoint that is not what was saved is set aside before a byte of it is used, and the
+    run starts anew. Raises `CellFailed` for one that is whole and cannot be read.
     """
-    try:
-        pointer = json.loads((control.checkpoints / "latest").read_text())
-    except (OSError, ValueError):
+    pointer, faults = _latest(control.checkpoints)
+    if any_rank(bool(faults), control.phases.device):
+        trained.remarks.append(set_aside(control, faults))
         return 0
-    if pointer["made_by"] != control.made_by:
+    if pointer is None or pointer["made_by"] != control.made_by:
         return 0
     try:
         state = engine.load(control.checkpoints, pointer["tag"])
-        vars(trained).update(state["trained"])
-    except Exception as error:  # whatever torch, pickle or DeepSpeed say of a damaged file
-        shutil.rmtree(control.checkpoints, ignore_errors=True)
+    except Exception as error:  # whatever torch or DeepSpeed say
+        set_aside(control, [])
         raise CellFailed(
-            f"its checkpoint was damaged ({type(error).__name__}) and has been removed: run again."
-        ) from None
+            f"its checkpoint cannot be read ({type(error).__name__}) and was set aside: run again."
+        ) from error
+    vars(trained).update(state["trained"])
     load_adapter(state["adapter"])
     control.phases.carry(state["peaks"])
     torch.set_rng_state(state["torch_rng"].cpu())
     if "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     return len(trained.losses)
+
+
+def _latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The pointer to the latest checkpoint, None where there is none; and what is damaged of it,
+    found by the first rank.
+    """
+    try:
+        pointer = read_sealed(folder / LATEST)
+    except Damaged as error:
+        return None, [str(error)]
+    if pointer is None or not ranks.current().is_main:
+        return pointer, []
+    manifest = folder / pointer["tag"] / MANIFEST
+    if not manifest.is_file() or file_digest(manifest) != pointer["manifest"]:
+        return None, [f"{pointer['tag']}/{MANIFEST}"]
+    return pointer, [f"{pointer['tag']}/{name}" for name in damaged_files(manifest.parent)]
+
+
+def set_aside(control: Control, faults: Sequence[str]) -> str:
+    """Move a run's checkpoints away, beside where they were; a sentence that says so. All ranks
+    call it, and the first one moves.
+    """
+    folder = control.checkpoints
+    aside = next(
+        path
+        for number in count(1)
+        if not (path := folder.with_name(f"{folder.name}.damaged-{number}")).exists()
+    )
+    why = f" was damaged ({', '.join(faults)}) and" if faults else ""
+    said = f"its checkpoint{why} was set aside: it started anew"
+    if ranks.current().is_main:
+        folder.rename(aside)
+        print(f"finrepro: {said}; see {aside}", file=sys.stderr)
+    return said

@@ -8,8 +8,6 @@ fastest` measures which holds. Every layout gives the same loss and gradients
 measured seconds.
 """
 
-import contextlib
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,10 +23,12 @@ from finrepro.catalogue.spec import RunSpec, Train
 from finrepro.data.batches import Sample
 from finrepro.data.packing import LAYOUTS
 from finrepro.evidence import files
+from finrepro.evidence.manifest import Damaged
 from finrepro.evidence.schema_cell import Layout
+from finrepro.evidence.sealed import read_sealed, sealed
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import ranks
-from finrepro.training.checkpoint import Control
+from finrepro.training.checkpoint import Control, set_aside
 from finrepro.training.engines.deepspeed import is_sharded
 from finrepro.training.steps import OrderedSamples, micro_batches, steps_from
 
@@ -52,10 +52,10 @@ def choose_layout(
         return spec, {"used": spec.train.layout if spec.train.max_steps else None, "seconds": {}}
     ranks.start_process_group(device)
     note = control.checkpoints / NOTE
-    layout = _noted(note, control.made_by) or _measured(spec, model, data, device, control)
+    layout = _noted(note, control) or _measured(spec, model, data, device, control)
     if ranks.current().is_main:
         note.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(note, {**layout, "made_by": control.made_by})
+        files.write_json(note, sealed({**layout, "made_by": control.made_by}))
     return replace(spec, train=replace(spec.train, layout=cast(Any, layout["used"]))), layout
 
 
@@ -122,15 +122,21 @@ def _turn(
     return seconds
 
 
-def _noted(note: Path, made_by: str) -> Layout | None:
-    """What an earlier attempt of the same maker chose; on every rank what the first one reads."""
+def _noted(note: Path, control: Control) -> Layout | None:
+    """What an earlier attempt of the same maker chose; on every rank what the first one reads.
+
+    A note that is not what was written takes the checkpoint with it: of which layout that is cannot
+    be told.
+    """
     message: list[Any] = [None]
-    if ranks.current().is_main and note.is_file():
-        with contextlib.suppress(ValueError):
-            message = [json.loads(note.read_text(encoding="utf-8"))]
+    if ranks.current().is_main:
+        try:
+            message = [read_sealed(note)]
+        except Damaged as error:
+            set_aside(control, [str(error)])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(message)
     earlier = message[0]
-    if not isinstance(earlier, dict) or earlier.get("made_by") != made_by:
+    if earlier is None or earlier["made_by"] != control.made_by:
         return None
     return {"used": earlier["used"], "seconds": earlier["seconds"]}

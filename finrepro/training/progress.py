@@ -19,3 +19,4 @@ class Trained:
     computed_tokens: int = 0
     # A proof a process (finrepro.training.compilation).
     compilation: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # what whoever reads the result has to know

@@ -11,7 +11,7 @@ from finrepro.runtime import process, ranks
 process.quiet_environment()
 
 from fixtures.model import CPU, make, random_examples, spec_of  # noqa: E402
-from test_layouts import control, slowed  # noqa: E402
+from test_layouts import Clock, control  # noqa: E402
 
 from finrepro.data.batches import COLLATE  # noqa: E402
 from finrepro.training import layout as layouts  # noqa: E402
@@ -19,7 +19,9 @@ from finrepro.training import layout as layouts  # noqa: E402
 folder = Path(sys.argv[1])
 process.setup(0, 1)
 rank = ranks.current().rank
-COLLATE[("padded", "bins")[rank]] = slowed(COLLATE[("padded", "bins")[rank]], (0.1, 0.3)[rank])
+layouts.time = clock = Clock()
+slow = ("padded", "bins")[rank]
+COLLATE[slow] = clock.slowed(COLLATE[slow], (0.1, 0.3)[rank])
 spec = spec_of("gpt2_127m_mini", "lora_r8", layout="fastest", max_steps=4)
 model = make(spec).model
 found = [

@@ -5,6 +5,7 @@ interrupted run ends like a whole one.
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from finrepro.catalogue.spec import RunSpec
 from finrepro.data import packing
 from finrepro.data.batches import COLLATE
 from finrepro.data.tokens import Encoded
-from finrepro.errors import CellFailed, Diverged, Interrupted, UsageError
+from finrepro.errors import Diverged, Interrupted, UsageError
 from finrepro.evidence.files import read_lines
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
@@ -285,19 +286,46 @@ def test_a_checkpoint_of_another_maker_is_not_resumed(data: list[Encoded], tmp_p
     assert [row["step"] for row in trained.losses] == list(range(STEPS))
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "ddp"])
-def test_a_damaged_checkpoint_costs_one_attempt(
-    engine: Any, data: list[Encoded], tmp_path: Path
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("deepspeed", marks=pytest.mark.slow), "ddp"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_anew(
+    engine: Any, data: list[Encoded], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One bit of any of its files, or a file less: it ends as one that was not interrupted."""
     spec, seen = spec_of(CELLS[0], engine=engine), []
+    whole, _ = run(spec, data, tmp_path / "whole")
+    cut = tmp_path / "cut"
     with pytest.raises(Interrupted):
-        run(spec, data, tmp_path, stop=lambda: len(seen) >= 2, seen=seen)
-    for path in tmp_path.glob("step*/*.pt"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CellFailed, match="checkpoint was damaged"):
-        run(spec, data, tmp_path)
-    losses, _ = run(spec, data, tmp_path)
-    assert len(losses) == STEPS
+        run(spec, data, cut, stop=lambda: len(seen) >= 2, seen=seen)
+    files = sorted(path.relative_to(cut) for path in cut.rglob("*") if path.is_file())
+    assert len(files) == 3, "states, manifest and pointer"
+    damages = [(name, flipped) for name in files]
+    damages += [(name, Path.unlink) for name in files if name.name != "latest"]
+    for number, (name, damage) in enumerate(damages):
+        folder = tmp_path / f"run{number}"
+        shutil.copytree(cut, folder)
+        damage(folder / name)
+        assert run(spec, data, folder)[0] == whole, name
+        said = capsys.readouterr().err
+        assert f"checkpoint was damaged ({name})" in said and said.count("\n") == 1
+        aside = tmp_path / f"run{number}.damaged-1"
+        assert (aside / name).exists() == (damage is flipped) and str(aside) in said
+
+
+def test_what_was_set_aside_stands_with_the_result(data: list[Encoded], tmp_path: Path) -> None:
+    spec, seen = spec_of(CELLS[0], engine="ddp"), []
+    with pytest.raises(Interrupted):
+        run(spec, data, tmp_path / "run", stop=lambda: len(seen) >= 2, seen=seen)
+    flipped(tmp_path / "run" / "latest")
+    trained = train(build(spec, None, CPU).model, data, spec, CPU, control(tmp_path / "run"))
+    assert trained.remarks == [
+        "its checkpoint was damaged (latest) and was set aside: it started anew"
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -1,0 +1,45 @@
+"""Small JSON files that carry their own sha256, so that a changed byte shows when they are read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finrepro.evidence.manifest import Damaged
+
+SEAL = "sha256"
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with its seal, ready to be written as JSON."""
+    return {**value, SEAL: _digest(value)}
+
+
+def unsealed(content: Any) -> dict[str, Any] | None:
+    """What was sealed; None where it, or its seal, is another by now."""
+    if not isinstance(content, dict) or SEAL not in content:
+        return None
+    value = {key: item for key, item in content.items() if key != SEAL}
+    return value if content[SEAL] == _digest(value) else None
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What was sealed in a file; None where there is none. Raises `Damaged` with the file's name if
+    it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        raise Damaged(path.name) from None
+    value = unsealed(content)
+    if value is None:
+        raise Damaged(path.name)
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
