@@ -44,7 +44,11 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
 
 
 class Diverged(CellFailed):
-    """The loss or the gradient is not a finite number."""
+    """The loss, the gradient or a trained weight is not a finite number."""
+
+
+class NotFinite(CellFailed):
+    """A score is NaN or infinite: it is no answer."""
 
 
 class Interrupted(Exception):

@@ -2,7 +2,6 @@
 where `finrepro.data.files` finds them.
 """
 
-import json
 import logging
 import zipfile
 from io import BytesIO
@@ -13,6 +12,7 @@ from urllib.request import Request, urlopen
 from finrepro.data.files import digest_of, fetched_path
 from finrepro.data.hub_client import reason_of
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_bytes
 from finrepro.settings import Choice
 
@@ -101,7 +101,7 @@ def _hub_split(dataset: Choice, role: str) -> bytes:
     _quiet_client()
     hub = dataset.config.hub
     rows = datasets.load_dataset(hub.id, revision=hub.revision, split=role)
-    lines = (json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    lines = (strict_json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
     return "".join(lines).encode()
 
 

@@ -5,7 +5,6 @@ docs/results.md (finrepro.evidence.schema_page). A key is described here before 
 change that readers of the older results must know of gets a new `FORMAT`.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -13,6 +12,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.described import closed, of
 from finrepro.evidence.schema_cell import CellFacts
 from finrepro.evidence.schema_spec import Spec
@@ -202,7 +202,7 @@ def read(path: Path) -> dict[str, Any] | None:
     Raises `EnvironmentFault` for a result of another format, which is evidence all the same.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict):

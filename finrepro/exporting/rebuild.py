@@ -21,7 +21,11 @@ from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
 from finrepro.exporting.recorded import RecordedRun
 from finrepro.kinds import adapter_of, quantizer_of
-from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
+from finrepro.methods.adapters.peft_folder import (
+    WEIGHTS,
+    check_every_tensor_is_finite,
+    check_every_tensor_is_used,
+)
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import loading
 from finrepro.models.build import build, load_tokenizer, skeleton, source
@@ -128,6 +132,7 @@ def read_peft(base: Any, folder: Path) -> Any:
             base, folder, is_trainable=False, torch_device=str(device)
         )
     check_every_tensor_is_used(model, folder)
+    check_every_tensor_is_finite(folder / WEIGHTS)
     return model.eval()
 
 

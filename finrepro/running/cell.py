@@ -2,7 +2,6 @@
 cell and is idempotent.
 """
 
-import json
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from finrepro.errors import (
     Unavailable,
     UsageError,
 )
-from finrepro.evidence import store
+from finrepro.evidence import store, strict_json
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
 from finrepro.running.events import EXIT_CODES, Emit, Event, emit_outcome, follow_parent
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def emit(event: Event) -> None:
         if rank.is_main:
-            print(json.dumps(event), flush=True)
+            print(strict_json.dumps(event), flush=True)
 
     def run() -> Mapping[str, Any]:
         message, place = parse(arguments)
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if result["status"] != store.DONE and not rank.is_main:
             event = {"event": "rank", "rank": rank.rank, "reason": result["reason"]}
-            print(json.dumps(event), flush=True)
+            print(strict_json.dumps(event), flush=True)
         return result
 
     code = emit_outcome(emit, run_on_this_rank)

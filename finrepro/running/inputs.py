@@ -2,7 +2,6 @@
 they were.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from finrepro.data import files
 from finrepro.data.arriving.growing import Waiting
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
-from finrepro.evidence import provenance
+from finrepro.evidence import provenance, strict_json
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
 from finrepro.running.base import base_facts, open_base
@@ -46,7 +45,7 @@ class Inputs:
     def made_by(self) -> str:
         """What a checkpoint is held to: source, packages, base and text."""
         digests = [provenance.source_digest(), provenance.lock_digest()]
-        return json.dumps([*digests, self.base_facts, self.text_identity])
+        return strict_json.dumps([*digests, self.base_facts, self.text_identity])
 
 
 def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:

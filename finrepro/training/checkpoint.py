@@ -2,7 +2,6 @@
 by the same maker.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from finrepro.errors import CellFailed
+from finrepro.evidence import strict_json
 from finrepro.runtime import ranks
 from finrepro.runtime.phases import Phases
 from finrepro.training.engines.base import Engine
@@ -54,7 +54,7 @@ def save_checkpoint(
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # a power cut must not leave a pointer to half a checkpoint
         pointer = folder / "latest.partial"
-        pointer.write_text(json.dumps({"tag": tag, "made_by": control.made_by}))
+        pointer.write_text(strict_json.dumps({"tag": tag, "made_by": control.made_by}))
         pointer.replace(folder / "latest")
         for old in folder.glob("step*"):
             if old.name != tag:
@@ -76,7 +76,7 @@ def resume(
     `CellFailed` when it cannot be read; it is then removed, and the next attempt starts anew.
     """
     try:
-        pointer = json.loads((control.checkpoints / "latest").read_text())
+        pointer = strict_json.loads((control.checkpoints / "latest").read_text())
     except (OSError, ValueError):
         return 0
     if pointer["made_by"] != control.made_by:

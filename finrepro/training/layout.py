@@ -9,7 +9,6 @@ measured seconds.
 """
 
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from torch import nn
 from finrepro.catalogue.spec import RunSpec, Train
 from finrepro.data.batches import Sample
 from finrepro.data.packing import LAYOUTS
-from finrepro.evidence import files
+from finrepro.evidence import files, strict_json
 from finrepro.evidence.schema_cell import Layout
 from finrepro.methods.layers.supervised import SupervisedLM
 from finrepro.runtime import ranks
@@ -127,7 +126,7 @@ def _noted(note: Path, made_by: str) -> Layout | None:
     message: list[Any] = [None]
     if ranks.current().is_main and note.is_file():
         with contextlib.suppress(ValueError):
-            message = [json.loads(note.read_text(encoding="utf-8"))]
+            message = [strict_json.loads(note.read_text(encoding="utf-8"))]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(message)
     earlier = message[0]

@@ -35,7 +35,9 @@ from torch import nn
 from finrepro.catalogue import reader
 from finrepro.data.examples import Example
 from finrepro.data.tokens import Encoded, cut
+from finrepro.errors import NotFinite
 from finrepro.evaluation.evaluate import Evaluated, Row, evaluate, score_rows
+from finrepro.evaluation.log_likelihood import choice_log_likelihoods
 from finrepro.kinds import kind_module
 
 COUNT = 60
@@ -451,3 +453,44 @@ def test_the_oracle_of_entities_gains_and_its_constants_are_read_against_the_sen
     assert score["constant"] == pytest.approx(2 * 3 / (3 + 5)), (
         "three of five entities, and nothing wrong"
     )
+
+
+@everywhere
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("task", ["tfns", "tfns_text", "fin_ner"])
+def test_a_model_that_computes_no_numbers_is_not_scored(
+    task: str, number: float, name: str
+) -> None:
+    """The likeliest of choices that are all NaN would be the first: an accuracy."""
+    model = stirred(name).eval()
+    block = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
+    with torch.no_grad():
+        next(block.parameters()).view(-1)[3] = number
+    scored = {"tfns": TASK, "tfns_text": TEXT, "fin_ner": NER}[task]
+    given = sentences() if task == "fin_ner" else examples()
+    family = tokenizer(reader.model(name).family)
+    with pytest.raises(NotFinite, match=rf"^{given[0].id}: .* (is|are|or) (nan|-?inf|infinite)\.$"):
+        evaluate(model, family, scored, given, EVALUATION, 128)
+
+
+def test_one_answer_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is, and before anything is scored."""
+
+    def planted(*arguments: Any) -> list[list[float]]:
+        values = choice_log_likelihoods(*arguments)
+        values[17][2] = -math.inf
+        return values
+
+    monkeypatch.setattr("finrepro.evaluation.evaluate.choice_log_likelihoods", planted)
+    message = f"^{examples()[17].id}: the log-probability of an answer is -inf\\.$"
+    with pytest.raises(NotFinite, match=message):
+        evaluated(stirred(MINIATURES[0]), MINIATURES[0])
+
+
+def test_a_perplexity_that_is_no_number_is_no_score() -> None:
+    rows = [
+        {"task": "tfns_text", "id": example.id, "logprob": -800.0, "tokens": 1, "bytes": 1}
+        for example in examples()
+    ]
+    with pytest.raises(NotFinite, match=r"^tfns_text: its perplexity is inf\.$"):
+        score_rows(TEXT, examples(), rows, EVALUATION)

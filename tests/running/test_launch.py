@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures.json_schema import result_faults
 from fixtures.model import process  # noqa: F401
 from fixtures.process import python
@@ -18,6 +19,7 @@ from finrepro.errors import UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.running.cell import check_launch, run_cell
+from finrepro.training.progress import Trained
 
 TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"
 FAILING = """
@@ -60,6 +62,28 @@ def test_a_cell_whose_base_cannot_be_used_is_skipped_with_the_reason(place: Plac
     assert result["status"] == store.SKIPPED and "the base of" in result["reason"]
     assert result_faults(result) == []
     assert place.store.state(cell.spec) == store.SKIPPED
+
+
+def test_weights_that_the_last_step_made_no_numbers_are_not_sealed(
+    place: Place,
+    process: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The loss of no step has seen them."""
+
+    def trained(model: torch.nn.Module, *_: object) -> Trained:
+        with torch.no_grad():
+            model.get_parameter("transformer.wte.weight")[5, 5] = torch.nan
+        return Trained()
+
+    monkeypatch.setattr("finrepro.running.walk.train", trained)
+    only = "gpt2_127m_mini-none-full-tfns-s0"
+    (cell,) = expand(Selection("3", only=only, weights="random"), "smoke")
+    result = run_cell(cell.spec, place, lambda _: None, lambda: False)
+    assert result["status"] == store.DIVERGED
+    assert result["reason"] == (
+        "diverged: transformer.wte.weight holds NaN or an infinity after the last step."
+    )
 
 
 def test_an_interrupted_worker_takes_no_other_cell(place: Place, tmp_path: Path):

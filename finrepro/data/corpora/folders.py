@@ -2,13 +2,13 @@
 its shards; which corpus a task is trained on.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from finrepro.catalogue.spec import TaskSpec
 from finrepro.data.corpora.index import INDEX
 from finrepro.data.tokens import tokenizer_digest
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import new_folder
 
 TOKENIZER = "tokenizer"
@@ -81,4 +81,4 @@ def copy_tokenizer(source: Path, corpus: Path) -> None:
                 shutil.copyfile(source / name, folder / name)
         recognized = ("tokenizer.json", "tokenizer_config.json")
         if not any((folder / name).is_file() for name in recognized):
-            (folder / "tokenizer_config.json").write_text(json.dumps(GPT2), encoding="utf-8")
+            (folder / "tokenizer_config.json").write_text(strict_json.dumps(GPT2), encoding="utf-8")

@@ -8,13 +8,13 @@ begins). The index is written last: a folder without it holds an unfinished prep
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_json
 from finrepro.settings import Count, Positive, build, settings
 
@@ -88,7 +88,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         unfinished = " (a preparation was begun and has not ended: run it again)"
         hint = unfinished if (folder / ".preparing").is_dir() else ""

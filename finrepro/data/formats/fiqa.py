@@ -9,13 +9,13 @@ challenge's files, without any sentence of the test set. PIXIU divided rows, not
 its test rows have their sentence also in its training or validation set.
 """
 
-import json
 from typing import Any
 
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's prompts call it
@@ -74,7 +74,7 @@ def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Ex
     `EnvironmentFault` on another form or length.
     """
     try:
-        sentences: dict[str, Any] = json.loads(content)
+        sentences: dict[str, Any] = strict_json.loads(content)
         check_rows(name, role, config.files[role], len(sentences), "sentences")
         return [
             Example(

@@ -1,10 +1,9 @@
 """JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
-import json
-
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 
@@ -54,7 +53,7 @@ def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
     rows = []
     for number, line in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"), 1):
         try:
-            value = json.loads(line)
+            value = strict_json.loads(line)
         except ValueError as error:
             raise EnvironmentFault(
                 f"dataset '{name}', file '{role}', line {number}: not JSON ({error})."

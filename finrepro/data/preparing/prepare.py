@@ -7,7 +7,6 @@ complete shard holds, and ends with the same bytes, whatever the number of worke
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -36,6 +35,7 @@ from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, encode_in_order
 from finrepro.data.preparing.writer import PREPARING, SplitWriter
 from finrepro.errors import UsageError
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import disk_errors
 from finrepro.settings import Count, plain, settings
 
@@ -146,7 +146,7 @@ def _begin(folder: Path, identities: dict[str, Any]) -> Index | None:
     """The index of a finished corpus; None after recording, or finding recorded, that this corpus
     is prepared here. Raises `UsageError` when the folder holds another.
     """
-    requested = json.loads(json.dumps(identities))
+    requested = strict_json.loads(strict_json.dumps(identities))
     if (folder / INDEX).exists():
         index = read_index(folder)
         recorded = {key: getattr(index, key) for key in requested}

@@ -6,7 +6,6 @@ or raises.
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from finrepro.data.preparing.documents import RULES, Document, Fault, split_file
 from finrepro.errors import EnvironmentFault, unknown
+from finrepro.evidence import strict_json
 
 TEXT, JSONL, PARQUET = (".txt", ".text", ".raw", ".tokens"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = TEXT + JSONL + PARQUET
@@ -123,7 +123,7 @@ def _json_lines(path: Path, name: str, field: str, fault: Fault) -> Iterator[Doc
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = strict_json.loads(line)
             except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError, too
                 fault(name, number, f"not JSON ({error})")
                 continue
