@@ -4,7 +4,7 @@ answer beside them.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,17 @@ def evaluate(
     settings: Evaluation,
     max_seq_len: int,
     progress: Progress | None = None,
+    ends: Collection[int] | None = None,
 ) -> Evaluated:
     """Answer every example and score the answers. The model is left in evaluation mode.
+
+    `ends` are the tokens that end a generated answer (None: the tokenizer's end of text).
 
     Every rank of a cell calls it with the same arguments; the examples are shared out, and every
     rank gets the whole result.
     """
     model.eval()
-    rows = answer(model, tokenizer, task, examples, settings, max_seq_len, progress)
+    rows = answer(model, tokenizer, task, examples, settings, max_seq_len, progress, ends)
     return Evaluated(score_rows(task, examples, rows, settings), rows)
 
 
@@ -65,6 +68,7 @@ def answer(
     settings: Evaluation,
     max_seq_len: int,
     progress: Progress | None = None,
+    ends: Collection[int] | None = None,
 ) -> list[Row]:
     """One row an example, in the order of the examples.
 
@@ -76,7 +80,7 @@ def answer(
     """
     family = task_of(task.task)
     if family.new_tokens() is not None:
-        return _generated(model, tokenizer, task, examples, settings, max_seq_len, progress)
+        return _generated(model, tokenizer, task, examples, settings, max_seq_len, progress, ends)
     prompts = [family.prompt(example) for example in examples]
     options = [family.choices(example) or () for example in examples]
     rows: list[Row] = []
@@ -121,6 +125,7 @@ def _generated(
     settings: Evaluation,
     max_seq_len: int,
     progress: Progress | None,
+    ends: Collection[int] | None,
 ) -> list[Row]:
     """Rows of a task that is answered freely, greedily.
 
@@ -135,9 +140,8 @@ def _generated(
     room = max_seq_len - min(new_tokens, max_seq_len // 2)
     prompts = [prompt.ids for prompt in encode_once(tokenizer, pairs, room, end=False)]
     limits = [min(new_tokens, max_seq_len - len(prompt)) for prompt in prompts]
-    answers = generate(
-        model, prompts, limits, int(tokenizer.eos_token_id), settings.max_tokens, progress
-    )
+    end_tokens = [tokenizer.eos_token_id] if ends is None else ends
+    answers = generate(model, prompts, limits, end_tokens, settings.max_tokens, progress)
     rows = []
     for example, ids in zip(examples, answers, strict=True):
         if ids is None:

@@ -6,7 +6,7 @@ that we give ourselves: Transformers makes none for an attention implementation 
 know, and would let the padding be seen. A row that has ended leaves the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ def generate(
     model: nn.Module,
     prompts: Sequence[Tokens],
     limits: Sequence[int],
-    end: int,
+    ends: Collection[int],
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[Tokens | None]:
-    """What follows each prompt: at most as many token ids as its limit, without the end-of-text
-    token `end`; None where the logits of a token are not finite.
+    """What follows each prompt: at most as many token ids as its limit, without the first
+    token that is one of `ends`; None where the logits of a token are not finite.
 
     A limit is at least 1. A batch holds at most `max_tokens` positions, those to be generated and
     padding included (a single longer row has a batch of its own). What a row gets does not depend
@@ -44,7 +44,7 @@ def generate(
             model,
             [prompts[row] for row in rows],
             [limits[row] for row in rows],
-            end,
+            ends,
             device,
             together,
         )
@@ -62,7 +62,7 @@ def _continue(
     model: nn.Module,
     prompts: Sequence[Tokens],
     limits: Sequence[int],
-    end: int,
+    ends: Collection[int],
     device: torch.device,
     together: bool,
 ) -> list[Tokens | None]:
@@ -99,7 +99,7 @@ def _continue(
                 continue
             answer = answers[row] if is_number else None
             answers[row] = answer
-            if answer is not None and token != end:
+            if answer is not None and token not in ends:
                 answer.append(token)
                 if len(answer) < limits[row]:
                     unfinished.append(place)

@@ -95,6 +95,12 @@ class Tokenizer(TypedDict):
 
     origin: Annotated[str, of("where it comes from: a run, a checkpoint, a corpus, trained here")]
     sha256: Annotated[str | None, of("of its own files")]
+    ends: NotRequired[
+        Annotated[
+            list[int],
+            of("ids that end a generated answer: its own, and the base's generation_config.json's"),
+        ]
+    ]
 
 
 @closed

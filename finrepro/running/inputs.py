@@ -12,9 +12,11 @@ from finrepro.data import files
 from finrepro.data.arriving.growing import Waiting
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
+from finrepro.errors import unavailable_if_faulty
 from finrepro.evidence import provenance, strict_json
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
+from finrepro.models.end_tokens import end_tokens
 from finrepro.running.base import base_facts, open_base
 from finrepro.running.text import corpora_identity, open_corpora, windows_of
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Inputs:
     """Everything that a cell is made from. `datasets` and `corpora` are by the names of datasets
-    and of tasks; `base` is the folder of its weights, None: random ones.
+    and of tasks; `base` is the folder of its weights, None: random ones;
+    `ends` are the tokens that end an answer.
     """
 
     datasets: dict[str, Dataset]
@@ -38,6 +41,7 @@ class Inputs:
     base: Path | None
     tokenizer: "PreTrainedTokenizerFast"
     tokenizer_origin: str
+    ends: tuple[int, ...]
     examples: "Sequence[Sample]"
     base_facts: dict[str, Any]
     text_identity: dict[str, Any]
@@ -58,12 +62,15 @@ def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
     datasets = load_data(spec, place)
     corpora = open_corpora(spec, place, waiting)
     base, tokenizer, origin = open_base(spec, place)
+    with unavailable_if_faulty():
+        ends = end_tokens(base, tokenizer)
     return Inputs(
         datasets=datasets,
         corpora=corpora,
         base=base,
         tokenizer=tokenizer,
         tokenizer_origin=origin,
+        ends=ends,
         base_facts=base_facts(spec, place, base),
         text_identity=corpora_identity(spec, corpora),
         examples=training_examples(spec, datasets, tokenizer, corpora),

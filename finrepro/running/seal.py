@@ -130,6 +130,7 @@ def data_of(spec: RunSpec, store: Store, inputs: Inputs, weights: Path) -> schem
         "tokenizer": {
             "origin": inputs.tokenizer_origin,
             "sha256": tokenizer_digest(inputs.base or weights),
+            "ends": list(inputs.ends),
         },
         "times_scored": store.times_scored(spec),
     }

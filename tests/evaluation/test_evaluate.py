@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ from torch import nn
 from finrepro.catalogue import reader
 from finrepro.data.examples import Example
 from finrepro.data.tokens import Encoded, cut
-from finrepro.errors import NotFinite
+from finrepro.errors import EnvironmentFault, NotFinite
 from finrepro.evaluation.evaluate import Evaluated, Row, evaluate, score_rows
 from finrepro.evaluation.log_likelihood import choice_log_likelihoods
 from finrepro.kinds import kind_module
+from finrepro.models.end_tokens import end_tokens
 
 COUNT = 60
 TASK, TEXT = reader.task("tfns", "short"), reader.task("tfns_text")
@@ -494,3 +496,45 @@ def test_a_perplexity_that_is_no_number_is_no_score() -> None:
     ]
     with pytest.raises(NotFinite, match=r"^tfns_text: its perplexity is inf\.$"):
         score_rows(TEXT, examples(), rows, EVALUATION)
+
+
+@everywhere
+def test_an_answer_ends_at_each_end_token_that_is_given(name: str) -> None:
+    model, tokens = stirred(name).eval(), tokenizer(reader.model(name).family)
+    settings = (model, tokens, NER, sentences(), EVALUATION, 128)
+    alone = evaluate(*settings).rows
+    assert evaluate(*settings, ends=[tokens.eos_token_id]).rows == alone
+    text = next(row["output"] for row in alone if row["output"])
+    end = tokens(text, add_special_tokens=False)["input_ids"][1]
+    ended = evaluate(*settings, ends=[tokens.eos_token_id, end]).rows
+    assert ended != alone
+    for row, whole in zip(ended, alone, strict=True):
+        assert whole["output"].startswith(row["output"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "ends"),
+    [
+        (None, (0,)),
+        ("{}", (0,)),
+        ('{"eos_token_id": null}', (0,)),
+        ('{"eos_token_id": 7}', (0, 7)),
+        ('{"eos_token_id": [2047, 0, 5, 2047]}', (0, 5, 2047)),
+    ],
+)
+def test_the_end_tokens_are_the_tokenizers_and_the_models(
+    listed: str | None, ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    if listed is not None:
+        (tmp_path / "generation_config.json").write_text(listed, encoding="utf-8")
+    assert end_tokens(tmp_path, tokenizer("gpt2")) == ends
+    assert end_tokens(None, tokenizer("gpt2")) == (0,)
+
+
+@pytest.mark.parametrize(
+    "listed", ["[", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1.5]}']
+)
+def test_end_tokens_that_are_no_ids_are_refused_in_one_line(listed: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(listed, encoding="utf-8")
+    with pytest.raises(EnvironmentFault, match=r"generation_config\.json: [^\n]*$"):
+        end_tokens(tmp_path, tokenizer("gpt2"))
