@@ -3,6 +3,7 @@ where `finrepro.data.files` finds them.
 """
 
 import logging
+import math
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -101,6 +102,15 @@ def _hub_split(dataset: Choice, role: str) -> bytes:
     _quiet_client()
     hub = dataset.config.hub
     rows = datasets.load_dataset(hub.id, revision=hub.revision, split=role)
+    # A missing number is NaN in the library's rows and null in JSON; the format's reader names it
+    # where a text is missing.
+    rows = (
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    )
     lines = (strict_json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
     return "".join(lines).encode()
 

@@ -11,10 +11,12 @@ from typing import Any
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import (
+    DataFault,
     Diverged,
     EnvironmentFault,
     FinreproError,
     Interrupted,
+    NotFinite,
     Unavailable,
     UsageError,
 )
@@ -33,8 +35,8 @@ def run_cell(
 ) -> Mapping[str, Any]:
     """Walk one cell and seal its result; the content of result.json.
 
-    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base
-    that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
+    A defect, faulty data or a divergence is sealed too, as `failed` or `diverged` with its reason,
+    and a base that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
     `Interrupted` (a checkpoint is).
     """
     started, trace = time.time(), None
@@ -51,6 +53,8 @@ def run_cell(
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
+    except (DataFault, NotFinite) as error:
+        status, reason = store.FAILED, str(error)
     except Exception as error:  # any defect costs one cell; its traceback goes into the result
         first_line = str(error).splitlines()[0] if str(error) else ""
         status, reason = store.FAILED, f"{type(error).__name__}: {first_line}"

@@ -12,7 +12,7 @@ from finrepro.data import files
 from finrepro.data.arriving.growing import Waiting
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
-from finrepro.errors import unavailable_if_faulty
+from finrepro.errors import failed_if_faulty, unavailable_if_faulty
 from finrepro.evidence import provenance, strict_json
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
@@ -56,7 +56,7 @@ def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
     """Read and check everything that the cell starts from; `waiting` is called while text is
     waited for.
 
-    Raises `Unavailable` when the base or a corpus is not there or is faulty, `EnvironmentFault`
+    Raises `Unavailable` when the base or a corpus is not there or is faulty, `DataFault`
     when a dataset is.
     """
     datasets = load_data(spec, place)
@@ -79,7 +79,7 @@ def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
 
 def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     """Dataset name -> its splits, of everything the cell is trained or scored on; each is read
-    once.
+    once. Raises `DataFault` for one that cannot be.
     """
     splits: dict[str, set[str]] = {}
     entries = {}
@@ -89,10 +89,11 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     for task, split in trained + scored:
         splits.setdefault(task.dataset.name, set()).add(split)
         entries[task.dataset.name] = task.dataset
-    return {
-        name: files.load(entry, place.data_dir, tuple(sorted(splits[name])))
-        for name, entry in entries.items()
-    }
+    with failed_if_faulty():
+        return {
+            name: files.load(entry, place.data_dir, tuple(sorted(splits[name])))
+            for name, entry in entries.items()
+        }
 
 
 def training_examples(

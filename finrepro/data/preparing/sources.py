@@ -19,6 +19,15 @@ from finrepro.evidence import strict_json
 
 TEXT, JSONL, PARQUET = (".txt", ".text", ".raw", ".tokens"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = TEXT + JSONL + PARQUET
+# Kinds whose marks, keys and quotes would be read as text, and what to do about them.
+STRUCTURED = {
+    ".json": "write it as JSON lines, an object a line, and name it .jsonl",
+    **dict.fromkeys((".csv", ".tsv"), "write it as JSON lines or Parquet"),
+    **dict.fromkeys(
+        (".html", ".htm", ".xml", ".xbrl", ".pdf", ".zip", ".tar", ".docx", ".xlsx", ".arrow"),
+        "write its text as .txt, JSON lines or Parquet",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class LocalFiles:
             raise unknown("rule for documents", self.documents, RULES)
         if not self.path.exists():
             raise EnvironmentFault(f"{self.path}: no such file or folder.")
+        if (kind := kind_of(self.path)) in STRUCTURED and not self.path.is_dir():
+            raise EnvironmentFault(f"{self.path}: a {kind} file is not read: {STRUCTURED[kind]}.")
         if not self.files:
             raise EnvironmentFault(
                 f"{self.path} holds no file of a known kind: {', '.join(SUFFIXES)}, or with .gz."
