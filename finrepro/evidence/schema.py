@@ -94,7 +94,10 @@ class Tokenizer(TypedDict):
     """The tokenizer."""
 
     origin: Annotated[str, of("where it comes from: a run, a checkpoint, a corpus, trained here")]
-    sha256: Annotated[str | None, of("of its own files")]
+    sha256: Annotated[
+        str | None,
+        of("of all its files, after 2:; without it (version 1 of the digest) of tokenizer.json"),
+    ]
     ends: NotRequired[
         Annotated[
             list[int],

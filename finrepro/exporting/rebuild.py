@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest, version_of
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
@@ -71,7 +71,7 @@ def starting_point(recorded: RecordedRun, place: Place, export_format: str) -> S
                 f"({folder}): '{key}' is not what its result.json says."
             )
     digest = (data.get("tokenizer") or {}).get("sha256")
-    if folder is not None and digest and tokenizer_digest(folder) != digest:
+    if folder is not None and digest and tokenizer_digest(folder, version_of(digest)) != digest:
         raise EnvironmentFault(
             f"{folder}: the tokenizer is not the one that run {recorded.run_id} used."
         )

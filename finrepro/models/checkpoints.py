@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finrepro.catalogue.spec import Model
 from finrepro.data import hub_client
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import safetensors

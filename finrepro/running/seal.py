@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.evidence import schema
 from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.result import header
