@@ -179,7 +179,7 @@ class Checkpoint:
     without.
 
     Raises `EnvironmentFault`, before any tensor is read, when a tensor is missing, unexpected, of
-    another shape or not in full precision; when it is read, if it holds NaN or an infinity.
+    another shape or not in full precision; when it is read, if it is not finite.
     """
 
     def __init__(self, model: Any, folder: Path, name: str) -> None:
@@ -256,10 +256,8 @@ class Checkpoint:
                         f"{entry.path}: cannot read {key}: {str(error).splitlines()[0]}"
                     ) from None
                 if not is_finite(value):  # also a number too large for the model's dtype
-                    raise EnvironmentFault(
-                        f"{entry.path}: {key} holds NaN or an infinity as {value.dtype}: "
-                        "the file is damaged, or what made it diverged."
-                    )
+                    reason = f"{key} holds NaN or an infinity as {value.dtype}"
+                    raise EnvironmentFault(f"{entry.path}: {reason}.")
                 place(module, name, nn.Parameter(value))
 
     def _expect_equal(
