@@ -43,8 +43,16 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} '{name}'.{hint} Allowed: {', '.join(names)}.")
 
 
+class DataFault(CellFailed):
+    """A cell's dataset is here and is not what it should be: that cell fails, others run."""
+
+
 class Diverged(CellFailed):
-    """The loss or the gradient is not a finite number."""
+    """The loss, the gradient or a trained weight is not a finite number."""
+
+
+class NotFinite(CellFailed):
+    """A score is NaN or infinite: it is no answer."""
 
 
 class Interrupted(Exception):
@@ -62,3 +70,14 @@ def unavailable_if_faulty() -> Iterator[None]:
         yield
     except (EnvironmentFault, UsageError) as error:
         raise Unavailable(str(error)) from error
+
+
+@contextmanager
+def failed_if_faulty() -> Iterator[None]:
+    """Turn a fault of a dataset into `DataFault`, so that the campaign goes on with the other
+    cells.
+    """
+    try:
+        yield
+    except EnvironmentFault as error:
+        raise DataFault(str(error)) from error

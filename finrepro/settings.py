@@ -89,7 +89,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         if key not in names:
             raise UsageError(f"{where}: {unknown('setting', str(key), names)}")
     try:
-        return _validator(cls).validate_json(json.dumps(values))  # type: ignore[arg-type]
+        return _validator(cls).validate_json(json.dumps(values, allow_nan=False))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         # settings that do not go together, in the class's own words

@@ -1,7 +1,6 @@
 """The driver's handle on a process that runs cells on this machine."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import psutil
 from finrepro import PACKAGE
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
-from finrepro.evidence import provenance
+from finrepro.evidence import provenance, strict_json
 from finrepro.evidence.place import Place
 from finrepro.running.events import Event
 from finrepro.running.launch import command, request
@@ -78,12 +77,12 @@ class Worker:
             "models_dir": self.place.models_dir and str(self.place.models_dir),
         }
         try:
-            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.write(strict_json.dumps(message) + "\n")
             process.stdin.flush()
         except (BrokenPipeError, ValueError):  # it died, or was closed just now
             return self._died(process)
         for line in process.stdout:
-            event = json.loads(line)
+            event = strict_json.loads(line)
             if event["event"] in ENDS:
                 return dict(event)
             on_event(event)
@@ -115,7 +114,7 @@ class Worker:
         for line in process.stdout:
             if not line.startswith("{"):
                 continue
-            event = json.loads(line)
+            event = strict_json.loads(line)
             if event["event"] in ENDS:
                 last = event
             elif event["event"] == "rank":

@@ -1,11 +1,11 @@
 """An example, the splits of a dataset, and their fingerprints, duplicates and overlaps."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
+from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 
@@ -43,7 +43,7 @@ def _fingerprint(examples: tuple[Example, ...]) -> str:
             example.label,
             *([example.source] if example.source else []),
         ]
-        line = json.dumps(fields, ensure_ascii=False)
+        line = strict_json.dumps(fields, ensure_ascii=False)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 

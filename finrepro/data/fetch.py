@@ -2,8 +2,8 @@
 where `finrepro.data.files` finds them.
 """
 
-import json
 import logging
+import math
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 from finrepro.data.files import digest_of, fetched_path
 from finrepro.data.hub_client import reason_of
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_bytes
 from finrepro.settings import Choice
 
@@ -101,7 +102,16 @@ def _hub_split(dataset: Choice, role: str) -> bytes:
     _quiet_client()
     hub = dataset.config.hub
     rows = datasets.load_dataset(hub.id, revision=hub.revision, split=role)
-    lines = (json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    # A missing number is NaN in the library's rows and null in JSON; the format's reader names it
+    # where a text is missing.
+    rows = (
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    )
+    lines = (strict_json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
     return "".join(lines).encode()
 
 

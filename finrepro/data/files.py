@@ -179,7 +179,8 @@ def check_rows(name: str, role: str, file: File, rows: int, unit: str = "rows") 
 def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = None) -> Dataset:
     """Read, check and split a dataset. Only the files of `splits` are read; None: all.
 
-    Raises `EnvironmentFault` when a file is missing or not the recorded one.
+    Raises `EnvironmentFault` when a file is missing or not the recorded one, a row has no text, or
+    a split no row.
     """
     locations = locate(dataset, data_dir, splits)
     if locations is None:
@@ -198,6 +199,12 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
     by_split = {
         name: examples for name, examples in by_split.items() if splits is None or name in splits
     }
+    for split in splits or ("train", "test"):
+        if not by_split.get(split):
+            raise EnvironmentFault(
+                f"dataset '{dataset.name}': no rows in its {split} split, from "
+                f"{', '.join(str(path) for _, path in locations.values())}."
+            )
     return Dataset(
         splits=by_split,
         fingerprints={name: fingerprint(examples) for name, examples in by_split.items()},

@@ -1,9 +1,7 @@
 """Text to token ids: prompt and answer tokenized as one string; and the miniatures' tokenizer."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro.errors import CellFailed, UsageError
@@ -151,15 +149,3 @@ def train_tokenizer(
             single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def tokenizer_digest(folder: Path) -> str | None:
-    """sha256 of the tokenizer's file in `folder`, or of its vocabulary and merges, concatenated;
-    None if there is none.
-    """
-    for names in (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")):
-        if all((folder / name).is_file() for name in names):
-            return hashlib.sha256(
-                b"".join((folder / name).read_bytes() for name in names)
-            ).hexdigest()
-    return None

@@ -6,7 +6,7 @@ that we give ourselves: Transformers makes none for an attention implementation 
 know, and would let the padding be seen. A row that has ended leaves the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ def generate(
     model: nn.Module,
     prompts: Sequence[Tokens],
     limits: Sequence[int],
-    end: int,
+    ends: Collection[int],
     max_tokens: int,
     progress: Progress | None = None,
-) -> list[Tokens]:
-    """What follows each prompt: at most as many token ids as its limit, without the end-of-text
-    token `end`.
+) -> list[Tokens | None]:
+    """What follows each prompt: at most as many token ids as its limit, without the first
+    token that is one of `ends`; None where the logits of a token are not finite.
 
     A limit is at least 1. A batch holds at most `max_tokens` positions, those to be generated and
     padding included (a single longer row has a batch of its own). What a row gets does not depend
@@ -39,12 +39,12 @@ def generate(
     together = in_step(model)
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
 
-    def compute(rows: packing.ExampleIndices) -> list[Tokens]:
+    def compute(rows: packing.ExampleIndices) -> list[Tokens | None]:
         return _continue(
             model,
             [prompts[row] for row in rows],
             [limits[row] for row in rows],
-            end,
+            ends,
             device,
             together,
         )
@@ -62,15 +62,15 @@ def _continue(
     model: nn.Module,
     prompts: Sequence[Tokens],
     limits: Sequence[int],
-    end: int,
+    ends: Collection[int],
     device: torch.device,
     together: bool,
-) -> list[Tokens]:
+) -> list[Tokens | None]:
     """The continuations of one batch. With `together` it goes on until no rank has a row left."""
     from transformers import DynamicCache
 
     backbone, head = backbone_and_head(model)
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int] | None] = [[] for _ in prompts]
     width = max(map(len, prompts))
     ids = torch.tensor(
         [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device
@@ -87,15 +87,24 @@ def _continue(
     hidden = backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     last = hidden[torch.arange(len(prompts), device=device), depth - 1]
     while True:
-        next_tokens = head(last).float().argmax(-1)
+        logits = head(last).float()
+        next_tokens = logits.argmax(-1)
+        # NaN is larger than every number: where there is one, it is the largest logit.
+        numbers = logits.gather(-1, next_tokens[:, None])[:, 0].isfinite()
         unfinished = []
-        for place, (row, token) in enumerate(zip(going, next_tokens.tolist(), strict=True)):
-            if row is not None and token != end:
-                answers[row].append(token)
-                if len(answers[row]) < limits[row]:
+        for place, (row, token, is_number) in enumerate(
+            zip(going, next_tokens.tolist(), numbers.tolist(), strict=True)
+        ):
+            if row is None:
+                continue
+            answer = answers[row] if is_number else None
+            answers[row] = answer
+            if answer is not None and token not in ends:
+                answer.append(token)
+                if len(answer) < limits[row]:
                     unfinished.append(place)
         if not (ranks.any_rank(bool(unfinished), device) if together else unfinished):
-            return [tuple(answer) for answer in answers]
+            return [None if answer is None else tuple(answer) for answer in answers]
         going = [going[place] for place in unfinished] or [None]
         if len(going) < len(next_tokens):
             keep = torch.tensor(unfinished or [0], device=device)

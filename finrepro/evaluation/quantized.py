@@ -3,6 +3,7 @@ through a quantizer and scored again.
 """
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def scores(
     folder: Path,
     datasets: dict[str, Dataset],
     tokenizer: "PreTrainedTokenizerFast",
+    ends: Collection[int],
     device: "torch.device",
 ) -> tuple[list[dict[str, Any]], int]:
     """The scores of the whole model in `folder` under a quantizer, and the bytes of it as
@@ -59,7 +61,13 @@ def scores(
     for task in spec.tasks:
         examples = datasets[task.dataset.name].splits[spec.evaluation.split]
         evaluated = evaluate(
-            built.model, tokenizer, task, examples, spec.evaluation, spec.train.max_seq_len
+            built.model,
+            tokenizer,
+            task,
+            examples,
+            spec.evaluation,
+            spec.train.max_seq_len,
+            ends=ends,
         )
         all_scores += [
             score | {"task": task_name(task.task.name, quantizer.name)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finrepro.errors import EnvironmentFault, FinreproError
+from finrepro.evidence import strict_json
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -104,13 +104,13 @@ def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = False
 
 def json_text(value: Any, indent: int = 2) -> str:
     """A value as the JSON of the store's files."""
-    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return strict_json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
 
 
@@ -118,4 +118,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; an absent file has none."""
     # Not splitlines(): it would also break at U+2028 and its like, which JSON leaves as they are.
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+    return [strict_json.loads(line) for line in lines if line]

@@ -3,13 +3,12 @@ one another.
 """
 
 import hashlib
-import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import schema
+from finrepro.evidence import schema, strict_json
 from finrepro.evidence.manifest import damaged_files, file_digest
 
 RESULT, WEIGHTS = "result.json", "weights/"
@@ -44,5 +43,5 @@ def identity_faults(folder: Path) -> list[str]:
 
 def spec_id(spec: Any) -> str:
     """The id of the run that a recorded spec is of, as `RunSpec.run_id` computes it."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    text = strict_json.dumps(spec, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -5,7 +5,6 @@ docs/results.md (finrepro.evidence.schema_page). A key is described here before 
 change that readers of the older results must know of gets a new `FORMAT`.
 """
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.described import closed, of
 from finrepro.evidence.schema_cell import CellFacts
 from finrepro.evidence.schema_spec import Spec
@@ -96,7 +96,16 @@ class Tokenizer(TypedDict):
     """The tokenizer."""
 
     origin: Annotated[str, of("where it comes from: a run, a checkpoint, a corpus, trained here")]
-    sha256: Annotated[str | None, of("of its own files")]
+    sha256: Annotated[
+        str | None,
+        of("of all its files, after 2:; without it (version 1 of the digest) of tokenizer.json"),
+    ]
+    ends: NotRequired[
+        Annotated[
+            list[int],
+            of("ids that end a generated answer: its own, and the base's generation_config.json's"),
+        ]
+    ]
 
 
 @closed
@@ -212,7 +221,7 @@ def examine(path: Path) -> tuple[dict[str, Any], str]:
     be read. Raises as `read` does.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}, "no JSON that can be read"
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 draft 2020-12) and docs/results.md. `python -m finrepro.evidence.schema_page` writes both anew.
 """
 
-import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pydantic
 
 from finrepro import PROJECT
+from finrepro.evidence import strict_json
 from finrepro.evidence.schema import FORMAT, Result
 from finrepro.evidence.schema_rows import (
     ChosenLine,
@@ -128,7 +128,9 @@ def _type(shape: dict[str, Any]) -> str:
 
 def write(folder: Path = PROJECT) -> None:
     """Write both files."""
-    (folder / SCHEMA).write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    (folder / SCHEMA).write_text(
+        strict_json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8"
+    )
     (folder / PAGE).write_text(page(), encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
 """Small JSON files that carry their own sha256, so that a changed byte shows when they are read."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finrepro.evidence import strict_json
 from finrepro.evidence.manifest import Damaged
 
 SEAL = "sha256"
@@ -29,7 +29,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     it is not what was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
@@ -41,5 +41,5 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def _digest(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = strict_json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -23,7 +22,7 @@ from typing import Any
 from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import provenance, schema
+from finrepro.evidence import provenance, schema, strict_json
 from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import read_manifest, write_manifest
@@ -159,7 +158,7 @@ class Store:
             disk_errors(self.root),
             (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file,
         ):
-            file.write("\n" + json.dumps({**row, "time": time.time()}))
+            file.write("\n" + strict_json.dumps({**row, "time": time.time()}))
 
     def times_scored(self, spec: RunSpec) -> int:
         """How often this configuration's split has been scored in this store: tuning on a test
@@ -179,7 +178,7 @@ class Store:
         campaigns = []
         for path in (self.results / "campaigns").glob("*.json"):
             try:
-                campaigns.append(json.loads(path.read_text(encoding="utf-8")))
+                campaigns.append(strict_json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError):
                 raise EnvironmentFault(
                     f"{path} is damaged; move it away and run the command again."
@@ -312,7 +311,7 @@ def open_store(root: Path | None) -> Store:
         if not mark.exists():
             write_json(mark, {"format": FORMAT})
     try:
-        written = json.loads(mark.read_text(encoding="utf-8"))["format"]
+        written = strict_json.loads(mark.read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
         raise EnvironmentFault(
             f'{mark} is damaged: it should say {{"format": {FORMAT}}}.'

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest, version_of
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
 from finrepro.exporting.layout import changed_base
 from finrepro.exporting.recorded import RecordedRun
 from finrepro.kinds import adapter_of, quantizer_of
-from finrepro.methods.adapters.peft_folder import check_every_tensor_is_used
+from finrepro.methods.adapters.peft_folder import (
+    WEIGHTS,
+    check_every_tensor_is_finite,
+    check_every_tensor_is_used,
+)
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import loading
 from finrepro.models.build import build, load_tokenizer, skeleton, source
@@ -67,7 +71,7 @@ def starting_point(recorded: RecordedRun, place: Place, export_format: str) -> S
                 f"({folder}): '{key}' is not what its result.json says."
             )
     digest = (data.get("tokenizer") or {}).get("sha256")
-    if folder is not None and digest and tokenizer_digest(folder) != digest:
+    if folder is not None and digest and tokenizer_digest(folder, version_of(digest)) != digest:
         raise EnvironmentFault(
             f"{folder}: the tokenizer is not the one that run {recorded.run_id} used."
         )
@@ -128,6 +132,7 @@ def read_peft(base: Any, folder: Path) -> Any:
             base, folder, is_trainable=False, torch_device=str(device)
         )
     check_every_tensor_is_used(model, folder)
+    check_every_tensor_is_finite(folder / WEIGHTS)
     return model.eval()
 
 

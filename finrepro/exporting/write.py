@@ -2,7 +2,6 @@
 this machine.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
+from finrepro.evidence import strict_json
 from finrepro.exporting.layout import ExportLayout, loading_settings
 from finrepro.exporting.rebuild import StartingPoint, densify, read_peft, stripped
 from finrepro.exporting.recorded import RecordedRun
@@ -31,11 +31,14 @@ def write_adapter(recorded: RecordedRun, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in sorted(recorded.weights.iterdir()):
         shutil.copyfile(path, folder / path.name)
-    values, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), recorded.spec.model
+    values = strict_json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    model = recorded.spec.model
     name = model.hub.id if model.hub else model.name
     # A path on the machine that trained it means nothing to anybody.
     if values["base_model_name_or_path"] != name:
-        text = json.dumps(values | {"base_model_name_or_path": name}, indent=2, sort_keys=True)
+        text = strict_json.dumps(
+            values | {"base_model_name_or_path": name}, indent=2, sort_keys=True
+        )
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -43,7 +46,7 @@ def check_adapter(recorded: RecordedRun, layout: ExportLayout) -> None:
     """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that
     belongs to its base.
     """
-    kind = json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
+    kind = strict_json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
     if layout.shift and kind != "LORA":
         raise UsageError(
             f"run {recorded.run_id} cannot be exported as peft: PEFT does not put {kind} beside a "

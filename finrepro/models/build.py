@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finrepro.catalogue.spec import Model, RunSpec
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.calibration.cache import stored_in

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finrepro.catalogue.spec import Model
 from finrepro.data import hub_client
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.models import safetensors
 

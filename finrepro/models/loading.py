@@ -20,6 +20,7 @@ from finrepro.methods.layers import isolated_attention
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import safetensors
 from finrepro.runtime import memory
+from finrepro.runtime.finite import is_finite
 from finrepro.settings import Choice
 
 # Tensors of old checkpoints that are no weights: GPT-2's causal mask, Llama's rotary frequencies,
@@ -178,7 +179,7 @@ class Checkpoint:
     without.
 
     Raises `EnvironmentFault`, before any tensor is read, when a tensor is missing, unexpected, of
-    another shape or not in full precision.
+    another shape or not in full precision; when it is read, if it is not finite.
     """
 
     def __init__(self, model: Any, folder: Path, name: str) -> None:
@@ -254,6 +255,9 @@ class Checkpoint:
                     raise EnvironmentFault(
                         f"{entry.path}: cannot read {key}: {str(error).splitlines()[0]}"
                     ) from None
+                if not is_finite(value):  # also a number too large for the model's dtype
+                    reason = f"{key} holds NaN or an infinity as {value.dtype}"
+                    raise EnvironmentFault(f"{entry.path}: {reason}.")
                 place(module, name, nn.Parameter(value))
 
     def _expect_equal(

@@ -6,7 +6,6 @@ tensor's dtype, shape and place, the tensors (https://huggingface.co/docs/safete
 Pickles are never read.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from finrepro.catalogue.spec import SIZES
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # the least share of an embedding's rows that a tokenizer fills: some embeddings are padded
@@ -55,7 +55,7 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `EnvironmentFault` naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def header(path: Path) -> dict[str, Entry]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
                 raise EnvironmentFault(f"{path}: truncated, or no safetensors file ({size} bytes).")
-            content = json.loads(file.read(length))
+            content = strict_json.loads(file.read(length))
         content.pop("__metadata__", None)
         entries = {
             name: Entry(path, fields["dtype"], tuple(fields["shape"]))

@@ -11,7 +11,7 @@ from finrepro.catalogue.spec import Model, RunSpec, TaskSpec
 from finrepro.data import files
 from finrepro.data.corpora import folders as corpora
 from finrepro.data.preparing import underway
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import store
 from finrepro.evidence.place import Place

@@ -18,7 +18,8 @@ CONVENTIONS: tuple[flops.Convention, ...] = ("palm", "causal")
 def facts(spec: RunSpec) -> dict[str, Any]:
     """Parameters, compression against the model that the entry names in `compared_with`, bytes
     stored at 16, 8 and 4 bits (scales, embeddings and head as they really are), FLOPs a trained
-    token by both conventions, and how many times fewer they are."""
+    token by both conventions, how many times fewer they are, and
+    the text that the loss is of."""
     model, dense, length = spec.model, reference(spec.model), spec.train.max_seq_len
     dense_flops, model_flops = (
         flops.model_flops(entry, length, "palm") for entry in (dense, model)
@@ -31,6 +32,7 @@ def facts(spec: RunSpec) -> dict[str, Any]:
         "flops_per_token": {name: flops.model_flops(model, length, name) for name in CONVENTIONS},
         "flop_bound": dense_flops / model_flops,
         "rank": rank(model) if model.low_rank else None,
+        "scored_on": list(dict.fromkeys(task.dataset.config.title for task in spec.tasks)),
     }
 
 

@@ -1,7 +1,7 @@
 """The scores of cells: a task's metrics, a cell's score, and seeds as one estimate."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from finrepro.reporting.cell_result import CellResult
 from finrepro.statistics.equivalence import Estimate, estimate
@@ -12,6 +12,9 @@ FAMILIES = {
     "accuracy": ("f1_weighted", "f1_macro", "mcc"),
     "f1_entity": ("precision_entity", "recall_entity", "unparsable_rate"),
 }
+
+
+THIRD_DECIMAL_BELOW = 0.02  # an interval's width
 
 
 def metrics_of(rows: Sequence[CellResult], task: str) -> tuple[str, ...]:
@@ -38,3 +41,13 @@ def estimate_of(scores: Sequence[dict[str, Any]]) -> Estimate:
     """The seeds' scores as one estimate."""
     values, lows, highs = ([score[key] for score in scores] for key in ("value", "low", "high"))
     return estimate(values, lows, highs, scores[0]["n"])
+
+
+def bounds(low: float, high: float, sign: Literal["", "+"] = "") -> str:
+    """An interval as text, `sign` as in a format.
+
+    A bound that 1,000 resamples give is uncertain by a 45th of the interval's width, one standard
+    deviation: a third decimal stands where that is below half of its unit.
+    """
+    digits = 3 if high - low < THIRD_DECIMAL_BELOW else 2
+    return f"[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"

@@ -8,7 +8,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Pretrain, RunSpec
 from finrepro.data import files
 from finrepro.data.corpora.folders import TOKENIZER
-from finrepro.errors import EnvironmentFault, unavailable_if_faulty
+from finrepro.errors import EnvironmentFault, failed_if_faulty, unavailable_if_faulty
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import Store
 from finrepro.kinds import task_of
@@ -89,7 +89,7 @@ def _trained_tokenizer(
 
     source = reader.task(text)
     task = task_of(source.task)
-    texts = [
-        task.target(example) for example in files.load(source.dataset, data_dir).splits["train"]
-    ]
+    with failed_if_faulty():
+        examples = files.load(source.dataset, data_dir).splits["train"]
+    texts = [task.target(example) for example in examples]
     return train_tokenizer(texts, family, size)

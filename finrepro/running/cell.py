@@ -2,7 +2,6 @@
 cell and is idempotent.
 """
 
-import json
 import sys
 import time
 import traceback
@@ -12,14 +11,16 @@ from typing import Any
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import (
+    DataFault,
     Diverged,
     EnvironmentFault,
     FinreproError,
     Interrupted,
+    NotFinite,
     Unavailable,
     UsageError,
 )
-from finrepro.evidence import store
+from finrepro.evidence import store, strict_json
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
 from finrepro.running.events import EXIT_CODES, Emit, Event, emit_outcome, follow_parent
@@ -34,8 +35,8 @@ def run_cell(
 ) -> Mapping[str, Any]:
     """Walk one cell and seal its result; the content of result.json.
 
-    A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base
-    that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
+    A defect, faulty data or a divergence is sealed too, as `failed` or `diverged` with its reason,
+    and a base that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
     `Interrupted` (a checkpoint is).
     """
     started, trace = time.time(), None
@@ -52,6 +53,8 @@ def run_cell(
         raise
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
+    except (DataFault, NotFinite) as error:
+        status, reason = store.FAILED, str(error)
     except Exception as error:  # any defect costs one cell; its traceback goes into the result
         first_line = str(error).splitlines()[0] if str(error) else ""
         status, reason = store.FAILED, f"{type(error).__name__}: {first_line}"
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def emit(event: Event) -> None:
         if rank.is_main:
-            print(json.dumps(event), flush=True)
+            print(strict_json.dumps(event), flush=True)
 
     def run() -> Mapping[str, Any]:
         message, place = parse(arguments)
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if result["status"] != store.DONE and not rank.is_main:
             event = {"event": "rank", "rank": rank.rank, "reason": result["reason"]}
-            print(json.dumps(event), flush=True)
+            print(strict_json.dumps(event), flush=True)
         return result
 
     code = emit_outcome(emit, run_on_this_rank)

@@ -2,7 +2,6 @@
 they were.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ from finrepro.data import files
 from finrepro.data.arriving.growing import Waiting
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
-from finrepro.evidence import provenance
+from finrepro.errors import failed_if_faulty, unavailable_if_faulty
+from finrepro.evidence import provenance, strict_json
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
+from finrepro.models.end_tokens import end_tokens
 from finrepro.running.base import base_facts, open_base
 from finrepro.running.text import corpora_identity, open_corpora, windows_of
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Inputs:
     """Everything that a cell is made from. `datasets` and `corpora` are by the names of datasets
-    and of tasks; `base` is the folder of its weights, None: random ones.
+    and of tasks; `base` is the folder of its weights, None: random ones;
+    `ends` are the tokens that end an answer.
     """
 
     datasets: dict[str, Dataset]
@@ -39,6 +41,7 @@ class Inputs:
     base: Path | None
     tokenizer: "PreTrainedTokenizerFast"
     tokenizer_origin: str
+    ends: tuple[int, ...]
     examples: "Sequence[Sample]"
     base_facts: dict[str, Any]
     text_identity: dict[str, Any]
@@ -46,25 +49,28 @@ class Inputs:
     def made_by(self) -> str:
         """What a checkpoint is held to: source, packages, base and text."""
         digests = [provenance.source_digest(), provenance.lock_digest()]
-        return json.dumps([*digests, self.base_facts, self.text_identity])
+        return strict_json.dumps([*digests, self.base_facts, self.text_identity])
 
 
 def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
     """Read and check everything that the cell starts from; `waiting` is called while text is
     waited for.
 
-    Raises `Unavailable` when the base or a corpus is not there or is faulty, `EnvironmentFault`
+    Raises `Unavailable` when the base or a corpus is not there or is faulty, `DataFault`
     when a dataset is.
     """
     datasets = load_data(spec, place)
     corpora = open_corpora(spec, place, waiting)
     base, tokenizer, origin = open_base(spec, place)
+    with unavailable_if_faulty():
+        ends = end_tokens(base, tokenizer)
     return Inputs(
         datasets=datasets,
         corpora=corpora,
         base=base,
         tokenizer=tokenizer,
         tokenizer_origin=origin,
+        ends=ends,
         base_facts=base_facts(spec, place.store, base),
         text_identity=corpora_identity(spec, corpora),
         examples=training_examples(spec, datasets, tokenizer, corpora),
@@ -73,7 +79,7 @@ def prepare(spec: RunSpec, place: Place, waiting: Waiting) -> Inputs:
 
 def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     """Dataset name -> its splits, of everything the cell is trained or scored on; each is read
-    once.
+    once. Raises `DataFault` for one that cannot be.
     """
     splits: dict[str, set[str]] = {}
     entries = {}
@@ -83,10 +89,11 @@ def load_data(spec: RunSpec, place: Place) -> dict[str, Dataset]:
     for task, split in trained + scored:
         splits.setdefault(task.dataset.name, set()).add(split)
         entries[task.dataset.name] = task.dataset
-    return {
-        name: files.load(entry, place.data_dir, tuple(sorted(splits[name])))
-        for name, entry in entries.items()
-    }
+    with failed_if_faulty():
+        return {
+            name: files.load(entry, place.data_dir, tuple(sorted(splits[name])))
+            for name, entry in entries.items()
+        }
 
 
 def training_examples(

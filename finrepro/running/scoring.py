@@ -71,6 +71,7 @@ def evaluate_tasks(
                 spec.evaluation,
                 spec.train.max_seq_len,
                 partial(emit_progress, emit),
+                inputs.ends,
             )
             result.scores += evaluated.scores if spec.weights != "random" else []
             result.predictions += evaluated.rows
@@ -92,7 +93,7 @@ def evaluate_quantized(
         emit_phase(emit, f"evaluate as {quantizer.name}")
         try:
             scores, model_bytes = quantized.scores(
-                spec, quantizer, weights, inputs.datasets, inputs.tokenizer, device
+                spec, quantizer, weights, inputs.datasets, inputs.tokenizer, inputs.ends, device
             )
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from finrepro.catalogue.spec import RunSpec
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import CellFailed
 from finrepro.evidence import schema
 from finrepro.evidence.files import write_json, write_lines
@@ -134,6 +134,7 @@ def data_of(spec: RunSpec, store: Store, inputs: Inputs, weights: Path) -> schem
         "tokenizer": {
             "origin": inputs.tokenizer_origin,
             "sha256": tokenizer_digest(inputs.base or weights),
+            "ends": list(inputs.ends),
         },
         "times_scored": store.times_scored(spec),
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data.corpora.folders import TOKENIZER, block_of, corpus_of, folder_of, is_running_text
 from finrepro.data.files import Dataset
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest, version_of
 from finrepro.errors import EnvironmentFault, Interrupted, UsageError, unavailable_if_faulty
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
@@ -35,6 +35,7 @@ def open_corpora(
     that lies with it, or has more tokens than the model has rows.
     """
     from finrepro.data.arriving.growing import open_arriving
+    from finrepro.data.corpora.index import read_index
     from finrepro.data.corpora.stream import open_corpus
     from finrepro.data.preparing.entries import mismatch
 
@@ -49,9 +50,10 @@ def open_corpora(
                 if is_fed(spec, part.task):
                     corpus = open_arriving(folder, rows, waiting)
                 else:
-                    corpus = open_corpus(
-                        folder, tokenizer_digest(folder / TOKENIZER) or "none", rows
+                    digest = tokenizer_digest(
+                        folder / TOKENIZER, version_of(read_index(folder).tokenizer)
                     )
+                    corpus = open_corpus(folder, digest or "none", rows)
                 if difference := mismatch(name, corpus.index):
                     raise EnvironmentFault(f"{folder}: {difference}")
                 corpus.stream()  # every shard is there, and as long as it was

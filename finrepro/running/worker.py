@@ -5,7 +5,6 @@ When the driver dies, the worker dies with it.
 """
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import provenance, store
+from finrepro.evidence import provenance, store, strict_json
 from finrepro.evidence.place import Place
 from finrepro.running.events import INTERRUPTED, Event, emit_outcome, follow_parent
 from finrepro.runtime import process
@@ -32,7 +31,7 @@ def serve() -> int:
     from finrepro.running.launch import resolve
 
     def emit(event: Event) -> None:
-        channel.write(json.dumps(event) + "\n")
+        channel.write(strict_json.dumps(event) + "\n")
 
     def run(message: dict[str, Any]) -> Mapping[str, Any]:
         folders = (message[key] and Path(message[key]) for key in ("data_dir", "models_dir"))
@@ -42,7 +41,7 @@ def serve() -> int:
     provenance.source_digest()  # now, before anybody edits a file under a running cell
     for line in sys.stdin:
         gc.collect()  # the model of the cell before, which reference cycles keep alive
-        code = emit_outcome(emit, partial(run, json.loads(line)))
+        code = emit_outcome(emit, partial(run, strict_json.loads(line)))
         if code == INTERRUPTED or stop_requested():
             return INTERRUPTED
     return 0

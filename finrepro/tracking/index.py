@@ -3,10 +3,10 @@ without loading MLflow, which takes seconds.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_json
 from finrepro.evidence.store import Store
 from finrepro.tracking.saved_views import link
@@ -42,7 +42,9 @@ def read_index(store: Store) -> dict[str, Any]:
         "cells": {},
     }
     try:
-        values = json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8"))
+        values = strict_json.loads(
+            (database(store).parent / "shown.json").read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return empty
     return empty | (values if isinstance(values, dict) else {})

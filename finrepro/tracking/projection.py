@@ -6,12 +6,12 @@ since MLflow's comparison of runs (difference, parallel coordinates) knows no ta
 finrepro.tracking.view writes all this into MLflow.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import read_lines
 from finrepro.tracking.notes import NOTE_LIMIT
 
@@ -148,5 +148,5 @@ def datasets(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for dataset, splits in result["data"].get("fingerprints", {}).items():
         files = result["data"]["files"][dataset]
         for split, fingerprint in splits.items():
-            source = json.dumps({"files": files, "fingerprint": fingerprint})
+            source = strict_json.dumps({"files": files, "fingerprint": fingerprint})
             yield f"{dataset}/{split}", fingerprint[:32], source, split

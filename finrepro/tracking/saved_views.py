@@ -6,9 +6,9 @@ view that another version does not know shows as its default, and nothing else d
 """
 
 import base64
-import json
 import zlib
 
+from finrepro.evidence import strict_json
 from finrepro.tracking.notes import SMOKE
 from finrepro.tracking.projection import AXES
 
@@ -132,7 +132,7 @@ def _packed(key: str) -> str:
         "groupBy": grouped if key == "seeds" else None,
         "groupsExpanded": {},
     }
-    state_text = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    return json.dumps(
+    state_text = base64.b64encode(zlib.compress(strict_json.dumps(state).encode())).decode()
+    return strict_json.dumps(
         {"name": name, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{state_text}"}
     )

@@ -7,11 +7,11 @@ is a child in both, and its tag `tables` names both. A skipped cell is no run: t
 was skipped.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import disk_errors
 from finrepro.evidence.store import DONE, SKIPPED, Store
 from finrepro.tracking import notes, projection
@@ -123,7 +123,7 @@ class MlflowView:
                 )
                 self.client.set_tag(mlflow_id, "mlflow.note.content", note)
             if path.suffix == ".json":
-                page = notes.table_html(json.loads(path.read_text(encoding="utf-8")))
+                page = notes.table_html(strict_json.loads(path.read_text(encoding="utf-8")))
                 self.client.log_text(mlflow_id, page, f"table/{stem}.html")
 
     def cell(self, run_id: str, campaign: dict[str, Any], parent: str) -> None:

@@ -59,5 +59,5 @@ def test_another_number_of_paragraphs_is_refused():
 
 
 def test_what_is_no_text_is_refused_in_one_line():
-    with pytest.raises(EnvironmentFault, match="no UTF-8 text"):
+    with pytest.raises(EnvironmentFault, match="line 1: not UTF-8"):
         read({"test": b"abc\xff\xfe"}, "text", config(test=None))

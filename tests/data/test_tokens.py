@@ -13,7 +13,9 @@ from fixtures.model import MINIATURES, in_processes, process, texts, tokenizer  
 
 from finrepro.catalogue import reader
 from finrepro.data import files
-from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, tokenizer_digest, train_tokenizer
+from finrepro.data.corpora.folders import copy_tokenizer
+from finrepro.data.tokenizer_files import FILES, is_bare_gpt2, tokenizer_digest, version_of
+from finrepro.data.tokens import IGNORE, SPECIAL, Encoded, encode, train_tokenizer
 from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence.place import Place
 from finrepro.kinds import kind_module
@@ -265,7 +267,8 @@ DIGESTS = """
 import sys, tempfile
 from pathlib import Path
 from fixtures.model import texts
-from finrepro.data.tokens import SPECIAL, tokenizer_digest, train_tokenizer
+from finrepro.data.tokenizer_files import tokenizer_digest
+from finrepro.data.tokens import SPECIAL, train_tokenizer
 for family in SPECIAL:
     folder = Path(tempfile.mkdtemp())
     train_tokenizer(texts(), family, 512).save_pretrained(folder)
@@ -282,11 +285,57 @@ def test_the_same_texts_give_the_same_tokenizer_file_in_every_process(tmp_path: 
     assert len({tokenizer_digest(tmp_path / family) for family in FAMILIES}) == len(FAMILIES)
 
 
-def test_a_tokenizers_digest_is_of_its_file_and_changes_with_its_texts(tmp_path: Path) -> None:
+def test_a_digest_of_version_1_is_of_the_vocabulary_and_changes_with_its_texts(
+    tmp_path: Path,
+) -> None:
     tokenizer("gpt2").save_pretrained(tmp_path / "one")
     train_tokenizer(texts()[:700], "gpt2", 512).save_pretrained(tmp_path / "two")
-    digest = hashlib.sha256((tmp_path / "one" / "tokenizer.json").read_bytes()).hexdigest()
-    assert tokenizer_digest(tmp_path / "one") == digest != tokenizer_digest(tmp_path / "two")
+    old = hashlib.sha256((tmp_path / "one" / "tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer_digest(tmp_path / "one", version=1) == old
+    for version in (1, 2):
+        digests = [tokenizer_digest(tmp_path / name, version) for name in ("one", "two")]
+        assert digests[0] != digests[1] and {version_of(str(each)) for each in digests} == {version}
+
+
+def test_a_digest_is_of_every_file_that_tokenizes(tmp_path: Path) -> None:
+    tokenizer("gpt2").save_pretrained(tmp_path)
+    digests = {tokenizer_digest(tmp_path)}
+    for name in FILES:
+        if name in ("tokenizer.json", "tokenizer_config.json"):
+            continue
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+        digests.add(tokenizer_digest(tmp_path))
+    assert len(digests) == len(FILES) - 1
+    assert len({tokenizer_digest(tmp_path, version=1) for _ in digests}) == 1
+
+
+def test_a_digest_sees_the_settings_that_tokenize_and_no_other(tmp_path: Path) -> None:
+    tokenizer("gpt2").save_pretrained(tmp_path)
+    path, digest = tmp_path / "tokenizer_config.json", tokenizer_digest(tmp_path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+
+    def with_(settings: dict[str, Any], **options: Any) -> str | None:
+        path.write_text(json.dumps(settings, **options), encoding="utf-8")
+        return tokenizer_digest(tmp_path)
+
+    assert with_(dict(reversed(values.items())), indent=7) == digest
+    assert with_(values | {"chat_template": "x", "name_or_path": "/y"}) == digest
+    changes = ({"eos_token": "a"}, {"add_prefix_space": True}, {"add_bos_token": True})
+    assert len({digest, *(with_(values | change) for change in changes)}) == 1 + len(changes)
+
+
+def test_two_files_of_gpt2_and_their_copy_with_the_settings_added_are_one_tokenizer(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "vocab.json").write_text("{}")
+    (source / "merges.txt").write_text("")
+    assert is_bare_gpt2(source)
+    copy_tokenizer(source, tmp_path)
+    copy = tmp_path / "tokenizer"
+    assert (copy / "tokenizer_config.json").is_file() and not is_bare_gpt2(copy)
+    assert tokenizer_digest(copy) == tokenizer_digest(source)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

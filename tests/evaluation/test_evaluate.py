@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,11 @@ from torch import nn
 from finrepro.catalogue import reader
 from finrepro.data.examples import Example
 from finrepro.data.tokens import Encoded, cut
+from finrepro.errors import EnvironmentFault, NotFinite
 from finrepro.evaluation.evaluate import Evaluated, Row, evaluate, score_rows
+from finrepro.evaluation.log_likelihood import choice_log_likelihoods
 from finrepro.kinds import kind_module
+from finrepro.models.end_tokens import end_tokens
 
 COUNT = 60
 TASK, TEXT = reader.task("tfns", "short"), reader.task("tfns_text")
@@ -451,3 +455,86 @@ def test_the_oracle_of_entities_gains_and_its_constants_are_read_against_the_sen
     assert score["constant"] == pytest.approx(2 * 3 / (3 + 5)), (
         "three of five entities, and nothing wrong"
     )
+
+
+@everywhere
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("task", ["tfns", "tfns_text", "fin_ner"])
+def test_a_model_that_computes_no_numbers_is_not_scored(
+    task: str, number: float, name: str
+) -> None:
+    """The likeliest of choices that are all NaN would be the first: an accuracy."""
+    model = stirred(name).eval()
+    block = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
+    with torch.no_grad():
+        next(block.parameters()).view(-1)[3] = number
+    scored = {"tfns": TASK, "tfns_text": TEXT, "fin_ner": NER}[task]
+    given = sentences() if task == "fin_ner" else examples()
+    family = tokenizer(reader.model(name).family)
+    with pytest.raises(NotFinite, match=rf"^{given[0].id}: .* (is|are|or) (nan|-?inf|infinite)\.$"):
+        evaluate(model, family, scored, given, EVALUATION, 128)
+
+
+def test_one_answer_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is, and before anything is scored."""
+
+    def planted(*arguments: Any) -> list[list[float]]:
+        values = choice_log_likelihoods(*arguments)
+        values[17][2] = -math.inf
+        return values
+
+    monkeypatch.setattr("finrepro.evaluation.evaluate.choice_log_likelihoods", planted)
+    message = f"^{examples()[17].id}: the log-probability of an answer is -inf\\.$"
+    with pytest.raises(NotFinite, match=message):
+        evaluated(stirred(MINIATURES[0]), MINIATURES[0])
+
+
+def test_a_perplexity_that_is_no_number_is_no_score() -> None:
+    rows = [
+        {"task": "tfns_text", "id": example.id, "logprob": -800.0, "tokens": 1, "bytes": 1}
+        for example in examples()
+    ]
+    with pytest.raises(NotFinite, match=r"^tfns_text: its perplexity is inf\.$"):
+        score_rows(TEXT, examples(), rows, EVALUATION)
+
+
+@everywhere
+def test_an_answer_ends_at_each_end_token_that_is_given(name: str) -> None:
+    model, tokens = stirred(name).eval(), tokenizer(reader.model(name).family)
+    settings = (model, tokens, NER, sentences(), EVALUATION, 128)
+    alone = evaluate(*settings).rows
+    assert evaluate(*settings, ends=[tokens.eos_token_id]).rows == alone
+    text = next(row["output"] for row in alone if row["output"])
+    end = tokens(text, add_special_tokens=False)["input_ids"][1]
+    ended = evaluate(*settings, ends=[tokens.eos_token_id, end]).rows
+    assert ended != alone
+    for row, whole in zip(ended, alone, strict=True):
+        assert whole["output"].startswith(row["output"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "ends"),
+    [
+        (None, (0,)),
+        ("{}", (0,)),
+        ('{"eos_token_id": null}', (0,)),
+        ('{"eos_token_id": 7}', (0, 7)),
+        ('{"eos_token_id": [2047, 0, 5, 2047]}', (0, 5, 2047)),
+    ],
+)
+def test_the_end_tokens_are_the_tokenizers_and_the_models(
+    listed: str | None, ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    if listed is not None:
+        (tmp_path / "generation_config.json").write_text(listed, encoding="utf-8")
+    assert end_tokens(tmp_path, tokenizer("gpt2")) == ends
+    assert end_tokens(None, tokenizer("gpt2")) == (0,)
+
+
+@pytest.mark.parametrize(
+    "listed", ["[", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1.5]}']
+)
+def test_end_tokens_that_are_no_ids_are_refused_in_one_line(listed: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(listed, encoding="utf-8")
+    with pytest.raises(EnvironmentFault, match=r"generation_config\.json: [^\n]*$"):
+        end_tokens(tmp_path, tokenizer("gpt2"))

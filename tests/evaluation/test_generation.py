@@ -80,7 +80,7 @@ def tokens_are_those_of_one_by_one(
     """Every row equals the definition's, of which `whole` holds the rows that nothing has ended."""
     whole = one_by_one(model, prompts(), LIMITS, NEVER) if whole is None else whole
     expected = [cut(row, limit, end) for row, limit in zip(whole, limits, strict=True)]
-    assert generate(model, prompts(), limits, end, max_tokens) == expected
+    assert generate(model, prompts(), limits, [end], max_tokens) == expected
 
 
 @everywhere
@@ -100,6 +100,17 @@ def test_tokens_are_those_of_full_passes_one_by_one(
             tokens_are_those_of_one_by_one(model, token, max_tokens, whole=whole)
     for limits in ((1,) * 9, (3, 1, 8, 2, 5, 5, 1, 7, 4)):
         tokens_are_those_of_one_by_one(model, end, limits=limits, whole=whole)
+
+
+@everywhere
+def test_an_answer_ends_at_whichever_end_comes_first(name: str) -> None:
+    model = stirred(name).eval()
+    whole = one_by_one(model, prompts(), LIMITS, NEVER)
+    first = often(whole)
+    second = often([cut(row, NEW, first) for row in whole])
+    expected = [cut(cut(row, NEW, first), NEW, second) for row in whole]
+    assert expected != [cut(row, NEW, first) for row in whole]
+    assert generate(model, prompts(), LIMITS, {first, second, NEVER}, 10**6) == expected
 
 
 def padding_is_seen(width: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -147,7 +158,7 @@ def test_a_row_that_has_ended_costs_nothing_more(name: str) -> None:
     end = often(one_by_one(model, prompts(), LIMITS, NEVER))
     backbone, _ = backbone_and_head(model)
     with Watch(backbone.get_input_embeddings()) as watch:
-        found = generate(model, prompts(), LIMITS, end, 10**6)
+        found = generate(model, prompts(), LIMITS, [end], 10**6)
     longest, count = max(map(len, prompts())), len(prompts())
     steps = Counter(step for row in found for step in range(min(len(row), NEW - 1)))
     assert len(set(steps.values())) > 1
@@ -159,7 +170,7 @@ def test_a_batch_holds_no_more_tokens_than_allowed(name: str) -> None:
     model = stirred(name).eval()
     backbone, _ = backbone_and_head(model)
     with Watch(backbone.get_input_embeddings()) as watch:
-        generate(model, prompts(), LIMITS, NEVER, 150)
+        generate(model, prompts(), LIMITS, [NEVER], 150)
     prefills = [rows for rows in watch.rows if rows > len(prompts())]
     assert len(prefills) > 1 and max(watch.rows) <= 150
 
@@ -168,14 +179,14 @@ def test_a_batch_holds_no_more_tokens_than_allowed(name: str) -> None:
 def test_generation_leaves_no_trace_in_the_model(name: str) -> None:
     model = stirred(name, "lora_r8", "nf4").eval()
     before = all_logits(model, range(20))
-    generate(model, prompts(), LIMITS, NEVER, 150)
+    generate(model, prompts(), LIMITS, [NEVER], 150)
     after = all_logits(model, range(20))
     assert torch.equal(before, after) and after.requires_grad
     assert model.config.use_cache is False
 
 
 def test_nothing_to_answer_gives_nothing() -> None:
-    assert generate(stirred(MINIATURES[0]), [], [], NEVER, 64) == []
+    assert generate(stirred(MINIATURES[0]), [], [], [NEVER], 64) == []
 
 
 @everywhere
@@ -185,7 +196,7 @@ def test_progress_counts_every_row_once(name: str) -> None:
         stirred(name).eval(),
         prompts(),
         [2] * 9,
-        NEVER,
+        [NEVER],
         100,
         lambda done, total: seen.append((done, total)),
     )

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import pytest
 from fixtures.process import one_line
 
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.evidence.files import disk_errors, new_folder, write_bytes, write_json
+from finrepro.evidence.files import (
+    disk_errors,
+    new_folder,
+    read_lines,
+    write_bytes,
+    write_json,
+    write_lines,
+)
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -39,6 +47,21 @@ def test_only_a_durable_write_waits_for_the_disk(tmp_path: Path, monkeypatch: py
     assert len(synced) == 2, "the file, and the folder that holds its name"
     assert (tmp_path / "a.json").read_bytes() == '{\n "ü": 1\n}\n'.encode()
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": 1}
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_not_written(number: float, tmp_path: Path):
+    for write, value in ((write_json, {"a": [number]}), (write_lines, [{}, {"a": number}])):
+        with pytest.raises(ValueError, match="JSON"):
+            write(tmp_path / "a", value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_a_number_that_is_none_is_not_read(constant: str, tmp_path: Path):
+    (tmp_path / "a").write_text(f'{{"a": 1.5}}\n{{"a": {constant}}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{constant} is no JSON"):
+        read_lines(tmp_path / "a")
 
 
 def test_a_folder_comes_whole_or_not_at_all(tmp_path: Path):

@@ -28,7 +28,7 @@ from finrepro.catalogue import reader
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files as data
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evaluation import evaluate
 from finrepro.evidence import store

@@ -238,10 +238,10 @@ def test_generation_on_the_gpu_gives_the_cpus_tokens(
     gpu, cpu = (stir(build(spec, None, device).model).eval() for device in (CUDA, CPU))
     prompts = [example.ids for example in random_examples(4)]
     limits = [6] * len(prompts)
-    expected = generate(cpu, prompts, limits, -1, 1)
+    expected = generate(cpu, prompts, limits, [-1], 1)
     assert len(set(expected)) > 1
     for max_tokens in (100, 10**6):
-        assert generate(gpu, prompts, limits, -1, max_tokens) == expected
+        assert generate(gpu, prompts, limits, [-1], max_tokens) == expected
 
 
 def trained(

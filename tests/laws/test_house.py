@@ -93,6 +93,24 @@ def test_no_two_public_types_have_one_name():
     assert twice == {}
 
 
+def json_calls(module: ast.AST) -> list[str]:
+    """The functions of Python's own `json` that the source calls, and those imported from it."""
+    return [
+        node.attr if isinstance(node, ast.Attribute) else node.names[0].name
+        for node in ast.walk(module)
+        if (isinstance(node, ast.Attribute) and ast.unparse(node.value) == "json")
+        or (isinstance(node, ast.ImportFrom) and node.module == "json")
+    ]
+
+
+def test_json_is_read_and_written_strictly():
+    """NaN and Infinity are no JSON. Settings alone cannot import from the evidence."""
+    below = {"settings.py", "catalogue/reader.py", "evidence/strict_json.py"}
+    callers = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if json_calls(tree(path))}
+    assert callers == below
+    assert json_calls(ast.parse("import json\njson.loads('1')")) == ["loads"]
+
+
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
 def test_prose_has_lines_of_at_most_a_hundred_columns(path: Path):
     fenced, wide = False, []

@@ -4,6 +4,7 @@ is quantized on the way; no more than one part is ever there in full precision."
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,23 @@ def test_a_wrong_tensor_is_named_with_what_it_is_and_what_it_should_be(
     plain(of, tmp_path)
     broken(refused, of, tmp_path)
     refused(of, rename(tmp_path, change), "is not llama3_1_8b_mini", *parts)
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(math.nan, "float32"), (-math.inf, "bfloat16"), (1e300, "bfloat16")]
+)
+def test_a_weight_that_is_no_number_is_refused_by_name(
+    number: float, dtype: str, tmp_path: Path
+) -> None:
+    """Also one that is finite in the file and too large for the model's dtype."""
+    of = spec(LLAMA)
+    plain(of, tmp_path)
+    of = dataclasses.replace(of, model=dataclasses.replace(of.model, dtype=dtype))
+    load(of, tmp_path)
+    norm = torch.ones(64, dtype=torch.float64)
+    norm[7] = number
+    rename(tmp_path, changed(model__norm__weight=norm))
+    refused(of, tmp_path, f"model.norm.weight holds NaN or an infinity as torch.{dtype}")
 
 
 def test_tied_tensors_of_two_values_are_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def run(cell: RunSpec, folder: Path, **options: Any) -> tuple[Any, dict[str, Any
     ]
     with inference(model, cell.train, CPU):
         tokens = generate(
-            model, [example.ids for example in random_examples(3, count=3)], [4] * 3, -1, 100
+            model, [example.ids for example in random_examples(3, count=3)], [4] * 3, [-1], 100
         )
     collect_trained(model)
     weights = {

@@ -72,8 +72,8 @@ def answers(model: nn.Module, name: str, **changes: Any) -> dict[str, Any]:
         128,
     )
     prompts = [example.ids for example in random_examples(3, count=9)]
-    whole = generate(model, prompts, [4] * 9, -1, 100)
-    ended = generate(model, prompts, [4] * 9, whole[0][2], 100)
+    whole = generate(model, prompts, [4] * 9, [-1], 100)
+    ended = generate(model, prompts, [4] * 9, [whole[0][2]], 100)
     return {**found, "alone": alone.rows, "tokens": whole, "ended": ended}
 
 
@@ -204,7 +204,7 @@ def own(folder: Path) -> dict[Any, Any]:
                         model,
                         [example.ids for example in random_examples(3, count=3)],
                         [4] * 3,
-                        -1,
+                        [-1],
                         100,
                     )
                 collect_trained(model)

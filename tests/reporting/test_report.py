@@ -6,10 +6,12 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finrepro.catalogue.reader import published
 from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.scores import THIRD_DECIMAL_BELOW, bounds
 from finrepro.reporting.table import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
 from finrepro.reporting.tables import table5
 from finrepro.reporting.tables.table3 import COLUMNS, TITLES, build, panels
@@ -137,9 +139,9 @@ def test_the_best_constant_answer_heads_each_task():
 
 def test_a_line_shows_the_score_its_interval_its_gain_and_its_size():
     line = lines(ROWS)["full"]
-    assert line[SCORE] == "0.780 [0.760, 0.800]"
+    assert line[SCORE] == "0.780 [0.76, 0.80]"
     assert line["Further"] == "0.770 / 0.680 / 0.480"
-    assert line["Over constant"] == "+0.124 [+0.104, +0.144]"
+    assert line["Over constant"] == "+0.124 [+0.10, +0.14]"
     assert (line["n"], line["Seeds"]) == ("2388", "1")
 
 
@@ -148,7 +150,7 @@ def test_several_seeds_are_averaged_and_their_spread_widens_the_interval():
     half = (
         0.02**2 + (4.302653 * 0.02 / 3**0.5) ** 2
     ) ** 0.5  # examples, and t(2) times the mean's standard error
-    assert line[SCORE] == f"0.720 [{0.72 - half:.3f}, {0.72 + half:.3f}]"
+    assert line[SCORE] == f"0.720 [{0.72 - half:.2f}, {0.72 + half:.2f}]"
     assert line["Seeds"] == "3 (sd 0.020)"
 
 
@@ -462,7 +464,7 @@ def test_the_terminal_table_takes_square_brackets_as_text():
 
     out = StringIO()
     Console(file=out, width=250).print(to_rich(build(ROWS, "smoke")))
-    assert "0.780 [0.760, 0.800]" in out.getvalue() and "needs 41.2 GiB" in out.getvalue()
+    assert "0.780 [0.76, 0.80]" in out.getvalue() and "needs 41.2 GiB" in out.getvalue()
 
 
 # Table 5
@@ -621,3 +623,19 @@ def test_where_an_adapter_from_elsewhere_was_trained_is_not_made_up():
     made = row("their_folder", 0, 0.7, adapter_kind="peft_folder")
     assert lines([made])["their_folder"]["Trained on"] == "elsewhere"
     assert lines([made, row("lora_r8", 0, 0.7)])["lora_r8"]["Trained on"] == ""
+
+
+def test_a_bound_has_the_decimals_that_its_resamples_carry():
+    assert bounds(-0.003, 0.0004, "+") == "[-0.003, +0.000]"
+    assert bounds(0.7345, 0.7679) == "[0.73, 0.77]"
+    generator = np.random.default_rng(0)
+    lows = [
+        np.quantile(generator.normal(0, THIRD_DECIMAL_BELOW / 3.92, 1000), 0.025)
+        for _ in range(400)
+    ]
+    assert np.std(lows) == pytest.approx(THIRD_DECIMAL_BELOW / 45, rel=0.15)
+
+
+def test_the_notes_say_what_is_resampled_and_what_an_interval_leaves_out():
+    notes = " ".join(build(ROWS, "smoke").notes)
+    assert "sentences, not its documents" in notes and "on another CPU" in notes

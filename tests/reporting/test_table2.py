@@ -60,6 +60,7 @@ def row(
         "compression": model(reference).parameters / model(name).parameters,
         "stored_bytes": {"none": 4_000_000, "int8": 2_000_000, "nf4": 1_000_000},
         "flops_per_token": {"palm": 5e5, "causal": 4e5},
+        "scored_on": ["a corpus"],
     }
     steps = [
         {"step": i, "loss": 5 - 0.01 * i, "seconds": (i + 1) * 1000 / speed} for i in range(STEPS)
@@ -137,9 +138,16 @@ def test_speed_is_held_against_the_dense_model_trained_plainly():
 
 def test_losses_are_nats_with_an_interval_and_those_of_the_stored_model_stand_beside_them():
     line = shown(row(perplexity=20.0))[0]
-    assert line[LOSS] == f"{math.log(20):.3f} [{math.log(19):.3f}, {math.log(21):.3f}] (1)"
+    assert line[LOSS] == f"{math.log(20):.3f} [{math.log(19):.2f}, {math.log(21):.2f}] (1)"
     assert line["In int8 / nf4"] == f"{math.log(21 / 20):+.3f} / {math.log(23 / 20):+.3f}"
     assert line["Bits a byte"] == "1.500"
+
+
+def test_the_notes_name_the_text_of_the_loss_and_how_it_is_scored():
+    notes = " ".join(build([row(), row(SMALL)], "smoke").notes)
+    assert "Scored on a corpus: every paragraph by itself" in notes and "strided" in notes
+    (cell, *_) = expand(Selection("2"), "smoke")
+    assert "15 articles of the test split" in facts(cell.spec)["scored_on"][0]
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval():

@@ -2,11 +2,14 @@
 the reason of the rank that failed.
 """
 
+import dataclasses
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures.json_schema import result_faults
 from fixtures.model import process  # noqa: F401
 from fixtures.process import python
@@ -14,10 +17,12 @@ from fixtures.process import python
 from finrepro.campaigns.local import Worker
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
-from finrepro.errors import UsageError
+from finrepro.errors import CellFailed, UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.running.cell import check_launch, run_cell
+from finrepro.running.events import Event, emit_outcome
+from finrepro.training.progress import Trained
 
 TWO_RANKS = "llama2_13b_mini-none-lora_r8-tfns-s0"
 FAILING = """
@@ -60,6 +65,47 @@ def test_a_cell_whose_base_cannot_be_used_is_skipped_with_the_reason(place: Plac
     assert result["status"] == store.SKIPPED and "the base of" in result["reason"]
     assert result_faults(result) == []
     assert place.store.state(cell.spec) == store.SKIPPED
+
+
+def test_a_wrong_dataset_file_costs_its_cells_and_no_campaign(
+    place: Place,
+    process: None,  # noqa: F811
+    tmp_path: Path,
+):
+    only = "gpt2_127m_mini-none-full-tfns-s0"
+    (cell,) = expand(Selection("3", only=only, weights="random"), "smoke")
+    place = dataclasses.replace(place, data_dir=tmp_path / "data")
+    path = tmp_path / "data" / cell.spec.tasks[0].dataset.config.files["train"].path
+    path.parent.mkdir(parents=True)
+    path.write_text("text,label\n", encoding="utf-8")
+    events: list[Event] = []
+    run = partial(run_cell, cell.spec, place, lambda _: None, lambda: False)
+    assert emit_outcome(events.append, run) == CellFailed.exit_code
+    assert events[-1]["event"] == "result", "a fault would end the campaign"
+    assert place.store.state(cell.spec) == store.FAILED
+    assert events[-1]["reason"].startswith(f"{path}: sha256 is ")
+
+
+def test_weights_that_the_last_step_made_no_numbers_are_not_sealed(
+    place: Place,
+    process: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The loss of no step has seen them."""
+
+    def trained(model: torch.nn.Module, *_: object) -> Trained:
+        with torch.no_grad():
+            model.get_parameter("transformer.wte.weight")[5, 5] = torch.nan
+        return Trained()
+
+    monkeypatch.setattr("finrepro.running.walk.train", trained)
+    only = "gpt2_127m_mini-none-full-tfns-s0"
+    (cell,) = expand(Selection("3", only=only, weights="random"), "smoke")
+    result = run_cell(cell.spec, place, lambda _: None, lambda: False)
+    assert result["status"] == store.DIVERGED
+    assert result["reason"] == (
+        "diverged: transformer.wte.weight holds NaN or an infinity after the last step."
+    )
 
 
 def test_an_interrupted_worker_takes_no_other_cell(place: Place, tmp_path: Path):

@@ -16,7 +16,7 @@ from finrepro.data.corpora.index import Unfinished, check_fits, dtype_for, read_
 from finrepro.data.corpora.stream import Corpus, Tokens, TokenStream, open_corpus
 from finrepro.data.preparing import underway
 from finrepro.data.preparing.writer import complete_shard
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest, version_of
 from finrepro.errors import EnvironmentFault, Unavailable
 from finrepro.runtime import ranks
 from finrepro.settings import plain
@@ -180,11 +180,17 @@ def open_arriving(
     """
     watch = Watch(folder, waiting)
     while True:
-        tokenizer = tokenizer_digest(folder / TOKENIZER)
         if underway.is_finished(folder):
-            return open_corpus(folder, tokenizer or "none", rows)
+            digest = _digest_beside(folder, read_index(folder).tokenizer)
+            return open_corpus(folder, digest or "none", rows)
         unfinished = underway.unfinished(folder)
-        if unfinished is not None and tokenizer is not None:
-            check_fits(folder, unfinished, tokenizer, rows)
+        digest = _digest_beside(folder, unfinished.tokenizer) if unfinished else None
+        if unfinished is not None and digest is not None:
+            check_fits(folder, unfinished, digest, rows)
             return GrowingCorpus(folder, unfinished, waiting)
         watch.pause(f"waiting for the preparation of {folder.name}")
+
+
+def _digest_beside(folder: Path, recorded: str) -> str | None:
+    """The digest of the tokenizer beside the shards, in the version of the recorded one."""
+    return tokenizer_digest(folder / TOKENIZER, version_of(recorded))

@@ -2,29 +2,16 @@
 its shards; which corpus a task is trained on.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from finrepro.catalogue.spec import TaskSpec
 from finrepro.data.corpora.index import INDEX
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import CONFIG, FILES, GPT2, is_bare_gpt2, tokenizer_digest
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import new_folder
 
 TOKENIZER = "tokenizer"
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-)
-GPT2 = {
-    "tokenizer_class": "GPT2TokenizerFast",
-    "bos_token": "<|endoftext|>",
-    "eos_token": "<|endoftext|>",
-}
 
 
 def is_running_text(task: TaskSpec) -> bool:
@@ -79,6 +66,5 @@ def copy_tokenizer(source: Path, corpus: Path) -> None:
         for name in FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        recognized = ("tokenizer.json", "tokenizer_config.json")
-        if not any((folder / name).is_file() for name in recognized):
-            (folder / "tokenizer_config.json").write_text(json.dumps(GPT2), encoding="utf-8")
+        if is_bare_gpt2(folder):
+            (folder / CONFIG).write_text(strict_json.dumps(GPT2), encoding="utf-8")

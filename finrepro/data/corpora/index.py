@@ -8,19 +8,20 @@ begins). The index is written last: a folder without it holds an unfinished prep
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_json
 from finrepro.settings import Count, Positive, build, settings
 
 FORMAT = 1
 INDEX = "index.json"
 Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+TokenizerDigest = Annotated[str, pydantic.Field(pattern="^(2:)?[0-9a-f]{64}$")]
 
 
 @settings
@@ -53,7 +54,7 @@ class Index:
     """
 
     format: Positive
-    tokenizer: Digest
+    tokenizer: TokenizerDigest
     vocabulary: Positive
     start_id: Count
     dtype: Literal["uint16", "uint32"]
@@ -71,7 +72,7 @@ class Unfinished:
     """
 
     format: Positive
-    tokenizer: Digest
+    tokenizer: TokenizerDigest
     vocabulary: Positive
     source: dict[str, Any]
     options: dict[str, Any]
@@ -88,7 +89,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         unfinished = " (a preparation was begun and has not ended: run it again)"
         hint = unfinished if (folder / ".preparing").is_dir() else ""
@@ -131,12 +132,12 @@ def index_digest(folder: Path) -> str:
 def check_fits(
     folder: Path, index: Index | Unfinished, tokenizer: str | None, rows: int | None
 ) -> None:
-    """Raise `UsageError` unless the corpus was made with this tokenizer (its sha256), and a model
+    """Raise `UsageError` unless the corpus was made with this tokenizer (its digest), and a model
     of `rows` embeddings has one for each of its ids. None: not checked.
     """
     if tokenizer is not None and tokenizer != index.tokenizer:
         raise UsageError(
-            f"{folder} was made with another tokenizer (sha256 {index.tokenizer[:12]}..., "
+            f"{folder} was made with another tokenizer (digest {index.tokenizer[:12]}..., "
             f"the model's is {tokenizer[:12]}...): prepare it again with the model's."
         )
     if rows is not None and index.vocabulary > rows:

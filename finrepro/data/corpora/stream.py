@@ -158,7 +158,7 @@ class Corpus:
 
 
 def open_corpus(folder: Path, tokenizer: str | None = None, rows: int | None = None) -> Corpus:
-    """Open a prepared corpus for a model with this tokenizer (sha256, as `tokens.tokenizer_digest`)
+    """Open a prepared corpus for a model with this tokenizer (`tokenizer_digest`)
     and so many embeddings.
 
     Checks the index alone: sizes are checked as a split is opened, every sha256 by `invoke data

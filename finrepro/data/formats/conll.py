@@ -5,6 +5,7 @@ Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are I
 person, `O` outside, so that two entities of one type side by side are one.
 """
 
+from finrepro.data.cells import decoded
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
@@ -36,7 +37,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     for split, content in contents.items():
         examples: list[Example] = []
         document = 0
-        for block in content.decode("utf-8").split("\n\n"):
+        for block in decoded(content, name, split).split("\n\n"):
             lines = [line.split(" ") for line in block.split("\n") if line]
             if not lines:
                 continue

@@ -9,6 +9,7 @@ FinLoRA's file with swapped labels is what one shared map leads to.
 import csv
 import io
 
+from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
@@ -25,24 +26,29 @@ class Config(DatasetConfig):
 
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
-    """Split name -> examples in file order. Raises `EnvironmentFault` on a missing column or an
-    unknown label code.
+    """Split name -> examples in file order. Raises `EnvironmentFault`, with the line that a row
+    ends in, on a missing column or text, an unknown label code, and what is no CSV.
     """
     splits = {}
     for split, content in contents.items():
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+        lines = csv.DictReader(io.StringIO(decoded(content, name, split), newline=""))
+        examples: list[Example] = []
         try:
-            splits[split] = tuple(
-                Example(
-                    id=f"{name}/{split}/{row}",
-                    text=values[config.text_column].strip(),
-                    label=config.labels[values[config.label_column]],
+            for values in lines:
+                place = where(name, split, lines.line_num)
+                text = text_of(values[config.text_column], config.text_column, place)
+                label = config.labels[values[config.label_column]]
+                examples.append(
+                    Example(id=f"{name}/{split}/{len(examples)}", text=text, label=label)
                 )
-                for row, values in enumerate(rows)
-            )
         except KeyError as error:
             raise EnvironmentFault(
-                f"dataset '{name}', split '{split}': no column or label {error}."
+                f"{where(name, split, lines.line_num)}: no column or label {error}."
             ) from None
-        check_rows(name, split, config.files[split], len(rows))
+        except csv.Error as error:  # a field of over 131,072 characters: a quote that is not closed
+            raise EnvironmentFault(
+                f"{where(name, split, lines.line_num + 1)}: not CSV ({error})."
+            ) from None
+        splits[split] = tuple(examples)
+        check_rows(name, split, config.files[split], len(examples))
     return splits

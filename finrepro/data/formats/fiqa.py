@@ -9,13 +9,15 @@ challenge's files, without any sentence of the test set. PIXIU divided rows, not
 its test rows have their sentence also in its training or validation set.
 """
 
-import json
+import math
 from typing import Any
 
+from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's prompts call it
@@ -46,13 +48,15 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     check_rows(name, "test", config.files["test"], len(rows))
     examples = []
     for row, line in enumerate(rows):
-        instruction, text = split_prompt(str(line.get("context")))
+        place = where(name, "test", row + 1)
+        context = text_of(line.get("context"), "context", place)
+        instruction, text = split_prompt(context)
         source = SCORED["post"] if SCORED["post"] in instruction else SCORED["headline"]
         examples.append(
             Example(
                 id=f"{name}/test/{row}",
-                text=text.strip(),
-                label=str(line.get("target")),
+                text=text_of(text, "Input of context", place),
+                label=text_of(line.get("target"), "target", place),
                 source=source,
             )
         )
@@ -74,12 +78,12 @@ def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Ex
     `EnvironmentFault` on another form or length.
     """
     try:
-        sentences: dict[str, Any] = json.loads(content)
+        sentences: dict[str, Any] = strict_json.loads(decoded(content, name, role))
         check_rows(name, role, config.files[role], len(sentences), "sentences")
         return [
             Example(
                 id=f"{name}/{role}/{key}/{number}",
-                text=str(entry["sentence"]).strip(),
+                text=text_of(entry["sentence"], "sentence", where(name, role, f"entry {key}")),
                 label=sentiment(float(target["sentiment_score"]), config),
                 source=SCORED[role],
             )
@@ -93,7 +97,11 @@ def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Ex
 
 
 def sentiment(score: float, config: Config) -> str:
-    """The class of a score, as FinGPT and PIXIU draw the borders."""
+    """The class of a score, as FinGPT and PIXIU draw the borders. Raises `ValueError` for a score
+    that is not finite.
+    """
+    if not math.isfinite(score):
+        raise ValueError(f"a score is {score}")
     if score < config.low:
         return "negative"
     return "neutral" if score < config.high else "positive"

@@ -1,10 +1,10 @@
 """JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
-import json
-
+from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 
@@ -35,34 +35,37 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     for split, content in contents.items():
         columns, examples = config.columns[split], []
         for row, line in enumerate(json_lines(content, name, split)):
-            text, label = str(line.get(columns.text) or ""), str(line.get(columns.label)).strip()
+            label = str(line.get(columns.label)).strip()
             if columns.text not in line or label not in config.labels:
                 raise EnvironmentFault(
-                    f"dataset '{name}', split '{split}', line {row + 1}: "
+                    f"{where(name, split, row + 1)}: "
                     f"no '{columns.text}', or '{columns.label}' is {line.get(columns.label)!r} "
                     f"and not one of {', '.join(config.labels)}."
                 )
-            text = split_prompt(text)[1] if columns.prompted else text
-            examples.append(Example(id=f"{name}/{split}/{row}", text=text.strip(), label=label))
+            place = where(name, split, row + 1)
+            text = text_of(line[columns.text], columns.text, place)
+            if columns.prompted:
+                text = text_of(split_prompt(text)[1], f"Input of {columns.text}", place)
+            examples.append(Example(id=f"{name}/{split}/{row}", text=text, label=label))
         check_rows(name, split, config.files[split], len(examples))
         splits[split] = tuple(examples)
     return splits
 
 
 def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
-    """The objects of a JSON lines file. Raises `EnvironmentFault` naming a line that is not one."""
+    """The objects of a JSON lines file, which may end in blank lines. Raises `EnvironmentFault`
+    naming a line that is none.
+    """
     rows = []
-    for number, line in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"), 1):
+    lines = decoded(content, name, role).rstrip().split("\n")
+    for number, line in enumerate(lines if lines != [""] else [], 1):
+        place = where(name, role, number)
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise EnvironmentFault(
-                f"dataset '{name}', file '{role}', line {number}: not JSON ({error})."
-            ) from None
+            value = strict_json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EnvironmentFault(f"{place}: not JSON ({error}).") from None
         if not isinstance(value, dict):
-            raise EnvironmentFault(
-                f"dataset '{name}', file '{role}', line {number}: not a JSON object."
-            )
+            raise EnvironmentFault(f"{place}: not a JSON object.")
         rows.append(value)
     return rows
 

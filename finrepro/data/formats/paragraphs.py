@@ -6,9 +6,9 @@ paragraphs of an article are one observation.
 
 import re
 
+from finrepro.data.cells import decoded
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
-from finrepro.errors import EnvironmentFault
 from finrepro.settings import Positive, settings
 
 ARTICLE = re.compile(r"= ([^=].*?) =")  # " = Robert Boulter = "; sections have more signs
@@ -32,12 +32,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     """
     splits = {}
     for split, content in contents.items():
-        try:
-            lines = content.decode("utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise EnvironmentFault(
-                f"dataset '{name}', split '{split}': no UTF-8 text ({error})."
-            ) from None
+        lines = decoded(content, name, split).split("\n")
         examples: list[Example] = []
         article = ""
         for line in map(str.strip, lines):

@@ -6,6 +6,7 @@ quarter; `RandomSplit` gives the same 1,212 rows in the same order by NumPy's ge
 
 import numpy as np
 
+from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.settings import settings
@@ -40,13 +41,17 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     """
     # Not splitlines(): in ISO-8859-1 it would also break at control characters inside a sentence.
     lines = (
-        contents["all"].decode(config.encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
+        decoded(contents["all"], name, "all", config.encoding)
+        .replace("\r\n", "\n")
+        .removesuffix("\n")
+        .split("\n")
     )
     check_rows(name, "all", config.files["all"], len(lines), "lines")
     examples = []
     for row, line in enumerate(lines):
         text, _, label = line.rpartition("@")
-        examples.append(Example(id=f"{name}/all/{row}", text=text.strip(), label=label.strip()))
+        text = text_of(text, "text before @", where(name, "all", row + 1))
+        examples.append(Example(id=f"{name}/all/{row}", text=text, label=label.strip()))
     order = np.random.default_rng(config.split.seed).permutation(len(examples))
     shuffled = [examples[row] for row in order]
     return {

@@ -17,6 +17,7 @@ from finrepro.data.preparing.prepare import (
     default_workers,
     prepare,
 )
+from finrepro.data.preparing.sources import JSONL, PARQUET, kind_of
 from finrepro.data.preparing.tokenizing import load_encoder
 from finrepro.data.preparing.verify import corpus_faults
 from finrepro.errors import UsageError
@@ -89,6 +90,11 @@ def prepare_corpus(
         raise UsageError(
             f"--{next(iter(local))} goes with files of your own; '{source}' says in "
             "configs/corpora.yaml what it is."
+        )
+    if field and path.is_file() and kind_of(path) not in JSONL + PARQUET:
+        raise UsageError(
+            f"--field goes with JSON lines and Parquet ({', '.join(JSONL + PARQUET)}); "
+            f"{path.name} would be read as plain text."
         )
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out} lies inside of its own source {source}: choose another.")

@@ -7,7 +7,6 @@ complete shard holds, and ends with the same bytes, whatever the number of worke
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -36,6 +35,7 @@ from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, encode_in_order
 from finrepro.data.preparing.writer import PREPARING, SplitWriter
 from finrepro.errors import UsageError
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import disk_errors
 from finrepro.settings import Count, plain, settings
 
@@ -115,7 +115,7 @@ def prepare(
         (folder / PREPARING).mkdir(parents=True, exist_ok=True)
         with underway.lock(folder), _disk_errors(folder):
             try:
-                index = _begin(folder, identities)
+                index = _begin(folder, identities, encoder.digest_1)
                 before_writing()
                 if index is None:
                     index = _write(
@@ -142,11 +142,13 @@ def _disk_errors(folder: Path) -> AbstractContextManager[None]:
     return disk_errors(folder, advice, option="--out")
 
 
-def _begin(folder: Path, identities: dict[str, Any]) -> Index | None:
+def _begin(folder: Path, identities: dict[str, Any], digest_1: str) -> Index | None:
     """The index of a finished corpus; None after recording, or finding recorded, that this corpus
     is prepared here. Raises `UsageError` when the folder holds another.
+
+    `digest_1` is the tokenizer's in version 1, which older preparations have recorded.
     """
-    requested = json.loads(json.dumps(identities))
+    requested = strict_json.loads(strict_json.dumps(identities))
     if (folder / INDEX).exists():
         index = read_index(folder)
         recorded = {key: getattr(index, key) for key in requested}
@@ -158,6 +160,8 @@ def _begin(folder: Path, identities: dict[str, Any]) -> Index | None:
             raise UsageError(f"{folder} is not empty (it holds {names[0]}): choose another --out.")
         write_record(folder / PREPARING / underway.OPTIONS, requested)
         return None
+    if recorded["tokenizer"] == digest_1:
+        requested["tokenizer"] = digest_1
     differing = [key for key in requested if requested[key] != recorded[key]]
     if differing:
         state = "" if index else " (not finished)"

@@ -1,11 +1,11 @@
 """Damaged documents: a list with file, line and reason, or the first one as an error."""
 
 import contextlib
-import json
 from collections import Counter
 from pathlib import Path
 
 from finrepro.errors import EnvironmentFault, unknown
+from finrepro.evidence import strict_json
 
 NAME = "quarantine.jsonl"
 CHOICES = ("stop", "skip")
@@ -39,7 +39,7 @@ class Quarantine:
         self.count += 1
         self.reasons[reason.split(" (")[0]] += 1
         row = {"file": file, "line": line, "reason": reason}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(strict_json.dumps(row, ensure_ascii=False) + "\n")
 
     def close(self, finished: bool) -> None:
         """Give the list its name if the preparation is finished, else remove it."""

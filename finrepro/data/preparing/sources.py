@@ -6,7 +6,6 @@ or raises.
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,19 @@ from typing import Any
 
 from finrepro.data.preparing.documents import RULES, Document, Fault, split_file
 from finrepro.errors import EnvironmentFault, unknown
+from finrepro.evidence import strict_json
 
 TEXT, JSONL, PARQUET = (".txt", ".text", ".raw", ".tokens"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = TEXT + JSONL + PARQUET
+# Kinds whose marks, keys and quotes would be read as text, and what to do about them.
+STRUCTURED = {
+    ".json": "write it as JSON lines, an object a line, and name it .jsonl",
+    **dict.fromkeys((".csv", ".tsv"), "write it as JSON lines or Parquet"),
+    **dict.fromkeys(
+        (".html", ".htm", ".xml", ".xbrl", ".pdf", ".zip", ".tar", ".docx", ".xlsx", ".arrow"),
+        "write its text as .txt, JSON lines or Parquet",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class LocalFiles:
             raise unknown("rule for documents", self.documents, RULES)
         if not self.path.exists():
             raise EnvironmentFault(f"{self.path}: no such file or folder.")
+        if (kind := kind_of(self.path)) in STRUCTURED and not self.path.is_dir():
+            raise EnvironmentFault(f"{self.path}: a {kind} file is not read: {STRUCTURED[kind]}.")
         if not self.files:
             raise EnvironmentFault(
                 f"{self.path} holds no file of a known kind: {', '.join(SUFFIXES)}, or with .gz."
@@ -123,7 +134,7 @@ def _json_lines(path: Path, name: str, field: str, fault: Fault) -> Iterator[Doc
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = strict_json.loads(line)
             except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError, too
                 fault(name, number, f"not JSON ({error})")
                 continue

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from finrepro.data.tokens import tokenizer_digest
+from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer: its file's sha256 `digest`, its number of ids, the id that begins a document,
-    and its definition as JSON.
+    """A tokenizer: the `digest` of its files and that of version 1, its number of ids, the id that
+    begins a document, and its definition as JSON.
     """
 
     digest: str
+    digest_1: str
     vocabulary: int
     start_id: int
     definition: str
@@ -79,7 +80,8 @@ def load_encoder(folder: Path) -> Encoder:
         raise UsageError(
             f"{folder}: the tokenizer has neither a beginning-of-text nor an end-of-text token."
         )
-    return Encoder(digest, len(tokenizer), start, tokenizer.backend_tokenizer.to_str())
+    digest_1 = str(tokenizer_digest(folder, version=1))
+    return Encoder(digest, digest_1, len(tokenizer), start, tokenizer.backend_tokenizer.to_str())
 
 
 @lru_cache(maxsize=1)  # reading GPT-2's takes a quarter of a second

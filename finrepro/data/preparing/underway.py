@@ -4,7 +4,6 @@ at work on it, and why the last one stopped.
 
 import contextlib
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from finrepro.data.corpora.index import INDEX, Unfinished
 from finrepro.data.preparing.writer import PREPARING
 from finrepro.errors import EnvironmentFault, FinreproError
+from finrepro.evidence import strict_json
 from finrepro.settings import build
 
 OPTIONS, LOCK, FAILURE = "options.json", ".lock", "failure.txt"
@@ -31,7 +31,9 @@ def unfinished(folder: Path) -> Unfinished | None:
     """
     path = folder / PREPARING / OPTIONS
     try:
-        return build(Unfinished, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
+        return build(
+            Unfinished, dict(strict_json.loads(path.read_text(encoding="utf-8"))), str(path)
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (FinreproError, ValueError, TypeError):

@@ -8,7 +8,6 @@ documents from the first one on, and skips those that complete shards hold.
 
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +16,7 @@ import numpy as np
 from finrepro.data.corpora.index import Shard, Split, write_record
 from finrepro.data.corpora.stream import Tokens
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.files import flush
 from finrepro.settings import build, plain
 
@@ -169,7 +169,7 @@ def complete_shard(
     """
     path = folder / PREPARING / f"{name}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     shard = build(Shard, record["shard"], str(path))

@@ -97,9 +97,13 @@ def tally(rows: Sequence[dict[str, Any]], config: Config) -> Float[np.ndarray, "
 def score(
     sums: Float[np.ndarray, "*batch 3"], config: Config
 ) -> dict[str, Float[np.ndarray, "*batch"]]:
-    """Perplexity per token and bits per byte from summed tallies."""
+    """Perplexity per token and bits per byte from summed tallies; above 709 nats a token the
+    perplexity is infinite.
+    """
     logprob, tokens, size = sums[..., 0], sums[..., 1], sums[..., 2]
+    with np.errstate(over="ignore"):
+        perplexity = np.asarray(np.exp(-logprob / tokens))
     return {
-        "perplexity": np.asarray(np.exp(-logprob / tokens)),
+        "perplexity": perplexity,
         "bits_per_byte": np.asarray(-logprob / (np.log(2) * size)),
     }

@@ -8,11 +8,11 @@ linear, so it cannot be merged into the weights, and the export has a format of 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.evidence import strict_json
 from finrepro.settings import Choice, Positive, PositiveFloat, build, settings
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def export(model: "nn.Module", folder: Path) -> None:
         folder / WEIGHTS,
     )
     values = {"format": FORMAT, "base": _size(model), "settings": dataclasses.asdict(config)}
-    (folder / SETTINGS).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    (folder / SETTINGS).write_text(strict_json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def read(model: "nn.Module", folder: Path) -> "nn.Module":
@@ -160,7 +160,7 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
     from safetensors.torch import load_file
 
     try:
-        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        values = strict_json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise EnvironmentFault(

@@ -11,12 +11,12 @@ Made by PEFT, so that what is exported is a plain PEFT folder. B starts at zero:
 equals its base at first.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from finrepro.evidence import strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, settings
 
@@ -227,6 +227,6 @@ def sort_settings(folder: Path) -> None:
     process to process.
     """
     path = folder / "adapter_config.json"
-    values = json.loads(path.read_text())
+    values = strict_json.loads(path.read_text())
     values["target_modules"] = sorted(values["target_modules"])
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    path.write_text(strict_json.dumps(values, indent=2, sort_keys=True) + "\n")

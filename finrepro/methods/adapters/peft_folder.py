@@ -10,12 +10,12 @@ outside the layers (prompt tuning) are refused because scoring bypasses PEFT's w
 """
 
 import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finrepro.errors import EnvironmentFault
+from finrepro.evidence import strict_json
 from finrepro.evidence.manifest import file_digest
 from finrepro.settings import Choice, settings
 
@@ -51,7 +51,7 @@ def from_folder(path: Path) -> dict[str, Any]:
     if not (path / SETTINGS).is_file():
         raise EnvironmentFault(f"{path}: not a PEFT folder: it has no {SETTINGS}.")
     try:
-        values = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        values = strict_json.loads((path / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"{path / SETTINGS}: cannot be read: {error}.") from None
     kind, base = (
@@ -162,6 +162,7 @@ def apply(model: "nn.Module", config: Config, seed: int) -> "nn.Module":
             f"{path}: the adapter does not fit the model: {' '.join(lines[:2])}"
         ) from None
     check_every_tensor_is_used(adapted, path)
+    check_every_tensor_is_finite(path / WEIGHTS)
     return adapted.requires_grad_(False)
 
 
@@ -183,6 +184,18 @@ def check_every_tensor_is_used(adapted: Any, path: Path) -> None:
             raise EnvironmentFault(
                 f"{path / WEIGHTS}: {fault} {min(names)} and {len(names) - 1} more."
             )
+
+
+def check_every_tensor_is_finite(path: Path) -> None:
+    """Raises `EnvironmentFault` when a tensor of the file holds NaN or an infinity."""
+    from safetensors import safe_open
+
+    from finrepro.runtime.finite import is_finite
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            if not is_finite(file.get_tensor(name)):
+                raise EnvironmentFault(f"{path}: {name} holds NaN or an infinity.")
 
 
 def export(model: "nn.Module", folder: Path) -> None:

@@ -10,10 +10,10 @@ What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0
 [A; A_0].
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finrepro.evidence import strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.settings import Choice, Count, Positive, settings
@@ -134,7 +134,7 @@ def on_own_base(weights: Path, folder: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    settings = json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = strict_json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
     r = settings["r"] // 2
     halves = {
         name: (factor[:r] if ".lora_A." in name else factor[:, :r]).contiguous()
@@ -144,7 +144,7 @@ def on_own_base(weights: Path, folder: Path) -> Path:
     # quantized layers store (out, in)
     settings |= {"r": r, "lora_alpha": settings["lora_alpha"] // 2, "fan_in_fan_out": False}
     (folder / "adapter_config.json").write_text(
-        json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        strict_json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )
     return folder
 

@@ -78,8 +78,9 @@ def factors(
     """B A = U_J S_J V_J^T of a float32 weight, on its device; `indices` is J.
 
     Gauge `sqrt` (the paper's): B = U_J S_J^1/2, A = S_J^1/2 V_J^T; `code` (its authors' code): B =
-    U_J S_J, A = V_J^T. The product is the same, its gradients are not. A singular vector has no
-    sign of its own: the largest entry of each column of U is made positive.
+    U_J, A = S_J V_J^T, since that decomposes the transpose, (in, out), and gives S to the factor
+    that the input meets first. The product is the same, its gradients are not. A singular vector
+    has no sign of its own: the largest entry of each column of U is made positive.
     """
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     indices = indices.to(weight.device)
@@ -87,7 +88,7 @@ def factors(
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     u, vh = u * sign, vh * sign.T
     if gauge == "code":
-        return Factors(vh.contiguous(), (u * s).contiguous())
+        return Factors((s[:, None] * vh).contiguous(), u.contiguous())
     return Factors((s.sqrt()[:, None] * vh).contiguous(), (u * s.sqrt()).contiguous())
 
 

@@ -5,8 +5,8 @@ Each block w is moved by a number tau before it is rounded, W' = W - tau, and mo
 C[q] absmax(w - tau) + tau, where tau maximises the entropy of the block's 16-valued codes, H =
 -sum_c p_c log2 p_c, among f absmax(w - median) + median for f in a small range.
 
-Ours differs from the official code in three things. The published search leaves 8 % of normal
-blocks with less entropy than without it: here tau = 0 is a candidate, and is taken where the
+Ours differs from the official code in three things. The published search leaves 5 to 6 % of
+normal blocks with less entropy than without it: here tau = 0 is a candidate, and is taken where the
 rounded tau is no better (`fallback`). Codes are computed after tau has been rounded to 8 bits, not
 before, so that what is subtracted is what is added. Ties, which most blocks have, go to the
 smallest |tau| and then to the earlier candidate, which does not depend on the order of the grid

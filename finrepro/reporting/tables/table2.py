@@ -20,6 +20,7 @@ from finrepro.reporting.grouping import (
     reasons,
 )
 from finrepro.reporting.loss_curve import LossCurve, loss_curve
+from finrepro.reporting.scores import bounds
 from finrepro.reporting.table import Line, Table
 from finrepro.statistics.equivalence import Estimate, estimate
 
@@ -147,7 +148,7 @@ def _line(
         f"{speed:,.0f} ({1000 * mean(steps):,.0f})" if steps else f"{speed:,.0f}",
         _mfu(rows, facts, speed),
         f"{max(row['costs']['peak_memory_bytes'] for row in rows) / 2**30:.2f}",
-        f"{plain.value:.3f} [{plain.low:.3f}, {plain.high:.3f}] ({len(rows)}){marks(rows)}"
+        f"{plain.value:.3f} {bounds(plain.low, plain.high)} ({len(rows)}){marks(rows)}"
         if plain
         else "-",
         f"{mean(at_equal_time):.3f}" if at_equal_time else "-",
@@ -234,10 +235,15 @@ def _legend(row: CellResult) -> str:
 
 def _notes(rows: Sequence[CellResult], finished: Sequence[CellResult]) -> tuple[str, ...]:
     """How to read the table, then the reasons."""
+    corpora = dict.fromkeys(title for row in rows for title in row["pretraining"]["scored_on"])
     notes = [
         "Loss: nats a token on text that was not trained on, after the same number of tokens; "
         "interval: bootstrap over articles, over several seeds with the spread between runs "
-        "(Student's t). Bits a byte do not depend on the tokenizer.",
+        "(Student's t), with as many decimals as 1,000 resamples carry. Bits a byte do not depend "
+        "on the tokenizer.",
+        f"Scored on {'; '.join(corpora)}: every paragraph by itself, from its first token, without "
+        "headings. It is not the usual strided perplexity over the joined text, and not to be set "
+        "beside one.",
         "At equal time: the training loss (mean of ten steps, each text seen once, constant "
         "learning rate) when the fastest line of its group was done; it has other texts than the "
         "column Loss, and compares within its group alone.",

@@ -424,6 +424,17 @@ def corpus(tmp_path: Path) -> Path:
     )
 
 
+def test_a_corpus_that_has_recorded_the_digest_of_version_1_is_the_same_corpus(
+    lines: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    older = dataclasses.replace(encoder, digest=encoder.digest_1)
+    complete = prepare.prepare(sources_of(lines), older, tmp_path / "out", OPTIONS)
+    before = images(tmp_path / "out")
+    assert prepare.prepare(sources_of(lines), encoder, tmp_path / "out", OPTIONS) == complete
+    assert images(tmp_path / "out") == before and complete.tokenizer == encoder.digest_1
+    assert encoder.digest != encoder.digest_1
+
+
 def altered(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -15,6 +15,7 @@ from fixtures.process import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finrepro.data.preparing.command import prepare_corpus
 from finrepro.data.preparing.documents import RULES, split_file
 from finrepro.data.preparing.entries import (
     CorpusEntry,
@@ -229,6 +230,21 @@ def test_where_there_is_nothing_to_read_it_is_said(tmp_path: Path) -> None:
 
 
 # The hub: its library streams files of this machine by the same code.
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".html", ".json.gz", ".CSV"])
+def test_a_structured_file_is_not_read_as_text(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b'{"text": "a"}')
+    kind = suffix.removesuffix(".gz").lower()
+    with pytest.raises(EnvironmentFault, match=rf"rows\S+: a \{kind} file is not read: write"):
+        LocalFiles(path)
+
+
+def test_a_field_of_plain_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match=r"--field goes with .*; a\.txt would be read as plain"):
+        prepare_corpus(str(tmp_path / "a.txt"), tmp_path, tmp_path / "out", field="body")
 
 
 def test_a_dataset_is_streamed_row_by_row(tmp_path: Path) -> None:

@@ -247,6 +247,11 @@ LOADING = {
         "without a place for it, base_model.model.x",
     ),
     "another rank": (edit(r=5), "does not fit the model"),
+    "NaN": (retensor(lambda tensors: tensors[max(tensors)].fill_(torch.nan)), "holds NaN or an"),
+    "an infinity": (
+        retensor(lambda tensors: tensors[min(tensors)][0].fill_(-torch.inf)),
+        "lora_A.weight holds NaN or an infinity",
+    ),
 }
 
 

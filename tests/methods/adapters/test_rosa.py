@@ -131,7 +131,7 @@ def by_definition(
     u, s, vh = u[:, chosen], s[chosen], vh[chosen]
     sign = np.sign(u[np.abs(u).argmax(0), np.arange(len(chosen))])
     u, vh = u * sign, vh * sign[:, None]
-    return (vh, u * s) if gauge == "code" else (np.sqrt(s)[:, None] * vh, u * np.sqrt(s))
+    return (s[:, None] * vh, u) if gauge == "code" else (np.sqrt(s)[:, None] * vh, u * np.sqrt(s))
 
 
 def spread(shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -168,7 +168,7 @@ def test_the_factors_are_the_chosen_singular_directions(shape: tuple[int, int], 
 
 
 def test_both_gauges_have_one_product_and_gradients_that_differ_by_roots_of_s() -> None:
-    """S15. B' g x' at A: with S^1/2 more of B in `code`, and at B with S^1/2 less of A."""
+    """S15. B' g x' at A: with S^1/2 less of B in `code`, and at B with S^1/2 more of A."""
     weight = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
     chosen, slope = (
         torch.tensor([1, 4, 6]),
@@ -177,10 +177,30 @@ def test_both_gauges_have_one_product_and_gradients_that_differ_by_roots_of_s() 
     sqrt, code = factors(weight, chosen, "sqrt"), factors(weight, chosen, "code")
     assert_close(sqrt.b @ sqrt.a, code.b @ code.a, 1e-6)
     root = torch.linalg.svdvals(weight)[chosen].sqrt()
-    assert_close(code.b.T @ slope, root[:, None] * (sqrt.b.T @ slope), 1e-5)
-    assert_close(slope @ code.a.T, slope @ sqrt.a.T / root, 1e-5)
+    assert_close(code.b.T @ slope, sqrt.b.T @ slope / root[:, None], 1e-5)
+    assert_close(slope @ code.a.T, root * (slope @ sqrt.a.T), 1e-5)
     assert_close(sqrt.b.T @ sqrt.b, sqrt.a @ sqrt.a.T, 1e-5)  # balanced
-    assert_close(code.a @ code.a.T, torch.eye(3), 1e-5)
+    assert_close(code.b.T @ code.b, torch.eye(3), 1e-5)
+
+
+def test_the_gauge_code_takes_the_authors_step() -> None:
+    """Theirs decomposes W as (in, out) into U S and V^T, x W = (x U S) V^T: one step of SGD
+    changes the product as theirs does, which ours with S on the output's side does not.
+    """
+    weight, chosen = spread((7, 12)), torch.tensor([0, 3, 5])
+    slope = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))  # of the loss, at W
+    u, s, vh = torch.linalg.svd(weight.T, full_matrices=False)
+    first, second = u[:, chosen] * s[chosen], vh[chosen]
+    stepped = (first - 0.1 * slope.T @ second.T) @ (second - 0.1 * first.T @ slope.T)
+
+    def after_a_step(factored: Factors) -> Tensor:
+        a, b = factored
+        return (b - 0.1 * slope @ a.T) @ (a - 0.1 * b.T @ slope)
+
+    found = factors(weight, chosen, "code")
+    assert_close(after_a_step(found), stepped.T, 1e-5)
+    swapped = Factors(found.a / s[chosen][:, None], found.b * s[chosen])
+    broken(assert_close, after_a_step(swapped), stepped.T, 1e-5)
 
 
 # --- J
