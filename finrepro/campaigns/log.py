@@ -7,6 +7,7 @@ from typing import Any
 from finrepro.campaigns.preview import CampaignOptions, CampaignPlan
 from finrepro.catalogue.selection import Selection
 from finrepro.evidence import files, provenance, store
+from finrepro.evidence.sealed import sealed
 from finrepro.planning.plan import Step
 from finrepro.reporting.tabulate import file_stem
 from finrepro.runtime.interrupts import held_back
@@ -97,7 +98,8 @@ class CampaignLog:
         """Write the record. Raises `EnvironmentFault` where the disk is full."""
         with files.disk_errors(self.place.store.root):
             files.write_json(
-                self.place.store.results / "campaigns" / f"{self.record['id']}.json", self.record
+                self.place.store.results / "campaigns" / f"{self.record['id']}.json",
+                sealed(self.record),
             )
 
     def show(self, step: Step) -> None:

@@ -24,9 +24,9 @@ def unsealed(content: Any) -> dict[str, Any] | None:
     return value if content[SEAL] == _digest(value) else None
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
+def read_sealed(path: Path, older: bool = False) -> dict[str, Any] | None:
     """What was sealed in a file; None where there is none. Raises `Damaged` with the file's name if
-    it is not what was written.
+    it is not what was written. With `older`, a JSON object without a seal is taken as it is.
     """
     try:
         content = strict_json.loads(path.read_text(encoding="utf-8"))
@@ -34,6 +34,8 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError):
         raise Damaged(path.name) from None
+    if older and isinstance(content, dict) and SEAL not in content:
+        return content
     value = unsealed(content)
     if value is None:
         raise Damaged(path.name)

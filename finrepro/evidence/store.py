@@ -25,8 +25,10 @@ from finrepro.errors import EnvironmentFault
 from finrepro.evidence import provenance, schema, strict_json
 from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
-from finrepro.evidence.manifest import read_manifest, write_manifest
+from finrepro.evidence.manifest import Damaged, read_manifest, write_manifest
 from finrepro.evidence.run_faults import RESULT, run_faults
+from finrepro.evidence.scorings import Scorings
+from finrepro.evidence.sealed import read_sealed
 
 FORMAT = 1  # of the folder; that of a result is finrepro.evidence.schema.FORMAT
 DONE, FAILED, DIVERGED, SKIPPED = "done", "failed", "diverged", "skipped"
@@ -144,32 +146,10 @@ class Store:
         weights = [f"{sha}  {name}" for name, sha in listed.items() if name.startswith("weights/")]
         return hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
-    def log_scoring(self, spec: RunSpec, task: str) -> None:
-        """Note that a split is scored, before it is: an attempt that failed or was thrown away
-        still counts.
-        """
-        row = {
-            "run_id": spec.run_id,
-            "label": spec.label,
-            "task": task,
-            "split": spec.evaluation.split,
-        }
-        with (
-            disk_errors(self.root),
-            (self.results / "scorings.jsonl").open("a", encoding="utf-8") as file,
-        ):
-            file.write("\n" + strict_json.dumps({**row, "time": time.time()}))
-
-    def times_scored(self, spec: RunSpec) -> int:
-        """How often this configuration's split has been scored in this store: tuning on a test
-        set would show here.
-        """
-        try:
-            lines = (self.results / "scorings.jsonl").read_text(encoding="utf-8").split("\n")
-        except OSError:
-            return 0
-        # A line cut off by a crash is no reason to fail.
-        return sum(f'"run_id": "{spec.run_id}"' in line for line in lines)
+    @property
+    def scorings(self) -> Scorings:
+        """Which split was scored when, over all attempts."""
+        return Scorings(self.results / "scorings.jsonl")
 
     def campaigns(self) -> list[dict[str, Any]]:
         """Every campaign's record, oldest first. Raises `EnvironmentFault` naming one that
@@ -178,8 +158,8 @@ class Store:
         campaigns = []
         for path in (self.results / "campaigns").glob("*.json"):
             try:
-                campaigns.append(strict_json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                campaigns.append(read_sealed(path, older=True) or {})
+            except Damaged:
                 raise EnvironmentFault(
                     f"{path} is damaged; move it away and run the command again."
                 ) from None

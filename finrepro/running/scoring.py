@@ -62,7 +62,7 @@ def evaluate_tasks(
         for task in spec.tasks:
             examples = inputs.datasets[task.dataset.name].splits[spec.evaluation.split]
             if ranks.current().is_main:
-                store.log_scoring(spec, task.task.name)
+                store.scorings.note(spec, task.task.name)
             evaluated = evaluate(
                 model,
                 inputs.tokenizer,

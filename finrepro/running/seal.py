@@ -136,7 +136,7 @@ def data_of(spec: RunSpec, store: Store, inputs: Inputs, weights: Path) -> schem
             "sha256": tokenizer_digest(inputs.base or weights),
             "ends": list(inputs.ends),
         },
-        "times_scored": store.times_scored(spec),
+        "times_scored": store.scorings.times(spec),
     }
 
 

@@ -124,12 +124,13 @@ def test_a_result_on_a_kept_stale_base_is_stale_itself(place: Place, cell: Cell)
 
 
 def test_a_half_written_line_of_the_scorings_is_no_reason_to_fail(place: Place, cell: Cell) -> None:
-    place.store.log_scoring(cell.spec, "tfns")
+    place.store.scorings.note(cell.spec, "tfns")
     path = place.store.results / "scorings.jsonl"
     path.write_text(path.read_text() + '\n{"run_id": "0123')
-    place.store.log_scoring(cell.spec, "tfns")
+    place.store.scorings.note(cell.spec, "tfns")
     other = dataclasses.replace(cell.spec, seed=9)
-    assert place.store.times_scored(cell.spec) == 2 and place.store.times_scored(other) == 0
+    assert place.store.scorings.times(cell.spec) == 2 and place.store.scorings.times(other) == 0
+    assert place.store.scorings.damaged() == 1
 
 
 def test_the_zero_settings_belong_to_the_source(
