@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.foreign import chosen as choice
 from fixtures.model import (
+    IDS,
     MINIATURES,
     all_logits,
     broken,
     make,
     process,  # noqa: F401
-    random_examples,
     spec_of,
     stir,
 )
@@ -31,24 +32,12 @@ from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.place import Place
-from finrepro.kinds import adapter_of, choose
+from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import peft_folder
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import load
-from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
-IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
-
-
-def choice(folder: Path) -> Choice:
-    """The folder on the adapter axis, as `--adapter` puts it there."""
-    return choose(
-        "adapters",
-        folder.name,
-        {"kind": "peft_folder", **peft_folder.from_folder(folder)},
-        "--adapter",
-    )
 
 
 def exported(name: str, quantizer: str, folder: Path) -> tuple[Path, nn.Module]:
@@ -189,7 +178,10 @@ BEFORE = {
         "not a PEFT folder.*adapter_config",
     ),
     "bad json": (lambda folder: (folder / peft_folder.SETTINGS).write_text("{"), "cannot be read"),
-    "a list": (lambda folder: (folder / peft_folder.SETTINGS).write_text("[]"), "only LORA"),
+    "a list": (
+        lambda folder: (folder / peft_folder.SETTINGS).write_text("[]"),
+        "a JSON object is expected",
+    ),
     "prompt tuning": (edit(peft_type="PROMPT_TUNING"), "PROMPT_TUNING.*only LORA"),
     "no base": (
         edit(base_model_name_or_path=None),
@@ -246,7 +238,7 @@ LOADING = {
         ),
         "without a place for it, base_model.model.x",
     ),
-    "another rank": (edit(r=5), "does not fit the model"),
+    "another rank": (edit(r=3), "does not fit the model"),
 }
 
 
