@@ -7,6 +7,7 @@ Pickles are never read.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.catalogue.spec import SIZES
+from finrepro.data import lfs
 from finrepro.errors import EnvironmentFault
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # the least share of an embedding's rows that a tokenizer fills: some embeddings are padded
 FILLED = 0.9
+ROUNDING = 1e-7  # relative; a number that was kept in float32 is off by at most 6e-8
+ALIASES = {"swish": "silu"}  # Transformers' names of one activation
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest
 # context are the run's own settings.
@@ -55,6 +59,8 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `EnvironmentFault` naming the file."""
     try:
+        if lfs.is_pointer(path):
+            raise EnvironmentFault(f"{path}: {lfs.ADVICE}.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
@@ -117,6 +123,8 @@ def header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            if lfs.is_pointer(path):
+                raise EnvironmentFault(f"{path}: {lfs.ADVICE}.")
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
@@ -165,7 +173,8 @@ def compare_configuration(
     """Compare config.json with the catalogue: the family, and every key of `architecture` that
     decides what is computed.
 
-    A key that config.json leaves out is not compared. Raises `EnvironmentFault` naming the key and
+    A key that config.json leaves out is not compared, and one that is null stands for what the
+    model's class makes of it. Raises `EnvironmentFault` naming the key and
     both values.
     """
     config = read_json(folder / "config.json")
@@ -175,14 +184,47 @@ def compare_configuration(
         raise EnvironmentFault(
             f"the checkpoint in {folder} is quantized already: {name} needs the original weights."
         )
+    expected = {**architecture, **_derived(family, architecture)}
+    derived = _derived(family, {**architecture, **config})
     for key in COMPUTED[family]:
-        if key in architecture and key in config and config[key] != architecture[key]:
-            raise another(folder, name, key, config[key], architecture[key])
+        value = config.get(key)
+        if value is None and key in config:
+            value = derived.get(key)
+        if value is not None and expected.get(key) is not None and not _same(value, expected[key]):
+            raise another(folder, name, key, value, expected[key])
     if family == "llama" and isinstance(architecture.get("rope_parameters"), dict):
         rope = _rope(config)
         for key, value in sorted(architecture["rope_parameters"].items()):
-            if rope.get(key) != value:
+            if not _same(rope.get(key), value):
                 raise another(folder, name, f"rope_parameters.{key}", rope.get(key), value)
+
+
+def _derived(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Transformers computes for the keys that a configuration has as null."""
+    try:
+        if family == "gpt2":
+            values = {"n_inner": 4 * config["n_embd"]}
+        else:
+            heads = config["num_attention_heads"]
+            values = {
+                "num_key_value_heads": heads,
+                "head_dim": config["hidden_size"] // heads,
+            }
+    except (KeyError, TypeError, ZeroDivisionError):  # the sizes themselves are compared
+        return {}
+    return {key: value for key, value in values.items() if config.get(key) is None}
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Whether two settings compute the same: equal, equal as float32, or names of one function."""
+    numbers = [
+        isinstance(each, int | float) and not isinstance(each, bool) for each in (value, expected)
+    ]
+    if all(numbers):
+        return math.isclose(value, expected, rel_tol=ROUNDING)
+    if isinstance(value, str) and isinstance(expected, str):
+        return ALIASES.get(value, value) == ALIASES.get(expected, expected)
+    return bool(value == expected)
 
 
 def another(folder: Path, name: str, key: str, value: Any, expected: Any) -> EnvironmentFault:
@@ -193,9 +235,12 @@ def another(folder: Path, name: str, key: str, value: Any, expected: Any) -> Env
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings as Transformers 5 writes them, also from the two keys of older versions."""
+    """Rotary settings as Transformers 5 writes them, also from the two keys of older versions, or
+    with the base beside them.
+    """
     if isinstance(config.get("rope_parameters"), dict):
-        return dict(config["rope_parameters"])
+        theta = config.get("rope_theta", 10000.0)
+        return {"rope_theta": theta, "rope_type": "default", **config["rope_parameters"]}
     old = dict(config.get("rope_scaling") or {})
     kind = old.pop("rope_type", old.pop("type", "default"))
     return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": kind, **old}
@@ -204,8 +249,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
     """Compare the tokenizer's files with the embedding's `rows`: every token needs a row.
 
-    Of a SentencePiece file alone the tokens are not counted. Raises `EnvironmentFault`, also when
-    there is no tokenizer.
+    Raises `EnvironmentFault`, also when there is no tokenizer, or a SentencePiece file alone.
     """
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
@@ -223,12 +267,12 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
             ) from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         ids = list(read_json(folder / "vocab.json").values())
-    elif (folder / "tokenizer.model").is_file():
-        return
     else:
+        pieces = (folder / "tokenizer.model").is_file()
+        alone = " (tokenizer.model alone cannot be read here)" if pieces else ""
         raise EnvironmentFault(
-            f"{folder}: the checkpoint of {name} lacks its tokenizer: "
-            "tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
+            f"{folder}: the checkpoint of {name} lacks its tokenizer{alone}: tokenizer.json, as "
+            "AutoTokenizer.save_pretrained writes it, or vocab.json with merges.txt."
         )
     if not ids or not all(isinstance(token_id, int) for token_id in ids):
         raise EnvironmentFault(f"{folder}: the tokenizer of {name} has no tokens.")

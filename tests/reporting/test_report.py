@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from finrepro.catalogue.reader import published
-from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.curves import Chart, Curve, draw_charts
+from finrepro.reporting.dots import Dot, Panel, as_written, draw, to_png, to_svg
 from finrepro.reporting.table import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
 from finrepro.reporting.tables import table5
 from finrepro.reporting.tables.table3 import COLUMNS, TITLES, build, panels
@@ -621,3 +622,16 @@ def test_where_an_adapter_from_elsewhere_was_trained_is_not_made_up():
     made = row("their_folder", 0, 0.7, adapter_kind="peft_folder")
     assert lines([made])["their_folder"]["Trained on"] == "elsewhere"
     assert lines([made, row("lora_r8", 0, 0.7)])["lora_r8"]["Trained on"] == ""
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a$b", "$x^2$", "100 %", "a\\b"])
+def test_a_name_is_drawn_as_it_is_written_and_not_as_mathematics(name: str) -> None:
+    dot = Dot(name, name, 0.5, 0.4, 0.6, weak=False)
+    figure = draw([Panel(name, "accuracy", None, (dot,))], name)
+    assert to_svg(figure).startswith("<?xml")
+    chart = Chart(name, "x", "y", (Curve(name, (0.0, 1.0), (0.0, 1.0), labels=(name,)),))
+    figure = draw_charts([chart], name)
+    assert to_svg(figure).startswith("<?xml")
+    from matplotlib import cbook
+
+    assert not cbook.is_math_text(as_written(name))

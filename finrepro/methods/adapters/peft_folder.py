@@ -3,11 +3,12 @@ v3.2 and v3.3 or FinLoRA's.
 
 Read strictly: safetensors alone (a pickle runs code when it is read), every setting is understood
 (`methods/peft_settings.py`), every tensor is used and none is missing, and the base is the one that
-`adapter_config.json` names. The rule: the name there is the model's hub id or has its last part (a
-mirror's "x/Llama-2-13b-hf" is "meta-llama/Llama-2-13b-hf"), or is the catalogue's name. A mirror
-under another name is refused; if it is the same model, its hub id can be written into
-`base_model_name_or_path`. Adapters that act outside the layers (prompt tuning, activated LoRA) are
-refused because scoring bypasses PEFT's wrapper.
+`adapter_config.json` names. The rule: the name there has the last part of the model's hub id, the
+present one or a former one (a mirror's "x/Llama-2-13b-hf" is "meta-llama/Llama-2-13b-hf"), or is
+the catalogue's name, as an id or a path, in any letter case. A mirror under another name is
+refused; if it is the same model, its hub id can be written into `base_model_name_or_path`. Adapters
+that act outside the layers (prompt tuning, activated LoRA) are refused because scoring bypasses
+PEFT's wrapper.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finrepro.catalogue.hub_names import is_called, nearest, plain_name
+from finrepro.data import lfs
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.methods import peft_settings
@@ -95,6 +98,8 @@ def _check_weights(path: Path, largest_rank: int) -> None:
             )
         raise EnvironmentFault(f"{path}: not a PEFT folder: it has no {WEIGHTS}.")
     try:
+        if lfs.is_pointer(path / WEIGHTS):
+            raise EnvironmentFault(f"{path / WEIGHTS}: {lfs.ADVICE}.")
         with safe_open(path / WEIGHTS, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             shapes = {name: part.get_shape() for name, part in slices.items()}
@@ -132,19 +137,21 @@ def _digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2]
-
-
 def supports(model: Any, quantizer: Choice, zero_stage: int, config: Config) -> str | None:
     """None for every quantizer and ZeRO stage, or that the adapter is another model's."""
-    names = [model.name, *([model.hub.id, _last(model.hub.id)] if model.hub else [])]
-    if config.base_model in names or _last(config.base_model) in names:
+    if is_called(model, config.base_model):
         return None
-    base = model.hub.id if model.hub else model.name
+    written = peft_settings.printable(config.base_model)
+    reason = (
+        f"the adapter '{Path(config.path).name}' is for {written}, "
+        f"not for {model.hub.id if model.hub else model.name}"
+    )
+    near = nearest(config.base_model)
+    if near is None or plain_name(near) == plain_name(config.base_model):
+        return reason
     return (
-        f"the adapter '{Path(config.path).name}' is for {config.base_model}, not for {base}; "
-        f"if they are the same model, write {base} into base_model_name_or_path of its {SETTINGS}"
+        f"{reason}; nearest in the catalogue: {near}; if that is the same model, write it into "
+        f"base_model_name_or_path of the adapter's {SETTINGS}"
     )
 
 
