@@ -13,6 +13,7 @@ from finrepro.data.tokens import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import safetensors
+from finrepro.models.configuration import compare_configuration
 
 HUB = "https://huggingface.co"
 
@@ -105,7 +106,7 @@ def check(model: Model, folder: Path) -> None:
     Names and shapes of the tensors are compared with the model's when it is loaded. Raises
     `EnvironmentFault` with the first difference.
     """
-    safetensors.compare_configuration(model.name, model.family, model.architecture, folder)
+    compare_configuration(model.name, model.family, model.architecture, folder)
     safetensors.tensors(folder)
     safetensors.compare_tokenizer(model.name, int(model.architecture["vocab_size"]), folder)
 

@@ -22,6 +22,7 @@ from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import checkpoints
 from finrepro.models import safetensors as shards
+from finrepro.models.configuration import compare_configuration
 
 REAL = tuple(name for name, entry in reader.entries("models").items() if entry.get("hub"))
 MODEL = reader.model("llama3_1_8b")
@@ -258,7 +259,7 @@ def test_a_configuration_that_means_the_same_is_accepted_however_it_is_written(
 
     def compare(**changes: Any) -> None:
         (folder / "config.json").write_text(json.dumps(config | changes))
-        shards.compare_configuration(name, model.family, architecture, folder)
+        compare_configuration(name, model.family, architecture, folder)
 
     compare(**equal)
     with pytest.raises(EnvironmentFault, match=f"is not {name}"):
