@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from finrepro.arguments import choice, count, seed_list
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import Weights
 from finrepro.errors import UsageError
 
+MAX_NAME = 100  # characters of an adapter's name: a label with it still fits a line
 SCALES = ("auto", "smoke", "paper")
 WEIGHTS: tuple[Weights, ...] = ("pretrained", "random")
 
@@ -50,5 +52,18 @@ def select(
         seeds=None if seeds is None else seed_list(seeds),
         weights=choice("weights", weights, WEIGHTS),
         world_size=None if devices is None else count("devices", devices),
-        adapter=adapter,
+        adapter=None if adapter is None else checked_folder(adapter),
     )
+
+
+def checked_folder(adapter: str) -> str:
+    """The folder of an adapter, whose last part becomes a name in tables, figures and MLflow.
+    Raises `UsageError` for one that cannot be.
+    """
+    name = Path(adapter).name
+    if not name or name == ".." or len(name) > MAX_NAME or not name.isprintable():
+        raise UsageError(
+            f"--adapter: the folder's name becomes the adapter's: {name[:MAX_NAME]!r} has to be of "
+            f"1 to {MAX_NAME} printable characters; rename the folder."
+        )
+    return adapter

@@ -130,7 +130,18 @@ def snippet(recorded: RecordedRun, planned: ExportLayout) -> str:
             )
     elif planned.adapter:
         lines.append(f'model = PeftModel.from_pretrained(model, "{planned.adapter}")')
+    if _is_4_bit(recorded, planned):
+        lines += [
+            "for module in model.modules():  # see below: some CPUs repack layers of 4 bits",
+            '    if hasattr(module, "support_avx512bf16_for_cpu"):',
+            "        module.support_avx512bf16_for_cpu = False",
+        ]
     return "\n".join([*lines, "model.eval()", ""])
+
+
+def _is_4_bit(recorded: RecordedRun, planned: ExportLayout) -> bool:
+    """Whether the layers that are loaded are bitsandbytes' of 4 bits."""
+    return bool(loading_settings(recorded.spec).get("load_in_4bit")) and planned.format != "merged"
 
 
 def _loading_notes(
@@ -171,13 +182,21 @@ def _loading_notes(
         f"{difference.largest:.2g}).{moved}"
         + (f" {answers_note[0].upper()}{answers_note[1:]}." if answers_note else "")
     )
-    if loading_settings(recorded.spec).get("load_in_4bit") and planned.format != "merged":
+    if _is_4_bit(recorded, planned):
         lines.append(
             "On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit layers at the first call "
-            "without gradients and computes in bfloat16, "
-            "whatever the dtype. The comparison was made without that: "
-            "`support_avx512bf16_for_cpu = False` on each of its layers."
+            "without gradients and computes in bfloat16, whatever the dtype; DoRA's norms, merging "
+            "and training then read the repacked codes as if they were the weights. The loop "
+            "switches that off, as it was for the comparison; elsewhere it changes nothing."
         )
+    if planned.adapter:
+        lines.append(
+            "Load the adapter with PEFT's `PeftModel`, as above. Transformers' own "
+            "`model.load_adapter` and PEFT's conversion `save_as_lora` leave out what is beside A "
+            "and B, such as DoRA's magnitudes, and give another model, or refuse."
+        )
+    if planned.base is not None:
+        lines.append("Written for Transformers 4.57 and 5 alike.")
     return "\n\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from finrepro.evidence.place import Place
 from finrepro.exporting.layout import ExportLayout, layout_of
 from finrepro.exporting.recorded import FORMATS, RecordedRun, find_run
 from finrepro.runtime import process
+from finrepro.runtime.modes import make_readable
 
 
 def export(run_id: str, export_format: str, out: Path | None, place: Place) -> Path:
@@ -104,6 +105,7 @@ def _fill(recorded: RecordedRun, planned: ExportLayout, partial: Path, place: Pl
     (partial / "README.md").write_text(
         model_card(recorded, planned, difference, effect, answers_note), encoding="utf-8"
     )
+    make_readable(partial)
     write_manifest(partial)
 
 

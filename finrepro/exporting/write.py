@@ -12,6 +12,7 @@ from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.evidence import strict_json
 from finrepro.exporting.layout import ExportLayout, loading_settings
+from finrepro.exporting.older_transformers import write_for_both
 from finrepro.exporting.rebuild import StartingPoint, densify, read_peft, stripped
 from finrepro.exporting.recorded import RecordedRun
 from finrepro.kinds import quantizer_of
@@ -84,6 +85,7 @@ def _save(
         model.config.quantization_config = BitsAndBytesConfig(**settings)
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
+    write_for_both(folder)
 
 
 def write_shift(model: Any, folder: Path) -> None:

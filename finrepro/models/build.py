@@ -173,4 +173,10 @@ def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFa
             else f"{type(error).__name__} {error}"
         )
         raise EnvironmentFault(f"{folder}: cannot load the tokenizer: {reason}") from None
+    ids = tokenizer("a")["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        raise EnvironmentFault(
+            f"{folder}: the tokenizer appends {tokenizer.eos_token} to every text, so that nothing "
+            "can follow a prompt: save it with add_eos_token=False."
+        )
     return tokenizer

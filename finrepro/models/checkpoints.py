@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from finrepro.catalogue.hub_names import former_id
 from finrepro.catalogue.spec import Model
 from finrepro.data import hub_client
 from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.models import safetensors
+from finrepro.models.configuration import compare_configuration
 
 HUB = "https://huggingface.co"
 
@@ -20,7 +22,7 @@ def locate(model: Model, models_dir: Path | None) -> Path | None:
     """A local folder with the checkpoint, None if there is none.
 
     In this order: `<models_dir>/<name>`, `<models_dir>/<hub id>`, `<models_dir>/<last part of the
-    hub id>`, then the hub's cache at the pinned revision.
+    hub id>`, both for a former hub id, then the hub's cache at the pinned revision.
     """
     return next(
         (folder for folder in _candidates(model, models_dir) if _is_checkpoint(folder)), None
@@ -44,15 +46,18 @@ def tokenizer_folder(model: Model, models_dir: Path | None) -> Path | None:
 def _candidates(model: Model, models_dir: Path | None) -> list[Path]:
     if model.hub is None:
         return []
-    names = (model.name, model.hub.id, model.hub.id.rpartition("/")[2])
+    former = former_id(model.hub.id)
+    ids = (model.hub.id, *([former] if former else []))
+    names = (model.name, *(name for hub_id in ids for name in (hub_id, hub_id.rpartition("/")[2])))
     folders = [models_dir / name for name in names] if models_dir is not None else []
     if model.hub.revision:
-        folders.append(
+        folders += [
             hub_client.cache()
-            / f"models--{model.hub.id.replace('/', '--')}"
+            / f"models--{hub_id.replace('/', '--')}"
             / "snapshots"
             / model.hub.revision
-        )
+            for hub_id in ids
+        ]
     return folders
 
 
@@ -101,7 +106,7 @@ def check(model: Model, folder: Path) -> None:
     Names and shapes of the tensors are compared with the model's when it is loaded. Raises
     `EnvironmentFault` with the first difference.
     """
-    safetensors.compare_configuration(model.name, model.family, model.architecture, folder)
+    compare_configuration(model.name, model.family, model.architecture, folder)
     safetensors.tensors(folder)
     safetensors.compare_tokenizer(model.name, int(model.architecture["vocab_size"]), folder)
 

@@ -19,6 +19,7 @@ from finrepro.kinds import quantizer_of
 from finrepro.methods.layers import isolated_attention
 from finrepro.methods.layers.linear import is_conv1d, linear_layers
 from finrepro.models import safetensors
+from finrepro.models.configuration import compare_configuration
 from finrepro.runtime import memory
 from finrepro.runtime.finite import is_finite
 from finrepro.settings import Choice
@@ -183,9 +184,7 @@ class Checkpoint:
     """
 
     def __init__(self, model: Any, folder: Path, name: str) -> None:
-        safetensors.compare_configuration(
-            name, model.config.model_type, model.config.to_dict(), folder
-        )
+        compare_configuration(name, model.config.model_type, model.config.to_dict(), folder)
         self._folder, self._name = folder, name
         # the model's name of a parameter -> its name in the checkpoint, and where it is
         self._entries: dict[str, tuple[str, safetensors.Entry]] = {}

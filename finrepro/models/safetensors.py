@@ -7,12 +7,11 @@ Pickles are never read.
 """
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro.catalogue.spec import SIZES
+from finrepro.data import lfs
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import strict_json
 
@@ -20,27 +19,6 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # the least share of an embedding's rows that a tokenizer fills: some embeddings are padded
 FILLED = 0.9
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-# Configuration keys that decide what is computed. Dropout, token ids, the dtype and the longest
-# context are the run's own settings.
-COMPUTED = {
-    "gpt2": (
-        *SIZES["gpt2"],
-        "n_inner",
-        "activation_function",
-        "layer_norm_epsilon",
-        "scale_attn_weights",
-        "scale_attn_by_inverse_layer_idx",
-    ),
-    "llama": (
-        *SIZES["llama"],
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "attention_bias",
-        "mlp_bias",
-        "tie_word_embeddings",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +33,8 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `EnvironmentFault` naming the file."""
     try:
+        if lfs.is_pointer(path):
+            raise EnvironmentFault(f"{path}: {lfs.ADVICE}.")
         content = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
@@ -117,6 +97,8 @@ def header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            if lfs.is_pointer(path):
+                raise EnvironmentFault(f"{path}: {lfs.ADVICE}.")
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
@@ -159,32 +141,6 @@ def tensors(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def compare_configuration(
-    name: str, family: str, architecture: Mapping[str, Any], folder: Path
-) -> None:
-    """Compare config.json with the catalogue: the family, and every key of `architecture` that
-    decides what is computed.
-
-    A key that config.json leaves out is not compared. Raises `EnvironmentFault` naming the key and
-    both values.
-    """
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != family:
-        raise another(folder, name, "model_type", config.get("model_type"), family)
-    if config.get("quantization_config"):
-        raise EnvironmentFault(
-            f"the checkpoint in {folder} is quantized already: {name} needs the original weights."
-        )
-    for key in COMPUTED[family]:
-        if key in architecture and key in config and config[key] != architecture[key]:
-            raise another(folder, name, key, config[key], architecture[key])
-    if family == "llama" and isinstance(architecture.get("rope_parameters"), dict):
-        rope = _rope(config)
-        for key, value in sorted(architecture["rope_parameters"].items()):
-            if rope.get(key) != value:
-                raise another(folder, name, f"rope_parameters.{key}", rope.get(key), value)
-
-
 def another(folder: Path, name: str, key: str, value: Any, expected: Any) -> EnvironmentFault:
     """The error for a checkpoint of another model: the key that differs, and both values."""
     return EnvironmentFault(
@@ -192,20 +148,10 @@ def another(folder: Path, name: str, key: str, value: Any, expected: Any) -> Env
     )
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings as Transformers 5 writes them, also from the two keys of older versions."""
-    if isinstance(config.get("rope_parameters"), dict):
-        return dict(config["rope_parameters"])
-    old = dict(config.get("rope_scaling") or {})
-    kind = old.pop("rope_type", old.pop("type", "default"))
-    return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": kind, **old}
-
-
 def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
     """Compare the tokenizer's files with the embedding's `rows`: every token needs a row.
 
-    Of a SentencePiece file alone the tokens are not counted. Raises `EnvironmentFault`, also when
-    there is no tokenizer.
+    Raises `EnvironmentFault`, also when there is no tokenizer, or a SentencePiece file alone.
     """
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
@@ -223,12 +169,12 @@ def compare_tokenizer(name: str, rows: int, folder: Path) -> None:
             ) from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         ids = list(read_json(folder / "vocab.json").values())
-    elif (folder / "tokenizer.model").is_file():
-        return
     else:
+        pieces = (folder / "tokenizer.model").is_file()
+        alone = " (tokenizer.model alone cannot be read here)" if pieces else ""
         raise EnvironmentFault(
-            f"{folder}: the checkpoint of {name} lacks its tokenizer: "
-            "tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
+            f"{folder}: the checkpoint of {name} lacks its tokenizer{alone}: tokenizer.json, as "
+            "AutoTokenizer.save_pretrained writes it, or vocab.json with merges.txt."
         )
     if not ids or not all(isinstance(token_id, int) for token_id in ids):
         raise EnvironmentFault(f"{folder}: the tokenizer of {name} has no tokens.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finrepro.reporting.dots import COLOURS, WIDTH
+from finrepro.reporting.dots import COLOURS, WIDTH, as_written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
     rows = -(-len(charts) // across) if charts else 1
     height = HEIGHT * rows + (0.8 if across > 1 else 1.6)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
+    figure.suptitle(as_written(caption), fontsize=9, x=0.01, ha="left")
     alike = len({tuple(curve.name for curve in chart.curves) for chart in charts}) == 1
     for position, chart in enumerate(charts):
         axis = figure.add_subplot(rows, across, position + 1)
@@ -61,14 +61,21 @@ def draw_charts(charts: Sequence[Chart], caption: str, columns: int = 3) -> "Fig
             # Points have the colour of the line that they are on.
             colour = COLOURS[(index % lines if lines else index) % len(COLOURS)]
             axis.plot(
-                curve.x, curve.y, label=curve.name or "_", color=colour, markersize=3.5, **style
+                curve.x,
+                curve.y,
+                label=as_written(curve.name) or "_",
+                color=colour,
+                markersize=3.5,
+                **style,
             )
             for name, x, y in zip(curve.labels, curve.x, curve.y, strict=False):
-                axis.annotate(name, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=6)
+                axis.annotate(
+                    as_written(name), (x, y), xytext=(3, 4), textcoords="offset points", fontsize=6
+                )
         axis.set_xscale(chart.x_scale)
         if chart.y_range:
             axis.set_ylim(*chart.y_range)
-        axis.set_title(chart.title, fontsize=8, loc="left")
+        axis.set_title(as_written(chart.title), fontsize=8, loc="left")
         axis.set_xlabel(chart.x, fontsize=7)
         axis.set_ylabel(chart.y, fontsize=7)
         axis.tick_params(labelsize=7)

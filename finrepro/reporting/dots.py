@@ -44,6 +44,11 @@ class Panel:
     dots: tuple[Dot, ...]
 
 
+def as_written(text: str) -> str:
+    """A name as matplotlib shows it as it is: `$...$` would be read as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def draw(panels: Sequence[Panel], caption: str) -> "Figure":
     """The figure: panels below each other, with heights by their dots. Without panels it is the
     caption alone.
@@ -52,7 +57,7 @@ def draw(panels: Sequence[Panel], caption: str) -> "Figure":
 
     heights = [len(panel.dots) + 3 for panel in panels]
     figure = Figure(figsize=(WIDTH, ROW * (sum(heights) + 3)), layout="constrained")
-    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
+    figure.suptitle(as_written(caption), fontsize=9, x=0.01, ha="left")
     groups = list(dict.fromkeys(dot.group for panel in panels for dot in panel.dots))
     colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
     if not panels:
@@ -74,9 +79,11 @@ def draw(panels: Sequence[Panel], caption: str) -> "Figure":
             )
         if panel.constant is not None:
             axis.axvline(panel.constant, color="0.4", linestyle="--", linewidth=0.9)
-        axis.set_yticks(range(len(panel.dots)), [dot.name for dot in panel.dots], fontsize=7)
+        axis.set_yticks(
+            range(len(panel.dots)), [as_written(dot.name) for dot in panel.dots], fontsize=7
+        )
         axis.set_ylim(len(panel.dots) - 0.4, -0.6)
-        axis.set_title(panel.title, fontsize=8, loc="left")
+        axis.set_title(as_written(panel.title), fontsize=8, loc="left")
         axis.set_xlabel(panel.axis, fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(axis="x", linewidth=0.3)

@@ -27,6 +27,7 @@ from finrepro.running.inputs import Inputs
 from finrepro.running.scoring import QuantizedScores, TaskScores, evaluate_quantized
 from finrepro.running.text import corpora_facts
 from finrepro.runtime import matmul, ranks
+from finrepro.runtime.modes import make_readable
 from finrepro.runtime.phases import Phases
 from finrepro.training.engines.deepspeed import collect_trained
 from finrepro.training.progress import Trained
@@ -89,6 +90,7 @@ def write_weights(spec: RunSpec, walked: Walked, folder: Path) -> None:
     adapter_of(spec.adapter).export(walked.built.model, folder)
     if spec.weights == "scratch":
         walked.inputs.tokenizer.save_pretrained(folder)
+    make_readable(folder)
 
 
 def costs_of(

@@ -25,10 +25,13 @@ OFFLINE = {
 
 
 def quiet_environment() -> None:
-    """No telemetry, quiet libraries, reproducible cuBLAS, one machine's ranks on loopback; call
-    it before torch is imported.
+    """No telemetry, quiet libraries, no code from a hub, reproducible cuBLAS, one machine's ranks
+    on loopback; call it before torch is imported.
     """
     os.environ.update(OFFLINE)
+    # bitsandbytes 0.50.2 asks this package for compiled code from a hub when it is imported on a
+    # CPU with AVX512-BF16. It is in no lock; where it is installed all the same, it is not found.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

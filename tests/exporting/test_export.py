@@ -125,8 +125,7 @@ FRESH = """
 import json, sys
 sys.modules["finrepro"] = None  # whoever imports it fails
 {snippet}
-for module in model.modules():
-    module.support_avx512bf16_for_cpu = False
+assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
 prompts = json.loads(sys.argv[1])
 with torch.no_grad():
     logits = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts]
@@ -242,6 +241,7 @@ def test_ir_qlora_loads_where_this_package_is_not(shifted: Exported, tmp_path: P
         (GPT2, "lora_r4", "nf4", "merged"),
         (GPT2, "rslora_r8", "nf4", "peft"),
         (LLAMA, "lora_r4", "int8", "peft"),
+        (LLAMA, "dora_r8", "nf4", "peft"),
     ],
 )
 def test_an_export_loads_where_this_package_is_not(
@@ -872,3 +872,95 @@ def test_what_cannot_be_loaded_is_one_line(copied: tuple[Place, str]):
     with pytest.raises(EnvironmentFault) as fault:
         finrepro.load(run_id, store=place.store.root)
     assert "has no weights" in one_line(fault.value)
+
+
+def modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_written_for_both_versions_of_transformers_and_for_every_account(
+    begun: Place, tmp_path: Path
+):
+    run_id = on_base(begun, LLAMA, "full")
+    folder = export(run_id, "merged", tmp_path / "out", begun)
+    rope = dict(reader.model(LLAMA).architecture["rope_parameters"])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"] == rope
+    assert config["rope_theta"] == rope.pop("rope_theta") and config["rope_scaling"] == rope
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only"} & set(words)
+    (new := tmp_path / "new").touch()
+    assert modes(folder) == {new.stat().st_mode & 0o777}
+    assert "Written for Transformers 4.57 and 5 alike" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("quantizer", "loops"), [("nf4", True), ("none", False)])
+def test_the_card_switches_the_repacking_of_4_bit_layers_off(
+    quantizer: str, loops: bool, begun: Place, tmp_path: Path
+):
+    folder = export(on_base(begun, GPT2, "lora_r4", quantizer), "peft", tmp_path / "out", begun)
+    assert ("module.support_avx512bf16_for_cpu = False" in snippet(folder)) == loops
+    assert "PEFT's `PeftModel`" in (folder / "README.md").read_text()
+
+
+OLDER = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert transformers.__version__ == "4.57.6"
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids in json.loads(sys.argv[2])]
+from safetensors.torch import save_file
+save_file({str(number): tensor for number, tensor in enumerate(logits)}, sys.argv[3])
+print(json.dumps(tokenizer("Profits rose.")["input_ids"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with Transformers 4.57.6, and this one's torch."""
+    folder = tmp_path_factory.mktemp("older") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for packages in (
+        ["--no-deps", "transformers==4.57.6"],
+        ["huggingface_hub==0.36.2", "tokenizers==0.22.2"],
+    ):
+        installed = subprocess.run(
+            [*pip, *packages], capture_output=True, text=True, timeout=300, check=False
+        )
+        if installed.returncode:
+            pytest.skip(f"Transformers 4.57.6 cannot be installed: {installed.stderr[-200:]}")
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    return python
+
+
+@slow
+def test_an_exported_llama_is_the_same_model_in_transformers_4(
+    begun: Place, tmp_path: Path, transformers_4: Path
+):
+    made = exported(begun, on_base(begun, LLAMA, "full"), "merged", tmp_path / "out")
+
+    def older(folder: Path) -> tuple[list[torch.Tensor], list[int]]:
+        answer = subprocess.run(
+            [str(transformers_4), "-c", OLDER, str(folder), json.dumps(made.prompts),
+             str(tmp_path / "logits")],
+            env={key: value for key, value in environment().items() if key != "PYTHONPATH"},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stderr[-2000:]
+        logits = [each for _, each in sorted(load_file(tmp_path / "logits").items())]
+        return logits, json.loads(answer.stdout)
+
+    logits, ids = older(made.folder)
+    equal(logits, made.expected)
+    assert ids == load_tokenizer(made.folder)("Profits rose.")["input_ids"]
+    config = json.loads((made.folder / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling"):
+        del config[key]
+    (made.folder / "config.json").write_text(json.dumps(config))
+    broken(equal, older(made.folder)[0], made.expected)

@@ -20,12 +20,14 @@ from fixtures.model import (
     process,  # noqa: F401
     random_examples,
     spec_of,
+    texts,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finrepro.catalogue import reader
 from finrepro.catalogue.spec import RunSpec
+from finrepro.data.tokens import train_tokenizer
 from finrepro.errors import EnvironmentFault
 from finrepro.kinds import adapter_of
 from finrepro.methods.layers import isolated_attention
@@ -296,3 +298,24 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> 
         with pytest.raises(EnvironmentFault, match="cannot load the tokenizer") as caught:
             load_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_tokenizer_that_appends_its_end_token_is_named(ends: bool, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    ours = train_tokenizer(texts(), "llama", 400)
+    if ends:
+        special = [(token, ours.convert_tokens_to_ids(token)) for token in (BEGIN, END)]
+        ours.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A {END}", special_tokens=special
+        )
+    ours.save_pretrained(tmp_path)
+    if not ends:
+        assert load_tokenizer(tmp_path)("a")["input_ids"][-1] != ours.eos_token_id
+        return
+    with pytest.raises(EnvironmentFault, match=r"appends .* to every text.*add_eos_token=False"):
+        load_tokenizer(tmp_path)
+
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"

@@ -21,6 +21,7 @@ from finrepro.errors import EnvironmentFault
 from finrepro.evidence.manifest import file_digest
 from finrepro.models import checkpoints
 from finrepro.models import safetensors as shards
+from finrepro.models.configuration import compare_configuration
 
 REAL = tuple(name for name, entry in reader.entries("models").items() if entry.get("hub"))
 MODEL = reader.model("llama3_1_8b")
@@ -111,6 +112,7 @@ def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content) and None
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
 FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "another family": (
         rewrite("config.json", model_type="qwen2"),
@@ -155,8 +157,17 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "header truncated": (cut("model-1.safetensors", 30), ("model-1.safetensors: truncated",)),
     "shard empty": (cut("model-1.safetensors", 0), ("0 bytes",)),
     "shard is text": (
-        text("model-1.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        text("model-1.safetensors", "these are not the weights"),
         ("no safetensors file",),
+    ),
+    "shard is a pointer": (
+        text("model-1.safetensors", POINTER),
+        ("model-1.safetensors: a Git LFS pointer", "git lfs pull"),
+    ),
+    "tokenizer is a pointer": (text("tokenizer.json", POINTER), ("tokenizer.json: a Git LFS",)),
+    "SentencePiece alone": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"),
+        ("tokenizer.model alone cannot be read", "AutoTokenizer.save_pretrained"),
     ),
     "pickles alone": (only_pickles, ("pytorch_model.bin", "never read", "safetensors version")),
     "no tokenizer": (unlink("tokenizer.json"), ("lacks its tokenizer",)),
@@ -198,6 +209,72 @@ def test_every_entry_accepts_its_own_configuration_and_no_other_sizes(
         if other.architecture != model.architecture:
             with pytest.raises(EnvironmentFault, match=f"is not {other.name}"):
                 checkpoints.check(other, folder)
+
+
+LLAMA_THETA = MODEL.architecture["rope_parameters"]["rope_theta"]
+# Configurations that compute what the catalogue's entry does, and mutants that do not.
+EQUAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("gpt2_127m", {"n_inner": None}, {"n_inner": 768}),
+    ("gpt2_127m", {"n_inner": 4 * 768}, {"n_inner": 4 * 768 + 1}),
+    ("llama2_7b", {"num_key_value_heads": None}, {"num_key_value_heads": 8}),
+    ("llama2_7b", {"head_dim": None}, {"head_dim": 64}),
+    ("llama2_7b", {"head_dim": 128}, {"head_dim": 127}),
+    ("llama2_7b", {"rms_norm_eps": 9.999999747378752e-06}, {"rms_norm_eps": 1.00001e-05}),
+    ("llama2_7b", {"hidden_act": "swish", "mlp_bias": None}, {"hidden_act": "gelu"}),
+    (
+        "llama2_7b",
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 10000.0},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 20000.0},
+    ),
+    (
+        "llama2_7b",
+        {"rope_parameters": {"rope_theta": 10000}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    (
+        "llama3_1_8b",
+        {
+            "rope_parameters": {
+                key: value
+                for key, value in MODEL.architecture["rope_parameters"].items()
+                if key != "rope_theta"
+            },
+            "rope_theta": int(LLAMA_THETA),
+        },
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": LLAMA_THETA, "factor": 8.1}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "equal", "different"), EQUAL, ids=str)
+def test_a_configuration_that_means_the_same_is_accepted_however_it_is_written(
+    name: str, equal: dict[str, Any], different: dict[str, Any], folder: Path
+) -> None:
+    model = reader.model(name)
+    config = hub_configuration(model)
+    if "rope_parameters" in equal:
+        config.pop("rope_scaling", None)
+    architecture = {"hidden_act": "silu", **model.architecture}  # as the model's class has it
+
+    def compare(**changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        compare_configuration(name, model.family, architecture, folder)
+
+    compare(**equal)
+    with pytest.raises(EnvironmentFault, match=f"is not {name}"):
+        compare(**different)
+
+
+@pytest.mark.parametrize(
+    "place", ["Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B", "Llama-3.1-8B", "llama3_1_8b"]
+)
+def test_a_checkpoint_is_found_under_every_id_that_it_had(
+    place: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models" / place).parent.mkdir(parents=True)
+    folder.rename(tmp_path / "models" / place)
+    assert checkpoints.locate(MODEL, tmp_path / "models") == tmp_path / "models" / place
+    assert checkpoints.locate(reader.model("llama3_1_8b_instruct"), tmp_path / "models") is None
 
 
 def test_vocabulary_files_of_a_gpt2_are_counted(folder: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from finrepro.catalogue.reader import published
-from finrepro.reporting.dots import draw, to_png, to_svg
+from finrepro.reporting.curves import Chart, Curve, draw_charts
+from finrepro.reporting.dots import Dot, Panel, as_written, draw, to_png, to_svg
 from finrepro.reporting.scores import THIRD_DECIMAL_BELOW, bounds
 from finrepro.reporting.table import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
 from finrepro.reporting.tables import table5
@@ -639,3 +640,16 @@ def test_a_bound_has_the_decimals_that_its_resamples_carry():
 def test_the_notes_say_what_is_resampled_and_what_an_interval_leaves_out():
     notes = " ".join(build(ROWS, "smoke").notes)
     assert "sentences, not its documents" in notes and "on another CPU" in notes
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a$b", "$x^2$", "100 %", "a\\b"])
+def test_a_name_is_drawn_as_it_is_written_and_not_as_mathematics(name: str) -> None:
+    dot = Dot(name, name, 0.5, 0.4, 0.6, weak=False)
+    figure = draw([Panel(name, "accuracy", None, (dot,))], name)
+    assert to_svg(figure).startswith("<?xml")
+    chart = Chart(name, "x", "y", (Curve(name, (0.0, 1.0), (0.0, 1.0), labels=(name,)),))
+    figure = draw_charts([chart], name)
+    assert to_svg(figure).startswith("<?xml")
+    from matplotlib import cbook
+
+    assert not cbook.is_math_text(as_written(name))

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.foreign import chosen as choice
 from fixtures.model import (
+    IDS,
     MINIATURES,
     all_logits,
     broken,
     make,
     process,  # noqa: F401
-    random_examples,
     spec_of,
     stir,
 )
@@ -27,28 +28,16 @@ from torch import Tensor, nn
 from finrepro.campaigns.preview import choose_scale
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.selection import Selection, select
 from finrepro.catalogue.spec import Scale
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence.place import Place
-from finrepro.kinds import adapter_of, choose
+from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import peft_folder
 from finrepro.methods.layers.linear import linear_layers
 from finrepro.models.build import load
-from finrepro.settings import Choice
 
 GPT2, LLAMA = MINIATURES
-IDS = tuple(random_examples(13, count=1, longest=30)[0].ids) * 3
-
-
-def choice(folder: Path) -> Choice:
-    """The folder on the adapter axis, as `--adapter` puts it there."""
-    return choose(
-        "adapters",
-        folder.name,
-        {"kind": "peft_folder", **peft_folder.from_folder(folder)},
-        "--adapter",
-    )
 
 
 def exported(name: str, quantizer: str, folder: Path) -> tuple[Path, nn.Module]:
@@ -137,7 +126,16 @@ def test_the_identity_of_an_adapter_is_its_files_and_not_its_place(tmp_path: Pat
         ("llama2_13b", "meta-llama/Llama-2-13b-chat-hf", False),
         ("llama2_13b", "Llama-2-13b", False),
         ("llama3_1_8b_instruct", "meta-llama/Llama-3.1-8B-Instruct", True),
-        ("llama3_1_8b_instruct", "NousResearch/Meta-Llama-3.1-8B-Instruct", False),
+        ("llama3_1_8b_instruct", "NousResearch/Meta-Llama-3.1-8B-Instruct", True),
+        ("llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B", True),
+        ("llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct", False),
+        ("llama3_1_8b_instruct", "meta-llama/Meta-Llama-3-8B-Instruct", False),
+        ("llama2_13b", "/c/models--meta-llama--Llama-2-13b-hf/snapshots/5c31dfb671ce/", True),
+        ("llama2_13b", "/c/models--meta-llama--Llama-2-13b-chat-hf/snapshots/5c31dfb671ce", False),
+        ("llama2_13b", "C:\\models\\Llama-2-13b-hf", True),
+        ("llama2_13b", "meta-llama/llama-2-13B-HF", True),
+        ("gpt2_127m", "gpt2", True),
+        ("gpt2_127m", "gpt2-medium", False),
         ("llama3_1_8b", "meta-llama/Llama-3.1-8B-Instruct", False),
         (GPT2, GPT2, True),
         (GPT2, LLAMA, False),
@@ -156,6 +154,36 @@ def test_an_adapter_is_for_the_base_that_it_names(model: str, written: str, fits
             part in reason
             for part in ("'adapter'", written, entry.hub.id if entry.hub else entry.name)
         )
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("meta-llama/Llama-2-13b", "nearest in the catalogue: meta-llama/Llama-2-13b-hf"),
+        (
+            "x/Meta-Llama-3-8B-Instruct",
+            "nearest in the catalogue: meta-llama/Llama-3.1-8B-Instruct",
+        ),
+        ("meta-llama/Llama-2-13b-hf", None),
+        ("a model of my own", None),
+    ],
+)
+def test_the_advice_is_the_nearest_model_and_not_the_tables_first(
+    written: str, advice: str | None
+) -> None:
+    config = peft_folder.Config(path="x/adapter", sha256="0", base_model=written)
+    entry = reader.model(GPT2)
+    reason = peft_folder.supports(entry, reader.quantizer("none", entry.dtype), 0, config)
+    assert reason is not None and f"not for {GPT2}" in reason
+    assert (advice in reason) if advice else ("nearest" not in reason), reason
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "a" * 101, "\udcff", ".."])
+def test_a_name_that_no_table_can_show_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="printable characters; rename the folder") as caught:
+        select("3", adapter=str(tmp_path / name))
+    assert str(caught.value).isprintable()
+    assert select("3", adapter=str(tmp_path / "adapter $\\frac$")).adapter
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
@@ -189,7 +217,10 @@ BEFORE = {
         "not a PEFT folder.*adapter_config",
     ),
     "bad json": (lambda folder: (folder / peft_folder.SETTINGS).write_text("{"), "cannot be read"),
-    "a list": (lambda folder: (folder / peft_folder.SETTINGS).write_text("[]"), "only LORA"),
+    "a list": (
+        lambda folder: (folder / peft_folder.SETTINGS).write_text("[]"),
+        "a JSON object is expected",
+    ),
     "prompt tuning": (edit(peft_type="PROMPT_TUNING"), "PROMPT_TUNING.*only LORA"),
     "no base": (
         edit(base_model_name_or_path=None),
@@ -246,7 +277,7 @@ LOADING = {
         ),
         "without a place for it, base_model.model.x",
     ),
-    "another rank": (edit(r=5), "does not fit the model"),
+    "another rank": (edit(r=3), "does not fit the model"),
     "NaN": (retensor(lambda tensors: tensors[max(tensors)].fill_(torch.nan)), "holds NaN or an"),
     "an infinity": (
         retensor(lambda tensors: tensors[min(tensors)][0].fill_(-torch.inf)),
