@@ -15,11 +15,12 @@ import pydantic
 
 from finrepro.errors import EnvironmentFault, UsageError, unknown
 from finrepro.evidence import strict_json
-from finrepro.evidence.files import write_json
-from finrepro.settings import Count, Positive, build, settings
+from finrepro.evidence.files import json_text, write_bytes, write_json
+from finrepro.settings import Count, Positive, build, plain, settings
 
 FORMAT = 1
 INDEX = "index.json"
+SEAL = "index.json.sha256"  # as `sha256sum` writes it; corpora of older versions have none
 Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 TokenizerDigest = Annotated[str, pydantic.Field(pattern="^(2:)?[0-9a-f]{64}$")]
 
@@ -89,7 +90,8 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        values = strict_json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        values = strict_json.loads(content)
     except FileNotFoundError:
         unfinished = " (a preparation was begun and has not ended: run it again)"
         hint = unfinished if (folder / ".preparing").is_dir() else ""
@@ -102,6 +104,11 @@ def read_index(folder: Path) -> Index:
         values = None
     if not isinstance(values, dict):
         raise EnvironmentFault(f"{path} is damaged: not a JSON object; prepare the corpus again.")
+    seal = folder / SEAL
+    if seal.exists() and seal.read_bytes() != _seal(content):
+        raise EnvironmentFault(
+            f"{path} is damaged: it is not what {SEAL} says; prepare the corpus again."
+        )
     if values.get("format") != FORMAT:
         raise EnvironmentFault(
             f"{path} is of format {values.get('format')}, this program reads {FORMAT}: "
@@ -114,12 +121,24 @@ def read_index(folder: Path) -> Index:
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write the index, a shard's record or a preparation's options: whole or not at all, and on the
-    disk before anything that is done after.
-
-    Its bytes are part of the format: the index's sha256 is a corpus' identity.
+    """Write a shard's record or a preparation's options: whole or not at all, and on the disk
+    before anything that is done after.
     """
     write_json(path, record, indent=1, durable=True)
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write the index and its seal. The seal first: what has an index is finished.
+
+    The bytes are part of the format: the index's sha256 is a corpus' identity.
+    """
+    content = json_text(plain(index), indent=1).encode()
+    write_bytes(folder / SEAL, _seal(content), durable=True)
+    write_bytes(folder / INDEX, content, durable=True)
+
+
+def _seal(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {INDEX}\n".encode()
 
 
 def index_digest(folder: Path) -> str:

@@ -25,6 +25,7 @@ from finrepro.data.corpora.index import (
     Split,
     dtype_for,
     read_index,
+    write_index,
     write_record,
 )
 from finrepro.data.preparing import underway
@@ -224,7 +225,7 @@ def _write(
         for writer in writers.values():
             writer.close()
         quarantine.close(ended)
-    write_record(folder / INDEX, plain(index))
+    write_index(folder, index)
     return index
 
 

@@ -1,13 +1,14 @@
 """Checks every byte of a corpus against its index: sha256 of all shards, counts, ids."""
 
-import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from finrepro.data.corpora.folders import TOKENIZER
 from finrepro.data.corpora.index import Index, Shard, read_index
-
-BLOCK = 1 << 24  # bytes
+from finrepro.data.tokenizer_files import tokenizer_digest, version_of
+from finrepro.evidence.manifest import file_digest
 
 
 def corpus_faults(folder: Path) -> tuple[Index, list[str]]:
@@ -16,33 +17,39 @@ def corpus_faults(folder: Path) -> tuple[Index, list[str]]:
     """
     index = read_index(folder)
     faults: list[str] = []
-    for name, split in index.splits.items():
-        for shard in split.shards:
-            for kind, recorded in (
-                ("tokens", shard.sha256_tokens),
-                ("starts", shard.sha256_starts),
-            ):
-                fault = _file_fault(folder / f"{shard.name}.{kind}", recorded)
-                faults += [f"{shard.name}.{kind}: {fault}"] if fault else []
+    tokenizer = folder / TOKENIZER
+    if tokenizer.exists():
+        digest = tokenizer_digest(tokenizer, version_of(index.tokenizer))
+        faults += [] if digest == index.tokenizer else [f"{TOKENIZER}: not that of the tokens"]
+    for name in index.splits:
+        faults += shard_faults(folder, index, name)
         faults += _split_faults(folder, index, name) if not faults else []
     return index, faults
 
 
-def _file_fault(path: Path, recorded: str) -> str | None:
+def shard_faults(
+    folder: Path, index: Index, split: str, digest: Callable[[Path], str] = file_digest
+) -> list[str]:
+    """A line for each file of a split that is not the recorded one; `digest` gives the sha256."""
+    faults: list[str] = []
+    for shard in index.splits[split].shards:
+        for kind, recorded in (("tokens", shard.sha256_tokens), ("starts", shard.sha256_starts)):
+            fault = _file_fault(folder / f"{shard.name}.{kind}", recorded, digest)
+            faults += [f"{shard.name}.{kind}: {fault}"] if fault else []
+    return faults
+
+
+def _file_fault(path: Path, recorded: str, digest: Callable[[Path], str]) -> str | None:
     """Why a file is not the recorded one, None if it is."""
-    sha256 = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                sha256.update(block)
+        found = digest(path)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    digest = sha256.hexdigest()
-    if digest == recorded:
+    if found == recorded:
         return None
-    return f"has sha256 {digest[:12]}..., the index says {recorded[:12]}..."
+    return f"has sha256 {found[:12]}..., the index says {recorded[:12]}..."
 
 
 def _split_faults(folder: Path, index: Index, name: str) -> list[str]:

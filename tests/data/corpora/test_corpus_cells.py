@@ -3,11 +3,11 @@ is kept there, or says what is missing.
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from fixtures.corpora import edit_index
 
 from finrepro.catalogue import cells, reader, resolve
 from finrepro.catalogue.selection import Selection
@@ -53,8 +53,7 @@ def claim(out: Path) -> None:
     """Have the corpus say that it was made from what the catalogue names: the hub is out of
     reach here.
     """
-    path, entry = out / "index.json", entries.corpus_entry(NAME)
-    index = json.loads(path.read_text())
+    entry = entries.corpus_entry(NAME)
     assert entry.hub is not None
     hub = {
         "hub": entry.hub.id,
@@ -63,7 +62,7 @@ def claim(out: Path) -> None:
         "field": entry.field,
         "subset": None,
     }
-    path.write_text(json.dumps(index | {"source": {"train": [hub], "validation": []}}))
+    edit_index(out, source={"train": [hub], "validation": []})
 
 
 @pytest.fixture
@@ -122,14 +121,9 @@ def test_a_corpus_of_more_tokens_than_the_model_has_rows_is_refused(prepared: Pa
 
 
 def test_a_corpus_of_another_source_is_not_the_one_of_this_name(copied: Path, tmp_path: Path):
-    place, path = (
-        Place(open_store(tmp_path / "store"), copied, None),
-        copied / "corpora" / NAME / "index.json",
-    )
-    index = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(index | {"source": {"train": [{"files": {"text.txt": 1}}], "validation": []}})
-    )
+    place = Place(open_store(tmp_path / "store"), copied, None)
+    source = {"train": [{"files": {"text.txt": 1}}], "validation": []}
+    edit_index(copied / "corpora" / NAME, source=source)
     with pytest.raises(Unavailable, match=f"is not {NAME}"):
         base.open_base(cell(), place)
 

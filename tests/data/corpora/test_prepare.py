@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.corpora import write_corpus
+from fixtures.corpora import edit_index, write_corpus
 from fixtures.model import broken
 from fixtures.process import one_line
 
@@ -435,10 +435,6 @@ def test_a_corpus_that_has_recorded_the_digest_of_version_1_is_the_same_corpus(
     assert encoder.digest != encoder.digest_1
 
 
-def altered(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_what_is_not_a_corpus_for_this_model_is_refused_when_it_is_opened(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -458,11 +454,15 @@ def test_what_is_not_a_corpus_for_this_model_is_refused_when_it_is_opened(
         ({"dtype": "int8"}, "damaged"),
         ({"more": 1}, "damaged"),
     ):
-        altered(index, **change)
+        edit_index(corpus, **change)
         refused(message, lambda: open_corpus(corpus))
         index.write_text(content)
-    index.write_text(content[:-20])
-    refused("damaged", lambda: open_corpus(corpus))
+    for text in (content[:-20], content.replace("512", "513"), content + "\n"):
+        index.write_text(text)
+        refused("damaged", lambda: open_corpus(corpus))
+    (corpus / "index.json.sha256").unlink()
+    index.write_text(content)
+    assert open_corpus(corpus).index, "of a version that wrote no seal"
 
 
 def damaged(
@@ -522,7 +522,7 @@ def resealed(corpus: Path, name: str, content: bytes) -> None:
     for shard in index["splits"]["train"]["shards"]:
         if name.startswith(shard["name"]):
             shard[f"sha256_{kind}"] = hashlib.sha256(content).hexdigest()
-    (corpus / "index.json").write_text(json.dumps(index))
+    edit_index(corpus, **index)
 
 
 @pytest.mark.parametrize(
