@@ -41,8 +41,7 @@ A run is a folder, `results/runs/<run_id>/`:
 | `error.txt` | the traceback of a run that failed, in place of the four above |
 | `manifest.sha256` | the sha256 of every other file; `sha256sum -c manifest.sha256` checks them |
 
-Numbers that are not finite stand as `NaN` and `Infinity`, which Python's `json` reads. A key in
-*italics* may be absent.
+Every number is finite. A key in *italics* may be absent.
 
 `format` is the version of this description, {FORMAT}. A result of another version is
 refused by its name, and nothing of it is touched.
