@@ -41,8 +41,8 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
     steps = list(plan.steps)
     planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
-    with _terminated_as_by_ctrl_c(), place.store.lock():
-        campaign = _Campaign(plan, options, display)
+    with _terminated_as_by_ctrl_c(), place.store.lock() as lock:
+        campaign = _Campaign(plan, options, display, lock)
         try:
             campaign.run()
         finally:
@@ -77,8 +77,10 @@ class _Campaign:
     shows and records them.
     """
 
-    def __init__(self, plan: CampaignPlan, options: CampaignOptions, display: Display) -> None:
-        self.plan, self.place, self.display = plan, plan.place, display
+    def __init__(
+        self, plan: CampaignPlan, options: CampaignOptions, display: Display, lock: int
+    ) -> None:
+        self.plan, self.place, self.display, self.lock = plan, plan.place, display, lock
         self.log = CampaignLog(plan, options)
         self.events: queue.Queue[tuple[planning.Step, Event]] = queue.Queue()
 
@@ -100,6 +102,7 @@ class _Campaign:
                 self.plan.scale,
                 self.place.store.results / "logs" / f"worker{number}.log",
                 card,
+                self.lock,
             )
             for number, card in enumerate(machine.cards(min(self.plan.jobs, len(waiting))))
         ]

@@ -8,7 +8,6 @@ store. MLflow's view of it is made by finrepro.tracking.view.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import provenance, schema
+from finrepro.evidence import lock, provenance, schema
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import write_manifest
 
@@ -176,33 +175,19 @@ class Store:
                 shutil.rmtree(partial, ignore_errors=True)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store alone; released by the system when the process dies. Sweeps what a
-        crash left half-written.
+    def lock(self, *, shared: bool = False) -> Iterator[int]:
+        """Hold the store alone, and sweep what a crash left half-written; or `shared` with cells
+        that were started by hand. Its descriptor, for processes that write on behalf of this one:
+        the system releases the store when the last of them has died.
         """
-        with disk_errors(self.root), (self.results / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise EnvironmentFault(
-                    f"another command (process {holder}) is working in {self.root}; wait for it "
-                    "or choose another --store."
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            for leftover in (self.results / "runs").glob(".*.*"):
-                # A process that is alive is a cell started by hand, which is being sealed.
-                if not _is_alive(leftover.name.split(".")[2]):
+        with (
+            disk_errors(self.root),
+            lock.held(self.results / ".lock", self.root, shared=shared) as descriptor,
+        ):
+            if not shared:
+                for leftover in (self.results / "runs").glob(".*.*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-            yield
-
-
-def _is_alive(process: str) -> bool:
-    """Whether there is a process with this id; ours is not the one that left something behind."""
-    return process.isdecimal() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
+            yield descriptor
 
 
 def _sync(path: Path) -> None:

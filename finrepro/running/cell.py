@@ -2,11 +2,11 @@
 cell and is idempotent.
 """
 
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from finrepro.catalogue.compatibility import refusal
@@ -22,7 +22,7 @@ from finrepro.errors import (
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
-from finrepro.running.events import EXIT_CODES, Emit, Event, emit_outcome, follow_parent
+from finrepro.running.events import EXIT_CODES, Emit, driver, emit_outcome, emitter, follow_parent
 from finrepro.running.feeding import preparing_corpus
 from finrepro.running.launch import parse, resolve
 from finrepro.running.text import while_waiting
@@ -84,17 +84,17 @@ def main(arguments: list[str] | None = None) -> int:
     stop_requested = follow_parent()
     rank = ranks.current()
 
-    def emit(event: Event) -> None:
-        if rank.is_main:
-            print(json.dumps(event), flush=True)
+    report = emitter(sys.stdout)
+    emit: Emit = report if rank.is_main else lambda _: None
 
     def run() -> Mapping[str, Any]:
         message, place = parse(arguments)
         spec = resolve(message)
         check_launch(spec)
-        if place.store.state(spec) == store.DONE:
-            return {"status": store.DONE, "reason": None}
-        return run_cell(spec, place, emit, stop_requested)
+        with nullcontext() if driver() else place.store.lock(shared=True):
+            if place.store.state(spec) == store.DONE:
+                return {"status": store.DONE, "reason": None}
+            return run_cell(spec, place, emit, stop_requested)
 
     def run_on_this_rank() -> Mapping[str, Any]:
         try:
@@ -103,8 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"finrepro: {error}", file=sys.stderr)
             raise
         if result["status"] != store.DONE and not rank.is_main:
-            event = {"event": "rank", "rank": rank.rank, "reason": result["reason"]}
-            print(json.dumps(event), flush=True)
+            report({"event": "rank", "rank": rank.rank, "reason": result["reason"]})
         return result
 
     code = emit_outcome(emit, run_on_this_rank)

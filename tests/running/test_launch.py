@@ -2,8 +2,6 @@
 the reason of the rank that failed.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,17 +66,6 @@ def test_an_interrupted_worker_takes_no_other_cell(place: Place, tmp_path: Path)
     worker.interrupt()
     spec = expand(selection, "smoke")[0].spec
     assert worker.run(spec, lambda _: None)["event"] == "interrupted" and worker.process is None
-
-
-def test_what_a_living_process_is_writing_is_not_swept_away(place: Place):
-    runs = place.store.results / "runs"
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        (runs / f".abc.{other.pid}.partial").mkdir()
-        with place.store.lock():
-            assert [path.name for path in runs.iterdir()] == [f".abc.{other.pid}.partial"]
-        other.kill()
-    with place.store.lock():
-        assert not list(runs.iterdir())
 
 
 @pytest.mark.slow
