@@ -5,6 +5,8 @@ Whole processes on the embedded data: `invoke reproduce --table 3 --quick`, narr
 miniature (one pretraining, two cells).
 """
 
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -150,11 +152,12 @@ def test_running_again_computes_nothing_and_takes_five_seconds_at_most(
 
 
 def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "finrepro.running.worker" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "finrepro.running.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def wait_for(

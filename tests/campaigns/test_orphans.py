@@ -75,9 +75,13 @@ def test_a_lock_whose_holder_is_dead_is_waited_for_and_one_that_lives_is_named(t
 
 def test_cells_started_by_hand_share_a_store_and_keep_commands_out(tmp_path: Path):
     store = open_store(tmp_path)
-    with store.lock(shared=True), store.lock(shared=True):
-        with pytest.raises(EnvironmentFault, match="another command"), store.lock():
-            pass
+    with (
+        store.lock(shared=True),
+        store.lock(shared=True),
+        pytest.raises(EnvironmentFault, match="another command"),
+        store.lock(),
+    ):
+        pass
     with store.lock():
         answer = python(
             *("-m", "finrepro.running.cell", "--table", "3", "--scale", "smoke", "--cell", ONE),
