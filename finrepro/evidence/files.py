@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finrepro.errors import EnvironmentFault, FinreproError
+from finrepro.errors import DiskFull, EnvironmentFault, FinreproError, StoreGone
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GONE = (errno.ENOENT, errno.ESTALE)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -31,7 +32,12 @@ def disk_errors(
         # MLflow passes on SQLite's message in an exception of its own.
         if number in FULL or "database or disk is full" in str(error):
             reason = f" ({os.strerror(number)})" if number else ""
-            raise EnvironmentFault(f"no space left for {place}{reason}; {kept}.") from None
+            raise DiskFull(f"no space left for {place}{reason}; {kept}.") from None
+        if number in GONE and not place.exists():
+            raise StoreGone(
+                f"{place} is not there any more ({os.strerror(number or 0)}); was it renamed or "
+                "removed meanwhile?"
+            ) from None
         if number in REFUSED:
             raise EnvironmentFault(
                 f"{place} is not writable ({os.strerror(number or 0)}); "

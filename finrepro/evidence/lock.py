@@ -40,6 +40,14 @@ def held(path: Path, root: Path, *, shared: bool = False) -> Iterator[int]:
         yield file.fileno()
 
 
+def is_there(path: Path, descriptor: int) -> bool:
+    """Whether the held lock still lies at `path`: a store may be renamed or removed under it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
 def _lock(file: TextIO, root: Path, kind: int) -> None:
     """Take the lock; raises as `held` does."""
     deadline = time.monotonic() + PATIENCE

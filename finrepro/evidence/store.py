@@ -20,7 +20,7 @@ from typing import Any
 
 from finrepro import INSTALLED, PROJECT
 from finrepro.catalogue.spec import RunSpec
-from finrepro.errors import EnvironmentFault
+from finrepro.errors import EnvironmentFault, StoreGone
 from finrepro.evidence import lock, provenance, schema
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import write_manifest
@@ -153,7 +153,7 @@ class Store:
         partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
         with disk_errors(self.root):
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir()  # not its parents: the store may be gone
             try:
                 yield partial
                 write_manifest(partial)
@@ -188,6 +188,14 @@ class Store:
                 for leftover in (self.results / "runs").glob(".*.*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             yield descriptor
+
+    def check_lock(self, descriptor: int) -> None:
+        """Raise `StoreGone` where the store that was locked does not lie here any more."""
+        if not lock.is_there(self.results / ".lock", descriptor):
+            raise StoreGone(
+                f"{self.root} was renamed or removed while it was in use; what had been finished "
+                "lies in it. Run the same command again with its --store."
+            )
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from finrepro.tracking.notes import NOTE_LIMIT
 AXES = ("model", "quantizer", "adapter", "train_on", "seed")
 PARAMETER_LIMIT = 6000
 
-MetricPoint = tuple[str, float, int, int]  # key, value, time in milliseconds, step
+MetricPoint = tuple[str, int | float, int, int]  # key, value, time in milliseconds, step
 
 
 def milliseconds(seconds: float) -> int:
