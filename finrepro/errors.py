@@ -64,9 +64,11 @@ class Interrupted(Exception):
 @contextmanager
 def unavailable_if_faulty() -> Iterator[None]:
     """Turn a fault of a checkpoint or an adapter into `Unavailable`, so that the campaign goes on
-    with the other cells.
+    with the other cells. A full disk is none of theirs.
     """
     try:
         yield
+    except DiskFull:
+        raise
     except (EnvironmentFault, UsageError) as error:
         raise Unavailable(str(error)) from error

@@ -15,6 +15,7 @@ import psutil
 from finrepro import PACKAGE
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
+from finrepro.errors import EnvironmentFault
 from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
 from finrepro.running.events import DRIVER, Event
@@ -124,6 +125,8 @@ class Worker:
             else:
                 on_event(event)
         process.wait()
+        if last and last.get("exit_code") == EnvironmentFault.exit_code:
+            return last
         if elsewhere:  # the first rank saw at most that another was gone
             return {
                 "event": "died",

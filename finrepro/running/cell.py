@@ -12,6 +12,7 @@ from typing import Any
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import (
+    DiskFull,
     Diverged,
     EnvironmentFault,
     FinreproError,
@@ -20,6 +21,7 @@ from finrepro.errors import (
     UsageError,
 )
 from finrepro.evidence import store
+from finrepro.evidence.files import is_full
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
 from finrepro.running.events import EXIT_CODES, Emit, driver, emit_outcome, emitter, follow_parent
@@ -36,7 +38,7 @@ def run_cell(
 
     A defect or a divergence is sealed too, as `failed` or `diverged` with its reason, and a base
     that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
-    `Interrupted` (a checkpoint is).
+    `Interrupted` (a checkpoint is); a full disk is a fault of the environment, whoever met it.
     """
     started, trace = time.time(), None
     try:
@@ -53,6 +55,9 @@ def run_cell(
     except Diverged as error:
         status, reason = store.DIVERGED, str(error)
     except Exception as error:  # any defect costs one cell; its traceback goes into the result
+        if is_full(error):
+            root = place.store.root
+            raise DiskFull(f"no space left for {root}; finished cells are kept.") from None
         first_line = str(error).splitlines()[0] if str(error) else ""
         status, reason = store.FAILED, f"{type(error).__name__}: {first_line}"
         trace = traceback.format_exc()
