@@ -3,13 +3,13 @@ without loading MLflow, which takes seconds.
 """
 
 import hashlib
-import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from finrepro import bounds
 from finrepro.evidence.files import write_json
 from finrepro.evidence.store import Store
 from finrepro.tracking.saved_views import link
@@ -49,7 +49,7 @@ def read_index(store: Store) -> dict[str, Any]:
         "cells": {},
     }
     try:
-        values = json.loads((database(store).parent / "shown.json").read_text(encoding="utf-8"))
+        values = bounds.read_json(database(store).parent / "shown.json")
     except (OSError, ValueError):
         return empty
     return empty | (values if isinstance(values, dict) else {})
