@@ -23,6 +23,14 @@ class EnvironmentFault(FinreproError):
     exit_code = 3
 
 
+class DiskFull(EnvironmentFault):
+    """No space, no inode, or no larger file: whoever goes on writing fails again."""
+
+
+class StoreGone(EnvironmentFault):
+    """The store is not where it was: nothing is written there any more."""
+
+
 class Unavailable(EnvironmentFault):
     """A cell's checkpoint or adapter is missing or not the one it should be: that cell is skipped,
     others run.
@@ -64,10 +72,12 @@ class Interrupted(Exception):
 @contextmanager
 def unavailable_if_faulty() -> Iterator[None]:
     """Turn a fault of a checkpoint or an adapter into `Unavailable`, so that the campaign goes on
-    with the other cells.
+    with the other cells. A full disk is none of theirs.
     """
     try:
         yield
+    except DiskFull:
+        raise
     except (EnvironmentFault, UsageError) as error:
         raise Unavailable(str(error)) from error
 

@@ -7,6 +7,7 @@ where a number is wanted.
 
 import dataclasses
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 import pydantic
 import yaml
 
+from finrepro import bounds
 from finrepro.errors import UsageError, unknown
 
 T = TypeVar("T")
@@ -59,10 +61,29 @@ class _Loader(yaml.CSafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
+def _check_depth(text: str) -> None:
+    """Raise `TooLarge` before the loader, which recurses in C, meets what is nested too deeply; the
+    parser of events does not recurse.
+    """
+    # Below the first, a level takes a bracket or a column of what stands before a line's text.
+    columns = max(map(len, re.findall(r"^[-? ]*", text, re.MULTILINE)))
+    if columns + text.count("[") + text.count("{") < bounds.DEPTH:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > bounds.DEPTH:
+            raise bounds.TooLarge(bounds.TOO_DEEP)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML mapping. Raises `UsageError` with file and line when it is malformed."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = bounds.read_text(path, bounds.SETTINGS_BYTES)
+        _check_depth(text)
+        value = yaml.load(text, Loader=_Loader)
+        bounds.check_nodes(value)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -70,6 +91,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise UsageError(f"{path}{where}: not valid YAML ({problem}).") from None
+    except bounds.TooLarge as error:
+        raise UsageError(f"{path}: {error}.") from None
     # PyYAML's, for scalars as 2024-13-45
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None

@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
+from typing import NoReturn
 
 from finrepro.campaigns.display import Display
 from finrepro.campaigns.local import Worker
@@ -41,14 +43,19 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
     steps = list(plan.steps)
     planning.check_jobs(options.jobs, steps)
     display.plan(steps, place, options.jobs)
-    with _terminated_as_by_ctrl_c(), place.store.lock():
-        campaign = _Campaign(plan, options, display)
+    with _interruptible() as interrupts, place.store.lock() as lock:
+        campaign = _Campaign(plan, options, display, lock, interrupts)
+        whole = False
         try:
             campaign.run()
+            whole = True
         finally:
             display.close()
-            table = tabulate(selection, plan.scale, list(plan.cells), place)
-            campaign.log.close()
+            place.store.check_lock(lock)
+            try:
+                table = tabulate(selection, plan.scale, list(plan.cells), place)
+            finally:
+                campaign.log.close(whole)
     return Reproduced(
         table,
         plan.scale,
@@ -58,22 +65,34 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
             for cell in plan.cells
             if not cell.refusal
         },
+        tuple(campaign.log.faults),
     )
 
 
 @contextmanager
-def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Inside, SIGTERM (`docker stop`, a batch system's time limit) interrupts as Ctrl-C does. As
-    process 1 of a container we would not even die of it otherwise. Only a main thread can do so.
+def _interruptible() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM (`docker stop`, a batch system's time limit) raise
+    `KeyboardInterrupt`, and are noted in the list: an exception that is raised inside a callback of
+    a library is lost. As process 1 of a container we would not even die of SIGTERM otherwise. Only
+    a main thread can do so.
     """
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield noted
         return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, _: FrameType | None) -> NoReturn:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's job in the background
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Campaign:
@@ -81,8 +100,16 @@ class _Campaign:
     shows and records them.
     """
 
-    def __init__(self, plan: CampaignPlan, options: CampaignOptions, display: Display) -> None:
+    def __init__(
+        self,
+        plan: CampaignPlan,
+        options: CampaignOptions,
+        display: Display,
+        lock: int,
+        interrupts: list[int],
+    ) -> None:
         self.plan, self.place, self.display = plan, plan.place, display
+        self.lock, self.interrupts = lock, interrupts
         self.log = CampaignLog(plan, options)
         self.events: queue.Queue[tuple[planning.Step, Event]] = queue.Queue()
         # Run id -> how it ended now: the store shows an older result that is finished.
@@ -106,6 +133,7 @@ class _Campaign:
                 self.plan.scale,
                 self.place.store.results / "logs" / f"worker{number}.log",
                 card,
+                self.lock,
             )
             for number, card in enumerate(machine.cards(min(self.plan.jobs, len(waiting))))
         ]
@@ -117,13 +145,13 @@ class _Campaign:
             self._jobs(workers, waiting)
         except (KeyboardInterrupt, EnvironmentFault) as error:
             if isinstance(error, KeyboardInterrupt):
+                self.interrupts.clear()
                 self.display.say(
                     "Stopping: the running cell saves its state. "
                     "Run the same command again to go on."
                 )
             for worker in workers:
                 worker.interrupt()
-            self.log.interrupted()
             raise
         finally:
             for worker in workers:
@@ -141,12 +169,27 @@ class _Campaign:
             threading.Thread(target=self._work, args=(worker, todo, ready), daemon=True).start()
         unfinished = len(waiting)
         while unfinished:
-            step, event = self.events.get()
+            step, event = self._next_event()
             if event["event"] in ("step", "phase"):
                 self.display.progress(step, event)
             else:
                 self._finished(step, event)
                 unfinished -= 1
+        self._check()
+
+    def _next_event(self) -> tuple[planning.Step, Event]:
+        """What a job reports next; looks about every second while it waits."""
+        while True:
+            self._check()
+            self.display.beat()
+            with suppress(queue.Empty):
+                return self.events.get(timeout=1.0)
+
+    def _check(self) -> None:
+        """Raise for an interrupt that a library has swallowed, and for a store that is gone."""
+        if self.interrupts:
+            raise KeyboardInterrupt
+        self.place.store.check_lock(self.lock)
 
     def _work(
         self, worker: Worker, todo: "queue.Queue[planning.Step]", ready: dict[str, threading.Event]

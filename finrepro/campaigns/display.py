@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from finrepro import INSTALLED, PACKAGE, PROJECT
+from finrepro.campaigns.pulse import Pulse
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence import provenance
@@ -51,13 +52,16 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """The terminal; without one (a log file, CI) the same facts, a line each, and no bars."""
+    """The terminal; without one (a log file, CI) the same facts, a line each, and no bars but a
+    line a minute.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.bars: "Progress | None" = None
         self.tasks: "dict[str, TaskID]" = {}
         self.completed = self.total = 0
+        self.pulse = Pulse(self.say)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -89,6 +93,7 @@ class Display:
     def progress(self, step: planning.Step, event: Event) -> None:
         """Move the cell's bar."""
         if not self.console.is_terminal:
+            self.pulse.note(step.spec.label, event)
             return
         if self.bars is None:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -111,12 +116,18 @@ class Display:
             facts = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
             self.bars.update(self.tasks[label], completed=event["step"], facts=facts)
 
+    def beat(self) -> None:
+        """Called every second: without a terminal, what the running cells do, once a minute."""
+        if not self.console.is_terminal:
+            self.pulse.beat()
+
     def finished(
         self, step: planning.Step, status: str, reason: str, result: dict[str, Any] | None
     ) -> None:
         """One line for a finished cell: its main score and its time, or its reason."""
         self.completed += 1
         label = step.spec.label
+        self.pulse.ended(label)
         if self.bars is not None and label in self.tasks:
             self.bars.remove_task(self.tasks.pop(label))
         text = reason

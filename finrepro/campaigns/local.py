@@ -6,17 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
-from finrepro import PACKAGE
+from finrepro import PACKAGE, strict_json
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
-from finrepro.evidence import provenance, strict_json
+from finrepro.errors import EnvironmentFault
+from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
-from finrepro.running.events import Event
+from finrepro.running.events import DRIVER, Event
 from finrepro.running.launch import command, request
 from finrepro.runtime import process as runtime
 
@@ -38,9 +39,11 @@ class Worker:
         scale: Scale,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        lock: int | None = None,
     ) -> None:
         self.place, self.selection, self.scale, self.log = place, selection, scale, log
-        self.environment = os.environ | (environment or {})
+        self.lock = lock  # the store's, which stays locked until the processes are dead, too
+        self.environment = os.environ | (environment or {}) | {DRIVER: str(os.getpid())}
         self.process: subprocess.Popen[str] | None = None
         self.launched: subprocess.Popen[str] | None = None
         self.closed = False
@@ -57,6 +60,7 @@ class Worker:
                     stderr=log,
                     text=True,
                     env=self.environment,
+                    pass_fds=() if self.lock is None else (self.lock,),
                 )
 
     def run(self, spec: RunSpec, on_event: Callable[[Event], None]) -> Event:
@@ -81,10 +85,9 @@ class Worker:
             process.stdin.flush()
         except (BrokenPipeError, ValueError):  # it died, or was closed just now
             return self._died(process)
-        for line in process.stdout:
-            event = strict_json.loads(line)
+        for event in _events(process.stdout):
             if event["event"] in ENDS:
-                return dict(event)
+                return event
             on_event(event)
         return self._died(process)
 
@@ -100,6 +103,8 @@ class Worker:
                     provenance.source_digest(),
                 ],
                 cwd=PACKAGE.parent,
+                # The one open file that torchrun hands on to the ranks.
+                stdin=subprocess.DEVNULL if self.lock is None else self.lock,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -111,10 +116,7 @@ class Worker:
         last: Event | None = None
         elsewhere: list[str] = []
         assert process.stdout is not None
-        for line in process.stdout:
-            if not line.startswith("{"):
-                continue
-            event = strict_json.loads(line)
+        for event in _events(process.stdout):
             if event["event"] in ENDS:
                 last = event
             elif event["event"] == "rank":
@@ -122,6 +124,8 @@ class Worker:
             else:
                 on_event(event)
         process.wait()
+        if last and last.get("exit_code") == EnvironmentFault.exit_code:
+            return last
         if elsewhere:  # the first rank saw at most that another was gone
             return {
                 "event": "died",
@@ -167,3 +171,10 @@ class Worker:
             self.process.wait()
         if self.launched is not None:
             self.launched.wait()
+
+
+def _events(lines: Iterable[str]) -> Iterator[Event]:
+    """The events among the lines of a process; a line that its end cut off is none."""
+    return (
+        strict_json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")
+    )

@@ -2,16 +2,21 @@
 
 import shlex
 import time
+from collections.abc import Callable
 from typing import Any
 
+from finrepro.campaigns.display import program
 from finrepro.campaigns.preview import CampaignOptions, CampaignPlan
 from finrepro.catalogue.selection import Selection
+from finrepro.errors import DiskFull
 from finrepro.evidence import files, provenance, store
+from finrepro.evidence.files import disk_errors
 from finrepro.evidence.sealed import sealed
 from finrepro.planning.plan import Step
 from finrepro.reporting.tabulate import file_stem
-from finrepro.runtime.interrupts import held_back
 from finrepro.tracking.index import is_shown
+from finrepro.tracking.projected import Unreadable
+from finrepro.tracking.rebuilding import open_view, rebuild
 from finrepro.tracking.view import MlflowView
 
 
@@ -56,6 +61,8 @@ class CampaignLog:
         self.place = plan.place
         self.view: MlflowView | None = None
         self.parent = ""
+        self.is_unusable = False
+        self.faults: list[str] = []  # of the view, a line each
         started = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started))
         self.record: dict[str, Any] = {
@@ -96,34 +103,64 @@ class CampaignLog:
 
     def save(self) -> None:
         """Write the record. Raises `EnvironmentFault` where the disk is full."""
-        with files.disk_errors(self.place.store.root):
+        with disk_errors(self.place.store.root):
             files.write_json(
                 self.place.store.results / "campaigns" / f"{self.record['id']}.json",
                 sealed(self.record),
             )
 
     def show(self, step: Step) -> None:
-        """Show a finished cell in MLflow, and the campaign above it."""
+        """Show a finished cell in MLflow, and the campaign above it. Raises `DiskFull`."""
         self.save()
-        if self.view is None:
-            with held_back():  # half a database is none
-                self.view = MlflowView(self.place.store)
-                self.parent = self.view.campaign(self.record)
-        self.view.cell(step.spec.run_id, self.record, self.parent)
+        self.write(lambda view, parent: view.cell(step.spec.run_id, self.record, parent))
 
-    def interrupted(self) -> None:
-        """Note that the campaign ends before its cells do."""
-        self.record["status"] = "interrupted"
-
-    def close(self) -> None:
-        """Say how the campaign ended. One that did nothing leaves no record."""
-        cells, running = self.record["cells"], self.record["status"] == "running"
-        if running and all(cell["outcome"] == "kept" for cell in cells):
+    def write(self, write: Callable[[MlflowView, str], object]) -> None:
+        """Write into the view, with the campaign's own run in it. One that cannot be written is
+        made anew, once; where that does not help, `faults` says so and the campaign goes on.
+        """
+        if self.is_unusable:
             return
-        if running:
+        try:
+            with disk_errors(self.place.store.root):
+                try:
+                    write(*self._opened())
+                except (DiskFull, Unreadable):
+                    raise
+                except Exception:  # MLflow's, SQLAlchemy's, SQLite's and the system's own
+                    rebuild(self.place.store)
+                    self.view = None
+                    write(*self._opened())
+        except DiskFull:
+            raise
+        except Unreadable as error:
+            self.faults.append(str(error))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            self.is_unusable = True
+            self.faults.append(
+                f"MLflow's view cannot be written ({reason}); results are kept, and "
+                f"`{program()} record --rebuild` makes it again."
+            )
+
+    def _opened(self) -> tuple[MlflowView, str]:
+        """The view, and the campaign's run in it."""
+        if self.view is None:
+            self.view = open_view(self.place.store)
+            self.parent = self.view.campaign(self.record)
+        return self.view, self.parent
+
+    def close(self, whole: bool) -> None:
+        """Say how the campaign ended: as a `whole`, or before its cells did. One that did nothing
+        leaves no record.
+        """
+        cells = self.record["cells"]
+        if whole and all(cell["outcome"] == "kept" for cell in cells):
+            return
+        self.record["status"] = "interrupted"
+        if whole:
             failed = any(cell["status"] in (store.FAILED, store.DIVERGED) for cell in cells)
             self.record["status"] = "with failed cells" if failed else "finished"
         self.record["ended"] = time.time()
         self.save()
         if self.view is not None:
-            self.view.campaign(self.record)
+            self.write(lambda view, _: view.campaign(self.record))

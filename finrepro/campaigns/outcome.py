@@ -10,13 +10,15 @@ from finrepro.reporting.table import Table
 @dataclass(frozen=True)
 class Reproduced:
     """A finished table. `states` are those of its cells by label, without the refused ones; a
-    table that is computed from sizes has none. `folder` is where its files lie.
+    table that is computed from sizes has none. `folder` is where its files lie, and `faults` are
+    those of MLflow's view, a line each.
     """
 
     table: Table
     scale: str
     folder: Path
     states: dict[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
     def show(self) -> None:
         """Print the table, and where it lies."""

@@ -11,7 +11,7 @@ import json
 from functools import cache
 from typing import Any
 
-from finrepro import PROJECT
+from finrepro import PROJECT, bounds
 from finrepro.catalogue.published import Claim, Published, read_claims
 from finrepro.catalogue.published import read as read_published
 from finrepro.catalogue.spec import (
@@ -262,6 +262,6 @@ def deepspeed_config(zero_stage: int) -> dict[str, Any]:
     """The ZeRO settings of configs/deepspeed for a stage."""
     path = CONFIGS / "deepspeed" / f"zero{zero_stage}.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(bounds.read_json(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}.") from None

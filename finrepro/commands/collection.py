@@ -3,6 +3,7 @@ comes back, and ends with an exit code. `--list` shows them, `--help NAME` expla
 """
 
 import os
+import sys
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -72,7 +73,8 @@ def reproduce(
         return 0
     reproduced = api.reproduce(table, **arguments)
     reproduced.show()
-    return code_of(reproduced.states.values())
+    print(*(f"finrepro: {fault}\n" for fault in reproduced.faults), sep="", end="", file=sys.stderr)
+    return code_of(reproduced.states.values()) or (3 if reproduced.faults else 0)
 
 
 @command(help=CELLS)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from finrepro.arguments import count, seed_list
+from finrepro.errors import UsageError
 
+# What file systems allow is 255; partial files beside it and tables named after it need a part.
+NAME_BYTES = 200
 CELL_FAILED, ENVIRONMENT, INTERRUPTED = 4, 3, 130
 
 
@@ -24,6 +28,7 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
             from finrepro.errors import FinreproError
 
             try:
+                check_texts(keywords)
                 code = function(context, *arguments, **keywords)
             except FinreproError as error:
                 print(f"finrepro: {' '.join(str(error).split())}", file=sys.stderr)
@@ -46,6 +51,24 @@ def command(**options: Any) -> Callable[[Callable[..., int | None]], Any]:
         return task(auto_shortflags=False, **options)(run)
 
     return decorate
+
+
+def check_texts(options: Mapping[str, object]) -> None:
+    """Raise `UsageError` for an option, or a variable of ours, that can be no name of a file or be
+    printed in no line.
+    """
+    variables = {name: text for name, text in os.environ.items() if name.startswith("FINREPRO_")}
+    flags = {f"--{name.replace('_', '-')}": text for name, text in options.items()}
+    for name, text in {**variables, **flags}.items():
+        if not isinstance(text, str):
+            continue
+        shown = ascii(text if len(text) < 60 else text[:60] + "...")
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            raise UsageError(f"{name} {shown}: its bytes are no UTF-8.")
+        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
+            raise UsageError(f"{name} {shown}: control characters and line breaks are not allowed.")
+        if max(len(part.encode()) for part in text.split("/")) > NAME_BYTES:
+            raise UsageError(f"{name} {shown}: a name may have {NAME_BYTES} bytes at most.")
 
 
 def folder(text: str | None, variable: str | None = None) -> Path | None:

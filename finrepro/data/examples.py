@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.settings import settings
 
 

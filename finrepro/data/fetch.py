@@ -10,10 +10,10 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from finrepro import bounds, strict_json
 from finrepro.data.files import digest_of, fetched_path
 from finrepro.data.hub_client import reason_of
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import write_bytes
 from finrepro.settings import Choice
 
@@ -92,7 +92,7 @@ def _hub_file(dataset: Choice, path: str) -> bytes:
         hub.id, archive, repo_type="dataset", revision=hub.revision
     )
     content = Path(downloaded).read_bytes()
-    return zipfile.ZipFile(BytesIO(content)).read(member) if member else content
+    return bounds.unpack(zipfile.ZipFile(BytesIO(content)), member) if member else content
 
 
 def _hub_split(dataset: Choice, role: str) -> bytes:

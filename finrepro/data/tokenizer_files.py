@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 CONFIG = "tokenizer_config.json"

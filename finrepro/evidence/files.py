@@ -3,15 +3,25 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finrepro.errors import EnvironmentFault, FinreproError
-from finrepro.evidence import strict_json
+from finrepro import strict_json
+from finrepro.errors import DiskFull, EnvironmentFault, FinreproError, StoreGone
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Writers that wrap the system's error: torch, safetensors and tokenizers, NumPy, SQLite.
+FULL_TEXT = re.compile(
+    r"inline_container.*(unexpected pos|failed writing)"
+    rf"|\(os error ({'|'.join(map(str, FULL))})\)"
+    r"|\d+ requested and \d+ written"
+    r"|database or disk is full",
+    re.DOTALL,
+)
+GONE = (errno.ENOENT, errno.ESTALE)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -27,17 +37,34 @@ def disk_errors(
     except FinreproError:
         raise
     except Exception as error:
+        if is_full(error):
+            raise DiskFull(f"no space left for {place}{_named(error)}; {kept}.") from None
         number = error.errno if isinstance(error, OSError) else None
-        # MLflow passes on SQLite's message in an exception of its own.
-        if number in FULL or "database or disk is full" in str(error):
-            reason = f" ({os.strerror(number)})" if number else ""
-            raise EnvironmentFault(f"no space left for {place}{reason}; {kept}.") from None
+        if number in GONE and not place.exists():
+            raise StoreGone(
+                f"{place} is not there any more ({os.strerror(number or 0)}); was it renamed or "
+                "removed meanwhile?"
+            ) from None
         if number in REFUSED:
             raise EnvironmentFault(
                 f"{place} is not writable ({os.strerror(number or 0)}); "
                 f"choose another with {option}."
             ) from None
         raise
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that a disk is full, or what it was raised for does."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or FULL_TEXT.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _named(error: Exception) -> str:
+    return f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
 
 
 def flush(file: BinaryIO) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import schema, strict_json
+from finrepro import strict_json
+from finrepro.evidence import schema
 from finrepro.evidence.manifest import damaged_files, file_digest
 
 RESULT, WEIGHTS = "result.json", "weights/"

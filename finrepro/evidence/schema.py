@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NotRequired
 import pydantic
 from typing_extensions import TypedDict
 
+from finrepro import strict_json
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 from finrepro.evidence.described import closed, of
 from finrepro.evidence.schema_cell import CellFacts
 from finrepro.evidence.schema_spec import Spec

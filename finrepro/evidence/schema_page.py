@@ -9,8 +9,7 @@ from typing import Any
 
 import pydantic
 
-from finrepro import PROJECT
-from finrepro.evidence import strict_json
+from finrepro import PROJECT, strict_json
 from finrepro.evidence.schema import FORMAT, Result
 from finrepro.evidence.schema_rows import (
     ChosenLine,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finrepro import strict_json
 from finrepro.catalogue.spec import RunSpec
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import disk_errors
 from finrepro.evidence.sealed import SEAL, sealed, unsealed
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.evidence.manifest import Damaged
 
 SEAL = "sha256"

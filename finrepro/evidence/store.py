@@ -8,7 +8,6 @@ store. MLflow's view of it is made by finrepro.tracking.view.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,10 +18,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from finrepro import INSTALLED, PROJECT
+from finrepro import INSTALLED, PROJECT, strict_json
 from finrepro.catalogue.spec import RunSpec
-from finrepro.errors import EnvironmentFault
-from finrepro.evidence import provenance, schema, strict_json
+from finrepro.errors import EnvironmentFault, StoreGone
+from finrepro.evidence import lock, provenance, schema
 from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import Damaged, read_manifest, write_manifest
@@ -177,7 +176,7 @@ class Store:
         partial = final.with_name(f".{run_id}.{os.getpid()}.partial")
         with disk_errors(self.root):
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir()  # not its parents: the store may be gone
             try:
                 yield partial
                 write_manifest(partial)
@@ -223,33 +222,27 @@ class Store:
         return next(path for path in numbered if not os.path.lexists(path))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store alone; released by the system when the process dies. Sweeps what a
-        crash left half-written.
+    def lock(self, *, shared: bool = False) -> Iterator[int]:
+        """Hold the store alone, and sweep what a crash left half-written; or `shared` with cells
+        that were started by hand. Its descriptor, for processes that write on behalf of this one:
+        the system releases the store when the last of them has died.
         """
-        with disk_errors(self.root), (self.results / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise EnvironmentFault(
-                    f"another command (process {holder}) is working in {self.root}; wait for it "
-                    "or choose another --store."
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            for leftover in (self.results / "runs").glob(".*.*"):
-                # A process that is alive is a cell started by hand, which is being sealed.
-                if not _is_alive(leftover.name.split(".")[2]):
+        with (
+            disk_errors(self.root),
+            lock.held(self.results / ".lock", self.root, shared=shared) as descriptor,
+        ):
+            if not shared:
+                for leftover in (self.results / "runs").glob(".*.*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-            yield
+            yield descriptor
 
-
-def _is_alive(process: str) -> bool:
-    """Whether there is a process with this id; ours is not the one that left something behind."""
-    return process.isdecimal() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
+    def check_lock(self, descriptor: int) -> None:
+        """Raise `StoreGone` where the store that was locked does not lie here any more."""
+        if not lock.is_there(self.results / ".lock", descriptor):
+            raise StoreGone(
+                f"{self.root} was renamed or removed while it was in use; what had been finished "
+                "lies in it. Run the same command again with its --store."
+            )
 
 
 def _sync(path: Path) -> None:

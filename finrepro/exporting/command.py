@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finrepro.errors import EnvironmentFault, UsageError, unknown
+from finrepro.errors import DiskFull, EnvironmentFault, UsageError, unknown
+from finrepro.evidence.files import is_full
 from finrepro.evidence.manifest import write_manifest
 from finrepro.evidence.place import Place
 from finrepro.exporting.layout import ExportLayout, layout_of
@@ -130,6 +131,10 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise EnvironmentFault(f"{target}: cannot be made: {reason}.") from None
+    except Exception as error:
+        if is_full(error):
+            raise DiskFull(f"{target}: cannot be made: no space left.") from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

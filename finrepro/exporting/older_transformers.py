@@ -8,7 +8,7 @@ a word: it then computes with a base of 10,000 and no scaling.
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 
 # Of how the tokenizer was loaded here; they mean nothing elsewhere.
 LOCAL = ("is_local", "local_files_only")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from finrepro import strict_json
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
-from finrepro.evidence import strict_json
 from finrepro.exporting.layout import ExportLayout, loading_settings
 from finrepro.exporting.older_transformers import write_for_both
 from finrepro.exporting.rebuild import StartingPoint, densify, read_peft, stripped

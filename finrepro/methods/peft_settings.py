@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finrepro import strict_json
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 
 DEFAULT_RANK = 8  # PEFT's, where the file has no `r`
 MAX_BYTES = 1_000_000  # of adapter_config.json; PEFT writes one to two thousand

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finrepro import strict_json
 from finrepro.data import lfs
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # the least share of an embedding's rows that a tokenizer fills: some embeddings are padded

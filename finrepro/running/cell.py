@@ -6,12 +6,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from finrepro.catalogue.compatibility import refusal
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import (
     DataFault,
+    DiskFull,
     Diverged,
     EnvironmentFault,
     FinreproError,
@@ -20,10 +22,11 @@ from finrepro.errors import (
     Unavailable,
     UsageError,
 )
-from finrepro.evidence import store, strict_json
+from finrepro.evidence import store
+from finrepro.evidence.files import is_full
 from finrepro.evidence.place import Place
 from finrepro.evidence.result import seal_unfinished
-from finrepro.running.events import EXIT_CODES, Emit, Event, emit_outcome, follow_parent
+from finrepro.running.events import EXIT_CODES, Emit, driver, emit_outcome, emitter, follow_parent
 from finrepro.running.feeding import preparing_corpus
 from finrepro.running.launch import parse, resolve
 from finrepro.running.text import while_waiting
@@ -37,7 +40,7 @@ def run_cell(
 
     A defect, faulty data or a divergence is sealed too, as `failed` or `diverged` with its reason,
     and a base that cannot be used as `skipped`. Raises `EnvironmentFault` (nothing is written) and
-    `Interrupted` (a checkpoint is).
+    `Interrupted` (a checkpoint is); a full disk is a fault of the environment, whoever met it.
     """
     started, trace = time.time(), None
     try:
@@ -56,6 +59,9 @@ def run_cell(
     except (DataFault, NotFinite) as error:
         status, reason = store.FAILED, str(error)
     except Exception as error:  # any defect costs one cell; its traceback goes into the result
+        if is_full(error):
+            root = place.store.root
+            raise DiskFull(f"no space left for {root}; finished cells are kept.") from None
         first_line = str(error).splitlines()[0] if str(error) else ""
         status, reason = store.FAILED, f"{type(error).__name__}: {first_line}"
         trace = traceback.format_exc()
@@ -87,17 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
     stop_requested = follow_parent()
     rank = ranks.current()
 
-    def emit(event: Event) -> None:
-        if rank.is_main:
-            print(strict_json.dumps(event), flush=True)
+    report = emitter(sys.stdout)
+    emit: Emit = report if rank.is_main else lambda _: None
 
     def run() -> Mapping[str, Any]:
         message, place = parse(arguments)
         spec = resolve(message)
         check_launch(spec)
-        if place.store.state(spec) == store.DONE:
-            return {"status": store.DONE, "reason": None}
-        return run_cell(spec, place, emit, stop_requested)
+        with nullcontext() if driver() else place.store.lock(shared=True):
+            if place.store.state(spec) == store.DONE:
+                return {"status": store.DONE, "reason": None}
+            return run_cell(spec, place, emit, stop_requested)
 
     def run_on_this_rank() -> Mapping[str, Any]:
         try:
@@ -106,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"finrepro: {error}", file=sys.stderr)
             raise
         if result["status"] != store.DONE and not rank.is_main:
-            event = {"event": "rank", "rank": rank.rank, "reason": result["reason"]}
-            print(strict_json.dumps(event), flush=True)
+            report({"event": "rank", "rank": rank.rank, "reason": result["reason"]})
         return result
 
     code = emit_outcome(emit, run_on_this_rank)

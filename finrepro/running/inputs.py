@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finrepro import strict_json
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files
 from finrepro.data.arriving.growing import Waiting
 from finrepro.data.corpora.folders import corpus_of, is_running_text
 from finrepro.data.files import Dataset
 from finrepro.errors import failed_if_faulty, unavailable_if_faulty
-from finrepro.evidence import provenance, strict_json
+from finrepro.evidence import provenance
 from finrepro.evidence.place import Place
 from finrepro.kinds import task_of
 from finrepro.models.end_tokens import end_tokens

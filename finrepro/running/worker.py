@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import provenance, store, strict_json
+from finrepro import strict_json
+from finrepro.evidence import provenance, store
 from finrepro.evidence.place import Place
-from finrepro.running.events import INTERRUPTED, Event, emit_outcome, follow_parent
+from finrepro.running.events import INTERRUPTED, emit_outcome, emitter, follow_parent
 from finrepro.runtime import process
 
 
@@ -22,7 +23,7 @@ def serve() -> int:
     """Read requests from standard input until it ends; write events, a line of JSON each, to
     what was standard output.
     """
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
     stop_requested = follow_parent()
     process.quiet_environment()
@@ -30,8 +31,7 @@ def serve() -> int:
     from finrepro.running.cell import run_cell
     from finrepro.running.launch import resolve
 
-    def emit(event: Event) -> None:
-        channel.write(strict_json.dumps(event) + "\n")
+    emit = emitter(channel)
 
     def run(message: dict[str, Any]) -> Mapping[str, Any]:
         folders = (message[key] and Path(message[key]) for key in ("data_dir", "models_dir"))

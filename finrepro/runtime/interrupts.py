@@ -13,8 +13,8 @@ HELD = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, if nothing was
-    raised. In another thread nothing changes.
+    """Inside, SIGINT and SIGTERM are noted; the last of them acts at the end, also where something
+    was raised: whoever handles that would go on. In another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -29,5 +29,5 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if noted:
-        signal.raise_signal(noted[-1][0])
+        if noted:
+            signal.raise_signal(noted[-1][0])

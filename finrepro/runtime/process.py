@@ -88,5 +88,18 @@ def end(code: int) -> NoReturn:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however that happens."""
+    """Have the kernel kill this process when its parent dies, however that happens. One that is
+    dead by now kills nobody: `descends_from` tells.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def descends_from(ancestor: int) -> bool:
+    """Whether the process `ancestor` is this one's parent, or its parent's, and so on: it lives."""
+    import psutil
+
+    number = os.getppid()
+    with contextlib.suppress(psutil.Error):  # one between has just ended
+        while number not in (0, ancestor):
+            number = psutil.Process(number).ppid()
+    return number == ancestor

@@ -5,27 +5,31 @@ from pathlib import Path
 
 from finrepro.evidence.run_faults import run_faults
 from finrepro.evidence.store import Store
-from finrepro.tracking import index, view
+from finrepro.tracking import index
+from finrepro.tracking.rebuilding import Rebuilt
+from finrepro.tracking.rebuilding import rebuild as rebuild_view
 
 
 @dataclass(frozen=True)
 class StoreCheck:
     """How many results a store has, which files of which are not what was sealed (run id -> their
-    names), and how many cells MLflow's view (`database`) shows where it was made anew.
+    names), and MLflow's new `view` in `database` where it was made.
     """
 
     results: int
     damaged: dict[str, list[str]]
     database: Path
-    projected: int | None = None
+    view: Rebuilt | None = None
 
     def show(self) -> None:
         """Print it."""
         for run_id, names in self.damaged.items():
             print(f"damaged: {run_id}: {', '.join(names)}")
         print(f"{self.results} results, {len(self.damaged)} damaged")
-        if self.projected is not None:
-            print(f"{self.projected} cells in {self.database}")
+        if self.view is not None:
+            for reason in self.view.left_out.values():
+                print(reason)
+            print(f"{self.view.cells} cells in {self.database}")
 
 
 def check_store(store: Store, rebuild: bool = False) -> StoreCheck:
@@ -34,9 +38,9 @@ def check_store(store: Store, rebuild: bool = False) -> StoreCheck:
         path for path in (store.results / "runs").iterdir() if not path.name.startswith(".")
     )
     faults = {folder.name: run_faults(folder) for folder in folders}
-    projected = None
+    view = None
     if rebuild:
         with store.lock():
-            projected = view.rebuild(store)
+            view = rebuild_view(store)
     damaged = {run_id: names for run_id, names in faults.items() if names}
-    return StoreCheck(len(folders), damaged, index.database(store), projected)
+    return StoreCheck(len(folders), damaged, index.database(store), view)

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.evidence.files import read_lines
 from finrepro.tracking.notes import NOTE_LIMIT
 
 AXES = ("model", "quantizer", "adapter", "train_on", "seed")
 PARAMETER_LIMIT = 6000
 
-MetricPoint = tuple[str, float, int, int]  # key, value, time in milliseconds, step
+MetricPoint = tuple[str, int | float, int, int]  # key, value, time in milliseconds, step
 
 
 def milliseconds(seconds: float) -> int:

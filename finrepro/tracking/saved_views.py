@@ -8,7 +8,7 @@ view that another version does not know shows as its default, and nothing else d
 import base64
 import zlib
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.tracking.notes import SMOKE
 from finrepro.tracking.projection import AXES
 

@@ -14,7 +14,7 @@ from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence.store import Store
 from finrepro.tracking.index import is_current, links, tracking_uri
 from finrepro.tracking.library import environment, load_mlflow
-from finrepro.tracking.view import rebuild
+from finrepro.tracking.rebuilding import rebuild
 
 LOCAL = ("localhost", "127.0.0.1")
 PATIENCE = 120.0  # seconds until the server has to answer

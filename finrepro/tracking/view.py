@@ -7,24 +7,25 @@ is a child in both, and its tag `tables` names both. A skipped cell is no run: t
 was skipped.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.evidence.files import disk_errors
-from finrepro.evidence.store import DONE, SKIPPED, Store
+from finrepro.evidence.store import DONE, Store
+from finrepro.runtime.interrupts import held_back
 from finrepro.tracking import notes, projection
 from finrepro.tracking.index import (
     LAYOUT,
     database,
     is_current,
     read_index,
-    result_digest,
+    schema_version,
     tracking_uri,
     update_index,
 )
 from finrepro.tracking.library import load_mlflow
+from finrepro.tracking.projected import Projected, project
 from finrepro.tracking.saved_views import experiment_tags
 
 ARTIFACTS = ("result.json", "predictions.jsonl", "manifest.sha256", "error.txt")
@@ -34,15 +35,15 @@ CAMPAIGN_STATUS = {"finished": "FINISHED", "interrupted": "KILLED"}  # everythin
 
 class MlflowView:
     """MLflow's database of a store, opened by the one process that holds the store's lock; created
-    if it is not there.
+    if it is not there. `rebuilding.open_view` makes one anew that cannot be opened.
 
+    Interrupts wait for what is being written: in a callback of MLflow's database one would be lost.
     Raises `EnvironmentFault` if mlflow is not installed or the disk is full or refused.
     """
 
+    @held_back()
     def __init__(self, store: Store) -> None:
         mlflow = load_mlflow(store)
-        if database(store).is_file() and not is_current(store):
-            rebuild(store)
         self.store = store
         with disk_errors(store.root):
             database(store).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class MlflowView:
             )
             self.client = mlflow.tracking.MlflowClient(tracking_uri=tracking_uri(store))
             if not is_current(store):
-                update_index(store, layout=LAYOUT)
+                update_index(store, layout=LAYOUT, schema=schema_version(store))
                 self.client.delete_experiment("0")  # MLflow's empty "Default"
 
     def _artifacts(self, experiment: str) -> str:
@@ -86,6 +87,7 @@ class MlflowView:
                 self.client.set_tag(run.info.run_id, "status", "interrupted")
                 self.client.set_terminated(run.info.run_id, "KILLED", run.info.start_time)
 
+    @held_back()
     def campaign(self, campaign: dict[str, Any]) -> str:
         """The parent run of a campaign, brought up to date with its record; its MLflow id."""
         experiment = self.experiment(campaign["table"], campaign["scale"])
@@ -126,16 +128,18 @@ class MlflowView:
                 page = notes.table_html(strict_json.loads(path.read_text(encoding="utf-8")))
                 self.client.log_text(mlflow_id, page, f"table/{stem}.html")
 
+    @held_back()
     def cell(self, run_id: str, campaign: dict[str, Any], parent: str) -> None:
         """The child run of a cell's current result, in this campaign's experiment and in every
         other that shows the cell.
 
         A result that is shown already is left alone; an older result of the cell is removed.
+        Raises `Unreadable`, before anything is changed.
         """
-        result = self.store.result(run_id)
-        if result is None or result["status"] == SKIPPED:
+        projected = project(self.store, run_id)
+        if projected is None:
             return
-        digest = result_digest(self.store, run_id)
+        digest = projected.digest
         runs_by_experiment = {
             str(run.info.experiment_id): run for run in self.runs(f"tags.run_id = '{run_id}'")
         }
@@ -150,7 +154,7 @@ class MlflowView:
             if run is None or run.data.tags.get("result_digest") != digest:
                 if run is not None:
                     self.client.delete_run(run.info.run_id)
-                self._project(result, experiment, tags, digest)
+                self._project(projected, experiment, tags)
             elif run.data.tags.get("tables") != tags["tables"]:
                 self.client.set_tag(run.info.run_id, "tables", tags["tables"])
         cells = read_index(self.store)["cells"] | {run_id: dict.fromkeys(tables, digest)}
@@ -161,61 +165,30 @@ class MlflowView:
         index = read_index(self.store)["experiments"]
         return sorted(name.rpartition("-")[0] for name, key in index.items() if key in experiments)
 
-    def _project(
-        self, result: dict[str, Any], experiment: str, tags: dict[str, str], digest: str
-    ) -> None:
+    def _project(self, cell: Projected, experiment: str, tags: dict[str, str]) -> None:
         """A run made from a result: its tags, parameters, metrics, datasets and artifacts."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
-        folder = self.store.run_folder(result["run_id"])
-        note = {"mlflow.note.content": notes.cell_note(result, folder)}
-        tags = projection.cell_tags(result) | tags | note
-        started, name = projection.milliseconds(result["started"]), projection.cell_name(result)
-        run_id = self.client.create_run(experiment, started, tags, name).info.run_id
-        self.client.log_batch(
-            run_id, params=[Param(*pair) for pair in projection.parameters(result).items()]
-        )
-        metrics = [Metric(*point) for point in projection.metrics(result, folder)]
+        started = projection.milliseconds(cell.result["started"])
+        run = self.client.create_run(experiment, started, cell.tags | tags, cell.name)
+        run_id = run.info.run_id
+        self.client.log_batch(run_id, params=[Param(*pair) for pair in cell.parameters.items()])
+        metrics = [Metric(*point) for point in cell.metrics]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         inputs = [
             DatasetInput(
                 Dataset(dataset, key, "sha256", source), [InputTag("mlflow.data.context", context)]
             )
-            for dataset, key, source, context in projection.datasets(result)
+            for dataset, key, source, context in cell.datasets
         ]
         self.client.log_inputs(run_id, inputs)
         for artifact in ARTIFACTS:
-            if (folder / artifact).is_file():
-                self.client.log_artifact(run_id, str(folder / artifact))
-        status = "FINISHED" if result["status"] == DONE else "FAILED"
-        self.client.set_terminated(run_id, status, projection.milliseconds(result["ended"]))
+            if (cell.folder / artifact).is_file():
+                self.client.log_artifact(run_id, str(cell.folder / artifact))
+        status = "FINISHED" if cell.result["status"] == DONE else "FAILED"
+        ended = projection.milliseconds(cell.result["ended"])
+        self.client.set_terminated(run_id, status, ended)
         # Last, so that a projection cut short is not taken for a whole one and is made again.
-        self.client.set_tag(run_id, "status", result["status"])
-        self.client.set_tag(run_id, "result_digest", digest)
-
-
-def rebuild(store: Store) -> int:
-    """Throw the view away and make it again from results/; the number of cells in it. Raises as
-    `MlflowView` does.
-    """
-    campaigns = store.campaigns()
-    load_mlflow(store)  # before anything is thrown away
-    shutil.rmtree(database(store).parent, ignore_errors=True)
-    view = MlflowView(store)
-    update_index(store, layout=None)  # until it is whole: one that was cut short is made again
-    # A cell lies under the last campaign of its table that ran or found it.
-    owner = {
-        (campaign["table"], campaign["scale"], cell["run_id"]): campaign["id"]
-        for campaign in campaigns
-        for cell in campaign["cells"]
-        if cell["outcome"] not in ("kept", "skipped")
-    }
-    for campaign in campaigns:
-        parent = view.campaign(campaign)
-        for cell in campaign["cells"]:
-            if owner.get((campaign["table"], campaign["scale"], cell["run_id"])) == campaign["id"]:
-                view.cell(cell["run_id"], campaign, parent)
-    view.close_abandoned()
-    update_index(store, layout=LAYOUT)
-    return len(read_index(store)["cells"])
+        self.client.set_tag(run_id, "status", cell.result["status"])
+        self.client.set_tag(run_id, "result_digest", cell.digest)

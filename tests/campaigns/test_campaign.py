@@ -5,9 +5,10 @@ Whole processes on the embedded data: `invoke reproduce --table 3 --quick`, narr
 miniature (one pretraining, two cells).
 """
 
-import hashlib
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from fixtures.evidence import evidence, results
 
 from finrepro import PROJECT
 from finrepro.evidence.manifest import damaged_files
@@ -76,29 +77,6 @@ def reproduce(store: Path, *options: str, code: int = 0, **environment: str) -> 
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
     return output
-
-
-def results(store: Path) -> dict[str, dict[str, Any]]:
-    """Label -> result.json."""
-    found = [json.loads(path.read_text()) for path in store.glob("results/runs/*/result.json")]
-    return {result["label"]: result for result in found}
-
-
-def evidence(store: Path) -> dict[str, str]:
-    """Everything that has to be equal bit for bit: answers, losses without their times, trained
-    weights, scores.
-    """
-    facts = {}
-    for label, result in results(store).items():
-        folder = store / "results" / "runs" / result["run_id"]
-        facts[f"{label}: scores"] = json.dumps(result["scores"])
-        losses = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-        facts[f"{label}: losses"] = json.dumps(
-            [(row["loss"].hex(), row["grad_norm"].hex()) for row in losses]
-        )
-        for path in [folder / "predictions.jsonl", *sorted((folder / "weights").iterdir())]:
-            facts[f"{label}: {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return facts
 
 
 @pytest.fixture(scope="module")
@@ -174,22 +152,23 @@ def test_running_again_computes_nothing_and_takes_five_seconds_at_most(
 
 
 def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "finrepro.running.worker" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "finrepro.running.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def wait_for(
-    condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 600
+    condition: Callable[[], bool], process: "subprocess.Popen[str]", every: float = 0.2
 ) -> None:
     """Wait until the condition holds; the process must not end before."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < end
-        time.sleep(0.2)
+        time.sleep(every)
 
 
 def under_way(
@@ -237,7 +216,15 @@ def test_killed_and_run_again_ends_like_an_uninterrupted_run(
     _, alive = psutil.wait_procs(children, timeout=10)
     assert children and not alive, "a worker must not outlive its driver"
     kept = results(store)[BASE]
+    draw = random.Random(0)
+    for _ in range(4):  # and again, each time when its worker has just begun
+        process = start(store)
+        wait_for(lambda process=process: bool(workers(process)), process, every=0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
     output = reproduce(store)
+    assert not (store / "results/superseded").exists()
     assert results(store)[BASE] == kept, "the finished run is kept"
     assert "1 already done" in output or "2 to run" in output
     assert evidence(store) == evidence(first[0])

@@ -82,6 +82,10 @@ USAGE = {
         ("cells", "--table", "1", "--devices", "2"),
         "--devices does not apply",
     ),
+    "bytes that are no UTF-8": ((*RUN, "--store", "/tmp/a\udcffb"), "its bytes are no UTF-8"),
+    "a line break": ((*RUN, "--store", "a\nb"), "control characters and line breaks"),
+    "a control character": ((*RUN, "--only", "a\x1b[31m"), "control characters and line breaks"),
+    "a long name": (("cells", "--adapter", "a" * 250), "200 bytes at most"),
     "benchmark": (("bench", "--only", "nothing"), "unknown benchmark 'nothing'"),
 }
 

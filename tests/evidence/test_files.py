@@ -4,12 +4,14 @@ import errno
 import json
 import math
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fixtures.process import one_line
 
-from finrepro.errors import EnvironmentFault, UsageError
+from finrepro.errors import DiskFull, EnvironmentFault, StoreGone, UsageError
 from finrepro.evidence.files import (
     disk_errors,
     new_folder,
@@ -107,3 +109,60 @@ def test_other_errors_pass(error: Exception, tmp_path: Path):
     with pytest.raises(type(error)) as raised, disk_errors(tmp_path):
         raise error
     assert raised.value is error
+
+
+def by_torch(path: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.zeros(200_000)}, path)
+
+
+def by_safetensors(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(200_000)}, path)
+
+
+def by_numpy(path: Path) -> None:
+    import numpy as np
+
+    np.save(path, np.zeros(200_000))
+
+
+def by_tokenizers(path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = {f"word{number}": number for number in range(20_000)}
+    Tokenizer(models.WordLevel(words, "word0")).save(str(path))
+
+
+def by_python(path: Path) -> None:
+    write_bytes(path, bytes(500_000))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [by_torch, by_safetensors, by_numpy, by_tokenizers, by_python],
+    ids=lambda f: f.__name__,
+)
+def test_a_disk_that_is_full_is_known_whoever_writes(write: Callable[[Path], None], tmp_path: Path):
+    """A limit on the size of files stands for the full disk: writers treat both alike."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DiskFull) as full, disk_errors(tmp_path):
+            write(tmp_path / "file.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"no space left for {tmp_path}" in one_line(full.value)
+
+
+def test_a_folder_that_is_gone_is_one_line_and_a_file_that_is_missing_is_no_matter_of_it(
+    tmp_path: Path,
+):
+    with pytest.raises(StoreGone) as gone, disk_errors(tmp_path / "store"):
+        (tmp_path / "store" / "file").read_text()
+    assert "not there any more" in one_line(gone.value)
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
+        (tmp_path / "file").read_text()

@@ -99,7 +99,7 @@ def test_a_failure_leaves_it_in_its_place(older: Place, cell: Cell) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 def test_the_view_in_mlflow_is_made_from_it(older: Place) -> None:
-    from finrepro.tracking import index, view
+    from finrepro.tracking import index, rebuilding
 
-    assert view.rebuild(older.store) == 1
+    assert rebuilding.rebuild(older.store).cells == 1
     assert index.database(older.store).is_file()

@@ -57,7 +57,7 @@ def room(path: Path) -> str:
 def test_the_package_has_few_rooms():
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert len(folders) <= 18 and len(files) <= 6, (folders, files)
+    assert len(folders) <= 18 and len(files) <= 7, (folders, files)
 
 
 def test_a_third_of_the_imports_stay_inside_a_room():
@@ -105,7 +105,7 @@ def json_calls(module: ast.AST) -> list[str]:
 
 def test_json_is_read_and_written_strictly():
     """NaN and Infinity are no JSON. Settings alone cannot import from the evidence."""
-    below = {"settings.py", "catalogue/reader.py", "evidence/strict_json.py"}
+    below = {"settings.py", "catalogue/reader.py", "strict_json.py"}
     callers = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if json_calls(tree(path))}
     assert callers == below
     assert json_calls(ast.parse("import json\njson.loads('1')")) == ["loads"]

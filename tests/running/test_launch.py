@@ -3,8 +3,7 @@ the reason of the rank that failed.
 """
 
 import dataclasses
-import subprocess
-import sys
+import errno
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from fixtures.process import python
 from finrepro.campaigns.local import Worker
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
-from finrepro.errors import CellFailed, UsageError
+from finrepro.errors import CellFailed, DiskFull, UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
 from finrepro.running.cell import check_launch, run_cell
@@ -116,17 +115,6 @@ def test_an_interrupted_worker_takes_no_other_cell(place: Place, tmp_path: Path)
     assert worker.run(spec, lambda _: None)["event"] == "interrupted" and worker.process is None
 
 
-def test_what_a_living_process_is_writing_is_not_swept_away(place: Place):
-    runs = place.store.results / "runs"
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        (runs / f".abc.{other.pid}.partial").mkdir()
-        with place.store.lock():
-            assert [path.name for path in runs.iterdir()] == [f".abc.{other.pid}.partial"]
-        other.kill()
-    with place.store.lock():
-        assert not list(runs.iterdir())
-
-
 @pytest.mark.slow
 def test_the_rank_that_failed_gives_the_reason(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(FAILING)
@@ -148,3 +136,24 @@ def test_the_rank_that_failed_gives_the_reason(tmp_path: Path):
     assert (
         TWO_RANKS in (tmp_path / "store/results/tables/smoke/table3-random_weights.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["torch", "system"],
+)
+def test_a_full_disk_ends_the_campaign_and_is_no_failure_of_the_cell(
+    error: Exception, place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("finrepro.running.walk.walk", full)
+    (cell,) = expand(Selection("3", only="gpt2_127m_mini-none-base-tfns-s0"), "smoke")
+    with pytest.raises(DiskFull, match="no space left"):
+        run_cell(cell.spec, place, lambda _: None, lambda: False)
+    assert not list((place.store.results / "runs").iterdir())

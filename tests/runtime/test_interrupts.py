@@ -35,8 +35,22 @@ def test_without_one_nothing_happens_and_a_fault_comes_through():
     with held_back():
         pass
     with pytest.raises(ValueError, match="own"), held_back():
+        raise ValueError("own")
+
+
+def test_it_acts_also_after_a_fault_that_somebody_would_handle():
+    with pytest.raises(KeyboardInterrupt), held_back():
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError("own")
+
+
+def test_it_waits_for_the_outer_one():
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back():
+        with held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append("whole")
+    assert done == ["whole"]
 
 
 def test_other_threads_are_left_alone():

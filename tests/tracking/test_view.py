@@ -6,10 +6,12 @@ import base64
 import json
 import math
 import shutil
+import sqlite3
 import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,21 @@ import pytest
 from fixtures import results
 from fixtures.process import python
 
+from finrepro.campaigns.log import CampaignLog
+from finrepro.campaigns.preview import CampaignOptions, CampaignPlan
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import files, provenance, store
 from finrepro.evidence.manifest import damaged_files
+from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.store import Store, open_store
 from finrepro.tracking import index, notes, projection, saved_views
 from finrepro.tracking import library as mlflow_library
-from finrepro.tracking.view import MlflowView, rebuild
+from finrepro.tracking.rebuilding import open_view, rebuild
+from finrepro.tracking.view import MlflowView
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 SPECS = [cell.spec for cell in expand(Selection("3"), "smoke") if cell.refusal is None]
@@ -153,7 +159,7 @@ def three_campaigns(place: Store) -> None:
     """
     done, skipped, failed, random = SPECS[:4]
     first = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = MlflowView(place)
+    view = open_view(place)
     parent = view.campaign(first.record())
     seal_done(done, place)
     first.note(done, "ran", "done")
@@ -178,7 +184,7 @@ def three_campaigns(place: Store) -> None:
     view.campaign(first.record())
 
     second = Campaign(place, "20240102T000000Z-aaaaaa", 1.7e9 + 86400)
-    again = MlflowView(place)
+    again = open_view(place)
     second.note(done, "kept", "done")
     parent = again.campaign(second.record())
     seal_done(failed, place, 0.8)
@@ -191,7 +197,7 @@ def three_campaigns(place: Store) -> None:
     again.campaign(second.record())
 
     third = Campaign(place, "20240103T000000Z-aaaaaa", 1.7e9 + 2 * 86400, "table5")
-    beside = MlflowView(place)
+    beside = open_view(place)
     parent = beside.campaign(third.record())
     third.note(done, "found", "done")
     beside.cell(done.run_id, third.record(), parent)
@@ -293,7 +299,7 @@ def content(place: Store, table: str = "table3") -> dict[str, Any]:
 
 def test_a_view_made_cell_by_cell_equals_one_rebuilt_elsewhere(populated: Store, copied: Store):
     before = {table: content(populated, table) for table in ("table3", "table5")}
-    assert rebuild(copied) == 3
+    assert rebuild(copied).cells == 3
     for table, number in (("table3", 2 + 3), ("table5", 1 + 2)):
         after = content(copied, table)
         assert before[table].keys() == after.keys() and len(after) == number
@@ -392,7 +398,7 @@ def test_a_cell_of_two_tables_is_shown_in_both_and_says_so(populated: Store):
 def test_why_a_cell_failed_stands_in_its_run(tmp_path: Path):
     place = open_store(tmp_path / "store")
     campaign = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = MlflowView(place)
+    view = open_view(place)
     seal_unfinished(
         SPECS[0], place, store.DIVERGED, "loss is nan in step 3", time.time(), "Traceback ..."
     )
@@ -524,17 +530,17 @@ def test_what_is_no_number_comes_through(populated: Store):
 
 
 def test_a_rebuild_in_the_process_that_holds_the_view_open_says_the_same(copied: Store):
-    view = MlflowView(copied)  # which rebuilds what was shown from elsewhere
+    view = open_view(copied)  # which rebuilds what was shown from elsewhere
     before = content(copied)
     assert len(view.runs("tags.role = 'cell'")) == 5
-    assert rebuild(copied) == 3
+    assert rebuild(copied).cells == 3
     assert content(copied) == before
     assert len(view.runs("tags.role = 'cell'")) == 5, "the open view reads the new file"
 
 
 def test_a_campaign_that_was_killed_does_not_seem_to_run(copied: Store):
     killed = Campaign(copied, "20240104T000000Z-aaaaaa", 1.7e9 + 3 * 86400)
-    view = MlflowView(copied)
+    view = open_view(copied)
     view.campaign(killed.record())
     assert content(copied)[killed.name]["info"][1] == "RUNNING"
     following = Campaign(copied, "20240105T000000Z-aaaaaa", 1.7e9 + 4 * 86400)
@@ -550,26 +556,168 @@ def test_a_campaign_that_was_killed_does_not_seem_to_run(copied: Store):
     assert content(copied) == before
 
 
-def test_a_rebuild_that_was_cut_short_is_made_again(copied: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_rebuild_that_fails_leaves_the_old_view(copied: Store, monkeypatch: pytest.MonkeyPatch):
     rebuild(copied)
     before = content(copied)
 
-    def killed(*_: object) -> None:
+    def fails(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MlflowView, "cell", killed)
+    monkeypatch.setattr(MlflowView, "cell", fails)
     with pytest.raises(KeyboardInterrupt):
         rebuild(copied)
     monkeypatch.undo()
-    assert not index.is_current(copied)
-    MlflowView(copied)
     assert index.is_current(copied) and content(copied) == before
+
+
+def test_a_rebuild_that_was_killed_is_made_again(copied: Store):
+    rebuild(copied)
+    before = content(copied)
+    folder = index.database(copied).parent
+    entries = list(folder.iterdir())
+    (folder / ".old").mkdir()
+    for path in entries:
+        path.rename(folder / ".old" / path.name)
+    index.database(copied).write_bytes(b"half")
+    assert not index.is_current(copied)
+    open_view(copied)
+    assert index.is_current(copied) and content(copied) == before
+    assert not (folder / ".old").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["loss.jsonl", pytest.param("result.json", marks=pytest.mark.slow)]
+)
+def test_a_run_that_cannot_be_read_is_left_out_and_named(name: str, copied: Store):
+    rebuild(copied)
+    before = content(copied)
+    run = SPECS[0].run_id
+    assert run in before
+    (copied.run_folder(run) / name).write_bytes(b"\xff\x00")
+    made = rebuild(copied)
+    after = content(copied)
+    assert run not in after and after.keys() == before.keys() - {run}
+    assert made.cells == 2
+    if name == "loss.jsonl":
+        assert list(made.left_out) == [run] and run in made.left_out[run]
+
+
+def delete_experiment(store: Store) -> None:
+    client(store).delete_experiment(client(store).search_experiments()[0].experiment_id)
+
+
+def change_schema(store: Store) -> None:
+    with closing(sqlite3.connect(index.database(store))) as database:
+        database.execute("update alembic_version set version_num = 'cc1f77228345'")
+        database.commit()
+
+
+def spoil(store: Store) -> None:
+    index.database(store).write_bytes(bytes(range(256)) * 20)
+
+
+def remove(store: Store) -> None:
+    shutil.rmtree(index.database(store).parent)
+
+
+UNUSABLE = {
+    "deleted experiment": delete_experiment,
+    "other schema": change_schema,
+    "broken file": spoil,
+    "removed": remove,
+}
+
+
+def campaign_log(store: Store) -> CampaignLog:
+    plan = CampaignPlan(Selection("3"), "smoke", "asked for", Place(store), 1, (), ())
+    return CampaignLog(plan, CampaignOptions())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "while_open"),
+    [
+        ("deleted experiment", True),
+        ("other schema", False),
+        ("broken file", True),
+        ("broken file", False),
+        ("removed", True),
+    ],
+)
+def test_a_view_that_cannot_be_used_is_made_again(case: str, while_open: bool, copied: Store):
+    rebuild(copied)
+    log = campaign_log(copied)
+    if while_open:
+        log.write(lambda *_: None)
+    UNUSABLE[case](copied)
+    seal_done(SPECS[4], copied)
+    run = SPECS[4].run_id
+    log.record["cells"] = [{"label": "x", "run_id": run, "outcome": "ran", "status": "done"}]
+    log.save()
+    log.write(lambda view, parent: view.cell(run, log.record, parent))
+    log.close(True)
+    assert log.faults == []
+    seen = content(copied)
+    assert run in seen and index.is_current(copied)
+    rebuild(copied)
+    assert content(copied).keys() == seen.keys()
+
+
+@pytest.mark.slow
+def test_a_locked_view_is_made_again(copied: Store):
+    rebuild(copied)
+    log = campaign_log(copied)
+    with closing(sqlite3.connect(index.database(copied), isolation_level=None)) as other:
+        other.execute("begin exclusive")
+        log.write(lambda *_: None)
+    assert log.faults == [] and index.is_current(copied)
+
+
+def test_a_view_that_cannot_be_made_is_one_line_and_no_more_is_tried(copied: Store):
+    folder = index.database(copied).parent
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    log = campaign_log(copied)
+    for _ in range(2):
+        log.write(lambda *_: None)
+    (fault,) = log.faults
+    assert "MLflow's view cannot be written" in fault and "record --rebuild" in fault
+    assert "\n" not in fault
+
+
+def test_a_full_disk_while_it_is_written_is_no_matter_of_the_view(
+    copied: Store, monkeypatch: pytest.MonkeyPatch
+):
+    log = campaign_log(copied)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("(sqlite3.OperationalError) database or disk is full")
+
+    with pytest.raises(EnvironmentFault, match="no space left"):
+        log.write(full)
+    log.close(False)
+    (record,) = [each for each in copied.campaigns() if each["id"] == log.record["id"]]
+    assert record["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "50 % \u00fc"])
+def test_the_database_lies_in_the_store_whatever_its_name(name: str, tmp_path: Path):
+    place = open_store(tmp_path / name)
+    seal_done(SPECS[0], place)
+    view = open_view(place)
+    campaign = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
+    view.cell(SPECS[0].run_id, campaign.record(), view.campaign(campaign.record()))
+    assert index.database(place).is_file() and index.is_current(place)
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+    (run,) = view.runs("tags.role = 'cell'")
+    artifacts = [item.path for item in view.client.list_artifacts(run.info.run_id)]
+    assert "result.json" in artifacts
 
 
 def test_showing_a_cell_twice_adds_nothing(copied: Store):
     rebuild(copied)
     before = content(copied)
-    view = MlflowView(copied)
+    view = open_view(copied)
     for campaign in copied.campaigns():
         parent = view.campaign(campaign)
         for cell in campaign["cells"]:
@@ -587,7 +735,7 @@ def test_a_cell_that_was_shown_in_part_is_shown_again_whole(copied: Store):
         run.info.run_id, "result_digest"
     )  # the last thing that is written of a cell
     campaign = copied.campaigns()[0]
-    view = MlflowView(copied)
+    view = open_view(copied)
     view.cell(spec.run_id, campaign, view.campaign(campaign))
     assert content(copied) == before
 
@@ -599,7 +747,7 @@ def test_a_moved_store_is_shown_from_where_it_lies(copied: Store, populated: Sto
         if "artifacts" in path.parts
     }
     campaign = Campaign(copied, "20240104T000000Z-aaaaaa", 1.7e9 + 3 * 86400)
-    view = MlflowView(copied)
+    view = open_view(copied)
     parent = view.campaign(campaign.record())
     seal_done(SPECS[4], copied)
     campaign.note(SPECS[4], "ran", "done")
@@ -634,7 +782,7 @@ def test_planted_files_of_another_backend_change_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "elsewhere"))
     campaign = Campaign(place, "20240101T000000Z-aaaaaa", 1.7e9)
-    view = MlflowView(place)
+    view = open_view(place)
     parent = view.campaign(campaign.record())
     seal_unfinished(SPECS[0], place, store.FAILED, "no reason", time.time())
     view.cell(SPECS[0].run_id, campaign.record(), parent)
@@ -651,10 +799,11 @@ REBUILD = """
 import sys
 from pathlib import Path
 from finrepro.evidence import store
-from finrepro.tracking.view import MlflowView, rebuild
+from finrepro.tracking.rebuilding import open_view, rebuild
+from finrepro.tracking.view import MlflowView
 place = store.open_store(Path(sys.argv[1]))
-print(rebuild(place))
-view = MlflowView(place)
+print(rebuild(place).cells)
+view = open_view(place)
 for run in view.runs("tags.status = 'done'"):
     print(run.data.tags["mlflow.source.git.commit"])
 """

@@ -5,10 +5,10 @@ its shards; which corpus a task is trained on.
 import shutil
 from pathlib import Path
 
+from finrepro import strict_json
 from finrepro.catalogue.spec import TaskSpec
 from finrepro.data.corpora.index import INDEX
 from finrepro.data.tokenizer_files import CONFIG, FILES, GPT2, is_bare_gpt2, tokenizer_digest
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import new_folder
 
 TOKENIZER = "tokenizer"

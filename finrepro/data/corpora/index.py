@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from finrepro import strict_json
 from finrepro.errors import EnvironmentFault, UsageError, unknown
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import json_text, write_bytes, write_json
 from finrepro.settings import Count, Positive, build, plain, settings
 

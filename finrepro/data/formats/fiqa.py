@@ -12,12 +12,12 @@ its test rows have their sentence also in its training or validation set.
 import math
 from typing import Any
 
+from finrepro import strict_json
 from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's prompts call it

@@ -1,10 +1,10 @@
 """JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
+from finrepro import strict_json
 from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 from finrepro.settings import settings
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from finrepro import strict_json
 from finrepro.data.corpora.index import (
     FORMAT,
     INDEX,
@@ -36,7 +37,6 @@ from finrepro.data.preparing.sources import LocalFiles
 from finrepro.data.preparing.tokenizing import Encoder, encode_in_order
 from finrepro.data.preparing.writer import PREPARING, SplitWriter
 from finrepro.errors import UsageError
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import disk_errors
 from finrepro.settings import Count, plain, settings
 

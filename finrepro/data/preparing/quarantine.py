@@ -4,8 +4,8 @@ import contextlib
 from collections import Counter
 from pathlib import Path
 
+from finrepro import strict_json
 from finrepro.errors import EnvironmentFault, unknown
-from finrepro.evidence import strict_json
 
 NAME = "quarantine.jsonl"
 CHOICES = ("stop", "skip")

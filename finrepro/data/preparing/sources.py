@@ -13,9 +13,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from finrepro import strict_json
 from finrepro.data.preparing.documents import RULES, Document, Fault, split_file
 from finrepro.errors import EnvironmentFault, unknown
-from finrepro.evidence import strict_json
 
 TEXT, JSONL, PARQUET = (".txt", ".text", ".raw", ".tokens"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = TEXT + JSONL + PARQUET

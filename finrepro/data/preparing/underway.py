@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from finrepro import strict_json
 from finrepro.data.corpora.index import INDEX, Unfinished
 from finrepro.data.preparing.writer import PREPARING
 from finrepro.errors import EnvironmentFault, FinreproError
-from finrepro.evidence import strict_json
 from finrepro.settings import build
 
 OPTIONS, LOCK, FAILURE = "options.json", ".lock", "failure.txt"

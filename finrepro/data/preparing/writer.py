@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from finrepro import strict_json
 from finrepro.data.corpora.index import Shard, Split, write_record
 from finrepro.data.corpora.stream import Tokens
 from finrepro.errors import EnvironmentFault
-from finrepro.evidence import strict_json
 from finrepro.evidence.files import flush
 from finrepro.settings import build, plain
 

@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finrepro import strict_json
 from finrepro.errors import EnvironmentFault, UsageError
-from finrepro.evidence import strict_json
 from finrepro.settings import Choice, Positive, PositiveFloat, build, settings
 
 if TYPE_CHECKING:

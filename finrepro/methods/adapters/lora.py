@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, settings
 

@@ -13,7 +13,7 @@ What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finrepro.evidence import strict_json
+from finrepro import strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.settings import Choice, Count, Positive, settings
