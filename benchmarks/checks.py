@@ -1,0 +1,111 @@
+"""What it costs to check everything that is read: `reproduce` on a finished Table 3 with and
+without the checks, and a base's digest against `sha256sum`.
+
+    python benchmarks/checks.py [FOLDER] [--dry]
+
+The store is sealed here: every cell of the table with a result of the usual size, which nobody has
+trained.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from _measure import interleaved, sized, write
+
+from finrepro import PROJECT
+from finrepro.catalogue.cells import expand
+from finrepro.catalogue.selection import Selection
+from finrepro.catalogue.spec import RunSpec
+from finrepro.evidence.digests import SETTLED, Digests
+from finrepro.evidence.files import write_json
+from finrepro.evidence.result import header
+from finrepro.evidence.store import DONE, Store, open_store
+
+REPEATS = sized(9, 1)
+BASE_BYTES = sized(500_000_000, 1_000_000)
+SIZES = {"predictions.jsonl": 470_000, "loss.jsonl": 7_700, "system.jsonl": 4_800}
+WEIGHTS = 1_000_000
+PROGRAM = """
+import sys
+from pathlib import Path
+from finrepro import api
+from finrepro.evidence import store
+if sys.argv[2] == "without":
+    store.run_faults = lambda *_: []
+states = api.reproduce(3, "smoke", only=sys.argv[3] or None, store=Path(sys.argv[1]), quiet=True)
+assert set(states.states.values()) == {"done"}, states.states
+"""
+
+
+def seal(store: Store, spec: RunSpec, generator: random.Random) -> None:
+    """A finished run of the usual size."""
+    with store.new_run(spec.run_id) as folder:
+        (folder / "weights").mkdir()
+        (folder / "weights" / "model.safetensors").write_bytes(generator.randbytes(WEIGHTS))
+        for name, size in SIZES.items():
+            line = "{}" + " " * 97 + "\n"
+            (folder / name).write_text(line * (size // len(line)))
+        write_json(folder / "result.json", header(spec, DONE, None, time.time()))
+
+
+def reproduce(store: Path, which: str, only: str) -> None:
+    """`reproduce`, where nothing is left to be done."""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", PROGRAM, str(store), which, only]
+    subprocess.run(command, cwd=PROJECT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Whole processes in turn; then the digest of a base."""
+    only = str(sized("", "gpt2_127m_mini-none-full-tfns-*"))
+    with tempfile.TemporaryDirectory() as name:
+        folder, generator = Path(name), random.Random(0)
+        store = open_store(folder / "store")
+        cells = expand(Selection("3", only=only or None), "smoke")
+        specs = {cell.spec.run_id: cell.spec for cell in cells if not cell.refusal}
+        specs |= {cell.base.run_id: cell.base for cell in cells if cell.base and not cell.refusal}
+        for spec in specs.values():
+            seal(store, spec, generator)
+        time.sleep(SETTLED)
+        reproduce(store.root, "with", only)  # MLflow's view, and the digests
+        seconds = interleaved(
+            {which: partial(reproduce, store.root, which, only) for which in ("with", "without")},
+            REPEATS,
+        )
+        base = folder / "base.safetensors"
+        base.write_bytes(generator.randbytes(BASE_BYTES))
+        time.sleep(SETTLED)
+        digests = Digests(folder / "sha256")
+        seconds |= interleaved(
+            {
+                "digest": partial(digests.read, base),
+                "sha256sum": partial(
+                    subprocess.run, ["sha256sum", base], check=True, stdout=subprocess.DEVNULL
+                ),
+                "digest_again": partial(digests.of, base),
+            },
+            REPEATS,
+        )
+    best = {name: min(times) for name, times in seconds.items()}
+    write(
+        "checks",
+        {
+            "seconds": seconds,
+            "runs": len(specs),
+            "summary": {
+                "reproduce_ratio": round(best["with"] / best["without"], 3),
+                "digest_ratio": round(best["digest"] / best["sha256sum"], 3),
+                "digest_again_seconds": round(best["digest_again"], 6),
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
