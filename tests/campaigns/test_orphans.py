@@ -2,7 +2,9 @@
 keeps the store locked until it is dead, and ends without writing, however early the driver went.
 """
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,13 @@ import pytest
 from fixtures.process import PROGRAMS, environment, python
 
 from finrepro import PROJECT
-from finrepro.errors import EnvironmentFault
+from finrepro.campaigns.campaign import _Campaign, _interruptible
+from finrepro.campaigns.display import Display
+from finrepro.campaigns.preview import CampaignOptions, CampaignPlan
+from finrepro.catalogue.selection import Selection
+from finrepro.errors import EnvironmentFault, StoreGone
 from finrepro.evidence import lock
+from finrepro.evidence.place import Place
 from finrepro.evidence.store import open_store
 
 ONE, TWO = "gpt2_127m_mini-none-base-tfns-s0", "llama2_13b_mini-none-lora_r8-tfns-s0"
@@ -124,3 +131,35 @@ def test_a_pipe_that_nobody_reads_ends_a_process_and_is_no_failure():
     cell.stdin.close()
     assert (cell.wait(60), cell.stderr.read()) == (130, "")
     cell.stderr.close()
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed", "another in its place"])
+def test_a_store_that_is_gone_is_one_line_and_is_not_made_again(how: str, tmp_path: Path):
+    store = open_store(tmp_path / "store")
+    with store.lock() as descriptor:
+        store.check_lock(descriptor)
+        if how == "removed":
+            shutil.rmtree(store.root)
+        else:
+            store.root.rename(tmp_path / "elsewhere")
+        if how == "another in its place":
+            with open_store(store.root).lock():
+                pass
+        with pytest.raises(StoreGone, match="was renamed or removed") as gone:
+            store.check_lock(descriptor)
+        assert "\n" not in str(gone.value)
+        if how != "another in its place":
+            with pytest.raises(StoreGone), store.new_run("0123456789ab"):
+                pass
+            assert not store.root.exists()
+
+
+def test_an_interrupt_that_a_library_swallows_still_stops_the_campaign(tmp_path: Path):
+    place = Place(open_store(tmp_path))
+    plan = CampaignPlan(Selection("3"), "smoke", "asked for", place, 1, (), ())
+    with pytest.raises(KeyboardInterrupt), _interruptible() as noted, place.store.lock() as held:
+        campaign = _Campaign(plan, CampaignOptions(), Display(quiet=True), held, noted)
+        with contextlib.suppress(KeyboardInterrupt):  # as a callback in C does
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        campaign._check()
