@@ -32,12 +32,13 @@ BASE_BYTES = sized(500_000_000, 1_000_000)
 SIZES = {"predictions.jsonl": 470_000, "loss.jsonl": 7_700, "system.jsonl": 4_800}
 WEIGHTS = 1_000_000
 PROGRAM = """
-import sys
+import json, sys
 from pathlib import Path
 from finrepro import api
-from finrepro.evidence import store
+from finrepro.evidence import schema, store
 if sys.argv[2] == "without":
-    store.run_faults = lambda *_: []
+    store.read_run = lambda folder, *_: (schema.read(folder / "result.json"), [])
+    schema.examine = lambda path: (json.loads(path.read_text()), "")
 states = api.reproduce(3, "smoke", only=sys.argv[3] or None, store=Path(sys.argv[1]), quiet=True)
 assert set(states.states.values()) == {"done"}, states.states
 """
@@ -79,7 +80,7 @@ def main() -> None:
             REPEATS,
         )
         base = folder / "base.safetensors"
-        base.write_bytes(generator.randbytes(BASE_BYTES))
+        base.write_bytes(generator.randbytes(10**6) * (BASE_BYTES // 10**6))
         time.sleep(SETTLED)
         digests = Digests(folder / "sha256")
         seconds |= interleaved(

@@ -25,7 +25,7 @@ from finrepro.evidence import lock, provenance, schema
 from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
 from finrepro.evidence.manifest import Damaged, read_manifest, write_manifest
-from finrepro.evidence.run_faults import RESULT, run_faults
+from finrepro.evidence.run_faults import RESULT, read_run
 from finrepro.evidence.scorings import Scorings
 from finrepro.evidence.sealed import read_sealed
 
@@ -77,23 +77,15 @@ class Store:
         """sha256 of this store's files, and of what its cells read, once a file."""
         return kept_in(self.cache / "sha256")
 
-    def faults(self, run_id: str, weights: bool = False) -> list[str]:
-        """What of a run's folder is not what was sealed, a name or a sentence each; none where
-        there is no such run. The contents of `weights/` are read only where they are asked for.
+    def found(self, run_id: str, weights: bool = False) -> Found:
+        """What the store has of a run, held against its seal. The contents of `weights/` are read
+        only where they are asked for. Raises `EnvironmentFault` for a result of another format.
         """
         folder = self.run_folder(run_id)
         if not os.path.lexists(folder):
-            return []
-        return run_faults(folder, self.digests.of, weights)
-
-    def found(self, run_id: str, weights: bool = False) -> Found:
-        """What the store has of a run. Raises `EnvironmentFault` for a result of another format."""
-        if not os.path.lexists(self.run_folder(run_id)):
             return Found(MISSING)
-        if faults := self.faults(run_id, weights):
-            return Found(DAMAGED, faults=faults)
-        result = schema.read(self.run_folder(run_id) / RESULT)
-        return Found(self.state_of(result), result) if result else Found(MISSING)
+        result, faults = read_run(folder, self.digests.of, weights)
+        return Found(DAMAGED, faults=faults) if faults else Found(self.state_of(result), result)
 
     def result(self, run_id: str) -> dict[str, Any] | None:
         """A run's result.json (finrepro.evidence.schema); None if there is none, or the run is
@@ -116,7 +108,7 @@ class Store:
 
     def check(self, run_id: str) -> None:
         """Raise `EnvironmentFault` unless every file of a run, weights too, is what was sealed."""
-        if faults := self.faults(run_id, weights=True):
+        if faults := self.found(run_id, weights=True).faults:
             raise EnvironmentFault(f"run {run_id} is damaged ({', '.join(faults)})")
 
     def state_of(self, result: dict[str, Any]) -> str:
@@ -197,7 +189,7 @@ class Store:
         if not os.path.lexists(final):
             partial.rename(final)
             return
-        if self.faults(final.name, weights=True):
+        if self.found(final.name, weights=True).faults:
             final.rename(self._beside("damaged", final.name, {}))
             partial.rename(final)
         elif finished:
