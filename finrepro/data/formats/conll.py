@@ -5,9 +5,9 @@ Written for FIN (Salinas Alvarado, Verspoor and Baldwin, 2015), whose tags are I
 person, `O` outside, so that two entities of one type side by side are one.
 """
 
-from finrepro.data.cells import decoded
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.text_fields import decoded
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import Count, settings
 

@@ -9,9 +9,9 @@ FinLoRA's file with swapped labels is what one shared map leads to.
 import csv
 import io
 
-from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.text_fields import decoded, text_of, where
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 

@@ -13,10 +13,10 @@ import math
 from typing import Any
 
 from finrepro import strict_json
-from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
+from finrepro.data.text_fields import decoded, text_of, where
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 

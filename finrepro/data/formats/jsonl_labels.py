@@ -1,9 +1,9 @@
 """JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
 from finrepro import strict_json
-from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.text_fields import decoded, text_of, where
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 

@@ -6,9 +6,9 @@ paragraphs of an article are one observation.
 
 import re
 
-from finrepro.data.cells import decoded
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.text_fields import decoded
 from finrepro.settings import Positive, settings
 
 ARTICLE = re.compile(r"= ([^=].*?) =")  # " = Robert Boulter = "; sections have more signs

@@ -6,9 +6,9 @@ quarter; `RandomSplit` gives the same 1,212 rows in the same order by NumPy's ge
 
 import numpy as np
 
-from finrepro.data.cells import decoded, text_of, where
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
+from finrepro.data.text_fields import decoded, text_of, where
 from finrepro.settings import settings
 
 
