@@ -45,11 +45,10 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path
     return root
 
 
-@pytest.mark.parametrize("quantizer", ["none", "nf4"])
 def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
-    quantizer: str, models_dir: Path, data_dir: Path, tmp_path: Path
+    models_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    (cell,) = expand(Selection("3", only=f"gpt2_127m-{quantizer}-lora_r8-fiqa_sa-s0"), "paper")
+    (cell,) = expand(Selection("3", only="gpt2_127m-nf4-lora_r8-fiqa_sa-s0"), "paper")
     train = dataclasses.replace(
         cell.spec.train,
         max_steps=3,
@@ -60,7 +59,10 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
         layout="padded",
     )
     model = dataclasses.replace(cell.spec.model, dtype="float32")
-    spec = dataclasses.replace(cell.spec, model=model, train=train, threads=2)
+    evaluation = dataclasses.replace(cell.spec.evaluation, split="development")  # the smallest
+    spec = dataclasses.replace(
+        cell.spec, model=model, train=train, evaluation=evaluation, threads=2
+    )
     place = Place(open_store(tmp_path / "store"), data_dir, models_dir)
     folder = models_dir / "openai-community" / "gpt2"
     checkpoints.check(spec.model, folder)
@@ -74,7 +76,7 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
     assert costs["total_params"] == PARAMETERS == reader.model("gpt2_127m").parameters
     assert costs["trainable_params"] == 8 * BLOCKS * 16 * WIDTH
     assert costs["base_bytes"] == footprint.base_bytes(spec)
-    assert (costs["base_bytes"] == 4 * PARAMETERS) == (quantizer == "none")
+    assert costs["base_bytes"] < 2 * PARAMETERS, "float32 would be four bytes each"
     assert costs["peak_memory_bytes"] > costs["base_bytes"]
     wanted = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
     assert len(wanted) > 1 and result["data"]["base"]["files"] == wanted
