@@ -596,6 +596,36 @@ def test_training_and_evaluation_mode_agree_bitwise_and_evaluation_changes_no_we
         passes_leave_bits_and_numbers_alone(model)
 
 
+def evaluation_leaves_the_gradient_alone(layer: Any) -> None:
+    """The gradient of the inputs has the same bits before and after a pass in evaluation mode."""
+    gradients = []
+    for _ in range(2):
+        inputs = gaussian(8, 512, seed=1).requires_grad_()
+        layer.train()(inputs).square().sum().backward()
+        gradients.append(inputs.grad)
+        with torch.no_grad():
+            layer.eval()(inputs)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_the_gradient_after_an_evaluation_is_the_one_before(name: str) -> None:
+    """Where bitsandbytes repacks it is a fifth as long, and nothing but a warning of autograd says
+    so.
+    """
+    choice = spec_of(MINIATURES[0], "lora_r8", name).quantizer
+    module: Any = kind_module("quantizers", choice.kind)
+    layer = module.linear(module.encode(gaussian(96, 512), choice.config), None)
+    evaluation_leaves_the_gradient_alone(layer)
+
+    def repack(*_: object) -> None:
+        if not layer.training:
+            layer.weight.data = layer.weight.data.flip(0)
+
+    layer.register_forward_hook(repack)
+    broken(evaluation_leaves_the_gradient_alone, layer)
+
+
 @pytest.mark.parametrize("name", MINIATURES)
 def test_repacking_for_the_cpu_would_change_weights_and_numbers(name: str) -> None:
     """The mutant: bitsandbytes' own default on CPUs with AVX512-BF16."""

@@ -592,6 +592,16 @@ def test_factors_whose_rows_4_bit_blocks_would_cross_are_refused_by_name() -> No
     misaligned(spec_of(reader.model("gpt2_1_5b_lr_2_64x"), "lora_r8", "nf4"))
 
 
+@pytest.mark.parametrize("rank", [96, 352])
+def test_rows_that_bitsandbytes_would_read_with_other_blocks_scales_are_refused(rank: int) -> None:
+    """Multiples of 16 and not of a block: on CPUs with AVX-512 bitsandbytes takes them, and loses
+    a quarter of the weight.
+    """
+    model = dataclasses.replace(reader.model("gpt2_1_5b"), low_rank=chosen(rank=rank))
+    for quantizer in ("nf4", "nf4_single", "fp4", "icq"):
+        misaligned(spec_of(model, "lora_r8", quantizer))
+
+
 @pytest.mark.parametrize("quantizer", ["none", "int8", "nf4", "icq"])
 def test_the_factors_are_what_is_quantized_and_as_many_bytes_as_planned(quantizer: str) -> None:
     spec = spec_of(reader.model("gpt2_127m_mini_lr_r64"), "lora_r8", quantizer)
