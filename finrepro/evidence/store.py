@@ -11,10 +11,8 @@ import errno
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from finrepro.errors import EnvironmentFault, StoreGone
 from finrepro.evidence import lock, provenance, schema
 from finrepro.evidence.digests import Digests, kept_in
 from finrepro.evidence.files import disk_errors, write_json
+from finrepro.evidence.kept import beside, kept
 from finrepro.evidence.manifest import Damaged, read_manifest, write_manifest
 from finrepro.evidence.run_faults import RESULT, read_run
 from finrepro.evidence.scorings import Scorings
@@ -101,7 +100,7 @@ class Store:
         """The last result that did not take the place of a finished one, None if there is none
         that is newer.
         """
-        found = [schema.read(path / RESULT) for path in self._kept("attempts", run_id)]
+        found = [schema.read(path / RESULT) for path in kept(self.results / "attempts", run_id)]
         last = max((each for each in found if each), key=lambda each: each["ended"], default=None)
         here = self.result(run_id)
         return last if last and here and last["ended"] > here["ended"] else None
@@ -184,34 +183,22 @@ class Store:
         new, old = schema.read(partial / RESULT) or {}, self.result(final.name)
         finished = old is not None and old["status"] == DONE
         if finished and new.get("status") != DONE:
-            partial.rename(self._beside("attempts", final.name, new))
+            partial.rename(beside(self.results / "attempts", final.name, new))
             return
         if not os.path.lexists(final):
             partial.rename(final)
             return
         if self.found(final.name, weights=True).faults:
-            final.rename(self._beside("damaged", final.name, {}))
+            final.rename(beside(self.results / "damaged", final.name, {}))
             partial.rename(final)
         elif finished:
-            final.rename(self._beside("superseded", final.name, old or {}))
+            final.rename(beside(self.results / "superseded", final.name, old or {}))
             partial.rename(final)
         else:
             replaced = final.with_name(f".{final.name}.{os.getpid()}.old")
             final.rename(replaced)
             partial.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
-
-    def _kept(self, kind: str, run_id: str) -> list[Path]:
-        """What `_beside` has named for a run."""
-        return sorted((self.results / kind).glob(f"{run_id}-*"))
-
-    def _beside(self, kind: str, run_id: str, result: Mapping[str, Any]) -> Path:
-        """A name for a run that is kept beside the one of its id."""
-        folder = self.results / kind
-        folder.mkdir(exist_ok=True)
-        name = f"{run_id}-{int(result.get('ended', time.time()))}"
-        numbered = (folder / (name + (f"-{number}" if number else "")) for number in count())
-        return next(path for path in numbered if not os.path.lexists(path))
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[int]:

@@ -475,17 +475,18 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from test_compilation import CellFailed, compilation, json, runtime, something_else, spec, trained
+from finrepro.runtime import ranks
 runtime.quiet_environment()
 runtime.setup(0, 1)
 compilation.BACKEND = "aot_eager"
-if sys.argv[1] == "mutant" and runtime.ranks().rank == 1:
+if sys.argv[1] == "mutant" and ranks.current().rank == 1:
     compilation.BACKEND = something_else(1.001)
 try:
     found = trained(spec(adapter="full", max_tokens=32), Path(sys.argv[2]))[0].compilation
 except CellFailed as error:
     found = str(error)
-Path(sys.argv[2], f"{runtime.ranks().rank}.json").write_text(json.dumps(found))
-runtime.leave_process_group()
+Path(sys.argv[2], f"{ranks.current().rank}.json").write_text(json.dumps(found))
+ranks.leave_process_group()
 """
 
 
