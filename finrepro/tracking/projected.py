@@ -34,7 +34,10 @@ def project(store: Store, run_id: str) -> Projected | None:
     """
     folder = store.run_folder(run_id)
     try:
-        result = store.result(run_id)
+        found = store.found(run_id)
+        if found.faults:
+            raise ValueError(f"it is damaged: {', '.join(found.faults)}")
+        result = found.result
         if result is None or result["status"] == SKIPPED:
             return None
         return Projected(

@@ -590,8 +590,8 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(name: str, copied: Stor
     after = content(copied)
     assert run not in after and after.keys() == before.keys() - {run}
     assert made.cells == 2
-    if name == "loss.jsonl":
-        assert list(made.left_out) == [run] and run in made.left_out[run]
+    assert list(made.left_out) == [run] and f"{run} cannot be read" in made.left_out[run]
+    assert f"it is damaged: {name}" in made.left_out[run]
 
 
 def delete_experiment(store: Store) -> None:
