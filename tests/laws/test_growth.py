@@ -139,7 +139,7 @@ from finrepro.catalogue import reader
 from finrepro.data import files
 from finrepro.kinds import task_of
 task = reader.task("mood", "short")
-examples = files.load(task.dataset, Path("data")).splits["train"]
+examples = files.load(task.dataset, Path("data"), ("train",)).splits["train"]
 print([task_of(task.task).prompt(e) + task_of(task.task).target(e) for e in examples])
 """
     assert "Sentiment: " in output(copy, "-c", script)
