@@ -73,7 +73,8 @@ def test_without_it_the_cell_fails_by_its_name(package: str, tmp_path: Path):
 def test_without_mlflow_nothing_is_called_recorded(tmp_path: Path):
     answer = cell(tmp_path, "mlflow")
     assert answer.returncode == EnvironmentFault.exit_code, answer.stdout + answer.stderr
-    assert answer.stderr.splitlines()[-1].startswith("finrepro: the package mlflow is missing")
+    said = "finrepro: MLflow's view cannot be written (the package mlflow is missing"
+    assert answer.stderr.splitlines()[-1].startswith(said)
     assert not (tmp_path / "store" / "mlruns" / "mlflow.db").exists()
 
 
