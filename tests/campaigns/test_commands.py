@@ -182,16 +182,19 @@ def test_a_spoiled_configuration_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_truncated_data_file_is_one_line_and_exit_code_3_and_no_result(copy: Path):
+def test_a_truncated_data_file_fails_its_cells_in_one_line_and_the_table_is_printed(copy: Path):
     path = copy / EMBEDDED.relative_to(PROJECT) / "tfns" / "sent_valid.csv"
     path.write_bytes(path.read_bytes()[:-1000])
     store = copy.parent / "store"
     answer = python(
         "-m", "invoke", *RUN, "--quick", "--scale", "smoke", cwd=copy, FINREPRO_STORE=str(store)
     )
-    line = refused(answer, 3)
-    assert "sha256" in line and "sent_valid.csv" in line
-    assert not list((store / "results" / "runs").iterdir())
+    assert answer.returncode == 4 and "Traceback" not in answer.stdout + answer.stderr
+    states = [json.loads(path.read_text()) for path in store.glob("results/runs/*/result.json")]
+    assert states and {each["status"] for each in states} == {"failed"}
+    named = [each["reason"] for each in states if not each["reason"].startswith("its base ")]
+    assert named and all("sha256" in reason and "sent_valid.csv" in reason for reason in named)
+    assert (store / "results" / "tables" / "smoke" / "table3-quick.md").is_file()
 
 
 def test_a_plan_prints_every_cell_and_runs_nothing(invoke: Invoke, tmp_path: Path):

@@ -174,9 +174,9 @@ WITHOUT_DEEPSPEED = """
 import sys
 sys.modules["deepspeed"] = None  # as where it is not installed
 from pathlib import Path
-from ranks_program import CPU, FEW, NAMES, control, make, random_examples, runtime, spec_of, train
-runtime.quiet_environment()
-runtime.setup(0, 1)
+from ranks_program import CPU, FEW, NAMES, control, make, process, random_examples, spec_of, train
+process.quiet_environment()
+process.setup(0, 1)
 spec = spec_of(NAMES[0], "lora_r8", "nf4", **FEW, engine=sys.argv[2])
 model = make(spec).model
 trained = train(model, random_examples(0, 30), spec, CPU, control(Path(sys.argv[1])))
