@@ -4,6 +4,7 @@ import contextlib
 import time
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from finrepro.evidence.manifest import file_digest
 
@@ -27,8 +28,7 @@ class Digests:
             for line in path.read_text(encoding="ascii", errors="replace").splitlines():
                 *numbers, digest = line.split(" ")
                 if len(numbers) == 5 and len(digest) == 64 and "".join(numbers).isdecimal():
-                    first, *others = map(int, numbers)
-                    self._known[first, others[0], others[1], others[2], others[3]] = digest
+                    self._known[cast(Identity, tuple(map(int, numbers)))] = digest
 
     def of(self, path: Path) -> str:
         """sha256 of a file, which is read if it is not known as it is now."""

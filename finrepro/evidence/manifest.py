@@ -41,8 +41,11 @@ def write_manifest(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, str] | None:
     """File name -> sha256; None for a manifest that is missing or is none."""
+    path = folder / NAME
     try:
-        text = (folder / NAME).read_text(encoding="utf-8")
+        if not stat.S_ISREG(path.lstat().st_mode):  # a named pipe would be waited for
+            return None
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
     lines = [LINE.fullmatch(line) for line in text.split("\n")[:-1]]

@@ -76,11 +76,10 @@ def lock_name() -> str | None:
     """
     if named := os.environ.get("FINREPRO_LOCK"):
         return named
-    for path in sorted((PROJECT / "requirements").glob("*.lock")):
-        copy = Path(sys.prefix) / path.name
-        if path.stem in ("cpu", "cuda") and copy.is_file():
-            same = copy.read_bytes() == path.read_bytes()
-            return path.relative_to(PROJECT).as_posix() if same else None
+    for name in ("requirements/cpu.lock", "requirements/cuda.lock"):
+        path, copy = PROJECT / name, Path(sys.prefix) / Path(name).name
+        if path.is_file() and copy.is_file() and copy.read_bytes() == path.read_bytes():
+            return name
     return None
 
 

@@ -105,10 +105,14 @@ class Store:
         here = self.result(run_id)
         return last if last and here and last["ended"] > here["ended"] else None
 
-    def check(self, run_id: str) -> None:
-        """Raise `EnvironmentFault` unless every file of a run, weights too, is what was sealed."""
-        if faults := self.found(run_id, weights=True).faults:
-            raise EnvironmentFault(f"run {run_id} is damaged ({', '.join(faults)})")
+    def check(self, run_id: str) -> dict[str, Any]:
+        """A run's result, {} where there is none. Raises `EnvironmentFault` unless every file of
+        the run, weights too, is what was sealed.
+        """
+        found = self.found(run_id, weights=True)
+        if found.faults:
+            raise EnvironmentFault(f"run {run_id} is damaged ({', '.join(found.faults)})")
+        return found.result or {}
 
     def state_of(self, result: dict[str, Any]) -> str:
         """`state` of a result that is here."""

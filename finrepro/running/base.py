@@ -32,9 +32,8 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
 
     with unavailable_if_faulty():
         if spec.base_run is not None:
-            place.store.check(spec.base_run)
             folder = place.store.run_folder(spec.base_run) / "weights"
-            if place.store.result(spec.base_run) is None:
+            if not place.store.check(spec.base_run):
                 raise EnvironmentFault(
                     f"the base of {spec.label}, run {spec.base_run}, is not in {place.store.root}."
                 )
@@ -63,8 +62,7 @@ def base_facts(spec: RunSpec, store: Store, folder: Path | None) -> dict[str, An
     """
     with unavailable_if_faulty():
         if spec.base_run is not None:
-            store.check(spec.base_run)
-            environment = (store.result(spec.base_run) or {})["environment"]
+            environment = store.check(spec.base_run)["environment"]
             digests = {key: environment[key] for key in ("source_digest", "lock_digest")}
             facts = {"run_id": spec.base_run, "weights": store.weights_digest(spec.base_run)}
             return facts | ({"made_by": digests} if reader.cell_of_table_2(spec.model) else digests)

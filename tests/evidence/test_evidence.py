@@ -22,6 +22,7 @@ from finrepro.evidence.place import Place
 from finrepro.evidence.result import header, seal_unfinished
 from finrepro.planning import plan
 from finrepro.reporting.rows import rows
+from finrepro.tracking.check import check_store
 
 CELL = "gpt2_127m_mini-none-full-tfns-s0"
 
@@ -130,7 +131,7 @@ def test_a_half_written_line_of_the_scorings_is_no_reason_to_fail(place: Place, 
     place.store.scorings.note(cell.spec, "tfns")
     other = dataclasses.replace(cell.spec, seed=9)
     assert place.store.scorings.times(cell.spec) == 2 and place.store.scorings.times(other) == 0
-    assert place.store.scorings.damaged() == 1
+    assert check_store(place.store).damaged_scorings == 1
 
 
 def test_the_zero_settings_belong_to_the_source(

@@ -65,6 +65,12 @@ def pipe(run: Path) -> None:
     os.mkfifo(run / "weights" / "pipe")
 
 
+def manifest_as_pipe(run: Path) -> None:
+    """Who opened it would wait for ever."""
+    (run / "manifest.sha256").unlink()
+    os.mkfifo(run / "manifest.sha256")
+
+
 def folder_in_place(run: Path) -> None:
     (run / "predictions.jsonl").unlink()
     (run / "predictions.jsonl").mkdir()
@@ -106,6 +112,7 @@ def deep(run: Path) -> None:
         (dangling, "weights/more (is a symbolic link)"),
         (root, "root (is a symbolic link)"),
         (pipe, "weights/pipe (is a named pipe)"),
+        (manifest_as_pipe, "manifest.sha256"),
         (folder_in_place, "predictions.jsonl"),
         (steps, "result.json has the spec of run "),
         (seed, "result.json has the spec of run "),

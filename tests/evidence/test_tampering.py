@@ -27,6 +27,7 @@ from finrepro.evidence.result import header
 from finrepro.evidence.sealed import sealed
 from finrepro.evidence.store import Store, open_store
 from finrepro.exporting.recorded import find_run
+from finrepro.tracking.check import check_store
 from finrepro.training.checkpoint import Control, resume, save_checkpoint
 from finrepro.training.engines.base import Engine
 from finrepro.training.engines.start import start_engine
@@ -120,7 +121,7 @@ def read_campaigns(root: Path) -> object:
 
 def read_scorings(root: Path) -> object:
     place = open_store(root / "store")
-    if place.scorings.damaged():
+    if check_store(place).damaged_scorings:
         raise FinreproError("scorings")
     (cell,) = expand(Selection("3", only=LABEL), "smoke")
     return place.scorings.times(cell.spec)
