@@ -15,6 +15,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from _measure import interleaved, sized, write
 
@@ -23,13 +24,19 @@ from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.evidence.digests import SETTLED, Digests
-from finrepro.evidence.files import write_json
+from finrepro.evidence.files import write_json, write_lines
 from finrepro.evidence.result import header
 from finrepro.evidence.store import DONE, Store, open_store
 
 REPEATS = sized(9, 1)
 BASE_BYTES = sized(500_000_000, 1_000_000)
-SIZES = {"predictions.jsonl": 470_000, "loss.jsonl": 7_700, "system.jsonl": 4_800}
+LINES = {"predictions.jsonl": 2_388, "loss.jsonl": 60, "system.jsonl": 60}
+LOSS = {"loss": 2.5, "grad_norm": 1.0, "lr": 0.001, "seconds": 0.5, "tokens": 9}
+ROWS: dict[str, dict[str, Any]] = {
+    "predictions.jsonl": {"id": "tfns-test-0", "prediction": "neutral", "text": "x" * 140},
+    "loss.jsonl": {"step": 1, **LOSS},
+    "system.jsonl": {"time": 1.7e9, "process_memory_gib": 1.0},
+}
 WEIGHTS = 1_000_000
 PROGRAM = """
 import json, sys
@@ -40,7 +47,7 @@ if sys.argv[2] == "without":
     store.read_run = lambda folder, *_: (schema.read(folder / "result.json"), [])
     schema.examine = lambda path: (json.loads(path.read_text()), "")
 states = api.reproduce(3, "smoke", only=sys.argv[3] or None, store=Path(sys.argv[1]), quiet=True)
-assert set(states.states.values()) == {"done"}, states.states
+assert set(states.states.values()) == {"done"} and not states.faults, states
 """
 
 
@@ -49,9 +56,8 @@ def seal(store: Store, spec: RunSpec, generator: random.Random) -> None:
     with store.new_run(spec.run_id) as folder:
         (folder / "weights").mkdir()
         (folder / "weights" / "model.safetensors").write_bytes(generator.randbytes(WEIGHTS))
-        for name, size in SIZES.items():
-            line = "{}" + " " * 97 + "\n"
-            (folder / name).write_text(line * (size // len(line)))
+        for name, row in ROWS.items():
+            write_lines(folder / name, [row] * LINES[name])
         write_json(folder / "result.json", header(spec, DONE, None, time.time()))
 
 
