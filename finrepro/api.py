@@ -50,14 +50,15 @@ def reproduce(
     weights: Weights = "pretrained",
     devices: int | None = None,
     adapter: Folder | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     keep: bool = False,
     quiet: bool = False,
     store: Folder | None = None,
     data_dir: Folder | None = None,
     models_dir: Folder | None = None,
 ) -> "Reproduced":
-    """Run a table's missing cells, `jobs` at a time, record each, and write the table; `.table`
+    """Run a table's missing cells, `jobs` at a time (None: as many as this machine has cores and
+    memory for, or one on a GPU), record each, and write the table; `.table`
     holds it, `.states` the states of its cells.
 
     `keep` keeps results that other source or packages made; `quiet` prints no progress. A cell that
@@ -66,7 +67,7 @@ def reproduce(
     """
     from finrepro.campaigns.preview import CampaignOptions, is_computed
 
-    options = CampaignOptions(_scale(scale), count("jobs", jobs), keep, quiet)
+    options = CampaignOptions(_scale(scale), _jobs(jobs), keep, quiet)
     selection = select(
         table,
         quick=quick,
@@ -99,7 +100,7 @@ def plan(
     weights: Weights = "pretrained",
     devices: int | None = None,
     adapter: Folder | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     keep: bool = False,
     store: Folder | None = None,
     data_dir: Folder | None = None,
@@ -110,7 +111,7 @@ def plan(
     """
     from finrepro.campaigns.preview import CampaignOptions, is_computed, plan_campaign
 
-    options = CampaignOptions(_scale(scale), count("jobs", jobs), keep)
+    options = CampaignOptions(_scale(scale), _jobs(jobs), keep)
     selection = select(
         table,
         quick=quick,
@@ -309,6 +310,10 @@ def paper(*, store: Folder | None = None) -> Path:
 
 def _scale(scale: str) -> str:
     return choice("scale", scale, SCALES)
+
+
+def _jobs(jobs: int | None) -> int | None:
+    return None if jobs is None else count("jobs", jobs)
 
 
 def _folder(path: Folder | None) -> Path | None:

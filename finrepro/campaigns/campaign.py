@@ -41,8 +41,8 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
     if all(cell.refusal for cell in plan.cells):
         raise UsageError(f"{plan.cells[0].label}: {plan.cells[0].refusal}.")
     steps = list(plan.steps)
-    planning.check_jobs(options.jobs, steps)
-    display.plan(steps, place, options.jobs)
+    planning.check_jobs(plan.jobs, steps)
+    display.plan(steps, place, plan.jobs)
     with _interruptible() as interrupts, place.store.lock() as lock:
         campaign = _Campaign(plan, options, display, lock, interrupts)
         whole = False

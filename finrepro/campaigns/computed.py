@@ -33,7 +33,7 @@ def check(selection: Selection, options: CampaignOptions) -> None:
         for field in fields(Selection)
         if field.name != "table" and getattr(selection, field.name) != field.default
     ]
-    inapplicable += ["jobs"] * (options.jobs > 1) + ["keep"] * options.keep
+    inapplicable += ["jobs"] * (options.jobs is not None) + ["keep"] * options.keep
     if inapplicable:
         raise UsageError(
             f"table {number} is computed from the models' sizes and has no cells: "

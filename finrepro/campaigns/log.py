@@ -37,7 +37,7 @@ def command_line(selection: Selection, options: CampaignOptions) -> str:
         "weights": None if selection.weights == "pretrained" else selection.weights,
         "devices": selection.world_size,
         "adapter": selection.adapter,
-        "jobs": None if options.jobs == 1 else options.jobs,
+        "jobs": options.jobs,
     }
     switches = {"quick": selection.quick, "full": selection.full, "keep": options.keep}
     words += [f"--{name}" for name, is_on in switches.items() if is_on]

@@ -18,7 +18,7 @@ class CampaignOptions:
     """How a campaign is run; what it consists of is the `Selection`."""
 
     scale: str = "auto"
-    jobs: int = 1
+    jobs: int | None = None  # as many as the machine has room for
     keep: bool = False
     quiet: bool = False
 
@@ -92,4 +92,5 @@ def plan_campaign(
     scale, why = choose_scale(selection, options.scale, place)
     cells = tuple(expand(selection, scale))
     steps = planning.plan_steps(list(cells), place, options.keep, ask_hub and scale == "paper")
-    return CampaignPlan(selection, scale, why, place, options.jobs, cells, tuple(steps))
+    jobs = options.jobs or planning.default_jobs(steps)
+    return CampaignPlan(selection, scale, why, place, jobs, cells, tuple(steps))

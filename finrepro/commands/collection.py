@@ -39,7 +39,8 @@ CELLS = FOLDERS | {
 @command(
     help=CELLS
     | {
-        "jobs": "cells at a time; never changes a result",
+        "jobs": "cells at a time; never changes a result; default what cores and memory "
+        "hold, 1 on a GPU",
         "keep": "keep results made by other source or packages",
         "plan": "print what each cell needs and the command that runs it, and stop",
     }
@@ -52,7 +53,7 @@ def reproduce(
     full: bool = False,
     only: str | None = None,
     seeds: str | None = None,
-    jobs: str = "1",
+    jobs: str | None = None,
     devices: str | None = None,
     adapter: str | None = None,
     store: str | None = None,
@@ -67,7 +68,7 @@ def reproduce(
 
     arguments = cells_of(scale, quick, full, only, seeds, devices, adapter, weights)
     arguments |= folders(store, data_dir, models_dir)
-    arguments |= {"jobs": count("jobs", jobs), "keep": keep}
+    arguments |= {"jobs": None if jobs is None else count("jobs", jobs), "keep": keep}
     if plan:
         api.plan(table, **arguments).show(launches=True)
         return 0

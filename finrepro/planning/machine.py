@@ -5,16 +5,20 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """Bytes of host memory and of the smallest GPU's memory (0 without one), and the GPUs."""
+    """Bytes of host memory and of the smallest GPU's memory (0 without one), the GPUs, and the CPU
+    cores that this process may use.
+    """
 
     memory_bytes: int
     gpu_bytes: int
     gpu_name: str = ""
     gpus: int = 0
+    cores: int = 1
 
 
 @cache
@@ -22,7 +26,7 @@ def local_machine() -> LocalMachine:
     """This machine, as psutil and nvidia-smi report it."""
     import psutil
 
-    host = psutil.virtual_memory().total
+    host, cores = psutil.virtual_memory().total, available_cores()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") and visible not in ("", "-1"):
         query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
@@ -35,8 +39,22 @@ def local_machine() -> LocalMachine:
         )
         if lines:
             mebibytes, name = min(lines, key=lambda line: float(line[0]))
-            return LocalMachine(host, int(float(mebibytes) * 2**20), name.strip(), len(lines))
-    return LocalMachine(host, 0)
+            return LocalMachine(
+                host, int(float(mebibytes) * 2**20), name.strip(), len(lines), cores
+            )
+    return LocalMachine(host, 0, cores=cores)
+
+
+def available_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: those of its affinity, or fewer where its control group
+    has a share of time (`docker run --cpus 2`: "200000 100000" microseconds, or "max").
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = group.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such group, or no limit
+        return cores
 
 
 def cards(jobs: int) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """The plan: what happens to each cell - kept, run, skipped or refused - and why, before any run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from finrepro.planning.memory_model import needed_bytes
 
 Action = Literal["run", "keep", "skip", "refuse"]
 GIB = 2**30
+PROCESS_BYTES = GIB  # of a process that runs cells, before it has a model
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,22 @@ class Step:
     reason: str = ""
     is_base: bool = False
     base: RunSpec | None = None
+
+
+def default_jobs(steps: Sequence[Step]) -> int:
+    """How many cells to run at a time where nobody said: as many as the cores of this machine (one
+    `spec.threads` wide) and four fifths of its memory hold; one on a GPU, and one where the table
+    is of costs, since cells beside one another slow each other down.
+    """
+    waiting = [step for step in steps if step.action == "run"]
+    running = [step.spec for step in waiting]
+    costs = any(not step.spec.tasks for step in waiting if not step.is_base)
+    machine = local_machine()
+    if not running or machine.gpus or costs:
+        return 1
+    cores = machine.cores // max(spec.threads for spec in running)
+    memory = max(needed_bytes(spec) * spec.world_size for spec in running) + PROCESS_BYTES
+    return max(1, min(cores, int(0.8 * machine.memory_bytes / memory), len(running)))
 
 
 def check_jobs(jobs: int, steps: list[Step]) -> None:

@@ -1,7 +1,5 @@
 """Estimated time of a cell."""
 
-import os
-
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files as data
 from finrepro.data.corpora import folders as corpora
@@ -30,7 +28,7 @@ def estimated_seconds(spec: RunSpec, place: Place) -> float:
         * (1 + len(spec.stored_as))
         * sum(2 * file.rows for file in _scored_files(spec) if file.rows)
     )
-    threads = min(spec.threads, len(os.sched_getaffinity(0)))
+    threads = min(spec.threads, local_machine().cores)
     speed = FLOPS_PER_GPU if local_machine().gpu_bytes else FLOPS_PER_THREAD * threads
     return START_SECONDS + spec.model.parameters * (trained + scored) / speed
 

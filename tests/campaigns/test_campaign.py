@@ -62,7 +62,7 @@ def start(store: Path, *options: str, **environment: str) -> "subprocess.Popen[s
         "--quick",
     ]
     return subprocess.Popen(
-        [*command, "--only", "gpt2*", "--store", str(store), *options],
+        [*command, "--only", "gpt2*", "--jobs", "1", "--store", str(store), *options],
         cwd=PROJECT,
         env=kept | {"PYTHONPATH": str(PROJECT)} | environment,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """GPT-2 at full size, 124,439,808 parameters, from a checkpoint that plain Transformers wrote,
-with GPT-2's own tokenizer: the walk of a real cell. The weights are random, so its scores mean
-nothing; that everything is the model's own size is what is held here. In float32: without
+with GPT-2's own tokenizer: the walk of a real cell. That everything is the model's own size is what
+is held here; nothing is scored, since the weights are random and it would take minutes. In float32: without
 instructions for bfloat16 a CPU multiplies such matrices 75 times more slowly."""
 
 import dataclasses
@@ -45,7 +45,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path
     return root
 
 
-def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
+def test_a_full_size_cell_walks_from_its_checkpoint_to_its_seal(
     models_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     (cell,) = expand(Selection("3", only="gpt2_127m-nf4-lora_r8-fiqa_sa-s0"), "paper")
@@ -59,10 +59,7 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
         layout="padded",
     )
     model = dataclasses.replace(cell.spec.model, dtype="float32")
-    evaluation = dataclasses.replace(cell.spec.evaluation, split="development")  # the smallest
-    spec = dataclasses.replace(
-        cell.spec, model=model, train=train, evaluation=evaluation, threads=2
-    )
+    spec = dataclasses.replace(cell.spec, model=model, train=train, tasks=(), threads=2)
     place = Place(open_store(tmp_path / "store"), data_dir, models_dir)
     folder = models_dir / "openai-community" / "gpt2"
     checkpoints.check(spec.model, folder)
@@ -81,4 +78,4 @@ def test_a_full_size_cell_walks_from_its_checkpoint_to_its_sealed_scores(
     wanted = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
     assert len(wanted) > 1 and result["data"]["base"]["files"] == wanted
     assert result["data"]["tokenizer"]["sha256"]
-    assert result["scores"] and costs["evaluated_examples"] > 0 and costs["final_loss"] > 0
+    assert costs["final_loss"] > 0
