@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.errors import DiskFull, EnvironmentFault, FinreproError, StoreGone
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -143,6 +143,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; an absent file has none."""
-    # Not splitlines(): it would also break at U+2028 and its like, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [strict_json.loads(line) for line in lines if line]
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [bounds.loads(line) for line in bounds.lines(file) if line.strip()]
