@@ -21,6 +21,9 @@ FULL_TEXT = re.compile(
     r"|database or disk is full",
     re.DOTALL,
 )
+# SQLite's word for any write that failed otherwise: also one beyond a quota, which it does not tell
+# from a failing disk.
+FAILING_TEXT = "disk I/O error"
 GONE = (errno.ENOENT, errno.ESTALE)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -49,6 +52,11 @@ def disk_errors(
             raise EnvironmentFault(
                 f"{place} is not writable ({os.strerror(number or 0)}); "
                 f"choose another with {option}."
+            ) from None
+        if number == errno.EIO or FAILING_TEXT in str(error):
+            raise EnvironmentFault(
+                f"{place} cannot be written ({FAILING_TEXT}): the disk is full, its quota is used "
+                f"up, or it fails; {kept}."
             ) from None
         raise
 
