@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finrepro.arguments import choice, count
+from finrepro.arguments import checked, choice, count, needed
 from finrepro.catalogue.selection import SCALES, select
 from finrepro.catalogue.spec import Weights
 from finrepro.errors import EnvironmentFault
@@ -39,6 +39,7 @@ Folder = str | os.PathLike[str]
 ScaleChoice = Literal["auto", "smoke", "paper"]
 
 
+@checked
 def reproduce(
     table: int | str,
     scale: ScaleChoice = "auto",
@@ -76,7 +77,7 @@ def reproduce(
         seeds=seeds,
         weights=weights,
         devices=devices,
-        adapter=None if adapter is None else str(_folder(adapter)),
+        adapter=str(_folder(adapter)) if adapter else None,
     )
     of_sizes = is_computed(selection.table)  # before anything is opened: the table may be unknown
     place = _place(store, data_dir, models_dir)
@@ -89,6 +90,7 @@ def reproduce(
     return campaign.reproduce(selection, place, options)
 
 
+@checked
 def plan(
     table: int | str,
     scale: ScaleChoice = "auto",
@@ -120,7 +122,7 @@ def plan(
         seeds=seeds,
         weights=weights,
         devices=devices,
-        adapter=None if adapter is None else str(_folder(adapter)),
+        adapter=str(_folder(adapter)) if adapter else None,
     )
     of_sizes = is_computed(selection.table)
     place = _place(store, data_dir, models_dir)
@@ -131,6 +133,7 @@ def plan(
     return plan_campaign(selection, place, options)
 
 
+@checked
 def cells(
     table: int | str,
     scale: ScaleChoice = "auto",
@@ -165,6 +168,7 @@ def cells(
     ).steps
 
 
+@checked
 def results(store: Folder | None = None) -> "pandas.DataFrame":
     """The scores of every run in a store: a row a run, task and metric, with its run id, scale and
     state (finrepro/reporting/frame.py says what each column is).
@@ -174,6 +178,7 @@ def results(store: Folder | None = None) -> "pandas.DataFrame":
     return scores(_place(store).store)
 
 
+@checked
 def load(
     run: str,
     *,
@@ -189,6 +194,7 @@ def load(
     return load_run(run, _place(store, data_dir, models_dir))
 
 
+@checked
 def export(
     run: str,
     format: Literal["peft", "merged", "base"] = "peft",
@@ -206,6 +212,7 @@ def export(
     return export_run(run, format, _folder(out), _place(store, data_dir, models_dir))
 
 
+@checked
 def budget(
     *,
     gpu: str | None = None,
@@ -234,6 +241,7 @@ def budget(
     return budget_of(_place(store), checked)
 
 
+@checked
 def record(rebuild: bool = False, *, store: Folder | None = None) -> "StoreCheck":
     """Check every result against its manifest; with `rebuild`, make MLflow's view again."""
     from finrepro.tracking.check import check_store
@@ -241,6 +249,7 @@ def record(rebuild: bool = False, *, store: Folder | None = None) -> "StoreCheck
     return check_store(_place(store).store, rebuild)
 
 
+@checked
 def datasets(data_dir: Folder | None = None) -> list[str]:
     """Lines that say of every dataset and corpus its licence, source, and whether it is here."""
     from finrepro.data import listing
@@ -249,6 +258,7 @@ def datasets(data_dir: Folder | None = None) -> list[str]:
     return [*listing.datasets(_data_dir(data_dir)), "", *listed()]
 
 
+@checked
 def fetch(dataset: str) -> list[Path]:
     """Download a dataset, checked against its sha256; the paths of its files."""
     from finrepro.catalogue import reader
@@ -257,6 +267,7 @@ def fetch(dataset: str) -> list[Path]:
     return list(download(reader.dataset(dataset)))
 
 
+@checked
 def prepare_corpus(
     source: str,
     tokenizer: Folder,
@@ -272,6 +283,7 @@ def prepare_corpus(
     """Tokenize text for pretraining into shards, or go on with it (finrepro.data.preparing.command
     says what the options are).
     """
+    needed(tokenizer and out, "--prepare needs --tokenizer FOLDER and --out FOLDER")
     from finrepro.data.preparing.command import prepare_corpus as prepare
 
     return prepare(
@@ -287,13 +299,16 @@ def prepare_corpus(
     )
 
 
+@checked
 def verify_corpus(folder: Folder) -> "CheckedCorpus":
     """Check every byte of a prepared corpus."""
+    needed(folder, "--verify needs the folder of a prepared corpus")
     from finrepro.data.preparing.command import verify_corpus as verify
 
     return verify(Path(folder).expanduser().absolute())
 
 
+@checked
 def ui(*, host: str = "127.0.0.1", port: int | str = 5000, store: Folder | None = None) -> None:
     """Show the results in MLflow's web interface until interrupted; prints the address."""
     from finrepro.tracking.ui import serve
@@ -301,6 +316,7 @@ def ui(*, host: str = "127.0.0.1", port: int | str = 5000, store: Folder | None 
     serve(_place(store).store, host, str(port))
 
 
+@checked
 def paper(*, store: Folder | None = None) -> Path:
     """Build the paper's PDF from the tables of the store; its path. Needs LaTeX and a checkout."""
     from finrepro.reporting.paper import build
@@ -317,7 +333,7 @@ def _jobs(jobs: int | None) -> int | None:
 
 
 def _folder(path: Folder | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().absolute()
+    return Path(path).expanduser().absolute() if path else None
 
 
 def _data_dir(path: Folder | None) -> Path | None:

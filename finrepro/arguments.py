@@ -2,12 +2,57 @@
 them. A wrong one is a line that names the option.
 """
 
-from collections.abc import Iterable
-from typing import TypeVar
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
 
 from finrepro.errors import UsageError, unknown
 
 Name = TypeVar("Name", bound=str)
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+# What file systems allow is 255; partial files beside it and tables named after it need a part.
+NAME_BYTES = 200
+LARGEST = {"mfu": 1.0, "hours": 1e7, "tokens": 1e18, "unique-tokens": 1e18}
+
+
+def checked(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """`function`, with its texts checked before anything else is done with them."""
+
+    @wraps(function)
+    def call(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Answer:
+        check_texts(signature(function).bind(*arguments, **keywords).arguments)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def check_texts(options: Mapping[str, object]) -> None:
+    """Raise `UsageError` for an option, or a variable of ours, that can be no name of a file or be
+    printed in no line.
+    """
+    variables = {name: text for name, text in os.environ.items() if name.startswith("FINREPRO_")}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    for name, value in {**variables, **flags}.items():
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str):
+            continue
+        shown = ascii(text if len(text) < 60 else text[:60] + "...")
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            raise UsageError(f"{name} {shown}: its bytes are no UTF-8.")
+        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
+            raise UsageError(f"{name} {shown}: control characters and line breaks are not allowed.")
+        if max(len(part.encode()) for part in text.split("/")) > NAME_BYTES:
+            raise UsageError(f"{name} {shown}: a name may have {NAME_BYTES} bytes at most.")
+
+
+def needed(value: object, message: str) -> None:
+    """Raise `UsageError` for a value that is empty."""
+    if not value:
+        raise UsageError(f"{message}.")
 
 
 def choice(option: str, value: str, allowed: tuple[Name, ...]) -> Name:
@@ -26,10 +71,11 @@ def count(option: str, value: str | int) -> int:
     return int(text)
 
 
-def positive(option: str, value: str | float, most: float = float("inf")) -> float:
-    """A number above 0 and at most `most`, as 24, 0.4 or 1e9. Raises `UsageError` that names the
+def positive(option: str, value: str | float) -> float:
+    """A number above 0 and at most `LARGEST`, as 24, 0.4 or 1e9. Raises `UsageError` that names the
     option and what is allowed.
     """
+    most = LARGEST.get(option, float("inf"))
     try:
         number = float(value)
     except ValueError:

@@ -4,6 +4,8 @@ reads, and far below what makes a parser slow or ends the process.
 
 import re
 import zipfile
+from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,71 @@ JSON_BYTES = 256 * MIB  # a document of JSON
 DEPTH = 100  # collections within collections
 TOO_DEEP = f"nested more than {DEPTH} deep, the deepest that is read"
 NODES = 1_000_000  # of YAML, with its aliases written out
-MEMBER_BYTES = 1024 * MIB  # a member of an archive, unpacked
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
+MEMBER_BYTES = 1024 * MIB  # a file of data, or a member of an archive, unpacked
+LINE_BYTES = 64 * MIB  # a line of JSON
+_NO_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^][{}"]++', re.DOTALL)
 
 
 class TooLarge(ValueError):
     """A file is beyond a bound, which the message says."""
 
 
-def read_text(path: Path, limit: int = JSON_BYTES) -> str:
-    """A text file of at most `limit` bytes. Raises `TooLarge`, `OSError` and
-    `UnicodeDecodeError`.
-    """
+def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """A file of at most `limit` bytes. Raises `TooLarge` and `OSError`."""
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise TooLarge(f"more than {limit // MIB} MiB, the largest that is read")
-    return content.decode()
+        raise TooLarge(_longer_than(limit))
+    return content
+
+
+def read_text(path: Path, limit: int = JSON_BYTES) -> str:
+    """A text file of at most `limit` bytes. Raises as `read_bytes`, and `UnicodeDecodeError`."""
+    return read_bytes(path, limit).decode()
+
+
+def _longer_than(limit: int) -> str:
+    size = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
+    return f"more than {size}, the largest that is read"
 
 
 def check_depth(text: str) -> None:
     """Raise `TooLarge` for brackets that lie deeper than `DEPTH`."""
+    if text.count("[") + text.count("{") <= DEPTH:
+        return
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        mark = match.group()
+    for mark in _NO_BRACKETS.sub("", text):
         depth += (mark in "[{") - (mark in "]}")
         if depth > DEPTH:
             raise TooLarge(TOO_DEEP)
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises as `read_text`, and `ValueError` for what is no JSON."""
-    text = read_text(path)
+def loads(text: str | bytes) -> Any:
+    """The value of a JSON text, in UTF-8. Raises `TooLarge`, and `ValueError` for what is none."""
+    if len(text) > JSON_BYTES:
+        raise TooLarge(_longer_than(JSON_BYTES))
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
     check_depth(text)
     return strict_json.loads(text)
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
+    """The value in a JSON file. Raises as `read_bytes` and `loads`."""
+    return loads(read_text(path, limit))
+
+
+def check_json(path: Path) -> None:
+    """Bounds for a JSON file that a library will read. Raises as `read_text`."""
+    check_depth(read_text(path))
+
+
+def lines(file: BufferedIOBase) -> Iterator[bytes]:
+    """The lines of a file. Raises `TooLarge` for one of more than `LINE_BYTES`."""
+    while line := file.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise TooLarge(f"a line of {_longer_than(LINE_BYTES)}")
+        yield line
 
 
 def check_nodes(value: Any) -> None:

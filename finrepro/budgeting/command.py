@@ -82,15 +82,15 @@ def checked_request(
         raise UsageError(
             f"--sequence {length}: {entry.name} has {flops.positions(entry)} positions."
         )
-    cluster, remarks = _cluster(gpu, count("gpus", gpus), positive("mfu", mfu, 1.0), measure)
+    cluster, remarks = _cluster(gpu, count("gpus", gpus), positive("mfu", mfu), measure)
     if price is not None:
         cluster = replace(cluster, price=positive("price", price))
     return estimates.BudgetRequest(
         cluster=cluster,
-        hours=None if hours is None else positive("hours", hours, 1e7),
+        hours=None if hours is None else positive("hours", hours),
         model=entry,
-        tokens=None if tokens is None else positive("tokens", tokens, 1e18),
-        unique=None if unique_tokens is None else positive("unique-tokens", unique_tokens, 1e18),
+        tokens=None if tokens is None else positive("tokens", tokens),
+        unique=None if unique_tokens is None else positive("unique-tokens", unique_tokens),
         sequence=length,
         remarks=remarks,
     )

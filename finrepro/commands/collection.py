@@ -4,6 +4,7 @@ comes back, and ends with an exit code. `--list` shows them, `--help NAME` expla
 
 import os
 import sys
+from pathlib import Path
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -11,7 +12,7 @@ from invoke.program import Program
 
 from finrepro import __version__
 from finrepro.arguments import count, fraction, positive
-from finrepro.commands.shell import cells_of, code_of, command, folder, folders
+from finrepro.commands.shell import cells_of, code_of, command, folders
 from finrepro.errors import UsageError
 
 FOLDERS = {
@@ -141,28 +142,24 @@ def data(
 
     if prepare and verify is not None:
         raise UsageError("--prepare and --verify are two commands: give one of them.")
-    if verify == "":
-        raise UsageError("--verify needs the folder of a prepared corpus.")
-    if verify:
+    if verify is not None:
         corpus = api.verify_corpus(verify)
         corpus.show()
         return 4 if corpus.damaged else 0
     if prepare:
-        if not tokenizer or not out:
-            raise UsageError("--prepare needs --tokenizer FOLDER and --out FOLDER.")
         api.prepare_corpus(
             prepare,
-            tokenizer,
-            out,
+            tokenizer or "",
+            out or "",
             workers=count("workers", workers) if workers else None,
             on_error=on_error,
             field=field or None,
             documents=documents or None,
             validation=fraction("validation", validation) if validation else None,
-            data_dir=folder(data_dir),
+            data_dir=data_dir,
         ).show()
     else:
-        lines = api.fetch(fetch) if fetch else api.datasets(folder(data_dir))
+        lines = api.fetch(fetch) if fetch else api.datasets(data_dir)
         print(*lines, sep="\n")
     return 0
 
@@ -172,7 +169,7 @@ def record(context: Context, rebuild: bool = False, store: str | None = None) ->
     """Check every result against its manifest; with --rebuild, make MLflow's view again."""
     from finrepro import api
 
-    checked = api.record(rebuild, store=folder(store))
+    checked = api.record(rebuild, store=store)
     checked.show()
     return 4 if checked.damaged else 0
 
@@ -198,7 +195,7 @@ def export(
     """Write a finished run as files that PEFT and Transformers load, with checked logits."""
     from finrepro import api
 
-    arguments = {"format": format, "out": folder(out)} | folders(store, data_dir, models_dir)
+    arguments = {"format": format, "out": out} | folders(store, data_dir, models_dir)
     api.export(run, **arguments)
 
 
@@ -241,11 +238,11 @@ def budget(
     api.budget(
         gpu=gpu,
         gpus=count("gpus", gpus),
-        mfu=positive("mfu", mfu, 1.0),
+        mfu=positive("mfu", mfu),
         model=model,
         sequence=count("sequence", sequence),
         measure=measure,
-        store=folder(store),
+        store=store,
         **{
             name: positive(name.replace("_", "-"), text)
             for name, text in numbers.items()
@@ -269,7 +266,7 @@ def ui(
     from finrepro import api
 
     address = host or os.environ.get("FINREPRO_UI_HOST", "127.0.0.1")
-    api.ui(host=address, port=port, store=folder(store))
+    api.ui(host=address, port=port, store=store)
 
 
 @command(help={"store": FOLDERS["store"]})
@@ -277,7 +274,7 @@ def paper(context: Context, store: str | None = None) -> None:
     """Build the paper's PDF from paper/ with the tables of the store; needs LaTeX."""
     from finrepro import api
 
-    print(api.paper(store=folder(store)))
+    print(api.paper(store=store))
 
 
 @command(
@@ -312,7 +309,7 @@ def bench(context: Context, only: str = "", store: str | None = None) -> int:
     """Run the benchmarks, each against its named baseline; raw times and machine go to JSON."""
     from finrepro.commands.develop import run_benchmarks
 
-    return run_benchmarks(only, folder(store))
+    return run_benchmarks(only, Path(store).expanduser().absolute() if store else None)
 
 
 namespace = Collection(

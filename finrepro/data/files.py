@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from finrepro import bounds
 from finrepro.catalogue.spec import Hub
 from finrepro.data import hub_client
 from finrepro.data.examples import Splits, fingerprint, overlap
@@ -154,6 +155,18 @@ def fetched_folder() -> Path:
     return hub_client.home() / "finrepro"
 
 
+def content_of(path: Path) -> bytes:
+    """The bytes of a data file. Raises `EnvironmentFault` where it cannot be read or is too large
+    to be read at once.
+    """
+    try:
+        return bounds.read_bytes(path, bounds.MEMBER_BYTES)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}.") from None
+    except bounds.TooLarge as error:
+        raise EnvironmentFault(f"{path}: {error}.") from None
+
+
 def digest_of(content: bytes, file: File, where: object) -> str:
     """The sha256 of `content`. Raises `EnvironmentFault` if another one is recorded."""
     digest = hashlib.sha256(content).hexdigest()
@@ -187,10 +200,7 @@ def load(dataset: Choice, data_dir: Path | None, splits: Sequence[str] | None = 
         raise EnvironmentFault(str(dataset_missing_reason(dataset, data_dir, splits)))
     contents, digests = {}, {}
     for role, (_, path) in locations.items():
-        try:
-            contents[role] = path.read_bytes()
-        except OSError as error:
-            raise EnvironmentFault(f"{path}: {error.strerror}.") from None
+        contents[role] = content_of(path)
         digests[role] = digest_of(contents[role], dataset.config.files[role], path)
     by_split = cut_development(
         format_of(dataset).read(contents, dataset.name),

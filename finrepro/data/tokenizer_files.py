@@ -9,7 +9,8 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
+from finrepro.errors import EnvironmentFault
 
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 CONFIG = "tokenizer_config.json"
@@ -59,6 +60,19 @@ def tokenizer_digest(folder: Path, version: Version = 2) -> str | None:
     return f"2:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
+def check_bounds(folder: Path) -> None:
+    """Raise `EnvironmentFault` for a JSON file of the tokenizer in `folder`, or the configuration
+    beside it, that is too large or too deep for the libraries that read it.
+    """
+    for name in (*FILES, "config.json"):
+        path = folder / name
+        if path.suffix == ".json" and path.is_file():
+            try:
+                bounds.check_json(path)
+            except (OSError, ValueError) as error:
+                raise EnvironmentFault(f"{path}: {error}.") from None
+
+
 def version_of(digest: str) -> Version:
     """The version of a recorded digest."""
     return 2 if digest.startswith("2:") else 1
@@ -74,8 +88,8 @@ def is_bare_gpt2(folder: Path) -> bool:
 def _settings(content: bytes) -> bytes:
     """The settings that change token ids, however they are written."""
     try:
-        values = strict_json.loads(content)
-    except (ValueError, RecursionError):
+        values = bounds.loads(content)
+    except ValueError:
         return content
     if not isinstance(values, dict):
         return content

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.errors import DiskFull, EnvironmentFault, FinreproError, StoreGone
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,6 +21,9 @@ FULL_TEXT = re.compile(
     r"|database or disk is full",
     re.DOTALL,
 )
+# SQLite's word for any write that failed otherwise: also one beyond a quota, which it does not tell
+# from a failing disk.
+FAILING_TEXT = "disk I/O error"
 GONE = (errno.ENOENT, errno.ESTALE)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -49,6 +52,11 @@ def disk_errors(
             raise EnvironmentFault(
                 f"{place} is not writable ({os.strerror(number or 0)}); "
                 f"choose another with {option}."
+            ) from None
+        if number == errno.EIO or FAILING_TEXT in str(error):
+            raise EnvironmentFault(
+                f"{place} cannot be written ({FAILING_TEXT}): the disk is full, its quota is used "
+                f"up, or it fails; {kept}."
             ) from None
         raise
 
@@ -143,6 +151,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; an absent file has none."""
-    # Not splitlines(): it would also break at U+2028 and its like, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [strict_json.loads(line) for line in lines if line]
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [bounds.loads(line) for line in bounds.lines(file) if line.strip()]

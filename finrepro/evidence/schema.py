@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NotRequired
 import pydantic
 from typing_extensions import TypedDict
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence.described import closed, of
 from finrepro.evidence.schema_cell import CellFacts
@@ -221,8 +221,8 @@ def examine(path: Path) -> tuple[dict[str, Any], str]:
     be read. Raises as `read` does.
     """
     try:
-        content = strict_json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = bounds.read_json(path)
+    except (OSError, ValueError):
         return {}, "no JSON that can be read"
     if not isinstance(content, dict):
         return {}, "no JSON object"

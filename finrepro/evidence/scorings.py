@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.catalogue.spec import RunSpec
 from finrepro.evidence.files import disk_errors
 from finrepro.evidence.sealed import SEAL, sealed, unsealed
@@ -54,8 +54,8 @@ class Scorings:
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        content = strict_json.loads(line)
-    except (ValueError, RecursionError):
+        content = bounds.loads(line)
+    except ValueError:
         return None
     row = unsealed(content) if isinstance(content, dict) and SEAL in content else content
     return row if isinstance(row, dict) and "run_id" in row else None

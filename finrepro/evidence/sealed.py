@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.evidence.manifest import Damaged
 
 SEAL = "sha256"
@@ -29,10 +29,10 @@ def read_sealed(path: Path, older: bool = False) -> dict[str, Any] | None:
     it is not what was written. With `older`, a JSON object without a seal is taken as it is.
     """
     try:
-        content = strict_json.loads(path.read_text(encoding="utf-8"))
+        content = bounds.read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise Damaged(path.name) from None
     if older and isinstance(content, dict) and SEAL not in content:
         return content

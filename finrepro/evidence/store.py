@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import INSTALLED, PROJECT, strict_json
+from finrepro import INSTALLED, PROJECT, bounds
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import EnvironmentFault, StoreGone
 from finrepro.evidence import lock, provenance, schema
@@ -267,7 +267,7 @@ def open_store(root: Path | None) -> Store:
         if not mark.exists():
             write_json(mark, {"format": FORMAT})
     try:
-        written = strict_json.loads(mark.read_text(encoding="utf-8"))["format"]
+        written = bounds.read_json(mark)["format"]
     except (OSError, ValueError, KeyError, TypeError):
         raise EnvironmentFault(
             f'{mark} is damaged: it should say {{"format": {FORMAT}}}.'

@@ -8,7 +8,7 @@ a word: it then computes with a base of 10,000 and no scaling.
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 
 # Of how the tokenizer was loaded here; they mean nothing elsewhere.
 LOCAL = ("is_local", "local_files_only")
@@ -33,7 +33,7 @@ def write_for_both(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(strict_json.loads(path.read_text(encoding="utf-8")))
+    return dict(bounds.read_json(path))
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

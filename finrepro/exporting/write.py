@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.catalogue.spec import RunSpec
 from finrepro.errors import UsageError
 from finrepro.exporting.layout import ExportLayout, loading_settings
@@ -32,7 +32,7 @@ def write_adapter(recorded: RecordedRun, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in sorted(recorded.weights.iterdir()):
         shutil.copyfile(path, folder / path.name)
-    values = strict_json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    values = bounds.read_json(folder / SETTINGS)
     model = recorded.spec.model
     name = model.hub.id if model.hub else model.name
     # A path on the machine that trained it means nothing to anybody.
@@ -47,7 +47,7 @@ def check_adapter(recorded: RecordedRun, layout: ExportLayout) -> None:
     """Raise `UsageError` when PEFT cannot put the run's adapter beside the frozen LoRA that
     belongs to its base.
     """
-    kind = strict_json.loads((recorded.weights / SETTINGS).read_text(encoding="utf-8"))["peft_type"]
+    kind = bounds.read_json(recorded.weights / SETTINGS)["peft_type"]
     if layout.shift and kind != "LORA":
         raise UsageError(
             f"run {recorded.run_id} cannot be exported as peft: PEFT does not put {kind} beside a "

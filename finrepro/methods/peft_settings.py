@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.errors import EnvironmentFault
 
 DEFAULT_RANK = 8  # PEFT's, where the file has no `r`
@@ -156,14 +156,9 @@ def read(path: Path) -> dict[str, Any]:
     object, or too large or too deep for one of PEFT's.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise EnvironmentFault(f"{path}: {size} bytes; at most {MAX_BYTES} are read.")
-        values = strict_json.loads(path.read_text(encoding="utf-8"))
+        values = bounds.read_json(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"{path}: cannot be read: {error}.") from None
-    except RecursionError:
-        raise EnvironmentFault(f"{path}: cannot be read: nested too deep.") from None
     if not isinstance(values, dict):
         raise EnvironmentFault(f"{path}: a JSON object is expected, not a {type(values).__name__}.")
     return values

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finrepro.catalogue.spec import Model, RunSpec
-from finrepro.data.tokenizer_files import tokenizer_digest
+from finrepro.data.tokenizer_files import check_bounds, tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.kinds import adapter_of, quantizer_of
 from finrepro.methods.calibration.cache import stored_in
@@ -162,6 +162,7 @@ def _saved_tokenizer(folder: Path, digest: str | None) -> "PreTrainedTokenizerFa
     """
     from transformers import AutoTokenizer
 
+    check_bounds(folder)
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

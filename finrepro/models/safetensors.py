@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data import lfs
 from finrepro.errors import EnvironmentFault
 
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if lfs.is_pointer(path):
             raise EnvironmentFault(f"{path}: {lfs.ADVICE}.")
-        content = strict_json.loads(path.read_text(encoding="utf-8"))
+        content = bounds.read_json(path)
     except FileNotFoundError:
         raise EnvironmentFault(f"{path.parent}: the checkpoint lacks {path.name}.") from None
     except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ def header(path: Path) -> dict[str, Entry]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
                 raise EnvironmentFault(f"{path}: truncated, or no safetensors file ({size} bytes).")
-            content = strict_json.loads(file.read(length))
+            content = bounds.loads(file.read(length))
         content.pop("__metadata__", None)
         entries = {
             name: Entry(path, fields["dtype"], tuple(fields["shape"]))

@@ -10,7 +10,7 @@ was skipped.
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.evidence.files import disk_errors
 from finrepro.evidence.store import DONE, Store
 from finrepro.runtime.interrupts import held_back
@@ -125,7 +125,7 @@ class MlflowView:
                 )
                 self.client.set_tag(mlflow_id, "mlflow.note.content", note)
             if path.suffix == ".json":
-                page = notes.table_html(strict_json.loads(path.read_text(encoding="utf-8")))
+                page = notes.table_html(bounds.read_json(path))
                 self.client.log_text(mlflow_id, page, f"table/{stem}.html")
 
     @held_back()

@@ -10,7 +10,9 @@ from fixtures.process import one_line
 
 from finrepro import PROJECT, bounds
 from finrepro.bounds import DEPTH, TooLarge
-from finrepro.errors import UsageError
+from finrepro.data.files import content_of
+from finrepro.data.tokenizer_files import check_bounds
+from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.settings import read_yaml
 
 DEEP = {
@@ -57,6 +59,44 @@ def test_json_has_a_size_and_a_depth(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bounds.read_json(path)
     with pytest.raises(TooLarge, match="the largest"):
         bounds.read_text(path, DEPTH)
+
+
+def test_json_in_bytes_and_its_lines_have_bounds_too(monkeypatch: pytest.MonkeyPatch):
+    assert bounds.loads(b'\xef\xbb\xbf{"a": "\xc3\xbc"}') == {"a": "ü"}
+    deep = "[" * (DEPTH + 1) + "]" * (DEPTH + 1)
+    for text in (deep, deep.encode(), f'{{"a\\\\": {deep}}}', f'["a\\"[", {deep}]'):
+        with pytest.raises(TooLarge, match=f"more than {DEPTH} deep"):
+            bounds.loads(text)
+    monkeypatch.setattr(bounds, "LINE_BYTES", 3)
+    assert list(bounds.lines(io.BytesIO(b"ab\n\nabc"))) == [b"ab\n", b"\n", b"abc"]
+    with pytest.raises(TooLarge, match="a line of more than 3 bytes"):
+        list(bounds.lines(io.BytesIO(b"a\nabcd")))
+    monkeypatch.setattr(bounds, "JSON_BYTES", 4)
+    assert bounds.loads("[12]") == [12]
+    with pytest.raises(TooLarge, match="more than 4 bytes"):
+        bounds.loads("[123]")
+
+
+def test_what_libraries_read_of_a_tokenizer_has_bounds(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_bounds(tmp_path)
+    deep = "[" * (DEPTH + 1) + "]" * (DEPTH + 1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"):
+        (tmp_path / name).write_text(deep)
+        with pytest.raises(EnvironmentFault, match=f"{name}: nested more than") as refused:
+            check_bounds(tmp_path)
+        one_line(refused.value)
+        (tmp_path / name).unlink()
+
+
+def test_a_data_file_has_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"12345")
+    assert content_of(path) == b"12345"
+    monkeypatch.setattr(bounds, "MEMBER_BYTES", 4)
+    with pytest.raises(EnvironmentFault, match=r"rows\.csv: more than 4 bytes") as refused:
+        content_of(path)
+    one_line(refused.value)
 
 
 def test_a_member_of_an_archive_has_a_size(monkeypatch: pytest.MonkeyPatch):

@@ -91,6 +91,42 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(number: int, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT"),
+        OSError("I/O error: Disk quota exceeded (os error 122)"),
+        Exception("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_or_quota_is_known_by_the_words_of_those_who_wrap_it(
+    error: Exception, tmp_path: Path
+):
+    with pytest.raises(DiskFull, match="no space left") as refused, disk_errors(tmp_path):
+        raise error
+    one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("(sqlite3.OperationalError) disk I/O error\n[SQL: INSERT INTO runs"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+    ],
+)
+def test_a_write_that_failed_for_a_quota_or_a_failing_disk_is_one_line(
+    error: Exception, tmp_path: Path
+):
+    """It may be the one or the other: SQLite says no more."""
+    with (
+        pytest.raises(EnvironmentFault, match="its quota is used up") as refused,
+        disk_errors(tmp_path, "whole shards are kept"),
+    ):
+        raise error
+    assert not isinstance(refused.value, DiskFull) and refused.value.exit_code == 3
+    assert "whole shards are kept" in one_line(refused.value)
+
+
+@pytest.mark.parametrize(
     "number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST]
 )
 def test_a_place_that_cannot_be_written_is_one_line_with_the_option(number: int, tmp_path: Path):

@@ -111,6 +111,62 @@ def test_json_is_read_and_written_strictly():
     assert json_calls(ast.parse("import json\njson.loads('1')")) == ["loads"]
 
 
+# Readers that get no file: the pipe between a driver and its worker, and a value made plain.
+NO_FILES = {"running/worker.py", "campaigns/local.py", "data/preparing/prepare.py"}
+
+
+def unbounded_reads(module: ast.AST) -> list[str]:
+    """Calls that hand a parser a file, or text that may come from one, without a bound."""
+    found = []
+    for function in (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)):
+        calls = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Call)]
+        parsed = [
+            call
+            for call in calls
+            if re.match(r"(strict_json|json|tomllib)\.loads?\(|yaml\.\w*(load|parse|scan)", call)
+        ]
+        if any(call.startswith("bounds.loads(") for call in calls):
+            parsed += [
+                call
+                for call in calls
+                if re.search(r"(?<!bounds)\.(read_text\(|read_bytes\(|read\(\)$)", call)
+            ]
+        found += parsed
+    return found
+
+
+def test_no_parser_reads_a_file_without_a_bound():
+    """bounds.py is the one seam of JSON, settings.py that of YAML, which it bounds by bounds.py."""
+    readers = {
+        path.relative_to(PACKAGE).as_posix(): calls
+        for path in SOURCES
+        if (calls := unbounded_reads(tree(path)))
+    }
+    # The reader parses what it has just written, to keep it.
+    seams = {"bounds.py", "strict_json.py", "settings.py", "catalogue/reader.py"}
+    assert readers.keys() == seams | NO_FILES, readers
+    assert "bounds.read_text(path" in (PACKAGE / "settings.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "json.load(path.open())",
+        "strict_json.loads(path.read_text())",
+        "yaml.safe_load(path.open())",
+        "yaml.load(text, Loader=yaml.CSafeLoader)",
+        "tomllib.loads(text)",
+        "bounds.loads(path.read_bytes())",
+        "bounds.loads(file.read())",
+    ],
+)
+def test_the_scan_of_readers_sees_each_way_around_the_bounds(line: str):
+    """The planted mutants of the law above."""
+    assert unbounded_reads(ast.parse(f"def f(path, file, text):\n    return {line}"))
+    within = "content = bounds.read_bytes(path)\n    return bounds.loads(content)"
+    assert not unbounded_reads(ast.parse(f"def f(path):\n    {within}"))
+
+
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
 def test_prose_has_lines_of_at_most_a_hundred_columns(path: Path):
     fenced, wide = False, []

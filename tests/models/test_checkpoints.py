@@ -132,6 +132,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "no configuration": (unlink("config.json"), ("lacks config.json",)),
     "corrupt configuration": (text("config.json", "{"), ("config.json: not readable JSON",)),
+    "configuration too deep": (
+        text("config.json", '{"a": ' + "[" * 100 + "]" * 100 + "}"),
+        ("config.json: not readable JSON: nested more than 100 deep",),
+    ),
     "configuration is a list": (
         text("config.json", "[]"),
         ("a JSON object is expected, not a list",),

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from fixtures import results
-from fixtures.process import python
+from fixtures.process import one_line, python
 
 from finrepro.campaigns.log import CampaignLog
 from finrepro.campaigns.preview import CampaignOptions, CampaignPlan
@@ -33,6 +33,7 @@ from finrepro.evidence.result import header, seal_unfinished
 from finrepro.evidence.store import Store, open_store
 from finrepro.tracking import index, notes, projection, saved_views
 from finrepro.tracking import library as mlflow_library
+from finrepro.tracking.check import check_store
 from finrepro.tracking.rebuilding import open_view, rebuild
 from finrepro.tracking.view import MlflowView
 
@@ -692,6 +693,25 @@ def test_a_full_disk_while_it_is_written_is_no_matter_of_the_view(
     assert record["status"] == "interrupted"
 
 
+def test_a_view_beyond_a_quota_is_one_line_and_exit_code_3(
+    copied: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """SQLite calls it a disk I/O error; the disk may be failing as well."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("(sqlite3.OperationalError) disk I/O error\n[SQL: INSERT INTO runs")
+
+    monkeypatch.setattr(MlflowView, "campaign", fail)
+    with pytest.raises(EnvironmentFault, match="its quota is used up") as refused:
+        check_store(copied, rebuild=True)
+    assert refused.value.exit_code == 3
+    one_line(refused.value)
+    log = campaign_log(copied)
+    log.write(lambda *_: None)
+    (fault,) = log.faults
+    assert "its quota is used up" in fault
+
+
 @pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "50 % \u00fc"])
 def test_the_database_lies_in_the_store_whatever_its_name(name: str, tmp_path: Path):
     place = open_store(tmp_path / name)
@@ -791,6 +811,7 @@ REBUILD = """
 import sys
 from pathlib import Path
 from finrepro.evidence import store
+from finrepro.tracking.check import check_store
 from finrepro.tracking.rebuilding import open_view, rebuild
 from finrepro.tracking.view import MlflowView
 place = store.open_store(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.errors import EnvironmentFault, UsageError, unknown
 from finrepro.evidence.files import json_text, write_bytes, write_json
 from finrepro.settings import Count, Positive, build, plain, settings
@@ -90,8 +90,8 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        content = path.read_bytes()
-        values = strict_json.loads(content)
+        content = bounds.read_bytes(path)
+        values = bounds.loads(content)
     except FileNotFoundError:
         unfinished = " (a preparation was begun and has not ended: run it again)"
         hint = unfinished if (folder / ".preparing").is_dir() else ""
@@ -104,8 +104,7 @@ def read_index(folder: Path) -> Index:
         values = None
     if not isinstance(values, dict):
         raise EnvironmentFault(f"{path} is damaged: not a JSON object; prepare the corpus again.")
-    seal = folder / SEAL
-    if seal.exists() and seal.read_bytes() != _seal(content):
+    if not _is_sealed(folder, content):
         raise EnvironmentFault(
             f"{path} is damaged: it is not what {SEAL} says; prepare the corpus again."
         )
@@ -135,6 +134,12 @@ def write_index(folder: Path, index: Index) -> None:
     content = json_text(plain(index), indent=1).encode()
     write_bytes(folder / SEAL, _seal(content), durable=True)
     write_bytes(folder / INDEX, content, durable=True)
+
+
+def _is_sealed(folder: Path, content: bytes) -> bool:
+    """Whether the index is what its seal says, or has none."""
+    seal = folder / SEAL
+    return not seal.exists() or seal.read_bytes() == _seal(content)
 
 
 def _seal(content: bytes) -> bytes:

@@ -12,7 +12,7 @@ its test rows have their sentence also in its training or validation set.
 import math
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
@@ -78,7 +78,7 @@ def scored_rows(content: bytes, name: str, role: str, config: Config) -> list[Ex
     `EnvironmentFault` on another form or length.
     """
     try:
-        sentences: dict[str, Any] = strict_json.loads(decoded(content, name, role))
+        sentences: dict[str, Any] = bounds.loads(decoded(content, name, role))
         check_rows(name, role, config.files[role], len(sentences), "sentences")
         return [
             Example(

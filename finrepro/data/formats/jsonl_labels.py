@@ -1,6 +1,6 @@
 """JSON lines with a text and a label by name, one file a split: news labelled by ChatGPT (NWGI)."""
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.text_fields import decoded, text_of, where
@@ -61,8 +61,8 @@ def json_lines(content: bytes, name: str, role: str) -> list[dict[str, object]]:
     for number, line in enumerate(lines if lines != [""] else [], 1):
         place = where(name, role, number)
         try:
-            value = strict_json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = bounds.loads(line)
+        except ValueError as error:
             raise EnvironmentFault(f"{place}: not JSON ({error}).") from None
         if not isinstance(value, dict):
             raise EnvironmentFault(f"{place}: not a JSON object.")

@@ -17,6 +17,7 @@ from finrepro.data.preparing.prepare import (
     default_workers,
     prepare,
 )
+from finrepro.data.preparing.quarantine import check_choice
 from finrepro.data.preparing.sources import JSONL, PARQUET, kind_of
 from finrepro.data.preparing.tokenizing import load_encoder
 from finrepro.data.preparing.verify import corpus_faults
@@ -82,6 +83,9 @@ def prepare_corpus(
     that cuts text: `file`, `articles`, `lines` or `paragraphs`. `validation` is the fraction of
     the documents that is held out. Raises `UsageError`, and `EnvironmentFault` for damaged text.
     """
+    workers = None if workers is None else count("workers", workers)
+    share = None if validation is None else fraction("validation", validation)
+    check_choice(on_error)
     rules = {"field": field, "documents": documents}
     local = {option: value for option, value in rules.items() if value}
     path = Path(source).expanduser()
@@ -99,8 +103,8 @@ def prepare_corpus(
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out} lies inside of its own source {source}: choose another.")
     options = default_options(sources, held_out)
-    if validation is not None:
-        options = PrepareOptions(validation=fraction("validation", validation), seed=options.seed)
+    if share is not None:
+        options = PrepareOptions(validation=share, seed=options.seed)
     encoder = load_encoder(tokenizer)
     display = ProgressDisplay(sources.size)
     try:
@@ -134,9 +138,9 @@ def default_options(sources: Sources, held_out: HeldOut | None) -> PrepareOption
 
 
 def worker_count(requested: int | None, sources: Sources) -> int:
-    """How many processes tokenize. Raises `UsageError` for less than one."""
+    """How many processes tokenize."""
     if requested is not None:
-        return count("workers", requested)
+        return requested
     return 1 if sources.size is not None and sources.size < ONE_WORKER_BELOW else default_workers()
 
 

@@ -84,10 +84,7 @@ def sources_of(name: str, data_dir: Path | None) -> Sources:
             raise EnvironmentFault(
                 f"corpus '{name}' is not here: put {file.path} under --data-dir{origin}."
             )
-        try:
-            data.digest_of(path.read_bytes(), file, path)
-        except OSError as error:
-            raise EnvironmentFault(f"{path}: {error.strerror}.") from None
+        data.digest_of(data.content_of(path), file, path)
         sources[split].append(LocalFiles(path, corpus.documents, corpus.field))
     return Sources(sources["train"], sources["validation"])
 

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data.preparing.documents import RULES, Document, Fault, split_file
 from finrepro.errors import EnvironmentFault, unknown
 
@@ -95,6 +95,8 @@ class LocalFiles:
                     documents = _text(path, name, self.documents, fault)
                 for document in documents:
                     yield name, document
+            except bounds.TooLarge as error:
+                fault(name, 0, f"{error}; from there on the file is not read")
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 fault(name, 0, f"the compressed file is damaged or cut short ({error})")
             except OSError as error:
@@ -130,12 +132,12 @@ def _text(path: Path, name: str, rule: str, fault: Fault) -> Iterator[Document]:
 
 def _json_lines(path: Path, name: str, field: str, fault: Fault) -> Iterator[Document]:
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(bounds.lines(file), 1):
             if not line.strip():
                 continue
             try:
-                row = strict_json.loads(line)
-            except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError, too
+                row = bounds.loads(line)
+            except ValueError as error:  # undecodable bytes are one, too
                 fault(name, number, f"not JSON ({error})")
                 continue
             text = row.get(field) if isinstance(row, dict) else None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from finrepro.data.tokenizer_files import tokenizer_digest
+from finrepro.data.tokenizer_files import check_bounds, tokenizer_digest
 from finrepro.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def load_encoder(folder: Path) -> Encoder:
         )
     import transformers
 
+    check_bounds(folder)
     # GPT-2's release has these two files alone, from which the library cannot tell what they are.
     bare = (folder / "merges.txt").is_file() and not (folder / "tokenizer.json").is_file()
     kind: Any = transformers.GPT2TokenizerFast if bare else transformers.AutoTokenizer

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data.corpora.index import INDEX, Unfinished
 from finrepro.data.preparing.writer import PREPARING
 from finrepro.errors import EnvironmentFault, FinreproError
@@ -31,9 +31,7 @@ def unfinished(folder: Path) -> Unfinished | None:
     """
     path = folder / PREPARING / OPTIONS
     try:
-        return build(
-            Unfinished, dict(strict_json.loads(path.read_text(encoding="utf-8"))), str(path)
-        )
+        return build(Unfinished, dict(bounds.read_json(path)), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (FinreproError, ValueError, TypeError):

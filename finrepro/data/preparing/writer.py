@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from finrepro import strict_json
+from finrepro import bounds
 from finrepro.data.corpora.index import Shard, Split, write_record
 from finrepro.data.corpora.stream import Tokens
 from finrepro.errors import EnvironmentFault
@@ -169,7 +169,7 @@ def complete_shard(
     """
     path = folder / PREPARING / f"{name}.json"
     try:
-        record = strict_json.loads(path.read_text(encoding="utf-8"))
+        record = bounds.read_json(path)
     except FileNotFoundError:
         return None
     shard = build(Shard, record["shard"], str(path))

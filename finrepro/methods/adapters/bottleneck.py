@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.settings import Choice, Positive, PositiveFloat, build, settings
 
@@ -160,7 +160,7 @@ def read(model: "nn.Module", folder: Path) -> "nn.Module":
     from safetensors.torch import load_file
 
     try:
-        values = strict_json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        values = bounds.read_json(folder / SETTINGS)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise EnvironmentFault(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.settings import Choice, Positive, settings
 
@@ -227,6 +227,6 @@ def sort_settings(folder: Path) -> None:
     process to process.
     """
     path = folder / "adapter_config.json"
-    values = strict_json.loads(path.read_text())
+    values = bounds.read_json(path)
     values["target_modules"] = sorted(values["target_modules"])
     path.write_text(strict_json.dumps(values, indent=2, sort_keys=True) + "\n")

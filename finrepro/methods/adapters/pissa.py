@@ -13,7 +13,7 @@ What is exported is the change against W, a plain LoRA of rank 2 r: s (B A - B_0
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finrepro import strict_json
+from finrepro import bounds, strict_json
 from finrepro.kinds import quantizer_of
 from finrepro.methods.adapters import lora
 from finrepro.settings import Choice, Count, Positive, settings
@@ -134,7 +134,7 @@ def on_own_base(weights: Path, folder: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    settings = strict_json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = bounds.read_json(weights / "adapter_config.json")
     r = settings["r"] // 2
     halves = {
         name: (factor[:r] if ".lora_A." in name else factor[:, :r]).contiguous()

@@ -15,6 +15,7 @@ from fixtures.process import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finrepro import bounds
 from finrepro.data.preparing.command import prepare_corpus
 from finrepro.data.preparing.documents import RULES, split_file
 from finrepro.data.preparing.entries import (
@@ -186,6 +187,25 @@ def test_a_file_gives_its_texts_and_names_what_is_damaged(
         assert (
             message[:2] == (name, line) and message[2].startswith(reason) and "\n" not in message[2]
         )
+
+
+def test_rows_that_are_too_deep_or_too_long_are_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = b'{"text": "x", "a": ' + b"[" * 100 + b"]" * 100 + b"}\n"
+    row = b'{"text": "%s"}\n'
+    long = b"x" * 300
+    (tmp_path / "a.jsonl").write_bytes(deep + row % b"one" + row % long + row % b"last")
+    documents, reported = gather(LocalFiles(tmp_path / "a.jsonl"))
+    assert [text for text, _ in documents] == ["one", long.decode(), "last"]
+    assert reported == [
+        ("a.jsonl", 1, "not JSON (nested more than 100 deep, the deepest that is read)")
+    ]
+    monkeypatch.setattr(bounds, "LINE_BYTES", 310)
+    documents, reported = gather(LocalFiles(tmp_path / "a.jsonl"))
+    assert [text for text, _ in documents] == ["one"]
+    assert reported[1][2].startswith("a line of more than 310 bytes")
+    assert reported[1][2].endswith("from there on the file is not read")
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_goes_on_after_a_damaged_file(
