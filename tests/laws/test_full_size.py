@@ -1,7 +1,7 @@
 """GPT-2 at full size, 124,439,808 parameters, from a checkpoint that plain Transformers wrote,
 with GPT-2's own tokenizer: the walk of a real cell. That everything is the model's own size is what
-is held here; nothing is scored, since the weights are random and it would take minutes. In float32: without
-instructions for bfloat16 a CPU multiplies such matrices 75 times more slowly."""
+is held here; nothing is scored, since the weights are random and it would take minutes. In float32:
+without instructions for bfloat16 a CPU multiplies such matrices 75 times more slowly."""
 
 import dataclasses
 import shutil

@@ -228,6 +228,36 @@ def test_jobs_at_a_time_get_a_card_each_or_are_refused(
         plan.check_jobs(2, wide)
 
 
+@pytest.mark.parametrize(
+    ("table", "cores", "gib", "jobs"),
+    [("3", 2, 24, 2), ("3", 8, 24, 8), ("3", 64, 4, 2), ("3", 1, 24, 1), ("5", 8, 24, 1)],
+)
+def test_as_many_cells_at_a_time_as_cores_and_memory_hold_and_one_where_costs_are_measured(
+    table: str, cores: int, gib: int, jobs: int, place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    steps = plan.plan_steps(expand(Selection(table), "smoke"), place, False)
+    here = machine.LocalMachine(gib * 2**30, 0, cores=cores)
+    monkeypatch.setattr(plan, "local_machine", lambda: here)
+    assert plan.default_jobs(steps) == jobs
+    beside = dataclasses.replace(here, gpu_bytes=80 * 2**30, gpus=1)
+    monkeypatch.setattr(plan, "local_machine", lambda: beside)
+    assert plan.default_jobs(steps) == 1
+    assert plan.default_jobs([]) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4), (None, 4)]
+)
+def test_a_share_of_time_counts_as_the_cores_that_it_is(
+    limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    group = tmp_path / "cpu.max"
+    if limit:
+        group.write_text(limit + "\n")
+    assert machine.available_cores(group) == cores
+
+
 def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None]):
     gpu(81559)
     (cell,) = expand(Selection("3", only="gpt2_127m-none-full-tfns-s0", weights="random"), "paper")
