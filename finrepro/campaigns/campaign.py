@@ -42,6 +42,7 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
         raise UsageError(f"{plan.cells[0].label}: {plan.cells[0].refusal}.")
     steps = list(plan.steps)
     planning.check_jobs(plan.jobs, steps)
+    planning.check_packages(steps, place)
     display.plan(steps, place, plan.jobs)
     with _interruptible() as interrupts, place.store.lock() as lock:
         campaign = _Campaign(plan, options, display, lock, interrupts)

@@ -23,7 +23,7 @@ from finrepro.catalogue.reader import (
     train_settings,
 )
 from finrepro.catalogue.selection import Selection
-from finrepro.catalogue.spec import RunSpec, Scale, Weights
+from finrepro.catalogue.spec import Model, RunSpec, Scale, Weights
 from finrepro.catalogue.table_file import Grid, Group
 from finrepro.errors import UsageError, unknown
 from finrepro.kinds import adapter_of, choose, kind_module
@@ -120,9 +120,7 @@ def resolve_cell(grid: Grid, selection: Selection, point: GridPoint) -> Cell:
         label=point.label,
         model=base_model,
         weights=weights,
-        base_checkpoint=f"{hub.id}@{hub.revision or 'unpinned'}"
-        if (hub := origin(base_model).hub) and not grid.scratch
-        else None,
+        base_checkpoint=None if grid.scratch else named_weights(origin(base_model)),
         base_run=base.run_id if base else None,
         quantizer=quantizer(names["quantizer"], base_model.dtype),
         adapter=adapter_choice,
@@ -138,6 +136,17 @@ def resolve_cell(grid: Grid, selection: Selection, point: GridPoint) -> Cell:
     return Cell(
         spec=spec, refusal=refusal(spec), base=None if cell_of_table_2(base_model) else base
     )
+
+
+def named_weights(base: Model) -> str | None:
+    """The weights of a model by name: a repository at a commit, or a package's file by its sha256;
+    None where they are trained here.
+    """
+    if base.hub:
+        return f"{base.hub.id}@{base.hub.revision or 'unpinned'}"
+    if base.package:
+        return f"{base.package.project}=={base.package.version}@sha256:{base.package.file_sha256}"
+    return None
 
 
 @cache

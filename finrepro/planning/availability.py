@@ -15,7 +15,7 @@ from finrepro.data.tokenizer_files import tokenizer_digest
 from finrepro.errors import EnvironmentFault
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
-from finrepro.models import checkpoints
+from finrepro.models import checkpoints, packaged
 
 
 def missing_base(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
@@ -23,6 +23,8 @@ def missing_base(spec: RunSpec, place: Place, ask_hub: bool) -> str | None:
     not.
     """
     model, label = reader.origin(spec.model), reader.cell_of_table_2(spec.model)
+    if packaged.is_source(spec):
+        return packaged.missing_reason(model, place.store.cache)
     if label is None:
         return missing_weights(model, place.models_dir, ask_hub)
     found = place.store.found(str(spec.base_run), weights=True)

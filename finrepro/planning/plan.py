@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finrepro.catalogue.reader import origin
 from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.spec import RunSpec, Scale
-from finrepro.errors import UsageError
+from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence import store
 from finrepro.evidence.place import Place
+from finrepro.models import packaged
 from finrepro.planning import availability
 from finrepro.planning.machine import local_machine
 from finrepro.planning.memory_model import needed_bytes
@@ -58,6 +60,20 @@ def check_jobs(jobs: int, steps: list[Step]) -> None:
             else f"one of the cells takes {widest}"
         )
         raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {reason}.")
+
+
+def check_packages(steps: list[Step], place: Place) -> None:
+    """Raise `EnvironmentFault` where nothing is left to show or to run because a package of weights
+    is missing: it belongs to the installation, as torch does.
+    """
+    skipped = [step for step in steps if step.action != "refuse"]
+    reasons = [
+        packaged.missing_reason(origin(step.spec.model), place.store.cache)
+        for step in skipped
+        if step.action == "skip" and packaged.is_source(step.spec)
+    ]
+    if reasons and len(reasons) == len(skipped) and None not in reasons:
+        raise EnvironmentFault(str(reasons[0]))
 
 
 def cannot_run(spec: RunSpec, place: Place, ask_hub: bool = False) -> str | None:

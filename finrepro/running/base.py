@@ -12,7 +12,7 @@ from finrepro.errors import EnvironmentFault, failed_if_faulty, unavailable_if_f
 from finrepro.evidence.place import Place
 from finrepro.evidence.store import Store
 from finrepro.kinds import task_of
-from finrepro.models import checkpoints
+from finrepro.models import checkpoints, packaged
 from finrepro.running.text import open_corpora
 
 if TYPE_CHECKING:
@@ -26,10 +26,14 @@ def open_base(spec: RunSpec, place: Place) -> tuple[Path | None, "PreTrainedToke
     """The base's folder (None: random weights), its tokenizer, and where that comes from.
 
     Raises `Unavailable` when the run that makes the base, or the checkpoint, is not there or is
-    faulty.
+    faulty; `EnvironmentFault` where that is a package, which is part of the installation.
     """
     from finrepro.models.build import load_tokenizer
 
+    if packaged.is_source(spec):
+        model = reader.origin(spec.model)
+        folder = packaged.converted(model, place.store.cache, place.store.digests.of)
+        return folder, load_tokenizer(folder, spec.model), "checkpoint"
     with unavailable_if_faulty():
         if spec.base_run is not None:
             folder = place.store.run_folder(spec.base_run) / "weights"
@@ -66,7 +70,10 @@ def base_facts(spec: RunSpec, store: Store, folder: Path | None) -> dict[str, An
             digests = {key: environment[key] for key in ("source_digest", "lock_digest")}
             facts = {"run_id": spec.base_run, "weights": store.weights_digest(spec.base_run)}
             return facts | ({"made_by": digests} if reader.cell_of_table_2(spec.model) else digests)
-        return {"files": checkpoints.digests(folder, store.digests.of) if folder else {}}
+        if folder is None:
+            return {"files": {}}
+        files = {"files": checkpoints.digests(folder, store.digests.of)}
+        return files | ({"package": packaged.source(folder)} if packaged.is_source(spec) else {})
 
 
 def embedded_tokenizer(spec: RunSpec, place: Place) -> "PreTrainedTokenizerFast":

@@ -44,6 +44,7 @@ OWNERS = {
     "deepspeed": ("training/", "runtime/"),
     "peft": ("methods/adapters/", "exporting/"),
     "bitsandbytes": ("methods/quantizers/", "methods/calibration/", "methods/optimizers/"),
+    "gguf": ("models/gguf_file.py",),
     "datasets": ("data/fetch.py", "data/preparing/hub.py"),
     "seqeval": ("evaluation/tasks/entities.py",),
     "sklearn": (),

