@@ -24,9 +24,7 @@ class LocalMachine:
 @cache
 def local_machine() -> LocalMachine:
     """This machine, as psutil and nvidia-smi report it."""
-    import psutil
-
-    host, cores = psutil.virtual_memory().total, available_cores()
+    host, cores = available_memory(), available_cores()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") and visible not in ("", "-1"):
         query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
@@ -43,6 +41,19 @@ def local_machine() -> LocalMachine:
                 host, int(float(mebibytes) * 2**20), name.strip(), len(lines), cores
             )
     return LocalMachine(host, 0, cores=cores)
+
+
+def available_memory(group: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory that this process may use: the machine's, or fewer where its control group
+    has a limit (`docker run --memory 8g`).
+    """
+    import psutil
+
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(group.read_text()))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return total
 
 
 def available_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

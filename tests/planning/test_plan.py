@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import pytest
 from fixtures import results
 
@@ -256,6 +257,14 @@ def test_a_share_of_time_counts_as_the_cores_that_it_is(
     if limit:
         group.write_text(limit + "\n")
     assert machine.available_cores(group) == cores
+
+
+def test_a_limit_of_memory_counts_as_the_memory_there_is(tmp_path: Path):
+    group, total = tmp_path / "memory.max", psutil.virtual_memory().total
+    assert machine.available_memory(group) == total
+    for text, wanted in (("1073741824", 2**30), ("max", total), (str(2 * total), total)):
+        group.write_text(text + "\n")
+        assert machine.available_memory(group) == wanted
 
 
 def test_random_weights_need_no_checkpoint(place: Place, gpu: Callable[..., None]):
