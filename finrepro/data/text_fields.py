@@ -3,6 +3,7 @@ file and the line.
 """
 
 import math
+from collections.abc import Sequence
 
 from finrepro.errors import EnvironmentFault
 
@@ -39,3 +40,13 @@ def text_of(value: object, field: str, place: str) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     found = "null" if missing else "empty" if value == "" else repr(value)
     raise EnvironmentFault(f"{place}: '{field}' is {found}, expected text.")
+
+
+def label_of(value: object, field: str, allowed: Sequence[str], place: str) -> str:
+    """A row's label without the white space around it. Raises `EnvironmentFault` for none of those
+    that are `allowed`.
+    """
+    label = str(value).strip()
+    if label in allowed:
+        return label
+    raise EnvironmentFault(f"{place}: '{field}' is {value!r}, not one of {', '.join(allowed)}.")

@@ -8,8 +8,10 @@ import numpy as np
 
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
-from finrepro.data.text_fields import decoded, text_of, where
+from finrepro.data.text_fields import decoded, label_of, text_of, where
 from finrepro.settings import settings
+
+LABELS = ("negative", "neutral", "positive")
 
 
 @settings
@@ -37,7 +39,7 @@ def needed(split: str, config: Config) -> tuple[str, ...]:
 
 def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     """Train and test in the order of the permutation. Raises `EnvironmentFault` on a wrong
-    number of lines.
+    number of lines, and a line without text or of another label.
     """
     # Not splitlines(): in ISO-8859-1 it would also break at control characters inside a sentence.
     lines = (
@@ -50,8 +52,10 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
     examples = []
     for row, line in enumerate(lines):
         text, _, label = line.rpartition("@")
-        text = text_of(text, "text before @", where(name, "all", row + 1))
-        examples.append(Example(id=f"{name}/all/{row}", text=text, label=label.strip()))
+        place = where(name, "all", row + 1)
+        text = text_of(text, "text before @", place)
+        label = label_of(label, "label after @", LABELS, place)
+        examples.append(Example(id=f"{name}/all/{row}", text=text, label=label))
     order = np.random.default_rng(config.split.seed).permutation(len(examples))
     shuffled = [examples[row] for row in order]
     return {
