@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.json_schema import faults, result_faults
+from fixtures.process import forget
 
 from finrepro import PROJECT
 from finrepro.catalogue.cells import expand
@@ -45,7 +46,11 @@ def older(tmp_path: Path) -> Place:
 
 
 @pytest.fixture
-def cell() -> Cell:
+def cell(configs: Path) -> Cell:
+    """The cell by the settings of then, when miniatures had two threads."""
+    for path in (configs / "models.yaml", configs / "tables" / "table3.yaml"):
+        path.write_text(path.read_text().replace("threads: 1\n", "threads: 2\n"))
+    forget()
     (cell,) = expand(SELECTION, "smoke")
     return cell
 
