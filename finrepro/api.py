@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finrepro.arguments import checked, choice, count, needed
+from finrepro.arguments import checked, choice, needed, optional_count
 from finrepro.catalogue.selection import SCALES, select
 from finrepro.catalogue.spec import Weights
 from finrepro.errors import EnvironmentFault
@@ -68,7 +68,7 @@ def reproduce(
     """
     from finrepro.campaigns.preview import CampaignOptions, is_computed
 
-    options = CampaignOptions(_scale(scale), _jobs(jobs), keep, quiet)
+    options = CampaignOptions(_scale(scale), optional_count("jobs", jobs), keep, quiet)
     selection = select(
         table,
         quick=quick,
@@ -113,7 +113,7 @@ def plan(
     """
     from finrepro.campaigns.preview import CampaignOptions, is_computed, plan_campaign
 
-    options = CampaignOptions(_scale(scale), _jobs(jobs), keep)
+    options = CampaignOptions(_scale(scale), optional_count("jobs", jobs), keep)
     selection = select(
         table,
         quick=quick,
@@ -326,10 +326,6 @@ def paper(*, store: Folder | None = None) -> Path:
 
 def _scale(scale: str) -> str:
     return choice("scale", scale, SCALES)
-
-
-def _jobs(jobs: int | None) -> int | None:
-    return None if jobs is None else count("jobs", jobs)
 
 
 def _folder(path: Folder | None) -> Path | None:

@@ -71,6 +71,11 @@ def count(option: str, value: str | int) -> int:
     return int(text)
 
 
+def optional_count(option: str, value: str | int | None) -> int | None:
+    """As `count`; None stays None."""
+    return None if value is None else count(option, value)
+
+
 def positive(option: str, value: str | float) -> float:
     """A number above 0 and at most `LARGEST`, as 24, 0.4 or 1e9. Raises `UsageError` that names the
     option and what is allowed.

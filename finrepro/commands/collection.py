@@ -11,7 +11,7 @@ from invoke.context import Context
 from invoke.program import Program
 
 from finrepro import __version__
-from finrepro.arguments import count, fraction, positive
+from finrepro.arguments import count, fraction, optional_count, positive
 from finrepro.commands.shell import cells_of, code_of, command, folders
 from finrepro.errors import UsageError
 
@@ -69,7 +69,7 @@ def reproduce(
 
     arguments = cells_of(scale, quick, full, only, seeds, devices, adapter, weights)
     arguments |= folders(store, data_dir, models_dir)
-    arguments |= {"jobs": None if jobs is None else count("jobs", jobs), "keep": keep}
+    arguments |= {"jobs": optional_count("jobs", jobs), "keep": keep}
     if plan:
         api.plan(table, **arguments).show(launches=True)
         return 0
