@@ -117,6 +117,7 @@ def commit() -> tuple[str | None, bool | None]:
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
 
+@cache  # of what this process runs with; read for every cell, skipped ones too
 def _package_version(name: str) -> str | None:
     try:
         return version(name)
@@ -143,6 +144,7 @@ def hardware() -> Hardware:
     return facts
 
 
+@cache
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
