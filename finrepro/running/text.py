@@ -36,7 +36,7 @@ def open_corpora(
     """
     from finrepro.data.arriving.growing import open_arriving
     from finrepro.data.corpora.index import read_index
-    from finrepro.data.corpora.stream import open_corpus
+    from finrepro.data.corpora.stream import Corpus, open_corpus
     from finrepro.data.preparing.entries import mismatch
     from finrepro.data.preparing.verify import shard_faults
 
@@ -55,10 +55,10 @@ def open_corpora(
                         folder / TOKENIZER, version_of(read_index(folder).tokenizer)
                     )
                     corpus = open_corpus(folder, digest or "none", rows)
-                    if faults := shard_faults(
-                        folder, corpus.index, "train", place.store.digests.of
-                    ):
-                        raise EnvironmentFault(f"{folder}: it is damaged: {faults[0]}")
+                if isinstance(corpus, Corpus) and (
+                    faults := shard_faults(folder, corpus.index, "train", place.store.digests.of)
+                ):
+                    raise EnvironmentFault(f"{folder}: it is damaged: {faults[0]}")
                 if difference := mismatch(name, corpus.index):
                     raise EnvironmentFault(f"{folder}: {difference}")
                 corpus.stream()  # every shard is there, and as long as it was

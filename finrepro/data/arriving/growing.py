@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from finrepro.data.corpora.folders import TOKENIZER
-from finrepro.data.corpora.index import Unfinished, check_fits, dtype_for, read_index, split_of
+from finrepro.data.corpora.index import (
+    Shard,
+    Unfinished,
+    check_fits,
+    dtype_for,
+    read_index,
+    split_of,
+)
 from finrepro.data.corpora.stream import Corpus, Tokens, TokenStream, open_corpus
 from finrepro.data.preparing import underway
+from finrepro.data.preparing.verify import file_faults
 from finrepro.data.preparing.writer import complete_shard
 from finrepro.data.tokenizer_files import tokenizer_digest, version_of
 from finrepro.errors import EnvironmentFault, Unavailable
@@ -85,6 +93,14 @@ class GrowingStream(TokenStream):
         ):
             self._add(complete[0])
             self._length += self.capacity
+
+    def _add(self, shard: Shard) -> None:
+        """Map one more shard, if its bytes are the recorded ones: a finished corpus is checked
+        before it is trained on, this one as it comes.
+        """
+        if faults := file_faults(self.folder, shard):
+            raise EnvironmentFault(f"{self.folder}: it is damaged: {faults[0]}")
+        super()._add(shard)
 
     def _finish(self) -> None:
         index = read_index(self.folder)

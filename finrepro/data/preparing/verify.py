@@ -31,11 +31,18 @@ def shard_faults(
     folder: Path, index: Index, split: str, digest: Callable[[Path], str] = file_digest
 ) -> list[str]:
     """A line for each file of a split that is not the recorded one; `digest` gives the sha256."""
+    shards = index.splits[split].shards
+    return [fault for shard in shards for fault in file_faults(folder, shard, digest)]
+
+
+def file_faults(
+    folder: Path, shard: Shard, digest: Callable[[Path], str] = file_digest
+) -> list[str]:
+    """A line for each of a shard's two files that is not the recorded one."""
     faults: list[str] = []
-    for shard in index.splits[split].shards:
-        for kind, recorded in (("tokens", shard.sha256_tokens), ("starts", shard.sha256_starts)):
-            fault = _file_fault(folder / f"{shard.name}.{kind}", recorded, digest)
-            faults += [f"{shard.name}.{kind}: {fault}"] if fault else []
+    for kind, recorded in (("tokens", shard.sha256_tokens), ("starts", shard.sha256_starts)):
+        fault = _file_fault(folder / f"{shard.name}.{kind}", recorded, digest)
+        faults += [f"{shard.name}.{kind}: {fault}"] if fault else []
     return faults
 
 

@@ -526,6 +526,26 @@ def test_a_corpus_that_is_replaced_or_mixed_while_it_is_written_is_refused(
     )
 
 
+@pytest.mark.parametrize("kind", ["tokens", "starts"])
+def test_a_shard_that_is_damaged_while_the_corpus_grows_is_never_read(
+    kind: str,
+    lines: Path,
+    tokenizer: Path,
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_off(lines, tokenizer, encoder, tmp_path / "c", monkeypatch)
+    open_arriving(tmp_path / "c").stream()
+    path = tmp_path / "c" / f"train-00000.{kind}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EnvironmentFault, match=rf"it is damaged: train-00000\.{kind}") as found:
+        open_arriving(tmp_path / "c").stream()
+    one_line(found.value)
+
+
 def test_the_note_of_a_preparation_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / writer.PREPARING).mkdir()
     assert underway.unfinished(tmp_path / "elsewhere") is None
