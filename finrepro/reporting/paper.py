@@ -18,6 +18,7 @@ from finrepro.catalogue.reader import table, tables
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.evidence import files
+from finrepro.reporting.grouping import SCALE_MARKS
 from finrepro.reporting.table import escape
 
 SOURCES = PROJECT / "paper"
@@ -169,11 +170,7 @@ def _boxed(number: str, scale: Scale) -> str:
 
 def _figure(name: str, stem: str, scale: Scale) -> str:
     """The figure that goes with a table."""
-    mark = (
-        "SMOKE: miniatures, never to be set against published values"
-        if scale == "smoke"
-        else "real models"
-    )
+    mark = SCALE_MARKS.get(scale, "real models")
     content = "Shares of compute, by the sizes" if table(name).computed else "Scores"
     caption = escape(f"{content} of table {name.removeprefix('table')} ({mark})")
     size = r"width=\textwidth,height=0.85\textheight,keepaspectratio"

@@ -4,6 +4,7 @@ the store, and carries its reason.
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from fixtures import results
 
+from finrepro.campaigns.preview import CampaignOptions, choose_scale, next_step, plan_campaign
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.resolve import base_of
@@ -29,6 +31,7 @@ from finrepro.planning import time as planned_time
 from finrepro.running.base import base_facts
 from finrepro.running.launch import command, parse, request, resolve
 
+TWO_CORES = machine.LocalMachine(16 * 2**30, 0, cores=2)
 QUICK = expand(Selection("3", quick=True), "smoke")
 PAPER = expand(Selection("3"), "paper")
 
@@ -315,9 +318,9 @@ def test_ranks_on_a_host_share_its_memory(
     assert both is not None and both.startswith("needs ")
 
 
-@pytest.mark.parametrize("scale", ["smoke", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "open", "paper"])
 def test_the_launch_command_of_a_cell_runs_that_cell(
-    place: Place, scale: Literal["smoke", "paper"]
+    place: Place, scale: Literal["smoke", "open", "paper"]
 ):
     for selection in (
         Selection("3"),
@@ -338,6 +341,37 @@ def test_the_launch_command_of_a_cell_runs_that_cell(
     assert (where.data_dir, where.models_dir) == (Path.cwd() / "d", Path.cwd() / "m"), (
         "a child looks from elsewhere"
     )
+
+
+def test_a_smoke_table_ends_with_the_command_of_the_open_one_and_its_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "cannot_run", lambda *_: None)
+    monkeypatch.setattr(plan, "local_machine", lambda: TWO_CORES)
+    monkeypatch.setattr(planned_time, "local_machine", lambda: TWO_CORES)
+    smoke = plan_campaign(Selection("3", quick=True), place, CampaignOptions("smoke"))
+    line = next_step(smoke)
+    where = f"--store {place.store.root}"
+    assert re.fullmatch(
+        rf"Next, a real language model: \S+ reproduce --table 3 --scale open {where} "
+        r"\(--quick about \d+ min, the whole about [\d.]+ h\)\.",
+        line,
+    )
+    for others in (
+        plan_campaign(Selection("3"), place, CampaignOptions("open")),
+        plan_campaign(Selection("2"), place, CampaignOptions("smoke")),
+    ):
+        assert next_step(others) == ""
+    monkeypatch.setattr(plan, "cannot_run", lambda *_: "its weights are not here")
+    assert next_step(smoke) == "", "what cannot run here is not advised"
+
+
+def test_auto_without_a_gpu_stays_smoke_where_a_table_has_an_open_scale(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "local_machine", lambda: TWO_CORES)
+    assert choose_scale(Selection("3"), "auto", place)[0] == "smoke"
+    assert choose_scale(Selection("3"), "open", place) == ("open", "asked for")
 
 
 def test_the_largest_model_is_planned_over_devices_that_hold_it():
