@@ -12,7 +12,9 @@ from typing import Literal
 
 import psutil
 import pytest
+import torch
 from fixtures import results
+from safetensors.torch import save_file
 
 from finrepro.campaigns.preview import CampaignOptions, choose_scale, next_step, plan_campaign
 from finrepro.catalogue import reader
@@ -372,6 +374,29 @@ def test_auto_without_a_gpu_stays_smoke_where_a_table_has_an_open_scale(
     monkeypatch.setattr(plan, "local_machine", lambda: TWO_CORES)
     assert choose_scale(Selection("3"), "auto", place)[0] == "smoke"
     assert choose_scale(Selection("3"), "open", place) == ("open", "asked for")
+
+
+def test_an_adapter_of_the_open_model_takes_its_scale_and_one_seed(place: Place, tmp_path: Path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "smollm2_135m",
+        "r": 1,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+    }
+    write_json(folder / "adapter_config.json", settings)
+    width = reader.model("smollm2_135m").architecture["hidden_size"]
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    tensors = {
+        f"{prefix}_A.weight": torch.ones(1, width),
+        f"{prefix}_B.weight": torch.ones(width, 1),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    chosen = Selection("3", adapter=str(folder))
+    assert choose_scale(chosen, "auto", place) == ("open", "the base of the adapter is there")
+    assert {cell.spec.seed for cell in expand(chosen, "open")} == {0}
 
 
 def test_the_largest_model_is_planned_over_devices_that_hold_it():
