@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import table, tables
+from finrepro.catalogue.reader import scales, table, tables
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.evidence import files
@@ -30,7 +30,7 @@ PAGE = 40  # rows of a table that fit a page together with its caption and notes
 SPARE, WIDTH = 8, 120  # lines of notes below a full page of rows, and characters in such a line
 NOTES = r"\par\smallskip\raggedright\footnotesize "  # how finrepro.reporting.table begins them
 # Generated files that main.tex includes, and the scale of their tables.
-GENERATED: dict[str, Scale] = {"tables": "paper", "appendix": "smoke"}
+GENERATED: dict[str, Scale] = {"tables": "paper", "open": "open", "appendix": "smoke"}
 # An error as -file-line-error prints it.
 _PLACED = re.compile(r"^(\S+?\.\w+):(\d+): (.+)$", re.MULTILINE)
 _BARE = re.compile(r"^! (.+)$", re.MULTILINE)
@@ -86,8 +86,8 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
     blocks, digests = ["% Written by finrepro.reporting.paper; do not edit."], {}
     for name in tables():
         stem = table(name).report
-        if table(name).computed and scale != "paper":
-            continue  # computed for the real models alone
+        if scale not in (scales(name) or ("paper",)):
+            continue  # a table that is computed is one of the paper's models alone
         folder = root / "results" / "tables" / scale
         # `--full` writes files of its own: the same table with more cells and seeds.
         candidates = (folder / f"{stem}-full.tex", folder / f"{stem}.tex")
