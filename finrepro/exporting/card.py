@@ -88,9 +88,6 @@ def _what(recorded: RecordedRun, planned: ExportLayout) -> str:
     if spec.model.scale == "open":
         text = "**A result at open scale: not to be compared with the paper's.**"
         lines += ["", f"{text} {spec.model.name} is none of its models."]
-    if spec.model.package and spec.weights == "pretrained":
-        stored = spec.model.package.linear
-        lines += ["", f"Its linear weights are {stored}, decoded: they lie on that format's grid."]
     if spec.weights == "random":
         lines += [
             "",
