@@ -6,7 +6,8 @@ cannot serve. `store` is the folder of results/ and mlruns/ (by default FINREPRO
 root of the checkout, or for an installed package the current folder), `data_dir` that of datasets
 which are not embedded (by default FINREPRO_DATA_DIR), `models_dir` that of checkpoints.
 
-What is asked for of a table: `scale` is `smoke` (miniatures), `paper` (real models) or `auto`;
+What is asked for of a table: `scale` is `smoke` (miniatures), `open` (a small open model, offline),
+`paper` (the paper's models) or `auto`;
 `quick` a handful of cells and `full` every combination over three seeds; `only` a pattern over cell
 labels, as `gpt2*-nf4-*`; `seeds` in place of the table's; `weights` `pretrained`, or `random` for
 memory and speed alone; `devices` ranks a cell; `adapter` a PEFT folder to be scored on its base.
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from finrepro.tracking.check import StoreCheck
 
 Folder = str | os.PathLike[str]
-ScaleChoice = Literal["auto", "smoke", "paper"]
+ScaleChoice = Literal["auto", "smoke", "open", "paper"]
 
 
 @checked

@@ -16,7 +16,7 @@ from finrepro.campaigns.display import Display
 from finrepro.campaigns.local import Worker
 from finrepro.campaigns.log import CampaignLog
 from finrepro.campaigns.outcome import Reproduced
-from finrepro.campaigns.preview import CampaignOptions, CampaignPlan, plan_campaign
+from finrepro.campaigns.preview import CampaignOptions, CampaignPlan, next_step, plan_campaign
 from finrepro.catalogue.selection import Selection
 from finrepro.errors import EnvironmentFault, UsageError
 from finrepro.evidence import store
@@ -67,6 +67,7 @@ def reproduce(selection: Selection, place: Place, options: CampaignOptions) -> R
             if not cell.refusal
         },
         tuple(campaign.log.faults),
+        next_step(plan),
     )
 
 

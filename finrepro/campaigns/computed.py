@@ -39,9 +39,10 @@ def check(selection: Selection, options: CampaignOptions) -> None:
             f"table {number} is computed from the models' sizes and has no cells: "
             f"--{inapplicable[0]} does not apply."
         )
-    if options.scale == "smoke":
+    if options.scale not in ("auto", SCALE):
         raise UsageError(
-            f"table {number} is computed for the real models: --scale smoke does not apply."
+            f"table {number} is computed for the paper's models: "
+            f"--scale {options.scale} does not apply."
         )
 
 

@@ -11,7 +11,7 @@ from finrepro.reporting.table import Table
 class Reproduced:
     """A finished table. `states` are those of its cells by label, without the refused ones; a
     table that is computed from sizes has none. `folder` is where its files lie, and `faults` are
-    those of MLflow's view, a line each.
+    those of MLflow's view, a line each. `next_step` is what a reader may run next, or empty.
     """
 
     table: Table
@@ -19,7 +19,11 @@ class Reproduced:
     folder: Path
     states: dict[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
+    next_step: str = ""
 
     def show(self) -> None:
-        """Print the table, and where it lies."""
-        Display().table(self.table, self.folder, runs=bool(self.states))
+        """Print the table, where it lies, and what may come next."""
+        display = Display()
+        display.table(self.table, self.folder, runs=bool(self.states))
+        if self.next_step:
+            display.say(self.next_step)

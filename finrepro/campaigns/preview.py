@@ -1,16 +1,20 @@
 """What a call of `reproduce` would do: the scale, the cells, and what will happen to each."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
+from typing import cast
 
-from finrepro.campaigns.display import Display, list_cells, list_launches, program
+from finrepro.campaigns.display import Display, duration, list_cells, list_launches, program
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
 from finrepro.evidence.place import Place
+from finrepro.evidence.store import default_root
 from finrepro.planning import plan as planning
+from finrepro.planning import time
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,14 @@ def choose_scale(selection: Selection, requested: str, place: Place) -> tuple[Sc
     """The scale, and why."""
     if requested == "auto":
         everything = dataclasses.replace(selection, quick=False, full=False, only=None)
-        scales: tuple[Scale, ...] = ("smoke", "paper") if selection.adapter else ()
+        scales = reader.scales(selection.table) if selection.adapter else ()
         fitting = [
             scale for scale in scales if any(not cell.refusal for cell in expand(everything, scale))
         ]
         if len(fitting) == 1:
             return fitting[0], "the base of the adapter is there"
         return planning.auto_scale(lambda: expand(everything, "paper"), place)
-    return ("paper" if requested == "paper" else "smoke"), "asked for"
+    return cast("Scale", requested), "asked for"
 
 
 def plan_campaign(
@@ -94,3 +98,27 @@ def plan_campaign(
     steps = planning.plan_steps(list(cells), place, options.keep, ask_hub and scale == "paper")
     jobs = options.jobs or planning.default_jobs(steps)
     return CampaignPlan(selection, scale, why, place, jobs, cells, tuple(steps))
+
+
+def next_step(plan: CampaignPlan) -> str:
+    """The line after a table of miniatures: the command that makes the same one with a real
+    language model, and its estimated time. Empty where nothing of that is left to run here.
+    """
+    selection, place = plan.selection, plan.place
+    if plan.scale != "smoke" or "open" not in reader.scales(selection.table) or selection.adapter:
+        return ""
+    times = {}
+    for name, quick in (("--quick", True), ("the whole", False)):
+        cells = expand(Selection(selection.table, quick=quick), "open")
+        steps = planning.plan_steps(cells, place, keep=True)
+        waiting = [step for step in steps if step.action == "run"]
+        seconds = sum(time.estimated_seconds(step.spec, place) for step in waiting)
+        if waiting:
+            times[name] = f"{name} about {duration(seconds / planning.default_jobs(steps))}"
+    if not times:
+        return ""
+    words = [program(), "reproduce", "--table", selection.table, "--scale", "open"]
+    root = place.store.root
+    words += ["--store", str(root)] * (root != default_root())
+    words += ["--data-dir", str(place.data_dir)] * (place.data_dir is not None)
+    return f"Next, a real language model: {shlex.join(words)} ({', '.join(times.values())})."

@@ -4,10 +4,11 @@ combined named with its reason.
 
 import difflib
 
-from finrepro.catalogue.grid import checked_grid, grid_points
+from finrepro.catalogue.grid import GridPoint, checked_grid, grid_points
 from finrepro.catalogue.resolve import Cell, group_of, matches, resolve_cells
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import Scale
+from finrepro.catalogue.table_file import Grid
 from finrepro.errors import UsageError
 
 
@@ -19,13 +20,21 @@ def expand(selection: Selection, scale: Scale) -> list[Cell]:
     points = grid_points(selection, scale)
     only = ("*" if selection.only is None else selection.only,)
     matching = [point for point in points if matches(only, point.label)]
-    selected = [point for point in matching if group_of(grid, selection, point.label) is not None]
+    selected = [point for point in matching if _runs(grid, selection, point)]
     if not selected:
         raise _no_match(selection, [point.label for point in points])
     cells = resolve_cells(grid, selection, selected)
     runnable = [cell for cell in cells if not cell.refusal]
     # An adapter from elsewhere stands on its own base alone: other models' cells are not listed.
     return runnable if selection.adapter and runnable else cells
+
+
+def _runs(grid: Grid, selection: Selection, point: GridPoint) -> bool:
+    """Whether the selection runs the point: a group has it, at this seed."""
+    group = group_of(grid, selection, point.label)
+    return group is not None and (
+        selection.seeds is not None or not group.seeds or point.seed in group.seeds
+    )
 
 
 def _no_match(selection: Selection, labels: list[str]) -> UsageError:

@@ -62,7 +62,9 @@ def checked_grid(name: str, scale: Scale) -> Grid:
 def grid_points(selection: Selection, scale: Scale) -> tuple[GridPoint, ...]:
     """The axes crossed; `selection` replaces the seeds and the adapters."""
     grid = checked_grid(selection.table, scale)
-    seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or grid.axes.seed
+    # An adapter from elsewhere is scored and not trained: one seed says all.
+    own = grid.axes.seed[:1] if selection.adapter else grid.axes.seed
+    seeds = selection.seeds or (grid.full.get("seed") if selection.full else None) or own
     adapters = (Path(selection.adapter).name,) if selection.adapter else grid.axes.adapter
     return _crossed(selection.table, scale, adapters, seeds)
 

@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import json
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from finrepro import PROJECT, bounds
 from finrepro.catalogue.published import Claim, Published, read_claims
@@ -197,10 +197,11 @@ def table(name: str) -> TableFile:
     file = build(TableFile, read_yaml(CONFIGS / "tables" / f"{full_name}.yaml"), where)
     if (file.smoke is None, file.paper is None) != (file.computed is not None,) * 2:
         raise UsageError(f"{where}: needs both smoke and paper, or computed alone.")
-    if file.smoke and file.paper:
-        file = dataclasses.replace(
-            file, smoke=_with_entries(file.smoke), paper=_with_entries(file.paper)
-        )
+    if file.open and file.computed:
+        raise UsageError(f"{where}.open: a table that is computed has no cells.")
+    grids = ((scale, getattr(file, scale)) for scale in get_args(Scale))
+    resolved: dict[str, Any] = {scale: _with_entries(cells) for scale, cells in grids if cells}
+    file = dataclasses.replace(file, **resolved)
     report = report_of if file.computed is None else computed_report_of
     report(file.report, f"{where}.report")
     if file.beside and file.beside not in tables():
@@ -208,14 +209,22 @@ def table(name: str) -> TableFile:
     return file
 
 
+def scales(name: str) -> tuple[Scale, ...]:
+    """The scales at which a table has cells; none for one that is computed."""
+    file = table(name)
+    return tuple(scale for scale in get_args(Scale) if getattr(file, scale) is not None)
+
+
 def grid(name: str, scale: Scale) -> Grid:
     """The cells of a table at a scale, unresolved. Raises `UsageError` for a table that has
-    none.
+    none, or none at this scale.
     """
     cells: Grid | None = getattr(table(name), scale)
     if cells is None:
-        number = name.removeprefix("table")
-        raise UsageError(f"table {number} is computed from the models' sizes: it has no cells.")
+        number, others = name.removeprefix("table"), " or ".join(scales(name))
+        if not others:
+            raise UsageError(f"table {number} is computed from the models' sizes: it has no cells.")
+        raise UsageError(f"table {number} has no cells at scale {scale}: give --scale {others}.")
     return cells
 
 

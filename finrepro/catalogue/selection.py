@@ -10,7 +10,7 @@ from finrepro.catalogue.spec import Weights
 from finrepro.errors import UsageError
 
 MAX_NAME = 100  # characters of an adapter's name: a label with it still fits a line
-SCALES = ("auto", "smoke", "paper")
+SCALES = ("auto", "smoke", "open", "paper")
 WEIGHTS: tuple[Weights, ...] = ("pretrained", "random")
 
 

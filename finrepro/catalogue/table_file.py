@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from finrepro.catalogue.spec import Evaluation
-from finrepro.settings import Positive, settings
+from finrepro.settings import Count, Positive, settings
 from finrepro.sizes.account import Computed
 
 
@@ -39,10 +39,12 @@ class Override:
 @settings
 class Group:
     """The cells whose labels match one of the patterns, with changes to their training; a cell
-    belongs to the first group it matches.
+    belongs to the first group it matches. `seeds` are those of the table's that the group runs
+    (empty: all of them); seeds that a user names replace both.
     """
 
     cells: tuple[str, ...]
+    seeds: tuple[Count, ...] = ()
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -72,12 +74,14 @@ class Grid:
 
 @settings
 class TableFile:
-    """One file of configs/tables: cells at two scales, or `computed` from sizes alone. `beside`
-    names a table whose finished runs are shown in this one as well."""
+    """One file of configs/tables: cells at the scales smoke and paper, and at open where it has
+    them; or `computed` from sizes alone. `beside` names a table whose finished runs are shown in
+    this one as well."""
 
     title: str
     report: str
     smoke: Grid | None = None
+    open: Grid | None = None
     paper: Grid | None = None
     computed: Computed | None = None
     beside: str | None = None

@@ -24,8 +24,9 @@ FOLDERS = {
 }
 CELLS = FOLDERS | {
     "table": "number of the table: 3",
-    "scale": "auto (default), smoke or paper",
-    "quick": "a handful of cells, about two minutes",
+    "scale": "auto (default: smoke, or paper on a GPU that can run it), smoke, open (a small open "
+    "language model, offline on a CPU; hours) or paper",
+    "quick": "a handful of cells: about two minutes at smoke scale",
     "full": "the complete matrix over three seeds",
     "only": "cells whose label matches this pattern, as 'gpt2*-nf4-*'",
     "seeds": "seeds instead of the table's, as 0,1,2",

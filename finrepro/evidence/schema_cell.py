@@ -72,7 +72,13 @@ class CellFacts(TypedDict):
     adapter: Annotated[str, of("entry of configs/adapters.yaml")]
     train_on: Annotated[str, of("entry of configs/tasks.yaml or configs/mixes.yaml")]
     seed: Annotated[int, of("of initialisation and order of examples")]
-    scale: Annotated[str, of("smoke: a miniature, never set against published values; or paper")]
+    scale: Annotated[
+        str,
+        of(
+            "smoke: a miniature; open: a small open model; neither is set against published "
+            "values; or paper"
+        ),
+    ]
     weights: Annotated[str, of("pretrained, random or scratch")]
     devices: Annotated[int, of("ranks, one a device")]
     batch: Annotated[int, of("in an optimizer step, over all devices", "examples")]

@@ -22,6 +22,7 @@ class CellResult(TypedDict):
     devices: int
     batch: int  # examples an optimizer step, over all devices
     weights: Weights
+    decoded_from: str | None  # format of a package's linear weights, where the base is these
     short: bool  # trained for too few steps to show quality
     state: str  # finrepro.evidence.store's states, or "refused"
     reason: str  # why it is skipped, refused, failed or stale; else ""

@@ -27,7 +27,7 @@ COLUMNS = ("run_id", "label", "scale", "state", "reason", *CELL, *SCORE)
 def scores(store: Store) -> "pandas.DataFrame":
     """One row a run, task and metric, in the order of run ids.
 
-    `scale` is `smoke` or `paper`: numbers of the two are never set against each other. `state`
+    `scale` is `smoke`, `open` or `paper`: numbers of two are never set against each other. `state`
     is `done`, `stale` (made by other source or packages), `failed`, `diverged`, `skipped` or
     `damaged` (not what was sealed: no numbers), with its `reason`. `value` lies in the
     bootstrap's 95 % interval from `low` to `high` over `n` examples; `gain` is what it lies

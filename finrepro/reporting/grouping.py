@@ -11,6 +11,13 @@ SHORT_NOTE = (
     "(short): trained for too few steps to show quality; the cell proves that its path works."
 )
 
+# At the scales whose cells are not of the paper's models: in captions and below figures.
+SCALE_MARKS = {
+    "smoke": "SMOKE: miniatures, never to be set against published values",
+    "open": "OPEN: a small open model, not one of the paper's; never to be set against "
+    "published values",
+}
+
 
 def axis(row: CellResult, name: str) -> Any:
     """A cell's value on an axis."""
@@ -35,9 +42,25 @@ def grouped(
 
 
 def caption(text: str, scale: str) -> str:
-    """A caption that says so where the cells are miniatures."""
-    smoke = " - SMOKE: miniatures, never to be set against published values"
-    return text + smoke * (scale == "smoke")
+    """A caption that says so where the cells are not of the paper's models."""
+    return f"{text} - {SCALE_MARKS[scale]}" if scale in SCALE_MARKS else text
+
+
+def quantizer_text(row: CellResult) -> str:
+    """A cell's quantizer; `none` with the format that a package's weights were decoded from."""
+    decoded = row["quantizer"] == "none" and row["decoded_from"]
+    return f"none ({decoded}, decoded)" if decoded else row["quantizer"]
+
+
+def decoded_notes(rows: Sequence[CellResult]) -> list[str]:
+    """A line a model whose linear weights were decoded from a shorter format."""
+    formats = {row["model"]: row["decoded_from"] for row in rows if row["decoded_from"]}
+    return [
+        f"{model}: its linear weights come as {name}. Here none is {name}, decoded, and quantizers "
+        "are compared on weights that lie on that grid, not on 16-bit ones; adapters are compared "
+        "on equal terms."
+        for model, name in formats.items()
+    ]
 
 
 def evidence(rows: Sequence[CellResult], task: str | None = None) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 from finrepro import PROJECT
-from finrepro.catalogue.reader import table, tables
+from finrepro.catalogue.reader import scales, table, tables
 from finrepro.catalogue.spec import Scale
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.evidence import files
+from finrepro.reporting.grouping import SCALE_MARKS
 from finrepro.reporting.table import escape
 
 SOURCES = PROJECT / "paper"
@@ -29,7 +30,7 @@ PAGE = 40  # rows of a table that fit a page together with its caption and notes
 SPARE, WIDTH = 8, 120  # lines of notes below a full page of rows, and characters in such a line
 NOTES = r"\par\smallskip\raggedright\footnotesize "  # how finrepro.reporting.table begins them
 # Generated files that main.tex includes, and the scale of their tables.
-GENERATED: dict[str, Scale] = {"tables": "paper", "appendix": "smoke"}
+GENERATED: dict[str, Scale] = {"tables": "paper", "open": "open", "appendix": "smoke"}
 # An error as -file-line-error prints it.
 _PLACED = re.compile(r"^(\S+?\.\w+):(\d+): (.+)$", re.MULTILINE)
 _BARE = re.compile(r"^! (.+)$", re.MULTILINE)
@@ -85,8 +86,8 @@ def results(root: Path, scale: Scale, generated: Path) -> tuple[str, dict[str, s
     blocks, digests = ["% Written by finrepro.reporting.paper; do not edit."], {}
     for name in tables():
         stem = table(name).report
-        if table(name).computed and scale != "paper":
-            continue  # computed for the real models alone
+        if scale not in (scales(name) or ("paper",)):
+            continue  # a table that is computed is one of the paper's models alone
         folder = root / "results" / "tables" / scale
         # `--full` writes files of its own: the same table with more cells and seeds.
         candidates = (folder / f"{stem}-full.tex", folder / f"{stem}.tex")
@@ -169,11 +170,7 @@ def _boxed(number: str, scale: Scale) -> str:
 
 def _figure(name: str, stem: str, scale: Scale) -> str:
     """The figure that goes with a table."""
-    mark = (
-        "SMOKE: miniatures, never to be set against published values"
-        if scale == "smoke"
-        else "real models"
-    )
+    mark = SCALE_MARKS.get(scale, "real models")
     content = "Shares of compute, by the sizes" if table(name).computed else "Scores"
     caption = escape(f"{content} of table {name.removeprefix('table')} ({mark})")
     size = r"width=\textwidth,height=0.85\textheight,keepaspectratio"

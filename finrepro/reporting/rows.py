@@ -5,7 +5,7 @@ from typing import Any
 
 from finrepro.catalogue import footprint
 from finrepro.catalogue.cells import expand
-from finrepro.catalogue.reader import table
+from finrepro.catalogue.reader import origin, table
 from finrepro.catalogue.resolve import Cell
 from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec, Scale
@@ -25,6 +25,7 @@ def _joined(cell: Cell, place: Place) -> CellResult:
     spec = cell.spec
     found = place.store.found(spec.run_id)
     result, state = found.result or {}, "refused" if cell.refusal else found.state
+    package = origin(spec.model).package
     measured, from_scratch = bool(result.get("costs")), spec.weights == "scratch"
     return {
         "label": cell.label,
@@ -43,6 +44,7 @@ def _joined(cell: Cell, place: Place) -> CellResult:
         "batch": spec.train.global_batch_size,
         "optimizer": spec.train.optimizer.name,
         "weights": spec.weights,
+        "decoded_from": package.linear if package and spec.weights == "pretrained" else None,
         "notes": result.get("cell", {}).get("notes", []),
         "state": state,
         "reason": cell.refusal or result.get("reason") or _reason(found, spec, place),

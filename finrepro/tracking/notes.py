@@ -4,7 +4,12 @@ import html
 from pathlib import Path
 from typing import Any
 
-SMOKE = "**SMOKE: a miniature, never to be set against published values.**"
+# By scale, where the cells are not of the paper's models.
+SCALE_NOTES = {
+    "smoke": "**SMOKE: a miniature, never to be set against published values.**",
+    "open": "**OPEN: a small open model, not one of the paper's; never to be set against "
+    "published values.**",
+}
 NOTE_LIMIT = 7900  # MLflow cuts a tag at 8,000 characters, without a word
 STYLE = (
     "body{font:13px sans-serif}table{border-collapse:collapse}"
@@ -16,7 +21,8 @@ def cell_note(result: dict[str, Any], folder: Path) -> str:
     """What a reviewer reads first in a run: the scores with their intervals, or why there are
     none.
     """
-    head = [SMOKE] if result["cell"]["scale"] == "smoke" else []
+    scale = result["cell"]["scale"]
+    head = [SCALE_NOTES[scale]] if scale in SCALE_NOTES else []
     if result["status"] != "done":
         head.append(f"**{result['status']}**: {result['reason']}")
     paragraphs = [*head, *([_scores(result["scores"])] if result["scores"] else [])]

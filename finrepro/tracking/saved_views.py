@@ -9,7 +9,7 @@ import base64
 import zlib
 
 from finrepro import strict_json
-from finrepro.tracking.notes import SMOKE
+from finrepro.tracking.notes import SCALE_NOTES
 from finrepro.tracking.projection import AXES
 
 # key -> name, query of the runs, sort key (descending), columns from left to right.
@@ -80,7 +80,7 @@ def experiment_tags(table: str, scale: str, experiment: str) -> dict[str, str]:
     """
     links = " - ".join(f"[{name}]({link(experiment, key)})" for key, (name, *_) in VIEWS.items())
     description = (
-        f"{links}\n\n{SMOKE if scale == 'smoke' else ''}\n\n"
+        f"{links}\n\n{SCALE_NOTES.get(scale, '')}\n\n"
         "A parent run is a campaign, a call of `reproduce`; its children are cells. "
         "MLflow is a view: the evidence lies in results/runs/, one folder a run."
     )

@@ -114,6 +114,12 @@ QUICK = {
         "llama3_1_8b_mini-int8-lora_r4-tfns-s0",
         "llama3_1_8b_mini-nf4-lora_r8-fin_ner-s0",
     ],
+    "open": [
+        "smollm2_135m-none-base-tfns-s0",
+        "smollm2_135m-none-full-tfns-s0",
+        "smollm2_135m-none-lora_r8-tfns-s0",
+        "smollm2_135m-nf4-lora_r8-tfns-s0",
+    ],
     "paper": [
         "gpt2_127m-nf4-lora_r8-tfns-s0",
         "gpt2_1_5b-nf4-lora_r8-tfns-s0",
@@ -129,19 +135,22 @@ QUICK = {
 }
 MATRIX = {
     "smoke": 23814,
+    "open": 2058,
     "paper": 31752,
-}  # of --full: models x 7 quantizers x 14 adapters x 9 training sets x 3 seeds
+}  # of --full: models x 7 quantizers x 14 adapters x 9 training sets (open: 7) x 3 seeds
 DEFAULT = {
     "smoke": Selection("3"),
+    "open": Selection("3"),
     "paper": Selection("3", only="gpt2_127m-*"),
 }  # few enough to be made often
 TFNS_FULL = "gpt2_127m_mini-none-full-tfns-s0"
 # What is said about a thing and does not decide a number. The sha256 of a file pins its bytes.
 SAID_ONLY = re.compile(
     r"(\.|^)(title|licence|embedded|gated|parameters|miniature_of|compared_with|of|variant|source|path|hub_path|url|report|scale)$"
+    r"|^models\.[^.]+\.package\.(?!(project|version|file_sha256)$)"
     r"|^datasets\..*\.hub\.|^models\.[^.]+\.pretrain$"  # the latter a label: it refers, as `of`
 )
-SCALES: tuple[Scale, Scale] = ("smoke", "paper")
+SCALES: tuple[Scale, ...] = ("smoke", "open", "paper")
 
 
 def shown(cell: Cell) -> str:
@@ -150,6 +159,52 @@ def shown(cell: Cell) -> str:
 
 def test_the_cells_of_table_3_are_the_listed_ones():
     assert [shown(cell) for cell in expand(Selection("3"), "smoke")] == SMOKE
+
+
+# Of quantizer-adapter on TFNS, by the seeds that they have.
+OPEN_THREE = (
+    "none-base none-full none-lora_r8 nf4-lora_r8 icq-iec_r8 none-rosa_r8 none-loraplus_r8 "
+    "none-dora_r8"
+)
+OPEN_ONE = (
+    "none-lora_r4 none-rslora_r8 none-adalora_r8 none-vera_r256 none-iec_r8 none-houlsby_m64 "
+    "none-pissa_r8 none-loftq_r8 int8-lora_r8 nf4_single-lora_r8 fp4-lora_r8 icq-lora_r8 "
+    "icq_mse-lora_r8 int8-iec_r8 nf4-iec_r8 nf4_single-iec_r8 fp4-iec_r8 icq_mse-iec_r8"
+)
+
+
+def test_the_default_open_cells_are_the_listed_ones_and_trained_as_the_table_file_says():
+    cells = expand(Selection("3"), "open")
+    three = {f"{pair}-tfns-s{seed}" for pair in OPEN_THREE.split() for seed in range(3)}
+    one = {f"{pair}-tfns-s0" for pair in OPEN_ONE.split()}
+    others = {
+        f"{pair}-{task}-s0"
+        for pair in ("none-base", "none-full", "none-lora_r8", "nf4-lora_r8")
+        for task in ("fin_ner", "fpb", "fiqa_sa", "nwgi_7", "nwgi_3", "nwgi_polar")
+    }
+    assert {cell.label.removeprefix("smollm2_135m-") for cell in cells} == three | one | others
+    assert [cell.label for cell in cells if cell.refusal] == ["smollm2_135m-none-loftq_r8-tfns-s0"]
+    for spec in (cell.spec for cell in cells if cell.spec.adapter.kind != "base"):
+        train = spec.train
+        assert train.max_steps * train.global_batch_size == 4000 and not train.short
+        assert train.lr == (5e-5 if spec.adapter.kind == "full" else 5e-4)
+        assert spec.model.dtype == "float32" and spec.evaluation.split == "test"
+
+
+def test_a_group_runs_at_its_own_seeds_unless_seeds_are_asked_for():
+    only = "*-none-vera_*-tfns-*"
+    assert [cell.spec.seed for cell in expand(Selection("3", only=only), "open")] == [0]
+    asked = expand(Selection("3", only=only, seeds=(1, 5)), "open")
+    assert [cell.spec.seed for cell in asked] == [1, 5]
+    assert len(expand(Selection("3", only=only, full=True), "open")) == 3
+
+
+def test_a_table_without_a_scale_names_those_that_it_has():
+    with pytest.raises(UsageError) as refused:
+        expand(Selection("2"), "open")
+    assert one_line(refused.value) == (
+        "table 2 has no cells at scale open: give --scale smoke or paper."
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -224,11 +279,15 @@ def test_an_override_that_can_hold_for_no_cell_is_refused(
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_quick_cells_are_the_listed_ones_and_marked_short(scale: Scale):
+def test_the_quick_cells_are_the_listed_ones_and_marked_short_or_default_ones(scale: Scale):
     cells = expand(Selection("3", quick=True), scale)
     assert [cell.label for cell in cells] == QUICK[scale]
     assert all(cell.refusal is None for cell in cells)
-    assert all(cell.spec.train.short == (cell.spec.train.max_steps > 0) for cell in cells)
+    if scale == "open":  # quick is a part of the whole, which then goes on from it
+        default = {cell.spec.run_id for cell in expand(Selection("3"), scale)}
+        assert {cell.spec.run_id for cell in cells} < default
+    else:
+        assert all(cell.spec.train.short == (cell.spec.train.max_steps > 0) for cell in cells)
 
 
 def test_the_quick_smoke_cells_cover_both_architectures_and_both_ways_of_answering():
@@ -297,7 +356,7 @@ SCRIPT = """
 from finrepro.arguments import choice, seed_list
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.selection import Selection
-for scale in ("smoke", "paper"):
+for scale in ("smoke", "open", "paper"):
     for cell in expand(Selection("3"), scale):
         print(cell.label, cell.spec.run_id, cell.base.run_id if cell.base else None)
 """
@@ -331,6 +390,7 @@ PRETRAINING = {
     "smoke": ("*-none-full-*-adamw-*", "gpt2_1_5b_deep_mini-none-relora-*-adamw-*"),
     "paper": ("*-none-full-*-adamw-*",),
 }
+MODELS = re.compile(r"^(gpt2_127m|llama3_1_70b)\*")  # of smoke and paper; open has a single one
 ALL = tuple(dict.fromkeys(pattern for patterns in PATTERNS.values() for pattern in patterns))
 
 
@@ -339,13 +399,12 @@ def identities(patterns: tuple[str, ...] = ALL, more: bool = True) -> Iterator[t
     part; with the default ones, or without.
     """
     for scale in SCALES:
-        some = {
-            f"full {only} ": Selection("3", full=True, seeds=(0,), only=only) for only in patterns
-        }
+        here = [MODELS.sub("*", only) if scale == "open" else only for only in patterns]
+        some = {f"full {only} ": Selection("3", full=True, seeds=(0,), only=only) for only in here}
         rest = {"quick ": Selection("3", quick=True), "": DEFAULT[scale]} if more else {}
         rest |= {
             f"pretraining {only} ": Selection("2", full=True, seeds=(0,), only=only)
-            for only in PRETRAINING[scale]
+            for only in PRETRAINING.get(scale, ())
         }
         for name, selection in (some | rest).items():
             for cell in expand(selection, scale):
@@ -388,7 +447,7 @@ def places(name: str, content: Any) -> list[tuple[tuple[Any, ...], Any]]:
     inside = leaves(content)
     if name in ("adapters", "quantizers", "models"):
         tables = [each for each in reader.tables() if not reader.table(each).computed]
-        grids = [reader.grid(each, scale) for each in tables for scale in SCALES]
+        grids = [reader.grid(each, scale) for each in tables for scale in reader.scales(each)]
         on_axes = {each for grid in grids for each in getattr(grid.axes, name.removesuffix("s"))}
         inside = [
             (path, value)
@@ -508,7 +567,7 @@ def test_every_setting_of_the_files_changes_some_run_id_and_what_is_only_said_ch
             axes["model"] = [
                 each
                 for each in axes["model"]
-                if re.match("gpt2_127m|llama2_13b|llama3_1_(8b|70b)", each)
+                if re.match("gpt2_127m|llama2_13b|llama3_1_(8b|70b)|smollm2", each)
             ]
             axes["quantizer"] = ["none", "int8", "nf4"]
         file.write_text(yaml.safe_dump(original))

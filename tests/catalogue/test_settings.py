@@ -202,13 +202,13 @@ FUZZ: dict[str, Any] = {
 
 
 def use_everything(store: Path) -> None:
-    """Resolve every entry, expand the tables at both scales in every selection, and plan the
+    """Resolve every entry, expand the tables at every scale in every selection, and plan the
     cells.
     """
     for name, resolve in RESOLVE.items():
         for key in reader.entries(name):
             resolve(key)
-    for scale in ("smoke", "paper"):
+    for scale in ("smoke", "open", "paper"):
         for selection in (Selection("3", seeds=(0,)), Selection("3", quick=True), Selection("5")):
             for cell in expand(selection, scale):  # type: ignore[arg-type]
                 plan.cannot_run(cell.spec, Place(Store(store)))

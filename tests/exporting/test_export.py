@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 
 import finrepro
 from finrepro.catalogue import reader
+from finrepro.catalogue.cells import expand
 from finrepro.catalogue.compatibility import refusal
+from finrepro.catalogue.selection import Selection
 from finrepro.catalogue.spec import RunSpec
 from finrepro.data import files as data
 from finrepro.data.tokenizer_files import tokenizer_digest
@@ -38,10 +40,10 @@ from finrepro.evidence.place import Place
 from finrepro.evidence.result import header
 from finrepro.evidence.run_faults import spec_id
 from finrepro.evidence.store import open_store
-from finrepro.exporting import rebuild, verify, write
+from finrepro.exporting import card, rebuild, verify, write
 from finrepro.exporting.command import export
 from finrepro.exporting.layout import ExportLayout, layout_of
-from finrepro.exporting.recorded import Damaged, find_run
+from finrepro.exporting.recorded import Damaged, RecordedRun, find_run
 from finrepro.kinds import adapter_of
 from finrepro.methods.adapters import lora
 from finrepro.models import checkpoints
@@ -119,6 +121,15 @@ def on_base(place: Place, name: str, adapter: str | Choice, quantizer: str = "no
     """A finished run on a miniature's own weights."""
     base = miniature(name, "full", weights="scratch").run_id
     return seal(place, miniature(name, adapter, quantizer, weights="pretrained", base_run=base))
+
+
+def test_the_card_of_an_open_run_says_that_its_model_is_none_of_the_papers():
+    (cell,) = expand(Selection("3", only="*-none-lora_r8-tfns-s0"), "open")
+    facts = {"train_on": "tfns", "devices": 1, "device_type": "cpu", "notes": []}
+    result = {"run_id": cell.spec.run_id, "label": cell.label, "cell": facts}
+    said = card._what(RecordedRun(result, Path("run"), cell.spec), layout_of(cell.spec, "merged"))
+    assert "**A result at open scale: not to be compared with the paper's.**" in said
+    assert "decoded from Q4_1" in said and "smoke" not in said
 
 
 FRESH = """

@@ -4,6 +4,7 @@ the store, and carries its reason.
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Literal
 
 import psutil
 import pytest
+import torch
 from fixtures import results
+from safetensors.torch import save_file
 
+from finrepro.campaigns.preview import CampaignOptions, choose_scale, next_step, plan_campaign
 from finrepro.catalogue import reader
 from finrepro.catalogue.cells import expand
 from finrepro.catalogue.resolve import base_of
@@ -29,6 +33,7 @@ from finrepro.planning import time as planned_time
 from finrepro.running.base import base_facts
 from finrepro.running.launch import command, parse, request, resolve
 
+TWO_CORES = machine.LocalMachine(16 * 2**30, 0, cores=2)
 QUICK = expand(Selection("3", quick=True), "smoke")
 PAPER = expand(Selection("3"), "paper")
 
@@ -315,9 +320,9 @@ def test_ranks_on_a_host_share_its_memory(
     assert both is not None and both.startswith("needs ")
 
 
-@pytest.mark.parametrize("scale", ["smoke", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "open", "paper"])
 def test_the_launch_command_of_a_cell_runs_that_cell(
-    place: Place, scale: Literal["smoke", "paper"]
+    place: Place, scale: Literal["smoke", "open", "paper"]
 ):
     for selection in (
         Selection("3"),
@@ -338,6 +343,60 @@ def test_the_launch_command_of_a_cell_runs_that_cell(
     assert (where.data_dir, where.models_dir) == (Path.cwd() / "d", Path.cwd() / "m"), (
         "a child looks from elsewhere"
     )
+
+
+def test_a_smoke_table_ends_with_the_command_of_the_open_one_and_its_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "cannot_run", lambda *_: None)
+    monkeypatch.setattr(plan, "local_machine", lambda: TWO_CORES)
+    monkeypatch.setattr(planned_time, "local_machine", lambda: TWO_CORES)
+    smoke = plan_campaign(Selection("3", quick=True), place, CampaignOptions("smoke"))
+    line = next_step(smoke)
+    where = f"--store {place.store.root}"
+    assert re.fullmatch(
+        rf"Next, a real language model: \S+ reproduce --table 3 --scale open {where} "
+        r"\(--quick about \d+ min, the whole about [\d.]+ h\)\.",
+        line,
+    )
+    for others in (
+        plan_campaign(Selection("3"), place, CampaignOptions("open")),
+        plan_campaign(Selection("2"), place, CampaignOptions("smoke")),
+    ):
+        assert next_step(others) == ""
+    monkeypatch.setattr(plan, "cannot_run", lambda *_: "its weights are not here")
+    assert next_step(smoke) == "", "what cannot run here is not advised"
+
+
+def test_auto_without_a_gpu_stays_smoke_where_a_table_has_an_open_scale(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "local_machine", lambda: TWO_CORES)
+    assert choose_scale(Selection("3"), "auto", place)[0] == "smoke"
+    assert choose_scale(Selection("3"), "open", place) == ("open", "asked for")
+
+
+def test_an_adapter_of_the_open_model_takes_its_scale_and_one_seed(place: Place, tmp_path: Path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "smollm2_135m",
+        "r": 1,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+    }
+    write_json(folder / "adapter_config.json", settings)
+    width = reader.model("smollm2_135m").architecture["hidden_size"]
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    tensors = {
+        f"{prefix}_A.weight": torch.ones(1, width),
+        f"{prefix}_B.weight": torch.ones(width, 1),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    chosen = Selection("3", adapter=str(folder))
+    assert choose_scale(chosen, "auto", place) == ("open", "the base of the adapter is there")
+    assert {cell.spec.seed for cell in expand(chosen, "open")} == {0}
 
 
 def test_the_largest_model_is_planned_over_devices_that_hold_it():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fixtures.process import one_line
 
-from finrepro.catalogue.reader import table, tables
+from finrepro.catalogue.reader import tables
 from finrepro.errors import CellFailed, EnvironmentFault
 from finrepro.reporting import paper
 from finrepro.reporting.table import Line, Table, to_latex
@@ -136,17 +136,31 @@ def test_no_result_is_typed():
         )
 
 
-@pytest.mark.parametrize("scale", ["paper", "smoke"])
+@pytest.mark.parametrize("scale", ["paper", "open", "smoke"])
 def test_an_absent_table_has_a_box_with_its_command(tmp_path: Path, scale):
     text, digests = paper.results(tmp_path, scale, tmp_path)
     assert digests == {}
-    wanted = [name for name in tables() if scale == "paper" or not table(name).computed]
-    assert ("table1" in wanted) == (scale == "paper")
+    wanted = {
+        "paper": [*tables()],
+        "open": ["table3", "table5"],
+        "smoke": [name for name in tables() if name != "table1"],
+    }[scale]
     for name in wanted:
         number = name.removeprefix("table")
         assert f"Table {number} has not been produced at {scale} scale" in text
         assert rf"./run reproduce -{{}}-table {number} -{{}}-scale {scale}" in text
     assert text.count(r"\fbox{") == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mark"), [("smoke", "SMOKE: "), ("open", "OPEN: "), ("paper", "real models")]
+)
+def test_a_figure_says_of_what_models_it_is(tmp_path: Path, scale, mark):
+    put(tmp_path, scale, "table3", to_latex(made_up()))
+    (tmp_path / "results" / "tables" / scale / "table3.png").write_bytes(b"a picture")
+    text, _ = paper.results(tmp_path, scale, tmp_path)
+    (line,) = (line for line in text.splitlines() if "Scores of table 3" in line)
+    assert mark in line
 
 
 def test_a_table_that_is_there_is_taken_in_with_its_digest(tmp_path: Path):

@@ -14,7 +14,7 @@ from finrepro.reporting.curves import Chart, Curve, draw_charts
 from finrepro.reporting.dots import Dot, Panel, as_written, draw, to_png, to_svg
 from finrepro.reporting.scores import THIRD_DECIMAL_BELOW, bounds
 from finrepro.reporting.table import Line, Table, escape, to_json, to_latex, to_markdown, to_rich
-from finrepro.reporting.tables import table5
+from finrepro.reporting.tables import table3, table5
 from finrepro.reporting.tables.table3 import COLUMNS, TITLES, build, panels
 
 PUBLISHED = published()
@@ -93,6 +93,7 @@ def row(
         "short": False,
         "adapter_kind": "base" if adapter == "base" else "lora",
         "weights": "pretrained",
+        "decoded_from": None,
         "notes": [],
         "devices": 1,
         "batch": 32,
@@ -367,6 +368,29 @@ def test_a_published_f1_has_no_margin_and_no_verdict():
 def test_smoke_is_in_the_caption_of_every_form_and_not_in_that_of_paper(render):
     assert "SMOKE" in render(build(ROWS, "smoke"))
     assert "SMOKE" not in render(build(ROWS, "paper")).replace("mini", "")
+
+
+@pytest.mark.parametrize("report", [table3, table5])
+def test_open_is_in_the_caption_and_no_published_value_beside_its_cells(report: Any):
+    shown = report.build([row("lora_r8", 0, 0.85, **TUNED)], "open", PUBLISHED)
+    assert "OPEN" in shown.caption and "never to be set against" in shown.caption
+    assert not {"Published", "Verdict", "Comparable"} & set(shown.columns)
+    assert not any("published" in line.evidence for line in shown.lines)
+
+
+@pytest.mark.parametrize("report", [table3, table5])
+def test_weights_that_were_decoded_are_marked_where_nothing_quantizes_them(report: Any):
+    rows = [
+        row("lora_r8", 0, 0.8, quantizer=quantizer, decoded_from="Q4_1")
+        for quantizer in ("none", "nf4")
+    ]
+    shown = report.build(rows, "open")
+    at = shown.columns.index("Quantizer")
+    texts = [line.texts[at] for line in shown.lines if line.texts[at]]
+    assert texts == ["none (Q4_1, decoded)", "nf4"]
+    (note,) = (note for note in shown.notes if "Q4_1" in note)
+    assert note.startswith("gpt2_127m_mini: its linear weights come as Q4_1.")
+    assert "decoded" not in to_markdown(build([row("lora_r8", 0, 0.8)], "smoke"))
 
 
 def test_smoke_is_in_the_terminal_too():

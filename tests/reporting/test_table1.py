@@ -217,6 +217,7 @@ REFUSED: dict[str, tuple[Selection, dict[str, Any]]] = {
     "--jobs": (Selection("1"), {"jobs": 2}),
     "--keep": (Selection("1"), {"keep": True}),
     "--scale smoke": (Selection("1"), {"scale": "smoke"}),
+    "--scale open": (Selection("1"), {"scale": "open"}),
 }
 
 

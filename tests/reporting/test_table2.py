@@ -79,6 +79,7 @@ def row(
         "devices": 1,
         "batch": 4,
         "weights": "scratch",
+        "decoded_from": None,
         "notes": [],
         "state": "done" if done else "skipped",
         "reason": "" if done else "no data",

@@ -454,6 +454,18 @@ def test_a_campaign_carries_its_table_as_note_and_page(populated: Store):
     )
 
 
+@pytest.mark.parametrize(
+    ("scale", "begins"), [("smoke", "**SMOKE: "), ("open", "**OPEN: "), ("paper", "Evidence: ")]
+)
+def test_a_note_begins_with_what_its_scale_may_not_be_set_against(scale: str, begins: str):
+    result = {"cell": {"scale": scale}, "status": "done", "scores": []}
+    note = notes.cell_note(result, Path("aaaaaaaaaaaa"))
+    assert note.startswith(begins)
+    assert (scale == "paper") != ("never to be set against" in note)
+    described = saved_views.experiment_tags("table3", scale, "1")["mlflow.note.content"]
+    assert (scale == "paper") != ("never to be set against" in described)
+
+
 def test_a_long_note_is_cut_between_lines_and_says_so():
     text = "".join(f"| row {number} |\n" for number in range(2000))
     note = notes.cut(text, "The rest: there")

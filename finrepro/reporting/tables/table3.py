@@ -11,9 +11,11 @@ from finrepro.reporting.grouping import (
     SHORT_NOTE,
     axis,
     caption,
+    decoded_notes,
     evidence,
     grouped,
     marks,
+    quantizer_text,
     reasons,
 )
 from finrepro.reporting.scores import bounds, estimate_of, metrics_of, score_of
@@ -152,7 +154,7 @@ def _names(task: str, row: CellResult, rows: Sequence[CellResult]) -> dict[str, 
     return {
         "task": task,
         "model": row["model"],
-        "quantizer": row["quantizer"],
+        "quantizer": quantizer_text(row),
         "adapter": adapter,
         "trained_on": trained_on,
     }
@@ -247,6 +249,7 @@ def _notes(rows: Sequence[CellResult], beside: Beside) -> tuple[str, ...]:
         notes.append(
             "Random weights: memory and speed are measured truly; there is no quality to show."
         )
+    notes += decoded_notes(rows)
     if beside.notes:
         notes.append(
             "Verdict: EQUIVALENT - the whole interval lies within the margin around the published "

@@ -9,7 +9,15 @@ from typing import Any
 from finrepro.catalogue.published import Published
 from finrepro.reporting.beside import Beside, published_evidence
 from finrepro.reporting.cell_result import CellResult
-from finrepro.reporting.grouping import axis, caption, evidence, grouped, reasons
+from finrepro.reporting.grouping import (
+    axis,
+    caption,
+    decoded_notes,
+    evidence,
+    grouped,
+    quantizer_text,
+    reasons,
+)
 from finrepro.reporting.table import Line, Table, without_columns
 
 MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -85,7 +93,8 @@ def _line(model: str, rows: Sequence[CellResult], beside: Beside) -> Line:
     peaks = any(value.measure.ours == PUBLISHED[0] for value, _ in pairs)
     value, _ = beside.texts(pairs, {}) if peaks else ("", "")
     level = pairs[0][1].level if peaks else ""
-    names = tuple(str(axis(rows[0], name)) for name in LINE)
+    shown = {name: axis(rows[0], name) for name in LINE} | {"quantizer": quantizer_text(rows[0])}
+    names = tuple(map(str, shown.values()))
     return Line(
         (*names, *texts, value, level),
         model,
@@ -127,4 +136,5 @@ def _notes(rows: Sequence[CellResult], beside: Beside) -> tuple[str, ...]:
         notes.append("Most cells are trained for a few steps: training seconds are of those steps.")
     if any(row["weights"] == "random" for row in rows):
         notes.append("Weights may be random here: none of these columns depends on their values.")
+    notes += decoded_notes(rows)
     return (*notes, *beside.below(), *reasons(rows))
