@@ -166,8 +166,8 @@ OPEN_THREE = (
     "none-full none-lora_r8 nf4-lora_r8 icq-iec_r8 none-rosa_r8 none-loraplus_r8 none-dora_r8"
 )
 OPEN_ONE = (
-    "none-base none-lora_r4 none-rslora_r8 none-adalora_r8 none-vera_r256 none-iec_r8 none-houlsby_m64 "
-    "none-pissa_r8 none-loftq_r8 int8-lora_r8 nf4_single-lora_r8 fp4-lora_r8 icq-lora_r8 "
+    "none-base none-lora_r4 none-rslora_r8 none-adalora_r8 none-vera_r256 none-iec_r8 "
+    "none-houlsby_m64 none-pissa_r8 none-loftq_r8 int8-lora_r8 nf4_single-lora_r8 fp4-lora_r8 icq-lora_r8 "
     "icq_mse-lora_r8 int8-iec_r8 nf4-iec_r8 nf4_single-iec_r8 fp4-iec_r8 icq_mse-iec_r8"
 )
 
