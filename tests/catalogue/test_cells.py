@@ -167,8 +167,9 @@ OPEN_THREE = (
 )
 OPEN_ONE = (
     "none-base none-lora_r4 none-rslora_r8 none-adalora_r8 none-vera_r256 none-iec_r8 "
-    "none-houlsby_m64 none-pissa_r8 none-loftq_r8 int8-lora_r8 nf4_single-lora_r8 fp4-lora_r8 icq-lora_r8 "
-    "icq_mse-lora_r8 int8-iec_r8 nf4-iec_r8 nf4_single-iec_r8 fp4-iec_r8 icq_mse-iec_r8"
+    "none-houlsby_m64 none-pissa_r8 none-loftq_r8 int8-lora_r8 nf4_single-lora_r8 "
+    "fp4-lora_r8 icq-lora_r8 icq_mse-lora_r8 int8-iec_r8 nf4-iec_r8 nf4_single-iec_r8 "
+    "fp4-iec_r8 icq_mse-iec_r8"
 )
 
 
