@@ -1,16 +1,15 @@
 """Everything that the package does, for Python; the commands call these functions too.
 
-Values go in and come out typed. What cannot be done is a `FinreproError` with one line: a
+Values go in and come out typed. What cannot be done is a `FinreproError`, one line: a
 `UsageError` for a wrong request, an `EnvironmentFault` for what this machine, store or data folder
 cannot serve. `store` is the folder of results/ and mlruns/ (by default FINREPRO_STORE; else the
 root of the checkout, or for an installed package the current folder), `data_dir` that of datasets
 which are not embedded (by default FINREPRO_DATA_DIR), `models_dir` that of checkpoints.
 
-What is asked for of a table: `scale` is `smoke` (miniatures), `open` (a small open model, offline),
-`paper` (the paper's models) or `auto`;
-`quick` a handful of cells and `full` every combination over three seeds; `only` a pattern over cell
-labels, as `gpt2*-nf4-*`; `seeds` in place of the table's; `weights` `pretrained`, or `random` for
-memory and speed alone; `devices` ranks a cell; `adapter` a PEFT folder to be scored on its base.
+What is asked for of a table: `scale` is `smoke` (miniatures), `open` (a small open model), `paper`
+or `auto`; `quick` a handful of cells and `full` every combination over three seeds; `only` a
+pattern over cell labels, as `gpt2*-nf4-*`; `seeds` in place of the table's; `weights` `pretrained`,
+or `random` for memory and speed alone; `devices` ranks a cell; `adapter` a PEFT folder to score.
 """
 
 import os

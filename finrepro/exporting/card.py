@@ -86,8 +86,7 @@ def _what(recorded: RecordedRun, planned: ExportLayout) -> str:
         text = "**A smoke result: not to be compared with published ones.**"
         lines += ["", f"{text} {spec.model.name} is a miniature of {spec.model.miniature_of}."]
     if spec.model.scale == "open":
-        text = "**A result at open scale: not to be compared with the paper's.**"
-        lines += ["", f"{text} {spec.model.name} is none of its models."]
+        lines += ["", "**A result at open scale: not to be compared with the paper's.**"]
     if spec.weights == "random":
         lines += [
             "",
