@@ -23,6 +23,9 @@ FORMAT: Literal[1] = 1
 Status = Literal["done", "failed", "diverged", "skipped"]
 
 
+SIZE_IN = "bytes_as_"  # of costs, before the name of any quantizer
+
+
 @closed
 class Score(TypedDict):
     """A metric of a task, with its interval."""
@@ -47,7 +50,7 @@ class Score(TypedDict):
         extra="forbid",
         json_schema_extra={
             "patternProperties": {
-                "^bytes_as_": {
+                f"^{SIZE_IN}": {
                     "type": "integer",
                     "unit": "bytes",
                     "description": "the trained model in the quantizer of this name",
@@ -247,8 +250,15 @@ def examine(path: Path) -> tuple[dict[str, Any], str]:
             f"{path} was written by another finrepro (result format {written}, this one reads "
             f"{FORMAT}); use that version, or another --store."
         )
+    named, sizes = content, {}
+    if isinstance(costs := content.get("costs"), dict):  # pydantic knows no keys by their beginning
+        sizes = {key: costs[key] for key in costs if key.startswith(SIZE_IN)}
+        named = content | {"costs": {key: costs[key] for key in costs if key not in sizes}}
+    for key, size in sizes.items():
+        if type(size) is not int:
+            return content, f"costs.{key}: is {size!r}, expected a number of bytes"
     try:
-        _validator()(content, strict=True)
+        _validator()(named, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return content, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -97,6 +97,18 @@ def test_what_is_not_as_described_is_found(change: Any, fault: str) -> None:
     assert [found for found in result_faults(result) if found.startswith(fault)]
 
 
+@pytest.mark.parametrize(("size", "fault"), [(12, ""), ("12", "costs.bytes_as_nf4: is '12'")])
+def test_a_result_scored_in_other_quantizers_is_read_with_its_sizes(
+    size: Any, fault: str, tmp_path: Path
+) -> None:
+    result = copy.deepcopy(finished())
+    result["costs"] |= {"bytes_as_int8": 34, "bytes_as_nf4": size}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    content, found = schema.examine(path)
+    assert content == result and found.startswith(fault) and bool(found) == bool(fault)
+
+
 def test_the_lines_of_a_run_are_as_described() -> None:
     described = {
         "LossLine": {"step": 0, "loss": 0.5, "grad_norm": 0.1, "lr": 1e-4, "seconds": 0.2},
