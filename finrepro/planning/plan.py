@@ -35,12 +35,16 @@ class Step:
 
 def default_jobs(steps: Sequence[Step]) -> int:
     """How many cells to run at a time where nobody said: as many as the cores of this machine (one
-    `spec.threads` wide) and four fifths of its memory hold; one on a GPU, and one where the table
-    is of costs, since cells beside one another slow each other down.
+    `spec.threads` wide) and four fifths of its memory hold; one on a GPU, and one where costs
+    are the table's matter, or time, as of pretraining: cells side by side slow each other down.
     """
     waiting = [step for step in steps if step.action == "run"]
     running = [step.spec for step in waiting]
-    costs = any(not step.spec.tasks for step in waiting if not step.is_base)
+    costs = any(
+        not step.spec.tasks or step.spec.weights == "scratch"
+        for step in waiting
+        if not step.is_base
+    )
     machine = local_machine()
     if not running or machine.gpus or costs:
         return 1

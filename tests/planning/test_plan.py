@@ -236,7 +236,14 @@ def test_jobs_at_a_time_get_a_card_each_or_are_refused(
 
 @pytest.mark.parametrize(
     ("table", "cores", "gib", "jobs"),
-    [("3", 2, 24, 2), ("3", 8, 24, 8), ("3", 64, 4, 2), ("3", 1, 24, 1), ("5", 8, 24, 1)],
+    [
+        ("3", 2, 24, 2),
+        ("3", 8, 24, 8),
+        ("3", 64, 4, 2),
+        ("3", 1, 24, 1),
+        ("5", 8, 24, 1),
+        ("2", 8, 24, 1),
+    ],
 )
 def test_as_many_cells_at_a_time_as_cores_and_memory_hold_and_one_where_costs_are_measured(
     table: str, cores: int, gib: int, jobs: int, place: Place, monkeypatch: pytest.MonkeyPatch
