@@ -235,10 +235,10 @@ def budget(
     """
     from finrepro.budgeting.command import budget_of, checked_request
 
-    checked = checked_request(
+    asked = checked_request(
         gpu, gpus, hours, mfu, model, tokens, unique_tokens, sequence, price, measure
     )
-    return budget_of(_place(store), checked)
+    return budget_of(_place(store), asked)
 
 
 @checked

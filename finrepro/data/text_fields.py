@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from finrepro.errors import EnvironmentFault
 
+SENTIMENTS = ("negative", "neutral", "positive")  # of the sets that carry their labels by name
+
 
 def decoded(content: bytes, name: str, role: str, encoding: str = "utf-8") -> str:
     """The text of a file of dataset `name`, without a byte order mark. Raises `EnvironmentFault`

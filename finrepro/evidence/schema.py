@@ -21,8 +21,6 @@ from finrepro.evidence.schema_spec import Spec
 
 FORMAT: Literal[1] = 1
 Status = Literal["done", "failed", "diverged", "skipped"]
-
-
 SIZE_IN = "bytes_as_"  # of costs, before the name of any quantizer
 
 

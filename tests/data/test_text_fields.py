@@ -103,6 +103,26 @@ def test_a_line_without_a_sentence_is_named():
 
 
 @pytest.mark.parametrize(
+    ("name", "role", "content", "found"),
+    [
+        ("fpb", "all", b"Up.@positive\nDown.@negativ\n", "'negativ'"),
+        ("fpb", "all", b"Up.@positive\nDown.", "expected text"),
+        (
+            "fiqa_sa",
+            "test",
+            jsonl(*({"context": PROMPT.format("Up."), "target": t} for t in ("neutral", "up"))),
+            "'up'",
+        ),
+        ("nwgi", "train", jsonl(*({"news": "Up.", "label": t} for t in ("neutral", 1))), "1"),
+        ("tfns", "train", b"text,label\nUp.,3\n", "'3'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_label_that_no_task_has_is_named(name: str, role: str, content: bytes, found: str):
+    refused(name, {role: content}, f"'{role}', line 2", found)
+
+
+@pytest.mark.parametrize(
     ("name", "role", "lines"),
     [
         ("nwgi", "train", [b'{"news": "Up.", "label": "neutral"}', b'{"news": "' + UMLAUT]),

@@ -823,7 +823,6 @@ REBUILD = """
 import sys
 from pathlib import Path
 from finrepro.evidence import store
-from finrepro.tracking.check import check_store
 from finrepro.tracking.rebuilding import open_view, rebuild
 from finrepro.tracking.view import MlflowView
 place = store.open_store(Path(sys.argv[1]))

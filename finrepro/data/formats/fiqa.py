@@ -16,11 +16,10 @@ from finrepro import bounds
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
 from finrepro.data.formats.jsonl_labels import json_lines, split_prompt
-from finrepro.data.text_fields import decoded, label_of, text_of, where
+from finrepro.data.text_fields import SENTIMENTS, decoded, label_of, text_of, where
 from finrepro.errors import EnvironmentFault
 from finrepro.settings import settings
 
-LABELS = ("negative", "neutral", "positive")
 SCORED = {"headline": "news", "post": "tweet"}  # file role -> what FinGPT's prompts call it
 
 
@@ -57,7 +56,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
             Example(
                 id=f"{name}/test/{row}",
                 text=text_of(text, "Input of context", place),
-                label=label_of(line.get("target"), "target", LABELS, place),
+                label=label_of(line.get("target"), "target", SENTIMENTS, place),
                 source=source,
             )
         )

@@ -8,10 +8,8 @@ import numpy as np
 
 from finrepro.data.examples import Example, Splits
 from finrepro.data.files import DatasetConfig, check_rows
-from finrepro.data.text_fields import decoded, label_of, text_of, where
+from finrepro.data.text_fields import SENTIMENTS, decoded, label_of, text_of, where
 from finrepro.settings import settings
-
-LABELS = ("negative", "neutral", "positive")
 
 
 @settings
@@ -54,7 +52,7 @@ def read(contents: dict[str, bytes], name: str, config: Config) -> Splits:
         text, _, label = line.rpartition("@")
         place = where(name, "all", row + 1)
         text = text_of(text, "text before @", place)
-        label = label_of(label, "label after @", LABELS, place)
+        label = label_of(label, "label after @", SENTIMENTS, place)
         examples.append(Example(id=f"{name}/all/{row}", text=text, label=label))
     order = np.random.default_rng(config.split.seed).permutation(len(examples))
     shuffled = [examples[row] for row in order]
